@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny tensors are fastest on one thread, and hypothesis must not time torch's first call."""
+"""Shared fixtures: one thread is fastest on tiny tensors; hypothesis must not time torch's first call."""
 
 import hypothesis
 import torch
