@@ -1,0 +1,292 @@
+"""A pair made ready: both models, their tokenizers and engines, the prompts, and the fingerprint of it all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from mechdiff_mlflow.engine import ModuleNames, PatchEngine
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts, tokenize
+from mechdiff_mlflow.spec import SPLITS, PairSpec, Position
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How much the engine holds at a time.
+
+    Args:
+        batch_size: Prompts a chunk.
+        max_rows: Patched rows that go up the layers together.
+        head_rows: Rows whose logits exist together.
+    """
+
+    batch_size: int = 32
+    max_rows: int = 8192
+    head_rows: int = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One of the two models.
+
+    Args:
+        role: `base` or `tuned`.
+        model: The causal LM, in eval mode.
+        tokenizer: Its tokenizer.
+        revision: Commit of the hub, or `sha256:` and the digest of local weights; with an adapter, both.
+        switch: Context in which `model` is this side; two sides may share one module and switch its adapter.
+        make_engine: Builds the patch engine, inside `switch`.
+    """
+
+    role: str
+    model: nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    revision: str
+    switch: Callable[[], contextlib.AbstractContextManager[object]]
+    make_engine: Callable[[nn.Module], PatchEngine]
+
+    @cached_property
+    def _engine(self) -> PatchEngine:
+        return self.make_engine(self.model)
+
+    @contextlib.contextmanager
+    def engine(self) -> Iterator[PatchEngine]:
+        """The patch engine, while the model is this side."""
+        with self.switch():
+            yield self._engine
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """16 hex digits over the vocabulary and the chat template."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return _digest(vocabulary, str(self.tokenizer.chat_template))
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Base and tuned model with their prompts.
+
+    Args:
+        spec: What was asked for, with the dtype in force.
+        base: The base side.
+        tuned: The tuned side.
+        prompts: The splits that the spec names; disjoint.
+        device: Where the models are.
+    """
+
+    spec: PairSpec
+    base: Side
+    tuned: Side
+    prompts: Mapping[str, PromptSet]
+    device: str
+    _tokens: dict[tuple[str, str, int, Position], TokenizedPrompts] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The spec's name."""
+        return self.spec.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over weights, tokenizers, templates, dtype and prompts: equal when numbers may be compared."""
+        return _digest(
+            self.base.revision,
+            self.tuned.revision,
+            self.base.tokenizer_digest,
+            self.tuned.tokenizer_digest,
+            f"{self.spec.template} {self.spec.system!r} {self.spec.dtype}",
+            *(f"{split} {prompts.digest}" for split, prompts in sorted(self.prompts.items())),
+        )
+
+    def prompts_of(self, split: str, n: int | None = None, *, option: str = "--n") -> PromptSet:
+        """The first n prompts of a split; all when n is None.
+
+        Raises:
+            MechdiffError: The pair has no such split, or fewer prompts.
+        """
+        if split not in self.prompts:
+            self.spec.prompt_path(split)
+            raise AssertionError(f"{split} is in the spec and was not read")
+        return self.prompts[split].first(n, option=option)
+
+    def tokens(self, role: str, prompts: PromptSet, position: Position) -> TokenizedPrompts:
+        """Prompts as one side sees them.
+
+        Raises:
+            MechdiffError: A template fails, or the sides' tokenizers agree and their tokens do not.
+        """
+        key = (role, prompts.split, len(prompts), position)
+        if key not in self._tokens:
+            reader = {"own": role, "none": role}.get(self.spec.template, self.spec.template)
+            tokenizer = (self.base if reader == "base" else self.tuned).tokenizer
+            self._tokens[key] = tokenize(tokenizer, prompts, chat=self.spec.template != "none", position=position)
+        return self._tokens[key]
+
+    @property
+    def tokenizers_agree(self) -> bool:
+        """Whether both sides must see the same token ids."""
+        return self.spec.template in ("tuned", "base") or self.base.tokenizer_digest == self.tuned.tokenizer_digest
+
+    def first_changed_layer(self) -> int | None:
+        """The first decoder layer whose weights differ, 0 when anything before the layers does.
+
+        None when the models are too different to be compared tensor by tensor, or share one module.
+        """
+        base, tuned = dict(self.base.model.state_dict()), dict(self.tuned.model.state_dict())
+        if self.base.model is self.tuned.model or base.keys() != tuned.keys():
+            return None
+        with self.tuned.engine() as engine:
+            prefix, n_layers = engine.layers_prefix, engine.n_layers
+        changed = [
+            name for name in base if base[name].shape != tuned[name].shape or not torch.equal(base[name], tuned[name])
+        ]
+        inside = [name for name in changed if name.startswith(f"{prefix}.")]
+        after = ("norm", "lm_head", "final", "ln_f", "embed_out")
+        if any(name not in inside and not any(word in name for word in after) for name in changed):
+            return 0
+        return min((int(name[len(prefix) + 1 :].split(".")[0]) for name in inside), default=n_layers)
+
+
+def load_pair(
+    spec: PairSpec, *, dtype: str | None = None, device: str = "auto", options: EngineOptions | None = None
+) -> Pair:
+    """Read the prompts, then load both models.
+
+    Args:
+        spec: The pair.
+        dtype: Instead of the spec's.
+        device: `auto` is CUDA where there is one, otherwise the CPU; ignored with a device map.
+        options: Memory bounds of the engines.
+
+    Raises:
+        MechdiffError: Prompts, weights or tokenizers are missing or malformed.
+    """
+    if dtype is not None:
+        spec = PairSpec.model_validate({**spec.model_dump(), "root": spec.root, "dtype": dtype})
+    # Cheap things first: nobody should wait for 16 GB of weights to hear of a typing error in line 3.
+    prompts = {
+        split: read_prompts(spec.prompt_path(split), split, system=spec.system)
+        for split in SPLITS
+        if getattr(spec.prompts, split)
+    }
+    check_disjoint(prompts.values())
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def make_engine(model: nn.Module) -> PatchEngine:
+        names = ModuleNames(**spec.modules.model_dump()) if spec.modules else None
+        bounds = options or EngineOptions()
+        return PatchEngine(
+            model,
+            overrides=names,
+            batch_size=bounds.batch_size,
+            max_rows=bounds.max_rows,
+            head_rows=bounds.head_rows,
+        )
+
+    with _quiet_transformers():
+        model, tokenizer, revision = _load_model(spec, spec.base.model, spec.base.revision, device)
+        if spec.tuned.adapter is None:
+            base = Side("base", model, tokenizer, revision, contextlib.nullcontext, make_engine)
+            assert spec.tuned.model is not None
+            tuned_parts = _load_model(spec, spec.tuned.model, spec.tuned.revision, device)
+            tuned = Side("tuned", *tuned_parts, contextlib.nullcontext, make_engine)
+        else:
+            adapted, adapter_revision = _load_adapter(spec, model, spec.tuned.adapter, spec.tuned.revision)
+            base = Side("base", model, tokenizer, revision, adapted.disable_adapter, make_engine)
+            both = f"{revision}+{adapter_revision}"
+            tuned = Side("tuned", model, tokenizer, both, contextlib.nullcontext, make_engine)
+    return Pair(spec, base, tuned, prompts, device)
+
+
+def _load_model(
+    spec: PairSpec, reference: str, revision: str | None, device: str
+) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase, str]:
+    place = spec.locate(reference)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": spec.trust_remote_code}
+    try:
+        # use_safetensors: a .bin checkpoint is a pickle, which runs code when it is read.
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=getattr(torch, spec.dtype), device_map=spec.device_map, use_safetensors=True, **options
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MechdiffError(
+            f"Model {place} of pair {spec.name!r} cannot be loaded ({reason}); correct the id or path, "
+            "download it first, or log in to the hub."
+        ) from error
+    if spec.device_map is None:
+        model.to(device)
+    return model.eval().requires_grad_(False), tokenizer, _resolved_revision(place, model)
+
+
+def _load_adapter(spec: PairSpec, model: nn.Module, reference: str, revision: str | None) -> tuple[Any, str]:
+    try:
+        import peft
+    except ImportError:
+        raise MechdiffError(
+            f"Pair {spec.name!r} has a PEFT adapter and peft is not installed; pip install 'mechdiff-mlflow[peft]'."
+        ) from None
+    place = spec.locate(reference)
+    try:
+        adapted = peft.PeftModel.from_pretrained(model, place, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise MechdiffError(f"Adapter {place} of pair {spec.name!r} cannot be loaded ({reason}).") from error
+    adapted.eval().requires_grad_(False)
+    return adapted, _folder_digest(Path(place)) if Path(place).is_dir() else f"{place}@{revision or 'main'}"
+
+
+def _resolved_revision(place: str, model: nn.Module) -> str:
+    if Path(place).is_dir():
+        return _folder_digest(Path(place))
+    commit = getattr(model.config, "_commit_hash", None)
+    return f"{place}@{commit or 'unknown'}"
+
+
+def _folder_digest(folder: Path) -> str:
+    """`sha256:` and 16 hex digits over the configuration and the weights of a local checkpoint."""
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json"):
+            total.update(f"{path.name} {_file_digest(path)}\n".encode())
+    return f"sha256:{total.hexdigest()[:16]}"
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No bars and notes while weights load: our own progress says what goes on."""
+    log = transformers.utils.logging
+    level = log.get_verbosity()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        log.enable_progress_bar()
