@@ -131,13 +131,18 @@ class Pair:
         if key not in self._tokens:
             reader = {"own": role, "none": role}.get(self.spec.template, self.spec.template)
             tokenizer = (self.base if reader == "base" else self.tuned).tokenizer
-            self._tokens[key] = tokenize(tokenizer, prompts, chat=self.spec.template != "none", position=position)
+            self._tokens[key] = tokenize(
+                tokenizer, prompts, chat=self.spec.template != "none", position=position
+            )
         return self._tokens[key]
 
     @property
     def tokenizers_agree(self) -> bool:
         """Whether both sides must see the same token ids."""
-        return self.spec.template in ("tuned", "base") or self.base.tokenizer_digest == self.tuned.tokenizer_digest
+        return (
+            self.spec.template in ("tuned", "base")
+            or self.base.tokenizer_digest == self.tuned.tokenizer_digest
+        )
 
     def first_changed_layer(self) -> int | None:
         """The first decoder layer whose weights differ, 0 when anything before the layers does.
@@ -150,7 +155,9 @@ class Pair:
         with self.tuned.engine() as engine:
             prefix, n_layers = engine.layers_prefix, engine.n_layers
         changed = [
-            name for name in base if base[name].shape != tuned[name].shape or not torch.equal(base[name], tuned[name])
+            name
+            for name in base
+            if base[name].shape != tuned[name].shape or not torch.equal(base[name], tuned[name])
         ]
         inside = [name for name in changed if name.startswith(f"{prefix}.")]
         after = ("norm", "lm_head", "final", "ln_f", "embed_out")
@@ -219,7 +226,11 @@ def _load_model(
     try:
         # use_safetensors: a .bin checkpoint is a pickle, which runs code when it is read.
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=getattr(torch, spec.dtype), device_map=spec.device_map, use_safetensors=True, **options
+            place,
+            dtype=getattr(torch, spec.dtype),
+            device_map=spec.device_map,
+            use_safetensors=True,
+            **options,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -68,7 +68,10 @@ class PromptSet:
     @property
     def digest(self) -> str:
         """32 hex digits of sha256 over the conversations, in order."""
-        lines = (json.dumps([dict(m) for m in p.messages], sort_keys=True, ensure_ascii=False) for p in self.prompts)
+        lines = (
+            json.dumps([dict(m) for m in p.messages], sort_keys=True, ensure_ascii=False)
+            for p in self.prompts
+        )
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
     def first(self, n: int | None, *, option: str = "--n") -> PromptSet:
@@ -100,7 +103,9 @@ def read_prompts(path: Path, split: str, *, system: str | None = None) -> Prompt
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut JSON at U+2028
     except (OSError, UnicodeDecodeError) as error:
-        raise MechdiffError(f"Prompt file {path} cannot be read as UTF-8 text ({error}); check the file.") from None
+        raise MechdiffError(
+            f"Prompt file {path} cannot be read as UTF-8 text ({error}); check the file."
+        ) from None
     prompts = [
         Prompt(_messages(line, f"{path}, line {number}", system))
         for number, line in enumerate(lines, 1)
@@ -123,7 +128,9 @@ def _messages(line: str, where: str, system: str | None) -> tuple[Message, ...]:
     if text is None and isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
         if messages[-1]["role"] == "user":
             return tuple({"role": m["role"], "content": m["content"]} for m in messages)
-        raise MechdiffError(f"{where} ends with the {messages[-1]['role']}; end messages with the user's turn.")
+        raise MechdiffError(
+            f"{where} ends with the {messages[-1]['role']}; end messages with the user's turn."
+        )
     raise MechdiffError(
         f'{where} has neither a "text" nor a list of "messages" with role and content; write {{"text": "…"}}.'
     )
@@ -216,13 +223,19 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, where: str) -> tuple[int, ...]:
-    tokens = _templated(tokenizer, prompt, where, as_tokens=True) if chat else tokenizer(prompt.text)["input_ids"]
+    tokens = (
+        _templated(tokenizer, prompt, where, as_tokens=True) if chat else tokenizer(prompt.text)["input_ids"]
+    )
     if not tokens:
-        raise MechdiffError(f"{_name(tokenizer)} turns {where} into no tokens; check the prompt and the template.")
+        raise MechdiffError(
+            f"{_name(tokenizer)} turns {where} into no tokens; check the prompt and the template."
+        )
     return tuple(int(token) for token in tokens)
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, as_tokens: bool) -> str | list[int]:
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, as_tokens: bool
+) -> str | list[int]:
     messages = [dict(message) for message in prompt.messages]
     try:
         # Without return_dict=False, transformers 5 gives a mapping where 4 gave ids.

@@ -80,9 +80,13 @@ class Alpha:
     def __post_init__(self) -> None:
         for value in self.values:
             if not (math.isfinite(value) and value >= 0):
-                raise MechdiffError(f"α={value:g} is not a finite number of at least 0; pass e.g. 0.3, or auto.")
+                raise MechdiffError(
+                    f"α={value:g} is not a finite number of at least 0; pass e.g. 0.3, or auto."
+                )
         if not self.values or list(self.values) != sorted(set(self.values)):
-            raise MechdiffError(f"α grid {self} must list different values in increasing order, e.g. 0.3,0.7,1.")
+            raise MechdiffError(
+                f"α grid {self} must list different values in increasing order, e.g. 0.3,0.7,1."
+            )
 
     def __str__(self) -> str:
         if self.values == ALPHA_GRID:
@@ -106,7 +110,9 @@ class Alpha:
         try:
             return cls(tuple(float(part) for part in text.split(",")))
         except ValueError:
-            raise MechdiffError(f"α={text!r} is not a number; pass e.g. 0.3, a grid 0.3,0.7,1, or auto.") from None
+            raise MechdiffError(
+                f"α={text!r} is not a number; pass e.g. 0.3, a grid 0.3,0.7,1, or auto."
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +184,8 @@ class ModuleOverride(_Frozen):
 
     layers: NonEmpty | None = None
     attention: NonEmpty | None = None
+    attn_out: NonEmpty | None = None
+    mlp_out: NonEmpty | None = None
     mlp: NonEmpty | None = None
 
 
@@ -234,12 +242,16 @@ class PairSpec(_Frozen):
             )
         path = self.root / Path(name).expanduser()
         if not path.is_file():
-            raise MechdiffError(f"Prompt file {path} does not exist; correct prompts.{split} of pair {self.name!r}.")
+            raise MechdiffError(
+                f"Prompt file {path} does not exist; correct prompts.{split} of pair {self.name!r}."
+            )
         return path
 
     def to_yaml(self) -> str:
         """The spec as a YAML text that `parse` reads back."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(
+            self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True
+        )
 
     @classmethod
     def parse(cls, text: str, *, root: Path, source: str = "pair spec") -> PairSpec:
@@ -254,7 +266,9 @@ class PairSpec(_Frozen):
             MechdiffError: The text is not YAML, has unknown or missing keys, or values out of range.
         """
         if len(text) > MAX_SPEC_BYTES:
-            raise MechdiffError(f"{source} has {len(text)} characters, over {MAX_SPEC_BYTES}; a spec is a page.")
+            raise MechdiffError(
+                f"{source} has {len(text)} characters, over {MAX_SPEC_BYTES}; a spec is a page."
+            )
         try:
             # Aliases make small texts expand without bound; no spec needs them.
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
@@ -263,7 +277,9 @@ class PairSpec(_Frozen):
         except (yaml.YAMLError, RecursionError) as error:
             where = getattr(error, "problem_mark", None)
             line = f" at line {where.line + 1}" if where else ""
-            raise MechdiffError(f"{source} is not valid YAML{line}; check its indentation and quotes.") from None
+            raise MechdiffError(
+                f"{source} is not valid YAML{line}; check its indentation and quotes."
+            ) from None
         if not isinstance(fields, dict):
             raise MechdiffError(f"{source} is not a mapping; it needs name, base, tuned and prompts.")
         try:
@@ -281,7 +297,9 @@ class PairSpec(_Frozen):
         shipped = shipped_pairs()
         path = shipped.get(pair, Path(pair))
         if not path.is_file():
-            raise MechdiffError(f"Pair {pair!r} is neither a YAML file nor a shipped pair ({', '.join(shipped)}).")
+            raise MechdiffError(
+                f"Pair {pair!r} is neither a YAML file nor a shipped pair ({', '.join(shipped)})."
+            )
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -303,7 +321,9 @@ def _explain(error: ValidationError | TypeError) -> str:
     for item in error.errors():
         where = ".".join(str(step) for step in item["loc"]) or "spec"
         what = (
-            "unknown key, remove it" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+            "unknown key, remove it"
+            if item["type"] == "extra_forbidden"
+            else item["msg"].removeprefix("Value error, ")
         )
         parts.append(f"{where}: {what}")
     return "; ".join(parts)

@@ -1,0 +1,216 @@
+"""Commands that load a pair and measure: run, fit, patch, sweep."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mechdiff_mlflow.cli import options, show
+from mechdiff_mlflow.cli.group import cli
+from mechdiff_mlflow.cli.session import session
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments import PatchRecord
+from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, min_ranks
+from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.spec import Alpha, Cell, Position, Rank
+from mechdiff_mlflow.tracking import fields, registry
+from mechdiff_mlflow.tracking.store import open_store
+
+
+def _one_alpha(text: str) -> float:
+    alpha = Alpha.parse(text)
+    if alpha.is_choice:
+        raise MechdiffError(f"α={text!r} is a choice of several; pass one number, e.g. 0.3.")
+    return alpha.values[0]
+
+
+@cli.command("run")
+@options.pair
+@options.site
+@options.solver
+@options.rank_and_alpha
+@options.position
+@options.reported
+@options.n_train
+@options.seed
+@options.models
+@options.promotion
+@options.tracking
+def run_command(**given: Any) -> None:
+    """Fit a map at one site, patch with it, and report: the main job.
+
+    One parent run with a fit and a patch run under it.
+
+    \b
+    Example:
+      mechdiff run --layer 26 --hook attn_out --k 8 --alpha 0.3 --promote
+    """
+    cell = _cell(given)
+    with session("run", str(cell), given) as now:
+        (fit,) = now.study.fit([cell])
+        fit_id = now.run.log(fields.fit_run(fit, now.study))
+        (patch,) = now.study.patch([(fit.cell, fit.map, fit.chosen)])
+        now.run.log(fields.patch_run(patch, now.study, map_run=fit_id))
+        now.run.add(fields.headline(patch, kind="run", name=str(cell)))
+        if given["promote"] != "none":
+            registry.promote(now.store, fit_id, alias=given["promote"])
+    show.patches([patch], now.study)
+    show.where_to_look(now.store, now.run.experiment_id, fit_id, patch.cell.site, now.study, given["promote"])
+    _demand_signal([patch])
+
+
+@cli.command("fit")
+@options.pair
+@options.site
+@options.solver
+@options.rank_and_alpha
+@options.position
+@options.n_train
+@options.seed
+@options.models
+@options.tracking
+def fit_command(**given: Any) -> None:
+    """Fit a map at one site; val chooses what is left open.
+
+    \b
+    Example:
+      mechdiff fit --layer 24 --hook resid_post --solver reduced_rank --k 8 --alpha 0.7
+    """
+    cell = _cell(given)
+    with session("fit", f"fit {cell}", given) as now:
+        (fit,) = now.study.fit([cell])
+        fit_id = now.place(fields.fit_run(fit, now.study))
+    show.fits([fit], now.study)
+    show.where_to_look(now.store, now.run.experiment_id, fit_id, cell.site, now.study, "none")
+
+
+@cli.command("patch")
+@click.option("--map", "map", required=True, help="models:/NAME@ALIAS, NAME@ALIAS, runs:/RUN or a file.")
+@options.pair
+@click.option(
+    "--alpha",
+    type=options.Text("alpha", lambda text: None if text == "map" else _one_alpha(text)),
+    default="map",
+    show_default=True,
+    help="Scale instead of the map's own; replaces it, does not multiply it.",
+)
+@options.reported
+@options.n_train
+@options.seed
+@options.models
+@options.tracking
+@click.option(
+    "--allow-pair-mismatch", is_flag=True, help="Patch a pair that the map was not fitted on; recorded."
+)
+def patch_command(**given: Any) -> None:
+    """Patch with a map that exists, and report.
+
+    \b
+    Example:
+      mechdiff patch --map cultural-demo-L26-attn_out@champion --alpha 0.3
+    """
+    found = registry.resolve(open_store(given["tracking_uri"]), given["map"])
+    map_ = found.map if given["alpha"] is None else found.map.with_alpha(given["alpha"])
+    given["position"] = Position(str(map_.meta["position"]))
+    cell = _cell_of(map_, given["map"])
+    with session("patch", f"patch {given['map']}", given) as now:
+        if not given["allow_pair_mismatch"]:
+            _check_same_pair(map_, given["map"], now.study.pair.fingerprint)
+        (patch,) = now.study.patch([(cell, map_, ())])
+        now.place(fields.patch_run(patch, now.study, map_run=found.run_id, map_name=given["map"]))
+    show.patches([patch], now.study)
+    _demand_signal([patch])
+
+
+@cli.command("sweep")
+@options.pair
+@click.option(
+    "--sites",
+    type=options.Text("sites", options.listed(SweepSite.parse)),
+    default="L26/attn_out:0.3,L24/resid_post:0.7",
+    show_default=True,
+    help="Sites, each with its alpha after a colon; without one it takes every one of --alphas.",
+)
+@click.option(
+    "--ranks",
+    type=options.Text("ranks", options.listed(Rank.parse)),
+    default="1,8,32,full",
+    show_default=True,
+    help="Ranks k.",
+)
+@click.option(
+    "--alphas",
+    type=options.Text("alphas", options.listed(_one_alpha)),
+    default="1",
+    show_default=True,
+    help="Scales for sites without one.",
+)
+@click.option(
+    "--targets",
+    type=options.Text("targets", options.listed(float)),
+    default="30,12",
+    show_default=True,
+    help="Drop in percent whose smallest rank is sought, one a site (or one for all).",
+)
+@options.solver
+@options.position
+@options.reported
+@options.n_train
+@options.seed
+@options.models
+@options.tracking
+def sweep_command(**given: Any) -> None:
+    """Sweep ranks (and scales) over sites: drop%(k) and the smallest rank that reaches a target (RQ3).
+
+    \b
+    Example:
+      mechdiff sweep --sites L26/attn_out:0.3 --ranks 1,8,32,full --targets 30
+    """
+    cells = cells_of(given["sites"], given["ranks"], given["alphas"], given["solver"], given["family"])
+    with session("sweep", f"sweep of {len(cells)} cells", given) as now:
+        fits = now.study.fit(cells)
+        patches = now.study.patch([(fit.cell, fit.map, fit.chosen) for fit in fits])
+        for fit, patch in zip(fits, patches, strict=True):
+            now.run.log(fields.cell_run(fit, patch, now.study))
+        found = min_ranks(patches, given["targets"], seed=given["seed"])
+        now.run.add(fields.sweep_headline(patches, found))
+    show.patches(patches, now.study)
+    show.min_ranks(found)
+    show.where_to_look(now.store, now.run.experiment_id)
+
+
+def _cell(given: dict[str, Any]) -> Cell:
+    site = Site(given["layer"], given["hook"])
+    return Cell(site, given["solver"], given["family"], given["k"], given["alpha"])
+
+
+def _cell_of(map_: AffineMap, name: str) -> Cell:
+    """The cell that a map says it belongs to."""
+    meta = map_.meta
+    missing = [key for key in ("site", "solver", "family", "k", "position", "fingerprint") if key not in meta]
+    if missing:
+        raise MechdiffError(
+            f"Map {name} does not say its {', '.join(missing)}; fit it again with mechdiff fit."
+        )
+    site, rank = Site.parse(str(meta["site"])), Rank.parse(str(meta["k"]))
+    return Cell(site, str(meta["solver"]), str(meta["family"]), rank, Alpha((map_.alpha,)))
+
+
+def _check_same_pair(map_: AffineMap, name: str, fingerprint: str) -> None:
+    if map_.meta["fingerprint"] != fingerprint:
+        raise MechdiffError(
+            f"Map {name} was fitted on pair fingerprint {map_.meta['fingerprint']} and this pair has {fingerprint} "
+            "(other weights, tokenizer, template, dtype or prompts); fit it again, or pass --allow-pair-mismatch."
+        )
+
+
+def _demand_signal(patches: list[PatchRecord]) -> None:
+    """Fail where a drop could not be told from noise; what was measured is in the run already."""
+    for patch in patches:
+        if "drop_pct" in patch.undefined:
+            raise MechdiffError(
+                f"No drop at {patch.cell.site}: {patch.undefined['drop_pct']}; choose a site where the models differ, "
+                "e.g. a later layer."
+            )

@@ -1,0 +1,83 @@
+"""What the experiment commands share: options made into specs, a tracked run, a loaded pair."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mechdiff_mlflow.cli.progress import bars
+from mechdiff_mlflow.experiments import Protocol, Study
+from mechdiff_mlflow.pairs import EngineOptions, load_pair
+from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
+from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, OpenRun, Tracker
+from mechdiff_mlflow.tracking.store import Store, open_store
+
+LONE = ("fit", "patch")
+_NOT_SETTINGS = ("tracking_uri", "experiment", "device", "batch_size", "out")
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open run and the study whose records go into it."""
+
+    store: Store
+    run: OpenRun
+    study: Study
+    has_parent: bool
+
+    def place(self, record: RunRecord) -> str:
+        """Log a record below the parent, or as the open run itself where that is the record's own; the run's id."""
+        if self.has_parent:
+            return self.run.log(record)
+        self.run.add(record)
+        return self.run.run_id
+
+
+@contextlib.contextmanager
+def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
+    """A tracked run around a study of the pair in `options`.
+
+    Args:
+        kind: `run`, `fit`, `patch` or `sweep`.
+        name: What the UI shows.
+        options: The command's parameters by name.
+    """
+    spec = PairSpec.load(options["pair"])
+    store = open_store(options["tracking_uri"])
+    tracker = Tracker(store, options["experiment"] or spec.name)
+    # A lone fit or patch is one run, whose params are what was resolved; what was asked would contradict it.
+    has_parent = kind not in LONE or RUN_ID_VARIABLE in os.environ
+    with tracker.run(kind, name, asked(options) if has_parent else {}) as run:
+        protocol = protocol_of(options)
+        with bars() as stage:
+            with stage("loading both models", 1):
+                pair = load_pair(
+                    spec,
+                    dtype=None if options["dtype"] == "spec" else options["dtype"],
+                    device=options["device"],
+                    options=EngineOptions(batch_size=options["batch_size"]),
+                )
+            yield Session(store, run, Study(pair, protocol, stage), has_parent)
+
+
+def protocol_of(options: dict[str, Any]) -> Protocol:
+    """The protocol in a command's parameters; what it has no option for keeps its default."""
+    names = ("split", "n", "n_train", "position", "shrink", "ridge", "off_span", "seed")
+    return Protocol(**{name: options[name] for name in names if name in options})
+
+
+def asked(options: dict[str, Any]) -> dict[str, ParamValue]:
+    """Parameters as the user gave them, by the names that MLproject uses."""
+    return {name: _text(name, value) for name, value in options.items() if name not in _NOT_SETTINGS}
+
+
+def _text(name: str, value: Any) -> ParamValue:
+    if value is None:
+        return "auto" if name == "off_span" else "all"
+    if isinstance(value, tuple):
+        return ",".join(str(_text(name, item)) for item in value)
+    return value if isinstance(value, int | float) else str(value)

@@ -1,0 +1,84 @@
+"""Final tables, and the commands to look further."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
+from mechdiff_mlflow.experiments.sweep import MinRank
+from mechdiff_mlflow.stats import Interval
+
+_PIPE_WIDTH = 160
+
+
+def _console() -> Console:
+    """Standard output; wide where it is no terminal, so that logs keep whole rows."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=False)
+
+
+def fits(records: Sequence[FitRecord], study: Study) -> None:
+    """Print fitted maps."""
+    table = Table("site", "solver", "family", "k", "α", "off span", "ρ val", "cos val", title=study.pair.name)
+    for fit in records:
+        cell = fit.cell
+        row = (cell.site, cell.solver, cell.family, cell.rank, cell.alpha, fit.off_span)
+        table.add_row(*map(str, row), _number(fit.rho), _number(fit.cos_mean))
+    _console().print(table)
+
+
+def patches(records: Sequence[PatchRecord], study: Study) -> None:
+    """Print patches with their controls."""
+    first = records[0]
+    title = f"{study.pair.name}, {first.n} {first.split} prompts, KL in nats, 95 % bootstrap intervals"
+    table = Table(
+        "site", "k", "α", "KL_raw", "KL_mapped", "drop %", "skill %", "null", "floor", "ρ", title=title
+    )
+    for patch in records:
+        table.add_row(
+            str(patch.cell.site),
+            str(patch.cell.rank),
+            str(patch.cell.alpha),
+            _number(patch.kl_raw),
+            _number(patch.kl_mapped),
+            _interval(patch.drop_pct, patch.undefined.get("drop_pct", "")),
+            _interval(patch.skill_pct, patch.undefined.get("skill_pct", "")),
+            patch.null,
+            f"{patch.noise_floor:.1g}",
+            _number(patch.rho),
+        )
+    console = _console()
+    console.print(table)
+    if len(records) == 1:
+        controls = sorted(first.controls.items(), key=lambda item: item[1])
+        console.print("Controls (mean KL): " + ", ".join(f"{name} {_number(kl)}" for name, kl in controls))
+    if any(patch.leak for patch in records):
+        console.print(
+            f"Leak: {', '.join(first.leak)} was chosen on the reported split, so these numbers flatter the map."
+        )
+
+
+def min_ranks(found: Sequence[MinRank]) -> None:
+    """Print the least rank for each target."""
+    console = _console()
+    for item in found:
+        console.print(f"min k for {item.target_pct:g} % @ {item.label}: {item.text}")
+
+
+def lines(texts: Sequence[str]) -> None:
+    """Print plain lines."""
+    for text in texts:
+        _console().print(text, markup=False, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4g}"
+
+
+def _interval(interval: Interval | None, why: str) -> str:
+    if interval is None:
+        return f"n/a ({why.partition(':')[0]})"
+    return f"{interval.estimate:.1f} [{interval.low:.1f}, {interval.high:.1f}]"

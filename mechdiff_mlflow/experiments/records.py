@@ -1,0 +1,102 @@
+"""What experiments yield: plain frozen values, from which runs, tables and reports are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import pandas as pd
+
+from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.spec import Cell
+from mechdiff_mlflow.stats import Interval
+
+
+@dataclass(frozen=True, eq=False)
+class FitRecord:
+    """One map, fitted on train, with what val chose.
+
+    Args:
+        cell: Where and how; its α is the one in force.
+        alpha_asked: As requested: a value, a grid or `auto`.
+        shrink: Covariance shrinkage in [0, 1]; None where the solver has none.
+        ridge: Penalty over the mean variance; None where the solver has none.
+        off_span: What the map does outside the span of the training rows.
+        map: The map, its α included.
+        n_train: Prompts fitted on.
+        chosen: What val chose: of `alpha`, `off_span`.
+        rho: ‖Y − Ŷ‖ / ‖Y − X‖ on val; None where the widths differ or base equals tuned.
+        cos_mean: Mean cosine of mapped and tuned activations about the tuned mean, on val.
+        candidates: One row per candidate with its mean KL on val.
+        seconds: Time of the factorisation that all ranks of the site share.
+    """
+
+    cell: Cell
+    alpha_asked: str
+    shrink: float | None
+    ridge: float | None
+    off_span: str
+    map: AffineMap
+    n_train: int
+    chosen: tuple[str, ...]
+    rho: float | None
+    cos_mean: float | None
+    candidates: pd.DataFrame
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class PatchRecord:
+    """One map patched on a split, against raw, controls and the noise floor.
+
+    Args:
+        cell: Where and how.
+        map: The map.
+        split: Which prompts are reported.
+        n: How many.
+        kl_raw: Mean KL(patched ‖ clean) in nats of the raw cross-patch; None where the widths differ.
+        kl_mapped: The same of the mapped patch.
+        kl_raw_reverse: Mean KL(clean ‖ patched) of the raw cross-patch.
+        kl_mapped_reverse: The same of the mapped patch.
+        noise_floor: Mean KL of the identity patch.
+        drop_pct: 100·(1 − ΣKL_mapped/ΣKL_raw) with its bootstrap interval; None with a reason in `undefined`.
+        kl_difference: KL_raw − KL_mapped with its interval.
+        skill_pct: 100·(1 − ΣKL_mapped/ΣKL_null) with its interval.
+        null: The best control, chosen on val.
+        controls: Mean KL of every control.
+        rho: ‖Y − Ŷ‖ / ‖Y − X‖.
+        cos_mean: Mean cosine of mapped and tuned activations about the tuned mean.
+        top1_agreement: Share of prompts on which patched and clean prefer the same token.
+        delta_logprob: Mean change of the log-probability of the clean run's preferred token, nats.
+        per_prompt: One row per prompt.
+        leak: What was chosen on the very split that is reported.
+        undefined: Why a number has no value, by name.
+        seconds: Time of the split's recording and sweep, shared by all cells.
+    """
+
+    cell: Cell
+    map: AffineMap
+    split: str
+    n: int
+    kl_raw: float | None
+    kl_mapped: float
+    kl_raw_reverse: float | None
+    kl_mapped_reverse: float
+    noise_floor: float
+    drop_pct: Interval | None
+    kl_difference: Interval | None
+    skill_pct: Interval | None
+    null: str
+    controls: Mapping[str, float]
+    rho: float | None
+    cos_mean: float | None
+    top1_agreement: float
+    delta_logprob: float
+    per_prompt: pd.DataFrame
+    leak: tuple[str, ...]
+    undefined: Mapping[str, str]
+    seconds: float
+
+
+Record: TypeAlias = FitRecord | PatchRecord

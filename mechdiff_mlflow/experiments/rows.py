@@ -1,0 +1,143 @@
+"""Score many replacements of many sites on one split: one recording of each model, whatever is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mechdiff_mlflow.engine import VariantGroup
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.progress import Stage
+from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.pairs import Pair
+from mechdiff_mlflow.prompts import PromptSet
+from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.spec import Position
+
+Array = NDArray[np.float64]
+
+IDENTITY = "identity"
+"""The tuned model's own activation put back: the noise floor, and the oracle map."""
+RAW = "raw"
+"""The base model's activation put in unmapped."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patched:
+    """What one replacement did to the next-token distribution of each of n prompts.
+
+    Args:
+        kl_patched_clean_nats: KL(patched ‖ clean), [n].
+        kl_clean_patched_nats: KL(clean ‖ patched), [n].
+        top1_agrees: 1 where patched and clean prefer the same token, [n].
+        delta_logprob_nats: Change of the log-probability of the clean run's preferred token, [n].
+    """
+
+    kl_patched_clean_nats: Array
+    kl_clean_patched_nats: Array
+    top1_agrees: Array
+    delta_logprob_nats: Array
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL(patched ‖ clean) in nats."""
+        return float(self.kl_patched_clean_nats.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class SiteRows:
+    """One site on one split.
+
+    Args:
+        base: Base activations, float64 [n, d_base].
+        tuned: Tuned activations, float64 [n, d_tuned].
+        patched: By label, what each replacement did.
+    """
+
+    base: Tensor
+    tuned: Tensor
+    patched: Mapping[str, Patched]
+
+    def with_rows(self, more: Mapping[str, Patched]) -> SiteRows:
+        """These rows and more of the same site and split."""
+        return SiteRows(self.base, self.tuned, {**self.patched, **more})
+
+
+Replacements = Mapping[Site, Mapping[str, AffineMap]]
+"""For each site the maps to try, by label."""
+
+
+def capture(
+    pair: Pair, role: str, prompts: PromptSet, position: Position, sites: list[Site]
+) -> dict[Site, Tensor]:
+    """Activations of one model at some sites, [n, d] in the model's dtype; one forward a prompt."""
+    side = pair.base if role == "base" else pair.tuned
+    tokens = pair.tokens(role, prompts, position)
+    with side.engine() as engine:
+        return engine.capture(tokens, sites)
+
+
+def score(
+    pair: Pair, prompts: PromptSet, position: Position, replacements: Replacements, stage: Stage
+) -> dict[Site, SiteRows]:
+    """Patch the tuned model with every map of every site; identity and raw rows come with each site.
+
+    Where base and tuned differ in width there is no raw row.
+
+    Raises:
+        MechdiffError: A site does not exist, a map does not fit the site, or an activation is not finite.
+    """
+    sites = list(replacements)
+    base = capture(pair, "base", prompts, position, sites)
+    tokens = pair.tokens("tuned", prompts, position)
+    with pair.tuned.engine() as engine:
+        groups, labels = [], []
+        for site in sites:
+            maps = replacements[site]
+            raw = [RAW] if base[site].shape[1] == engine.width else []
+            for label, map_ in maps.items():
+                _check_fits(map_, label, site, base[site].shape[1], engine.width)
+            groups.append(VariantGroup.identity(site))
+            labels.append((site, [IDENTITY]))
+            groups.append(_lazy_group(site, base[site], bool(raw), list(maps.values())))
+            labels.append((site, [*raw, *maps]))
+        with stage("patching tuned", len(prompts)) as advance:
+            result = engine.score(tokens, groups, progress=advance)
+    rows: dict[Site, dict[str, Patched]] = {site: {} for site in sites}
+    clean: dict[Site, Tensor] = {}
+    for (site, names), divergence, activations in zip(labels, result.divergences, result.clean, strict=True):
+        clean[site] = activations
+        for column, name in enumerate(names):
+            rows[site][name] = Patched(
+                divergence.kl_patched_clean[:, column].double().numpy(),
+                divergence.kl_clean_patched[:, column].double().numpy(),
+                divergence.top1_agrees[:, column].double().numpy(),
+                divergence.delta_logprob[:, column].double().numpy(),
+            )
+    return {
+        site: SiteRows(base[site].double().cpu(), clean[site].double().cpu(), rows[site]) for site in sites
+    }
+
+
+def _lazy_group(site: Site, base: Tensor, raw: bool, maps: list[AffineMap]) -> VariantGroup:
+    """Replacements made chunk by chunk: all of them at once would be n · v · d numbers."""
+
+    def rows(part: slice) -> Tensor:
+        x = base[part]
+        mapped = [map_(x) for map_ in maps]
+        return torch.stack([x, *mapped] if raw else mapped, dim=1)  # (n, v, d)
+
+    return VariantGroup(site, rows, n_variants=len(maps) + raw)
+
+
+def _check_fits(map_: AffineMap, label: str, site: Site, d_base: int, d_tuned: int) -> None:
+    if (map_.d_in, map_.d_out) != (d_base, d_tuned):
+        raise MechdiffError(
+            f"Map {label} takes {map_.d_in} to {map_.d_out} dimensions and {site} of this pair needs {d_base} to "
+            f"{d_tuned}; use a map that was fitted on this pair."
+        )
