@@ -11,6 +11,7 @@ and with a = |d|, m = max(p, q) and t = exp(-a) - 1 both terms are bounded funct
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -45,8 +46,9 @@ class Divergences:
         zero = torch.zeros(*shape, dtype=torch.float64)
         return cls(zero, zero.clone(), torch.ones_like(zero), zero.clone())
 
-    def __getitem__(self, index: object) -> Divergences:
-        return Divergences(*(getattr(self, f.name)[index] for f in fields(self)))
+    def map(self, function: Callable[[Tensor], Tensor]) -> Divergences:
+        """With `function` applied to every field."""
+        return Divergences(*(function(getattr(self, f.name)) for f in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ def next_token_divergences(patched: Tensor, clean: Tensor) -> Divergences:
         clean: Logits that broadcast against `patched`.
 
     Returns:
-        Float64 fields of the shape [...]. Identical logits give exactly 0.
+        Float64 fields of the shape [...], on the CPU. Identical logits give exactly 0.
 
     Raises:
         MechdiffError: A logit is NaN or infinite.
@@ -97,11 +99,13 @@ def next_token_divergences(patched: Tensor, clean: Tensor) -> Divergences:
     shape = np.broadcast_shapes(patched.shape, clean.shape)
     patched, clean = (logits.expand(shape).reshape(-1, shape[-1]) for logits in (patched, clean))
     rows = compare_rows(patched, NextToken.of(clean))
-    return Divergences(*(getattr(rows, f.name).reshape(shape[:-1]) for f in fields(rows)))
+    return rows.map(lambda x: x.reshape(shape[:-1]).cpu().double())
 
 
 def compare_rows(patched: Tensor, clean: NextToken, owner: Tensor | None = None) -> Divergences:
-    """Unchecked core of `next_token_divergences`: NaN or infinite logits come out as such.
+    """Unchecked core of `next_token_divergences`, on the logits' device and in the precision of log-softmax.
+
+    NaN or infinite logits come out as such.
 
     Args:
         patched: Logits [r, vocabulary].
@@ -109,6 +113,7 @@ def compare_rows(patched: Tensor, clean: NextToken, owner: Tensor | None = None)
         owner: Index of each row's prompt [r], ascending; None when row i belongs to prompt i.
     """
     n_rows, vocabulary = patched.shape
+    owner = owner if owner is None else owner.to(patched.device)
     step = n_rows if patched.is_cuda else max(1, _BLOCK_NUMBERS // vocabulary)
     blocks = []
     for start in range(0, n_rows, step):
@@ -131,9 +136,4 @@ def _compare_block(patched: Tensor, log_q: Tensor, top: Tensor) -> Divergences:
     at_top = top.unsqueeze(-1)
     # A top token, not the top token: half-precision logits tie, and argmax breaks ties as it likes.
     agrees = patched.gather(-1, at_top).squeeze(-1) == patched.amax(-1)
-    return Divergences(
-        forward.double().cpu(),
-        backward.double().cpu(),
-        agrees.double().cpu(),
-        d.gather(-1, at_top).squeeze(-1).double().cpu(),
-    )
+    return Divergences(forward, backward, agrees.to(d.dtype), d.gather(-1, at_top).squeeze(-1))
