@@ -1,0 +1,13 @@
+"""Capturing activations of a model and scoring replacements of them, for about one forward in all.
+
+engine = PatchEngine(model)
+captured = engine.capture(prompts, [Site.parse("L26/attn_out")])
+result = engine.score(prompts, [VariantGroup(site, replacements), VariantGroup.identity(site)])
+result.divergences[0].kl_patched_clean  # [N, v] nats
+"""
+
+from mechdiff_mlflow.engine.architecture import ModuleNames
+from mechdiff_mlflow.engine.patch_engine import MODES, PatchEngine
+from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
+
+__all__ = ["MODES", "ModuleNames", "PatchEngine", "ScoreResult", "VariantGroup"]

@@ -1,0 +1,77 @@
+"""One forward of the whole model on whole prompts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechdiff_mlflow.engine.architecture import Decoder
+from mechdiff_mlflow.engine.chunks import Chunk
+from mechdiff_mlflow.engine.taps import tapped
+from mechdiff_mlflow.sites import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a clean run leaves of a chunk of n prompts.
+
+    Args:
+        chunk: The prompts.
+        clean: The model's own activation [n, width] at each site, at the patched position.
+        logits: Next-token logits [n, vocabulary].
+    """
+
+    chunk: Chunk
+    clean: dict[Site, Tensor]
+    logits: Tensor
+
+
+class PromptForward:
+    """Runs whole prompts, and counts them in `n_prompts`."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.n_prompts = 0
+        self._accepts = _forward_parameters(decoder.model)
+        embeddings: Any = decoder.model.get_input_embeddings()  # type: ignore[operator]
+        self.device: torch.device = embeddings.weight.device
+        self.vocabulary: int = embeddings.weight.shape[0]
+
+    def __call__(self, chunk: Chunk, **more: Any) -> Tensor:
+        """Next-token logits [n, vocabulary]; `more` goes to the model."""
+        self.n_prompts += len(chunk)
+        kwargs: dict[str, Any] = {"input_ids": chunk.ids, "use_cache": False}
+        if "position_ids" in self._accepts:
+            kwargs["position_ids"] = chunk.positions
+        # Without a mask the model may use a causal kernel, which is faster.
+        if chunk.is_padded or "position_ids" not in self._accepts:
+            kwargs["attention_mask"] = chunk.mask.long()
+        if "logits_to_keep" in self._accepts:
+            kwargs["logits_to_keep"] = 1
+        with torch.no_grad():
+            logits: Tensor = self.decoder.model(**{**kwargs, **more}).logits
+        return logits[:, -1]
+
+    def record(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
+        """The clean run of a chunk, with its activations at `sites`."""
+        clean: dict[Site, Tensor] = {}
+
+        def keep(site: Site, hidden: Tensor) -> None:
+            clean[site] = hidden[:, -chunk.suffix].clone()
+
+        with ExitStack() as taps:
+            for site in set(sites):
+                edit = lambda hidden, site=site: keep(site, hidden)  # noqa: E731
+                taps.enter_context(tapped(self.decoder, site, edit, len(chunk)))
+            return Recording(chunk, clean, self(chunk))
+
+
+def _forward_parameters(model: nn.Module) -> frozenset[str]:
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return frozenset(inspect.signature(type(base).forward).parameters)

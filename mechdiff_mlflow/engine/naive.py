@@ -1,0 +1,43 @@
+"""The reference: a full forward of every prompt for every variant, with one hook."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mechdiff_mlflow.engine.chunks import Chunk
+from mechdiff_mlflow.engine.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.taps import tapped
+from mechdiff_mlflow.engine.variants import Rows, Variants
+from mechdiff_mlflow.sites import Site
+
+
+class NaivePath:
+    """Slow, obvious, and right for any model whose sites can be hooked."""
+
+    name = "naive"
+
+    def __init__(self, forward: PromptForward) -> None:
+        self._forward = forward
+
+    def record(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
+        """The clean run of a chunk."""
+        return self._forward.record(chunk, sites)
+
+    def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
+        """Logits of every prompt under every variant, one variant at a time."""
+        chunk = recording.chunk
+        owner = torch.arange(len(chunk))
+        for group in variants:
+            for i, column in enumerate(group.columns):
+                value = group.values[:, i]
+
+                def replace(hidden: Tensor, value: Tensor = value) -> Tensor:
+                    hidden = hidden.clone()
+                    hidden[:, -chunk.suffix] = value
+                    return hidden
+
+                with tapped(self._forward.decoder, group.site, replace, len(chunk)):
+                    yield Rows(owner, torch.full_like(owner, column), self._forward(chunk))

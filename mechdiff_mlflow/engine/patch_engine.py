@@ -1,0 +1,174 @@
+"""The front door: capture activations and score patches of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
+from mechdiff_mlflow.engine.chunks import check_prompts, in_chunks
+from mechdiff_mlflow.engine.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.naive import NaivePath
+from mechdiff_mlflow.engine.scoreboard import ScoreBoard
+from mechdiff_mlflow.engine.startup import check_hooks_are_causal
+from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.metrics import NextToken, compare_rows
+from mechdiff_mlflow.prompts import TokenizedPrompts
+from mechdiff_mlflow.sites import Site
+
+MODES = ("auto", "sweep", "concat", "masked", "naive")
+
+
+class PatchEngine:
+    """Captures activations of one causal language model and scores replacements of them.
+
+    The engine pads on the left by itself and takes prompts in chunks of similar length, so no result depends
+    on padding or chunk size beyond the rounding of the model's dtype. The model is as before after every
+    call, also after one that fails.
+
+    Args:
+        model: A transformers causal LM (or a PEFT wrapper of one) in eval mode.
+        overrides: Module names, for a model that is not recognised.
+        batch_size: Prompts in one forward.
+        max_rows: Patched tokens that go up the layers together.
+        head_rows: Rows of logits in memory together.
+        mode: Way of computing patched runs, of `MODES`; "auto" takes the first that agrees with "naive".
+
+    Raises:
+        MechdiffError: The model's modules are not recognised, replacing their outputs does not change the
+            logits, the model is in training mode, or an argument is bad.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        overrides: ModuleNames | None = None,
+        batch_size: int = 16,
+        max_rows: int = 8192,
+        head_rows: int = 2048,
+        mode: str = "auto",
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("max_rows", max_rows), ("head_rows", head_rows)):
+            if value < 1:
+                raise MechdiffError(f"{name} is {value}; give at least 1.")
+        if mode not in MODES:
+            raise MechdiffError(f"Mode {mode!r} is unknown; use one of {', '.join(MODES)}.")
+        if model.training:
+            raise MechdiffError(
+                "The model is in training mode, where dropout is random; call model.eval() first."
+            )
+        self._decoder = Decoder.of(model, overrides)
+        self._forward = PromptForward(self._decoder)
+        self._batch_size = batch_size
+        self._path = NaivePath(self._forward)
+        check_hooks_are_causal(self._forward)
+        self._forward.n_prompts = 0
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self._decoder.blocks)
+
+    @property
+    def width(self) -> int:
+        """Dimensions of the residual stream."""
+        return self._decoder.width
+
+    @property
+    def mode(self) -> str:
+        """How patched runs are computed: "sweep", "concat", "masked" or "naive"."""
+        return self._path.name
+
+    @property
+    def n_forwards(self) -> int:
+        """Prompts run through the whole model so far, however they were batched; start-up checks apart."""
+        return self._forward.n_prompts
+
+    def capture(self, prompts: TokenizedPrompts, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """The model's own activations at `prompts.positions`.
+
+        Returns:
+            For each site [N, width] in the model's dtype, on the CPU, in the order of the prompts.
+
+        Raises:
+            MechdiffError: A site, token or position does not exist, or an activation is not finite.
+        """
+        self._check(prompts, sites)
+        rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
+        order = []
+        for chunk in in_chunks(prompts, self._batch_size, self._forward.device):
+            recording = self._forward.record(chunk, sites)
+            _check_finite(recording)
+            order.append(chunk.index)
+            for site in rows:
+                rows[site].append(recording.clean[site].cpu())
+        return {site: _in_order(chunks, order) for site, chunks in rows.items()}
+
+    def score(
+        self,
+        prompts: TokenizedPrompts,
+        groups: Sequence[VariantGroup],
+        progress: Callable[[int], None] | None = None,
+    ) -> ScoreResult:
+        """Run every prompt once clean and once for every variant, and compare next-token distributions.
+
+        However many groups there are, each prompt is run through the whole model once.
+
+        Args:
+            prompts: N prompts.
+            groups: The variants; the same site may occur in several groups.
+            progress: Called with the number of prompts done after each chunk.
+
+        Raises:
+            MechdiffError: A site, token or position does not exist, replacements have the wrong shape, or an
+                activation or logit is not finite.
+        """
+        sites = list(dict.fromkeys(group.site for group in groups))
+        self._check(prompts, sites)
+        board = ScoreBoard(groups, len(prompts), self.width)
+        clean: dict[Site, list[Tensor]] = {site: [] for site in sites}
+        tops, order = [], []
+        for chunk in in_chunks(prompts, self._batch_size, self._forward.device):
+            recording = self._path.record(chunk, sites)
+            _check_finite(recording)
+            next_token = NextToken.of(recording.logits)
+            variants, same = board.variants(recording)
+            scored = [
+                (rows.owner, rows.column, compare_rows(rows.logits, next_token, rows.owner))
+                for rows in self._path.run(recording, variants)
+            ]
+            board.add(recording, same, scored)
+            order.append(chunk.index)
+            tops.append(next_token.top.cpu())
+            for site in sites:
+                clean[site].append(recording.clean[site].cpu())
+            if progress is not None:
+                progress(sum(map(len, order)))
+        by_site = {site: _in_order(chunks, order) for site, chunks in clean.items()}
+        return board.result(by_site, _in_order(tops, order))
+
+    def _check(self, prompts: TokenizedPrompts, sites: Sequence[Site]) -> None:
+        for site in sites:
+            self._decoder.check(site)
+        check_prompts(prompts, self._forward.vocabulary)
+
+
+def _check_finite(recording: Recording) -> None:
+    tensors = {f"The activation at {site}": x for site, x in recording.clean.items()}
+    tensors["The next-token logits"] = recording.logits
+    finite = torch.stack([torch.isfinite(x).all(-1).cpu() for x in tensors.values()])  # [tensors, n]
+    if not finite.all():
+        which, row = (int(i) for i in (~finite).nonzero()[0])
+        raise MechdiffError(
+            f"{list(tensors)[which]} of prompt {int(recording.chunk.index[row])} is NaN or infinite; load "
+            "the model in bfloat16 or float32, or look for broken weights."
+        )
+
+
+def _in_order(chunks: list[Tensor], order: list[Tensor]) -> Tensor:
+    """Rows that came chunk by chunk, in the order of the prompts."""
+    return torch.cat(chunks)[torch.argsort(torch.cat(order))]

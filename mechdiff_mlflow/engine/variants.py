@@ -1,0 +1,107 @@
+"""What is put in place of the model's own activations, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.metrics import Divergences
+from mechdiff_mlflow.sites import Site
+
+Replace = Callable[[Tensor, Tensor], Tensor]
+"""From prompt indices [n] (on the CPU) and the model's own activations [n, width] there to [n, v, width]."""
+
+
+@dataclass(frozen=True, slots=True)
+class VariantGroup:
+    """v replacement vectors at one site for each of N prompts.
+
+    Args:
+        site: Where they go.
+        replacements: A tensor [N, v, width] of any floating dtype and device, cast to the model's when
+            applied; or a function called once for each chunk of n prompts, with their indices [n] and the
+            model's own activations [n, width] at the site, that returns [n, v, width]. N prompts of v
+            variants are then never in memory together.
+        n_variants: v; needed for a function only.
+        always_run: Compute variants even where they equal the model's own activation bit for bit. Otherwise
+            those are answered with an exact 0.
+    """
+
+    site: Site
+    replacements: Tensor | Replace
+    n_variants: int | None = None
+    always_run: bool = False
+
+    @classmethod
+    def identity(cls, site: Site) -> VariantGroup:
+        """The identity patch: the model's own activation put back and run. Its KL is the noise floor."""
+        return cls(site, lambda index, clean: clean.unsqueeze(1), n_variants=1, always_run=True)
+
+    def count(self, n_prompts: int, width: int) -> int:
+        """The number of variants v.
+
+        Raises:
+            MechdiffError: The replacements are not [n_prompts, v, width] with v >= 1.
+        """
+        if isinstance(self.replacements, Tensor):
+            shape = tuple(self.replacements.shape)
+            if len(shape) != 3 or shape[0] != n_prompts or shape[1] < 1 or shape[2] != width:
+                raise MechdiffError(
+                    f"The replacements at {self.site} have the shape {shape}, not (prompts {n_prompts}, "
+                    f"variants, width {width}); give one vector for each prompt and variant."
+                )
+            return shape[1]
+        if self.n_variants is None or self.n_variants < 1:
+            raise MechdiffError(
+                f"The variants at {self.site} are a function and n_variants is {self.n_variants}; say how "
+                "many vectors it returns for each prompt."
+            )
+        return self.n_variants
+
+
+@dataclass(frozen=True, slots=True)
+class Variants:
+    """The vectors of one group that are run for one chunk.
+
+    Args:
+        site: Where they go.
+        values: [n, v, width] in the model's dtype, on the site's device.
+        columns: For each of the v the column of the score that it fills.
+    """
+
+    site: Site
+    values: Tensor
+    columns: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Logits of patched runs.
+
+    Args:
+        owner: Which prompt of the chunk each row belongs to [r], ascending, on the CPU.
+        column: Which column of the score it fills [r], on the CPU.
+        logits: [r, vocabulary].
+    """
+
+    owner: Tensor
+    column: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """What became of N prompts under every variant.
+
+    Args:
+        divergences: One for each group, in order; fields [N, v] in float64 on the CPU.
+        clean: The model's own activation at each group's site [N, width], in the model's dtype, on the CPU.
+        clean_top: The clean run's top token of each prompt [N].
+    """
+
+    divergences: tuple[Divergences, ...]
+    clean: dict[Site, Tensor]
+    clean_top: Tensor

@@ -1,0 +1,114 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.metrics import NextToken, compare_rows, next_token_divergences
+
+
+def reference_kl(p_logits: Tensor, q_logits: Tensor) -> float:
+    """KL of one pair of rows from the definition, in extended precision."""
+    p, q = (np.asarray(x.double().numpy(), dtype=np.longdouble) for x in (p_logits, q_logits))
+    log_p, log_q = (x - x.max() - np.log(np.exp(x - x.max()).sum()) for x in (p, q))
+    return float((np.exp(log_p) * (log_p - log_q)).sum())
+
+
+def logits(seed: int, vocabulary: int, scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(3, vocabulary, generator=generator, dtype=torch.float64) * scale).to(dtype)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    vocabulary=st.integers(2, 300),
+    scale=st.sampled_from([0.1, 1.0, 10.0, 200.0]),
+    size=st.sampled_from([1e-5, 1e-3, 0.1, 1.0, 50.0]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+)
+def test_divergences_are_those_of_the_definitions(
+    seed: int, vocabulary: int, scale: float, size: float, dtype: torch.dtype
+) -> None:
+    clean = logits(seed, vocabulary, scale, dtype)
+    patched = (clean.double() + logits(seed + 1, vocabulary, size, torch.float64)).to(dtype)
+    found = next_token_divergences(patched, clean)
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    for row in range(3):
+        for kl, p, q in (
+            (found.kl_patched_clean[row], patched[row], clean[row]),
+            (found.kl_clean_patched[row], clean[row], patched[row]),
+        ):
+            true = reference_kl(p, q)
+            # The rounding of a log-probability of size |log p| is felt in proportion to sqrt(KL); the
+            # reference itself cancels in its last digits.
+            noise = 4 * eps * max(float(clean.abs().max()), float(patched.abs().max()), 10.0)
+            rounding = noise**2 + noise * max(true, 0.0) ** 0.5 + 4 * float(np.finfo(np.longdouble).eps)
+            assert float(kl) == pytest.approx(true, rel=1e-5 if eps > 1e-10 else 1e-11, abs=rounding)
+            assert kl >= 0
+
+
+def test_tiny_divergences_keep_their_digits_in_float32() -> None:
+    clean = logits(0, 5000, 3.0)
+    patched = clean + 1e-4 * logits(1, 5000, 1.0)
+    found = next_token_divergences(patched, clean).kl_patched_clean
+    true = [reference_kl(p, q) for p, q in zip(patched, clean, strict=True)]
+    assert max(true) < 1e-8
+    assert found.tolist() == pytest.approx(true, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_identical_logits_are_exactly_zero_apart(dtype: torch.dtype) -> None:
+    clean = logits(0, 1000, 5.0, dtype)
+    found = next_token_divergences(clean.repeat(40, 1), clean.repeat(40, 1))
+    assert (found.kl_patched_clean == 0).all()
+    assert (found.kl_clean_patched == 0).all()
+    assert (found.delta_logprob == 0).all()
+    assert (found.top1_agrees == 1).all()
+
+
+def test_disjoint_certainties_stay_finite() -> None:
+    clean, patched = torch.tensor([[500.0, 0.0, 0.0]]), torch.tensor([[0.0, 500.0, 0.0]])
+    found = next_token_divergences(patched, clean)
+    assert found.kl_patched_clean.item() == pytest.approx(500)
+    assert found.kl_clean_patched.item() == pytest.approx(500)
+    assert found.delta_logprob.item() == pytest.approx(-500)
+    assert found.top1_agrees.item() == 0
+
+
+def test_top_token_by_hand() -> None:
+    clean = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 0.5]])
+    patched = torch.tensor([[3.0, 1.0, 0.0], [2.0, 1.0, 0.5]])
+    found = next_token_divergences(patched, clean)
+    assert found.top1_agrees.tolist() == [1.0, 0.0]
+    expected = torch.log_softmax(patched, -1)[[0, 1], [0, 1]] - torch.log_softmax(clean, -1)[[0, 1], [0, 1]]
+    assert torch.allclose(found.delta_logprob, expected.double())
+
+
+def test_a_tie_for_the_top_token_is_agreement() -> None:
+    found = next_token_divergences(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 1.0]]))
+    assert found.top1_agrees.item() == 1
+
+
+def test_clean_logits_broadcast_and_rows_know_their_prompt() -> None:
+    clean, patched = logits(0, 50, 1.0), logits(1, 50, 1.0)
+    grid = next_token_divergences(
+        patched[None], clean[:, None]
+    ).kl_patched_clean  # every patched, every clean
+    assert grid.shape == (3, 3)
+    owner = torch.tensor([0, 0, 1, 2, 2])
+    rows = compare_rows(patched[[0, 1, 2, 0, 1]], NextToken.of(clean), owner).kl_patched_clean
+    assert torch.equal(rows, grid[owner, [0, 1, 2, 0, 1]])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", ["patched", "clean"])
+def test_logits_that_are_not_finite_are_refused(bad: float, which: str) -> None:
+    good, broken = logits(0, 10, 1.0), logits(0, 10, 1.0)
+    broken[1, 3] = bad
+    pair = (broken, good) if which == "patched" else (good, broken)
+    with pytest.raises(
+        MechdiffError, match=f"The {which} logits hold NaN or infinite values; load the model in"
+    ):
+        next_token_divergences(*pair)
