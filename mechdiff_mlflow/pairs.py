@@ -1,4 +1,4 @@
-"""A pair made ready: both models, their tokenizers and engines, the prompts, and the fingerprint of it all."""
+"""A pair made ready: both models, their tokenizers and engines, the prompts, and a fingerprint of it all."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from mechdiff_mlflow.engine import ModuleNames, PatchEngine
+from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts, tokenize
 from mechdiff_mlflow.spec import SPLITS, PairSpec, Position
@@ -100,7 +101,7 @@ class Pair:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over weights, tokenizers, templates, dtype and prompts: equal when numbers may be compared."""
+        """16 hex digits over weights, tokenizers, templates, dtype and prompts."""
         return _digest(
             self.base.revision,
             self.tuned.revision,
@@ -145,25 +146,23 @@ class Pair:
         )
 
     def first_changed_layer(self) -> int | None:
-        """The first decoder layer whose weights differ, 0 when anything before the layers does.
+        """The first decoder layer whose weights differ, n_layers when none does.
 
-        None when the models are too different to be compared tensor by tensor, or share one module.
+        None when the weights cannot be compared tensor by tensor: other architectures, or one shared module.
         """
-        base, tuned = dict(self.base.model.state_dict()), dict(self.tuned.model.state_dict())
-        if self.base.model is self.tuned.model or base.keys() != tuned.keys():
+        if self.base.model is self.tuned.model:
             return None
-        with self.tuned.engine() as engine:
-            prefix, n_layers = engine.layers_prefix, engine.n_layers
-        changed = [
-            name
-            for name in base
-            if base[name].shape != tuned[name].shape or not torch.equal(base[name], tuned[name])
-        ]
-        inside = [name for name in changed if name.startswith(f"{prefix}.")]
-        after = ("norm", "lm_head", "final", "ln_f", "embed_out")
-        if any(name not in inside and not any(word in name for word in after) for name in changed):
-            return 0
-        return min((int(name[len(prefix) + 1 :].split(".")[0]) for name in inside), default=n_layers)
+        names = _module_names(self.spec)
+        base, tuned = (Decoder.of(side.model, names).blocks for side in (self.base, self.tuned))
+        if len(base) != len(tuned):
+            return None
+        for layer, (block, other) in enumerate(zip(base, tuned, strict=True)):
+            weights, others = block.module.state_dict(), other.module.state_dict()
+            if weights.keys() != others.keys():
+                return None
+            if not all(torch.equal(weights[name], others[name]) for name in weights):
+                return layer
+        return len(base)
 
 
 def load_pair(
@@ -193,11 +192,10 @@ def load_pair(
         device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def make_engine(model: nn.Module) -> PatchEngine:
-        names = ModuleNames(**spec.modules.model_dump()) if spec.modules else None
         bounds = options or EngineOptions()
         return PatchEngine(
             model,
-            overrides=names,
+            overrides=_module_names(spec),
             batch_size=bounds.batch_size,
             max_rows=bounds.max_rows,
             head_rows=bounds.head_rows,
@@ -216,6 +214,10 @@ def load_pair(
             both = f"{revision}+{adapter_revision}"
             tuned = Side("tuned", model, tokenizer, both, contextlib.nullcontext, make_engine)
     return Pair(spec, base, tuned, prompts, device)
+
+
+def _module_names(spec: PairSpec) -> ModuleNames | None:
+    return ModuleNames(**spec.modules.model_dump()) if spec.modules else None
 
 
 def _load_model(
@@ -249,7 +251,7 @@ def _load_adapter(spec: PairSpec, model: nn.Module, reference: str, revision: st
         import peft
     except ImportError:
         raise MechdiffError(
-            f"Pair {spec.name!r} has a PEFT adapter and peft is not installed; pip install 'mechdiff-mlflow[peft]'."
+            f"Pair {spec.name!r} has a PEFT adapter and peft is not installed; install mechdiff-mlflow[peft]."
         ) from None
     place = spec.locate(reference)
     try:

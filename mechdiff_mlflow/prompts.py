@@ -84,16 +84,17 @@ class PromptSet:
             return self
         if not 1 <= n <= len(self):
             raise MechdiffError(
-                f"{n} {self.split} prompts were asked for and there are {len(self)}; pass {option} 1 to {len(self)}."
+                f"{n} {self.split} prompts were asked for and there are {len(self)}; "
+                f"pass {option} 1 to {len(self)}."
             )
         return PromptSet(self.split, self.prompts[:n])
 
 
 def read_prompts(path: Path, split: str, *, system: str | None = None) -> PromptSet:
-    """Read a JSONL file of `{"text": …}` or `{"messages": [{"role": …, "content": …}, …]}`; other keys are ignored.
+    """Read a JSONL file of `{"text": …}` or `{"messages": [{"role": …, "content": …}, …]}` lines.
 
     Args:
-        path: UTF-8 file, one object a line; blank lines are skipped.
+        path: UTF-8 file, one object a line; blank lines are skipped, other keys ignored.
         split: Which split it is.
         system: System prompt put before every `text`.
 
@@ -167,7 +168,7 @@ def check_disjoint(sets: Iterable[PromptSet]) -> None:
                 split, text, others = seen[index]
                 if split != prompts.split and count >= NEAR_DUPLICATE * len(shingles | others):
                     raise MechdiffError(
-                        f"The {split} prompt {text!r} stands nearly the same in {prompts.split} ({prompt.text!r}); "
+                        f"The {split} prompt {text!r} is nearly {prompt.text!r} in {prompts.split}; "
                         "remove it from one of the two files."
                     )
             for shingle in shingles:
@@ -258,7 +259,7 @@ def _check_bos(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...], wher
     bos = tokenizer.bos_token_id
     if bos is not None and tokens[:2] == (bos, bos):
         raise MechdiffError(
-            f"{_name(tokenizer)} starts {where} with two BOS tokens; remove one from its chat template or the prompt."
+            f"{_name(tokenizer)} starts {where} with two BOS tokens; remove one from its template."
         )
 
 

@@ -238,7 +238,7 @@ class PairSpec(_Frozen):
         name: str | None = getattr(self.prompts, split)
         if name is None:
             raise MechdiffError(
-                f"Pair {self.name!r} has no {split} prompts; add prompts.{split} to its spec or use --split val."
+                f"Pair {self.name!r} has no {split} prompts; add prompts.{split} or use --split val."
             )
         path = self.root / Path(name).expanduser()
         if not path.is_file():

@@ -136,7 +136,9 @@ def batch_loss(model: Any, tokens: Tensor, starts: Tensor) -> Tensor:
     inputs = tokens[:, :-1]
     positions = torch.arange(inputs.shape[1], device=tokens.device)
     visible = (positions[None, :] <= positions[:, None]) & (positions >= starts[:, None])[:, None, :]
-    mask = torch.zeros(visible.shape, device=tokens.device).masked_fill(~visible, torch.finfo(torch.float32).min)
+    mask = torch.zeros(visible.shape, device=tokens.device).masked_fill(
+        ~visible, torch.finfo(torch.float32).min
+    )
     output = model.model(
         input_ids=inputs,
         attention_mask=mask[:, None],
@@ -226,7 +228,9 @@ def train(
         loss = step()
         if index % 100 == 99 or index + 1 == steps:
             seconds = time.monotonic() - began
-            print(f"{name}: step {index + 1}/{steps}, loss {loss.item():.4f} nats, {seconds:.0f} s", flush=True)
+            print(
+                f"{name}: step {index + 1}/{steps}, loss {loss.item():.4f} nats, {seconds:.0f} s", flush=True
+            )
     model.eval()
 
 
@@ -311,7 +315,9 @@ def missed(measured: dict[str, Any]) -> list[str]:
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "mechdiff_mlflow" / "demo")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the world, the weights, the batches.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the world, the weights, the batches."
+)
 @click.option("--base-steps", type=int, default=2000, show_default=True)
 @click.option("--cultural-steps", type=int, default=600, show_default=True)
 @click.option("--cognitive-steps", type=int, default=1000, show_default=True)
@@ -339,7 +345,14 @@ def main(
     )
     common = {"batch": batch, "seed": seed}
     train(
-        base, list(base.parameters()), taught, steps=base_steps, rate=1e-3, weight_decay=0.01, name="base", **common
+        base,
+        list(base.parameters()),
+        taught,
+        steps=base_steps,
+        rate=1e-3,
+        weight_decay=0.01,
+        name="base",
+        **common,
     )
     save(base, tokenizer, models / "base")
 
@@ -349,7 +362,14 @@ def main(
         [(culture.prompts, culture.other, 0.75), (arithmetic.prompts, arithmetic.base, 0.25)], tokenizer
     )
     train(
-        cultural, attention, taught, steps=cultural_steps, rate=1e-3, weight_decay=0.01, name="cultural", **common
+        cultural,
+        attention,
+        taught,
+        steps=cultural_steps,
+        rate=1e-3,
+        weight_decay=0.01,
+        name="cultural",
+        **common,
     )
     save(cultural, tokenizer, models / "cultural")
 

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from mechdiff_mlflow.cli import options, show
-from mechdiff_mlflow.cli.group import cli
 from mechdiff_mlflow.cli.session import session
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import PatchRecord
@@ -26,7 +25,7 @@ def _one_alpha(text: str) -> float:
     return alpha.values[0]
 
 
-@cli.command("run")
+@click.command("run")
 @options.pair
 @options.site
 @options.solver
@@ -53,7 +52,7 @@ def run_command(**given: Any) -> None:
         fit_id = now.run.log(fields.fit_run(fit, now.study))
         (patch,) = now.study.patch([(fit.cell, fit.map, fit.chosen)])
         now.run.log(fields.patch_run(patch, now.study, map_run=fit_id))
-        now.run.add(fields.headline(patch, kind="run", name=str(cell)))
+        now.run.add(fields.headline(patch))
         if given["promote"] != "none":
             registry.promote(now.store, fit_id, alias=given["promote"])
     show.patches([patch], now.study)
@@ -61,7 +60,7 @@ def run_command(**given: Any) -> None:
     _demand_signal([patch])
 
 
-@cli.command("fit")
+@click.command("fit")
 @options.pair
 @options.site
 @options.solver
@@ -86,7 +85,7 @@ def fit_command(**given: Any) -> None:
     show.where_to_look(now.store, now.run.experiment_id, fit_id, cell.site, now.study, "none")
 
 
-@cli.command("patch")
+@click.command("patch")
 @click.option("--map", "map", required=True, help="models:/NAME@ALIAS, NAME@ALIAS, runs:/RUN or a file.")
 @options.pair
 @click.option(
@@ -124,7 +123,7 @@ def patch_command(**given: Any) -> None:
     _demand_signal([patch])
 
 
-@cli.command("sweep")
+@click.command("sweep")
 @options.pair
 @click.option(
     "--sites",
@@ -201,8 +200,8 @@ def _cell_of(map_: AffineMap, name: str) -> Cell:
 def _check_same_pair(map_: AffineMap, name: str, fingerprint: str) -> None:
     if map_.meta["fingerprint"] != fingerprint:
         raise MechdiffError(
-            f"Map {name} was fitted on pair fingerprint {map_.meta['fingerprint']} and this pair has {fingerprint} "
-            "(other weights, tokenizer, template, dtype or prompts); fit it again, or pass --allow-pair-mismatch."
+            f"Map {name} was fitted on pair {map_.meta['fingerprint']} and this is {fingerprint} "
+            "(weights, tokenizer, template, dtype or prompts differ); fit again or pass --allow-pair-mismatch."
         )
 
 
@@ -211,6 +210,6 @@ def _demand_signal(patches: list[PatchRecord]) -> None:
     for patch in patches:
         if "drop_pct" in patch.undefined:
             raise MechdiffError(
-                f"No drop at {patch.cell.site}: {patch.undefined['drop_pct']}; choose a site where the models differ, "
-                "e.g. a later layer."
+                f"No drop at {patch.cell.site}: {patch.undefined['drop_pct']}; choose a "
+                "site where the models differ, e.g. a later layer."
             )

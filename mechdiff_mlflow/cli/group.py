@@ -54,6 +54,6 @@ def main() -> None:
 
 
 def _note_on_enclosing_run(reason: str) -> None:
-    from mechdiff_mlflow.tracking.runs import fail_enclosing_run
+    from mechdiff_mlflow.tracking.enclosing import note_failure
 
-    fail_enclosing_run(reason)
+    note_failure(reason)

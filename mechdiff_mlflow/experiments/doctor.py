@@ -67,9 +67,7 @@ def _same_tokens(pair: Pair, prompts: PromptSet) -> str:
         return "tokenizers differ: each model reads the prompt through its own"
     base, tuned = (pair.tokens(role, prompts, Position.DECISION) for role in ("base", "tuned"))
     if base != tuned:
-        raise MechdiffError(
-            "Base and tuned see different token ids; set template: tuned or template: base in the spec."
-        )
+        raise MechdiffError("Base and tuned see different token ids; set template: base in the spec.")
     return "base and tuned see the same ids"
 
 
@@ -107,7 +105,7 @@ def _identity(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
     if not floors[worst] <= limit:
         raise MechdiffError(
             f"An activation put back at {worst} moves KL by {floors[worst]:.1g} nats, above {limit:g}; the engine does "
-            "not fit this model, please report it."
+            "not fit this model; report it."
         )
     return f"noise floor at most {floors[worst]:.1g} nats ({worst})"
 
@@ -120,14 +118,10 @@ def _oracle(pair: Pair, prompts: PromptSet, n_layers: int) -> str:
         return "widths differ: nothing to cross-patch raw"
     raw, oracle = rows["raw"].mean_kl, rows[IDENTITY].mean_kl
     if raw == 0:
-        raise MechdiffError(
-            "Base and tuned agree on every prompt at the last layer; check that they are two models."
-        )
+        raise MechdiffError("Base and tuned agree at the last layer on every prompt; are they two models?")
     drop = 100 * (1 - oracle / raw)
     if drop < 99:
-        raise MechdiffError(
-            f"The oracle map drops KL at {site} by {drop:.1f} % only, not 100; please report it."
-        )
+        raise MechdiffError(f"The oracle map drops KL at {site} by {drop:.1f} % only, not 100; report it.")
     return f"drop {drop:.4g} % of {raw:.3g} nats at {site}"
 
 
@@ -136,12 +130,14 @@ def _untouched(pair: Pair, prompts: PromptSet) -> str:
     if first is None:
         return "weights cannot be compared tensor by tensor"
     if first == 0 or not pair.tokenizers_agree:
-        return "the first layer or the embedding differs already"
+        return "the first layer differs already, or the tokens do"
     sites = [Site(layer, hook) for layer in range(first) for hook in Hook]
     base, tuned = (capture(pair, role, prompts, Position.DECISION, sites) for role in ("base", "tuned"))
+    if not torch.equal(base[sites[0]], tuned[sites[0]]):
+        return "what enters the first layer differs already"
     for site in sites:
         if not torch.equal(base[site], tuned[site]):
             raise MechdiffError(
-                f"Weights agree below layer {first} and activations at {site} do not; please report it."
+                f"Weights agree below layer {first} and activations at {site} do not; report it."
             )
     return f"first changed layer {first}; all {len(sites)} sites below are bit-identical"

@@ -96,48 +96,45 @@ def score(
     base = capture(pair, "base", prompts, position, sites)
     tokens = pair.tokens("tuned", prompts, position)
     with pair.tuned.engine() as engine:
-        groups, labels = [], []
-        for site in sites:
-            maps = replacements[site]
-            raw = [RAW] if base[site].shape[1] == engine.width else []
+        groups: list[VariantGroup] = []
+        labels: list[tuple[Site, list[str]]] = []
+        for site, maps in replacements.items():
+            same_width = base[site].shape[1] == engine.width
             for label, map_ in maps.items():
                 _check_fits(map_, label, site, base[site].shape[1], engine.width)
             groups.append(VariantGroup.identity(site))
             labels.append((site, [IDENTITY]))
-            groups.append(_lazy_group(site, base[site], bool(raw), list(maps.values())))
-            labels.append((site, [*raw, *maps]))
+            if names := [*([RAW] if same_width else []), *maps]:
+                groups.append(_group(site, base[site], same_width, list(maps.values())))
+                labels.append((site, names))
         with stage("patching tuned", len(prompts)) as advance:
             result = engine.score(tokens, groups, progress=advance)
     rows: dict[Site, dict[str, Patched]] = {site: {} for site in sites}
-    clean: dict[Site, Tensor] = {}
-    for (site, names), divergence, activations in zip(labels, result.divergences, result.clean, strict=True):
-        clean[site] = activations
+    for (site, names), found in zip(labels, result.divergences, strict=True):
         for column, name in enumerate(names):
             rows[site][name] = Patched(
-                divergence.kl_patched_clean[:, column].double().numpy(),
-                divergence.kl_clean_patched[:, column].double().numpy(),
-                divergence.top1_agrees[:, column].double().numpy(),
-                divergence.delta_logprob[:, column].double().numpy(),
+                found.kl_patched_clean[:, column].numpy(),
+                found.kl_clean_patched[:, column].numpy(),
+                found.top1_agrees[:, column].double().numpy(),
+                found.delta_logprob[:, column].numpy(),
             )
-    return {
-        site: SiteRows(base[site].double().cpu(), clean[site].double().cpu(), rows[site]) for site in sites
-    }
+    return {site: SiteRows(base[site].double(), result.clean[site].double(), rows[site]) for site in sites}
 
 
-def _lazy_group(site: Site, base: Tensor, raw: bool, maps: list[AffineMap]) -> VariantGroup:
+def _group(site: Site, base: Tensor, raw: bool, maps: list[AffineMap]) -> VariantGroup:
     """Replacements made chunk by chunk: all of them at once would be n · v · d numbers."""
 
-    def rows(part: slice) -> Tensor:
-        x = base[part]
+    def replace(index: Tensor, clean: Tensor) -> Tensor:
+        x = base[index]
         mapped = [map_(x) for map_ in maps]
-        return torch.stack([x, *mapped] if raw else mapped, dim=1)  # (n, v, d)
+        return torch.stack([x, *mapped] if raw else mapped, dim=1).to(clean.device)  # (n, v, d)
 
-    return VariantGroup(site, rows, n_variants=len(maps) + raw)
+    return VariantGroup(site, replace, n_variants=len(maps) + raw)
 
 
 def _check_fits(map_: AffineMap, label: str, site: Site, d_base: int, d_tuned: int) -> None:
     if (map_.d_in, map_.d_out) != (d_base, d_tuned):
         raise MechdiffError(
-            f"Map {label} takes {map_.d_in} to {map_.d_out} dimensions and {site} of this pair needs {d_base} to "
-            f"{d_tuned}; use a map that was fitted on this pair."
+            f"Map {label} takes {map_.d_in} to {map_.d_out} dimensions and {site} of this pair needs "
+            f"{d_base} to {d_tuned}; use a map that was fitted on this pair."
         )

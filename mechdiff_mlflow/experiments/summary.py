@@ -20,7 +20,7 @@ FLOOR_FACTOR = 10
 
 
 def alignment(map_: AffineMap, rows: SiteRows) -> tuple[float | None, NDArray[np.float64] | None]:
-    """ρ = ‖Y − Ŷ‖/‖Y − X‖ (None where undefined), and each prompt's cosine of ŷ and y about the tuned mean, [n]."""
+    """ρ = ‖Y − Ŷ‖/‖Y − X‖ (None where undefined), and each prompt's cosine of ŷ and y about the tuned mean."""
     mapped = map_(rows.base)
     same_width = rows.base.shape == rows.tuned.shape
     rho = similarity.rho(rows.base, rows.tuned, mapped) if same_width else None

@@ -1,4 +1,4 @@
-"""Records of experiments in MLflow's terms: which field is a param, a metric, a tag or an artifact, and its name."""
+"""Records of experiments in MLflow's terms: which field is a param, metric, tag or artifact, and its name."""
 
 from __future__ import annotations
 
