@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 NEAR_DUPLICATE = 0.8
 """Jaccard similarity of word trigrams from which two prompts count as the same question."""
 
+_STAND_IN = "\ue000\ue001"
+"""Private-use characters, which no text has."""
+
 Message = Mapping[str, str]
 
 
@@ -269,11 +272,17 @@ def _last_content(
     """Index of the last token that holds a character of the user's text."""
     if not tokenizer.is_fast:
         raise MechdiffError(f"{_name(tokenizer)} is slow and gives no offsets; use --position decision.")
-    rendered = str(_templated(tokenizer, prompt, where, as_tokens=False)) if chat else prompt.text
-    encoded = tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
     content = prompt.text.strip()
-    end = rendered.rfind(content) + len(content)
-    if tuple(encoded["input_ids"]) != tokens or content not in rendered:
+    if chat:
+        # The text may also occur elsewhere in the template ("user"); a stand-in shows where its place is.
+        stand_in = Prompt((*prompt.messages[:-1], {"role": "user", "content": _STAND_IN}))
+        start = str(_templated(tokenizer, stand_in, where, as_tokens=False)).find(_STAND_IN)
+        rendered = str(_templated(tokenizer, prompt, where, as_tokens=False))
+    else:
+        start, rendered = prompt.text.find(content), prompt.text
+    end = start + len(content)
+    encoded = tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
+    if tuple(encoded["input_ids"]) != tokens or start < 0 or rendered[start:end] != content:
         raise MechdiffError(f"{_name(tokenizer)} hides the user's text of {where}; use --position decision.")
     offsets = enumerate(encoded["offset_mapping"])
     return max(index for index, (start, stop) in offsets if start < end and stop > start)

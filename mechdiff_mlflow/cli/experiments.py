@@ -201,7 +201,7 @@ def _check_same_pair(map_: AffineMap, name: str, fingerprint: str) -> None:
     if map_.meta["fingerprint"] != fingerprint:
         raise MechdiffError(
             f"Map {name} was fitted on pair {map_.meta['fingerprint']} and this is {fingerprint} "
-            "(weights, tokenizer, template, dtype or prompts differ); fit again or pass --allow-pair-mismatch."
+            "(other weights, tokenizer, template, dtype or prompts); fit again or --allow-pair-mismatch."
         )
 
 

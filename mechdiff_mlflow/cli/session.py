@@ -30,7 +30,7 @@ class Session:
     has_parent: bool
 
     def place(self, record: RunRecord) -> str:
-        """Log a record below the parent, or as the open run itself where that is the record's own; the run's id."""
+        """Log a record below the parent, or as the open run itself where there is none; the run's id."""
         if self.has_parent:
             return self.run.log(record)
         self.run.add(record)

@@ -57,7 +57,7 @@ def patches(records: Sequence[PatchRecord], study: Study) -> None:
         console.print("Controls (mean KL): " + ", ".join(f"{name} {_number(kl)}" for name, kl in controls))
     if any(patch.leak for patch in records):
         console.print(
-            f"Leak: {', '.join(first.leak)} was chosen on the reported split, so these numbers flatter the map."
+            f"Leak: {', '.join(first.leak)} was chosen on the reported split; these numbers flatter the map."
         )
 
 

@@ -73,7 +73,8 @@ def _same_tokens(pair: Pair, prompts: PromptSet) -> str:
 
 def _engine_line(pair: Pair) -> str:
     with pair.tuned.engine() as engine:
-        return f"{engine.n_layers} layers of width {engine.width}, every hook changes the logits, engine {engine.mode}"
+        shape = f"{engine.n_layers} layers of width {engine.width}"
+        return f"{shape}, every hook changes the logits, engine {engine.mode}"
 
 
 def _capture_is_invariant(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
@@ -104,8 +105,8 @@ def _identity(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
     limit = FLOOR_LIMIT_NATS[pair.spec.dtype]
     if not floors[worst] <= limit:
         raise MechdiffError(
-            f"An activation put back at {worst} moves KL by {floors[worst]:.1g} nats, above {limit:g}; the engine does "
-            "not fit this model; report it."
+            f"An activation put back at {worst} moves KL by {floors[worst]:.1g} nats, above {limit:g}; "
+            "the engine does not fit this model; report it."
         )
     return f"noise floor at most {floors[worst]:.1g} nats ({worst})"
 

@@ -309,9 +309,8 @@ class Study:
         limit = FLOOR_LIMIT_NATS[self.pair.spec.dtype]
         if not floor <= limit:
             raise MechdiffError(
-                f"The identity patch at {site} moves next-token KL by {floor:.2g} nats, above {limit:.0e} for "
-                f"{self.pair.spec.dtype}; the patch engine does not fit this model, so no number is reported. "
-                "Run mechdiff doctor on the pair."
+                f"The identity patch at {site} moves next-token KL by {floor:.2g} nats, above {limit:.0e} "
+                f"for {self.pair.spec.dtype}, so the engine does not fit this model; run mechdiff doctor."
             )
 
 

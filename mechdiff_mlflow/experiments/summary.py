@@ -20,7 +20,7 @@ FLOOR_FACTOR = 10
 
 
 def alignment(map_: AffineMap, rows: SiteRows) -> tuple[float | None, NDArray[np.float64] | None]:
-    """ρ = ‖Y − Ŷ‖/‖Y − X‖ (None where undefined), and each prompt's cosine of ŷ and y about the tuned mean."""
+    """ρ = ‖Y − Ŷ‖/‖Y − X‖ (None if undefined), and per prompt the cosine of ŷ and y about the tuned mean."""
     mapped = map_(rows.base)
     same_width = rows.base.shape == rows.tuned.shape
     rho = similarity.rho(rows.base, rows.tuned, mapped) if same_width else None
@@ -65,7 +65,8 @@ def summarise(
         undefined["drop_pct"] = "base and tuned differ in width, so nothing can be cross-patched raw"
     elif raw.mean_kl <= FLOOR_FACTOR * noise:
         undefined["drop_pct"] = (
-            f"below noise floor: KL_raw is {raw.mean_kl:.2g} nats, at most {FLOOR_FACTOR} times the floor {noise:.2g}"
+            f"below noise floor: KL_raw is {raw.mean_kl:.2g} nats, at most {FLOOR_FACTOR} times the floor, "
+            f"{noise:.2g}"
         )
     if patched[null].mean_kl <= FLOOR_FACTOR * noise:
         undefined["skill_pct"] = f"below noise floor: the null {null} has KL {patched[null].mean_kl:.2g} nats"

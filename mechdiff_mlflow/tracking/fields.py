@@ -116,12 +116,12 @@ def headline(patch: PatchRecord) -> RunRecord:
         metrics={key: value for key, value in metrics.items() if key in shown or key.startswith("ci/")},
         undefined=patch.undefined,
         tags={"mechdiff.site": str(patch.cell.site)},
-        description=f"{_name(patch.cell)}: drop {drop} on {patch.n} {patch.split} prompts, null {patch.null}.",
+        description=f"{_name(patch.cell)}: drop {drop} on {patch.n} {patch.split} prompts; null {patch.null}",
     )
 
 
 def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[MinRank]) -> RunRecord:
-    """What a sweep's parent shows: drop_pct as a curve over k for each site and α, the least ranks, the best cell."""
+    """What a sweep's parent shows: drop_pct over k for each site and α, the least ranks, the best cell."""
     curves: dict[str, dict[int, float]] = {}
     for patch in patches:
         if patch.drop_pct is not None:
