@@ -50,14 +50,16 @@ def run_command(**given: Any) -> None:
     with session("run", str(cell), given) as now:
         (fit,) = now.study.fit([cell])
         fit_id = now.run.log(fields.fit_run(fit, now.study))
-        (patch,) = now.study.patch([(fit.cell, fit.map, fit.chosen)])
+        (patch,) = now.study.patch([fit.to_patch])
         now.run.log(fields.patch_run(patch, now.study, map_run=fit_id))
         now.run.add(fields.headline(patch))
+        _demand_signal([patch])
+        fetch = f"Keep:  mechdiff promote {fit_id}"
         if given["promote"] != "none":
-            registry.promote(now.store, fit_id, alias=given["promote"])
+            version = registry.promote(now.store, fit_id, alias=given["promote"])
+            fetch = f"Fetch: mechdiff fetch {version.name}@{given['promote']} -o map.pt"
     show.patches([patch], now.study)
-    show.where_to_look(now.store, now.run.experiment_id, fit_id, patch.cell.site, now.study, given["promote"])
-    _demand_signal([patch])
+    show.where_to_look(now.store, now.run.experiment_id, fetch)
 
 
 @click.command("fit")
@@ -82,7 +84,7 @@ def fit_command(**given: Any) -> None:
         (fit,) = now.study.fit([cell])
         fit_id = now.place(fields.fit_run(fit, now.study))
     show.fits([fit], now.study)
-    show.where_to_look(now.store, now.run.experiment_id, fit_id, cell.site, now.study, "none")
+    show.where_to_look(now.store, now.run.experiment_id, f"Patch: mechdiff patch --map runs:/{fit_id}")
 
 
 @click.command("patch")
@@ -119,8 +121,9 @@ def patch_command(**given: Any) -> None:
             _check_same_pair(map_, given["map"], now.study.pair.fingerprint)
         (patch,) = now.study.patch([(cell, map_, ())])
         now.place(fields.patch_run(patch, now.study, map_run=found.run_id, map_name=given["map"]))
+        _demand_signal([patch])
     show.patches([patch], now.study)
-    _demand_signal([patch])
+    show.where_to_look(now.store, now.run.experiment_id)
 
 
 @click.command("sweep")
@@ -170,7 +173,7 @@ def sweep_command(**given: Any) -> None:
     cells = cells_of(given["sites"], given["ranks"], given["alphas"], given["solver"], given["family"])
     with session("sweep", f"sweep of {len(cells)} cells", given) as now:
         fits = now.study.fit(cells)
-        patches = now.study.patch([(fit.cell, fit.map, fit.chosen) for fit in fits])
+        patches = now.study.patch([fit.to_patch for fit in fits])
         for fit, patch in zip(fits, patches, strict=True):
             now.run.log(fields.cell_run(fit, patch, now.study))
         found = min_ranks(patches, given["targets"], seed=given["seed"])

@@ -11,6 +11,9 @@ from rich.table import Table
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.sweep import MinRank
 from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.tracking.registry import Version
+from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.view import view_url
 
 _PIPE_WIDTH = 160
 
@@ -68,6 +71,30 @@ def min_ranks(found: Sequence[MinRank]) -> None:
         console.print(f"min k for {item.target_pct:g} % @ {item.label}: {item.text}")
 
 
+def winners(versions: Sequence[Version]) -> None:
+    """Print registered maps that an alias points to."""
+    if not versions:
+        lines(["No map has an alias yet; promote one with mechdiff promote RUN."])
+        return
+    table = Table("map", "version", "aliases", "solver", "k", "α", "drop %", "skill %", "verified", "run")
+    for version in versions:
+        tags = version.tags
+        row = (version.name, str(version.number), ", ".join(version.aliases))
+        row += tuple(tags.get(key, "n/a") for key in ("solver", "k", "alpha"))
+        row += tuple(_tag_number(tags.get(key)) for key in ("drop_pct", "skill_pct"))
+        table.add_row(*row, "yes" if version.is_verified else "no", version.run_id)
+    _console().print(table)
+
+
+def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:
+    """Print how to open the experiment in MLflow's UI, and more commands."""
+    if store.is_server:
+        lines([f"Look:  {view_url(store, experiment_id)}"])
+    else:
+        lines([f"Look:  mlflow ui --backend-store-uri {store.shown}", f"       then {view_url(store, experiment_id)}"])
+    lines(commands)
+
+
 def lines(texts: Sequence[str]) -> None:
     """Print plain lines."""
     for text in texts:
@@ -82,3 +109,7 @@ def _interval(interval: Interval | None, why: str) -> str:
     if interval is None:
         return f"n/a ({why.partition(':')[0]})"
     return f"{interval.estimate:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+
+
+def _tag_number(text: str | None) -> str:
+    return "n/a" if text is None else _number(float(text))

@@ -19,7 +19,7 @@ class FitRecord:
 
     Args:
         cell: Where and how; its α is the one in force.
-        alpha_asked: As requested: a value, a grid or `auto`.
+        asked: The cell as requested: its α may be a grid.
         shrink: Covariance shrinkage in [0, 1]; None where the solver has none.
         ridge: Penalty over the mean variance; None where the solver has none.
         off_span: What the map does outside the span of the training rows.
@@ -33,7 +33,7 @@ class FitRecord:
     """
 
     cell: Cell
-    alpha_asked: str
+    asked: Cell
     shrink: float | None
     ridge: float | None
     off_span: str
@@ -44,6 +44,11 @@ class FitRecord:
     cos_mean: float | None
     candidates: pd.DataFrame
     seconds: float
+
+    @property
+    def to_patch(self) -> tuple[Cell, AffineMap, tuple[str, ...]]:
+        """What `Study.patch` takes; the cell as asked for, because controls get the same choice of α."""
+        return self.asked, self.map, self.chosen
 
 
 @dataclass(frozen=True, eq=False)

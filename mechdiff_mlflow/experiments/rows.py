@@ -126,7 +126,13 @@ def _group(site: Site, base: Tensor, raw: bool, maps: list[AffineMap]) -> Varian
 
     def replace(index: Tensor, clean: Tensor) -> Tensor:
         x = base[index]
-        mapped = [map_(x) for map_ in maps]
+        units: dict[tuple[int, ...], Tensor] = {}
+        mapped = []
+        for map_ in maps:  # maps that differ in α alone cost one product
+            key = (id(map_.weight), id(map_.mean_in), id(map_.mean_out))
+            if key not in units:
+                units[key] = map_.with_alpha(1.0)(x.double())
+            mapped.append((map_.alpha * units[key]).to(x.dtype))
         return torch.stack([x, *mapped] if raw else mapped, dim=1).to(clean.device)  # (n, v, d)
 
     return VariantGroup(site, replace, n_variants=len(maps) + raw)

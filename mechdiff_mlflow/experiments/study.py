@@ -20,11 +20,11 @@ from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
 from mechdiff_mlflow.experiments.rows import SiteRows
 from mechdiff_mlflow.experiments.summary import alignment, summarise
-from mechdiff_mlflow.maps import AffineMap, Family
+from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.solvers import OffSpan
+from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum
 from mechdiff_mlflow.spec import Alpha, Cell, Position
 
 FLOOR_LIMIT_NATS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
@@ -64,14 +64,6 @@ class Protocol:
             )
 
 
-@dataclass(frozen=True, eq=False)
-class _Candidate:
-    """One map among which val chooses."""
-
-    label: str
-    map: AffineMap
-
-
 @dataclass(eq=False)
 class Study:
     """A pair under one protocol, with what has been recorded so far.
@@ -86,6 +78,8 @@ class Study:
     protocol: Protocol
     stage: Stage = silent
     _train: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _spectra: dict[Site, PairedSpectrum] = field(default_factory=dict)
+    _solutions: dict[tuple[Site, str, str], tuple[solvers.Solution, float]] = field(default_factory=dict)
     _rows: dict[str, dict[Site, SiteRows]] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -120,25 +114,21 @@ class Study:
         self._record_train(
             {cell.site for cell in cells} | {_elsewhere(cell.site, self._n_layers) for cell in cells}
         )
-        candidates, seconds = self._candidates(cells)
+        offers = self._offers(cells)
         requests: dict[Site, dict[str, AffineMap]] = {}
-        for cell, offers in zip(cells, candidates, strict=True):
-            maps = requests.setdefault(cell.site, {})
-            if len(offers) > 1 or self.protocol.split == "val":
-                maps.update({offer.label: offer.map for offer in offers})
-            for alpha in cell.alpha.values:
-                maps.update(self._controls(cell.site, alpha))
+        for cell, maps in zip(cells, offers, strict=True):
+            wanted = requests.setdefault(cell.site, {})
+            if len(maps) > 1 or self.protocol.split == "val":
+                wanted.update(maps)
+            wanted.update(self._nulls(cell, cell.alpha.values))
         val = self._score("val", requests)
-        return [
-            self._choose(cell, offers, val[cell.site], seconds[_family_of(cell)])
-            for cell, offers in zip(cells, candidates, strict=True)
-        ]
+        return [self._choose(cell, maps, val[cell.site]) for cell, maps in zip(cells, offers, strict=True)]
 
     def patch(self, fits: Iterable[tuple[Cell, AffineMap, tuple[str, ...]]]) -> list[PatchRecord]:
         """Report maps on the report split; the null of each is the control that does best on val.
 
         Args:
-            fits: For each map its cell, the map itself with its α, and what val chose of it.
+            fits: For each map its cell as asked for, the map itself with its α, and what val chose of it.
 
         Raises:
             MechdiffError: A map does not fit its site, or the identity patch is not one.
@@ -147,25 +137,27 @@ class Study:
         self._record_train(
             {cell.site for cell, *_ in fits} | {_elsewhere(c.site, self._n_layers) for c, *_ in fits}
         )
-        controls_only: dict[Site, dict[str, AffineMap]] = {}
-        everything: dict[Site, dict[str, AffineMap]] = {}
-        for cell, map_, _ in fits:
-            at_alpha = self._controls(cell.site, map_.alpha)
-            controls_only.setdefault(cell.site, {}).update(at_alpha)
-            everything.setdefault(cell.site, {}).update({**at_alpha, _label(cell, map_): map_})
-        val = self._score("val", controls_only)
-        report = self._score(self.protocol.split, everything)
+        nulls = [self._nulls(cell, cell.alpha.values) for cell, *_ in fits]
+        requests: dict[Site, dict[str, AffineMap]] = {}
+        for (cell, *_), maps in zip(fits, nulls, strict=True):
+            requests.setdefault(cell.site, {}).update(maps)
+        val = self._score("val", requests)
+        best = [_best_of_each(maps, val[cell.site]) for (cell, *_), maps in zip(fits, nulls, strict=True)]
+        requests = {}
+        for (cell, map_, _), maps, labels in zip(fits, nulls, best, strict=True):
+            wanted = requests.setdefault(cell.site, {})
+            wanted.update({label: maps[label] for label in labels.values()})
+            wanted[_label(cell, map_)] = map_
+        report = self._score(self.protocol.split, requests)
         records = []
-        for cell, map_, chosen in fits:
-            names = list(self._controls(cell.site, map_.alpha))
-            null = min(names, key=lambda name: val[cell.site].patched[name].mean_kl)
+        for (cell, map_, chosen), labels in zip(fits, best, strict=True):
             record = summarise(
                 replace(cell, alpha=Alpha((map_.alpha,))),
                 map_,
                 report[cell.site],
                 label=_label(cell, map_),
-                controls=names,
-                null=null,
+                controls=labels,
+                null=min(labels, key=lambda name: val[cell.site].patched[labels[name]].mean_kl),
                 prompts=self.report_prompts,
                 leak=chosen if self.protocol.split == "val" else (),
                 seed=self.protocol.seed,
@@ -201,44 +193,53 @@ class Study:
             {site: (base[site].double().cpu(), tuned[site].double().cpu()) for site in missing}
         )
 
-    def _candidates(self, cells: Sequence[Cell]) -> tuple[list[list[_Candidate]], dict[object, float]]:
-        """For every cell its maps at every open choice; one factorisation per site, solver and family."""
-        solutions: dict[object, solvers.Solution] = {}
-        seconds: dict[object, float] = {}
-        with self.stage("fitting", len({_family_of(cell) for cell in cells})) as advance:
+    def _offers(self, cells: Sequence[Cell]) -> list[dict[str, AffineMap]]:
+        """For every cell the maps among which val chooses, by label."""
+        with self.stage("fitting", len(cells)) as advance:
+            offers = []
             for cell in cells:
-                if (key := _family_of(cell)) not in solutions:
-                    started = time.perf_counter()
-                    settings = self._settings(cell.solver)
-                    solutions[key] = solvers.fit(
-                        cell.solver, *self._train[cell.site], cell.family, **settings
-                    )
-                    seconds[key] = time.perf_counter() - started
-                    advance(1)
-        offers = []
-        for cell in cells:
-            solution = solutions[_family_of(cell)]
-            rules: Sequence[OffSpan | None] = (self.protocol.off_span,)
-            if self.protocol.off_span is None and cell.rank.k is None and not solution.spans_all:
-                rules = tuple(OffSpan)
-            maps = [solution.map(cell.rank.k, rule) for rule in rules]
-            offers.append(
-                [
-                    _Candidate(_label(cell, scaled), scaled)
-                    for scaled in (map_.with_alpha(alpha) for map_ in maps for alpha in cell.alpha.values)
-                ]
-            )
-        return offers, seconds
+                solution = self._solution(cell)
+                rules: Sequence[OffSpan | None] = (self.protocol.off_span,)
+                if self.protocol.off_span is None and cell.rank.k is None and not solution.spans_all:
+                    rules = tuple(OffSpan)
+                maps = [solution.map(cell.rank.k, rule) for rule in rules]
+                scaled = [map_.with_alpha(alpha) for map_ in maps for alpha in cell.alpha.values]
+                offers.append({_label(cell, map_): map_ for map_ in scaled})
+                advance(1)
+        return offers
+
+    def _solution(self, cell: Cell) -> solvers.Solution:
+        """The solution that all ranks and scales of a site, solver and family share."""
+        key = (cell.site, cell.solver, cell.family)
+        if key not in self._solutions:
+            started = time.perf_counter()
+            settings = self._settings(cell.solver)
+            solution = solvers.fit_spectrum(cell.solver, self._spectrum(cell.site), cell.family, **settings)
+            self._solutions[key] = solution, time.perf_counter() - started
+        return self._solutions[key][0]
+
+    def _spectrum(self, site: Site) -> PairedSpectrum:
+        if site not in self._spectra:
+            self._spectra[site] = PairedSpectrum.from_rows(*self._train[site])
+        return self._spectra[site]
 
     def _settings(self, solver: str) -> dict[str, float]:
         """Of the protocol's hyperparameters those that a solver has."""
         names = {setting.name for setting in solvers.solver_named(solver).settings}
         return {name: getattr(self.protocol, name) for name in ("shrink", "ridge") if name in names}
 
-    def _controls(self, site: Site, alpha: float) -> Mapping[str, AffineMap]:
-        x, y = self._train[site]
-        other = self._train[_elsewhere(site, self._n_layers)]
-        return controls.at_site(x, y, alpha=alpha, elsewhere=other, seed=self.protocol.seed)
+    def _nulls(self, cell: Cell, alphas: Iterable[float]) -> dict[str, AffineMap]:
+        """Every control at every scale that the map may have, and unscaled: the same freedom."""
+        spectrum = self._spectrum(cell.site)
+        other = self._solution(replace(cell, site=_elsewhere(cell.site, self._n_layers))).map()
+        nulls = {}
+        for name in controls.applicable_controls(spectrum, other=other):
+            made = controls.control_map(name, spectrum, seed=self.protocol.seed, other=other)
+            # The wrong layer's map is the only control that the solver has a part in.
+            title = f"{name} {cell.solver} {cell.family}" if name == "wrong_layer" else name
+            scales = (1.0,) if name == "zero" else sorted({1.0, *alphas})
+            nulls.update({f"{title} α={alpha:g}": made.with_alpha(alpha) for alpha in scales})
+        return nulls
 
     def _score(self, split: str, requests: dict[Site, dict[str, AffineMap]]) -> dict[Site, SiteRows]:
         """Rows of a split, scored only where they are not known yet."""
@@ -259,18 +260,16 @@ class Study:
                 known[site] = known[site].with_rows(rows.patched) if site in known else rows
         return known
 
-    def _choose(self, cell: Cell, offers: list[_Candidate], val: SiteRows, seconds: float) -> FitRecord:
-        """The candidate with the least mean KL on val; of one there is nothing to choose."""
-        scored = {
-            offer.label: val.patched[offer.label].mean_kl for offer in offers if offer.label in val.patched
-        }
-        best = offers[0] if len(offers) == 1 else min(offers, key=lambda offer: scored[offer.label])
+    def _choose(self, cell: Cell, offers: Mapping[str, AffineMap], val: SiteRows) -> FitRecord:
+        """The offer with the least mean KL on val; of one there is nothing to choose."""
+        scored = {label: val.patched[label].mean_kl for label in offers if label in val.patched}
+        best = offers[min(offers, key=lambda label: scored.get(label, 0.0))]
         chosen = ["alpha"] if cell.alpha.is_choice else []
-        if len({offer.map.meta["off_span"] for offer in offers}) > 1:
+        if len({map_.meta["off_span"] for map_ in offers.values()}) > 1:
             chosen.append("off_span")
         if cell.rank.k is not None:
-            best.map.check_rank(cell.rank.k, cell.family)
-        map_ = best.map.with_meta(
+            best.check_rank(cell.rank.k, cell.family)
+        map_ = best.with_meta(
             pair=self.pair.name,
             fingerprint=self.pair.fingerprint,
             site=str(cell.site),
@@ -282,7 +281,7 @@ class Study:
         settings = self._settings(cell.solver)
         return FitRecord(
             cell=replace(cell, alpha=Alpha((map_.alpha,))),
-            alpha_asked=str(cell.alpha),
+            asked=cell,
             shrink=settings.get("shrink"),
             ridge=settings.get("ridge"),
             off_span=str(map_.meta["off_span"]),
@@ -294,15 +293,14 @@ class Study:
             candidates=pd.DataFrame(
                 [
                     {
-                        "alpha": o.map.alpha,
-                        "off_span": str(o.map.meta["off_span"]),
-                        "KL_mapped_val": scored[o.label],
+                        "alpha": offers[label].alpha,
+                        "off_span": str(offers[label].meta["off_span"]),
+                        "KL_mapped": kl,
                     }
-                    for o in offers
-                    if o.label in scored
+                    for label, kl in scored.items()
                 ]
             ),
-            seconds=seconds,
+            seconds=self._solutions[cell.site, cell.solver, cell.family][1],
         )
 
     def _check_identity(self, site: Site, floor: float) -> None:
@@ -314,8 +312,14 @@ class Study:
             )
 
 
-def _family_of(cell: Cell) -> object:
-    return cell.site, cell.solver, Family.parse(cell.family)
+def _best_of_each(nulls: Mapping[str, AffineMap], val: SiteRows) -> dict[str, str]:
+    """For each control the label of its scale that does best on val."""
+    best: dict[str, str] = {}
+    for label in nulls:
+        name = label.split()[0]
+        if name not in best or val.patched[label].mean_kl < val.patched[best[name]].mean_kl:
+            best[name] = label
+    return best
 
 
 def _label(cell: Cell, map_: AffineMap) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,7 @@ def summarise(
     rows: SiteRows,
     *,
     label: str,
-    controls: Sequence[str],
+    controls: Mapping[str, str],
     null: str,
     prompts: PromptSet,
     leak: tuple[str, ...],
@@ -48,7 +48,7 @@ def summarise(
         map_: The map.
         rows: The site's patched rows on the split.
         label: Which row is the map's.
-        controls: Which rows are controls.
+        controls: By name, which row is each control's.
         null: The control that did best on val.
         prompts: The split.
         leak: What was chosen on this split.
@@ -68,8 +68,10 @@ def summarise(
             f"below noise floor: KL_raw is {raw.mean_kl:.2g} nats, at most {FLOOR_FACTOR} times the floor, "
             f"{noise:.2g}"
         )
-    if patched[null].mean_kl <= FLOOR_FACTOR * noise:
-        undefined["skill_pct"] = f"below noise floor: the null {null} has KL {patched[null].mean_kl:.2g} nats"
+    if patched[controls[null]].mean_kl <= FLOOR_FACTOR * noise:
+        undefined["skill_pct"] = (
+            f"below noise floor: the null {null} has KL {patched[controls[null]].mean_kl:.2g} nats"
+        )
 
     def against(reference: NDArray[np.float64]) -> stats.Interval:
         return stats.drop_pct(reference, mapped.kl_patched_clean_nats, n_resamples=n_resamples, seed=seed)
@@ -90,9 +92,11 @@ def summarise(
         else stats.mean_difference(
             raw.kl_patched_clean_nats, mapped.kl_patched_clean_nats, n_resamples=n_resamples, seed=seed
         ),
-        skill_pct=None if "skill_pct" in undefined else against(patched[null].kl_patched_clean_nats),
+        skill_pct=None
+        if "skill_pct" in undefined
+        else against(patched[controls[null]].kl_patched_clean_nats),
         null=null,
-        controls={name: patched[name].mean_kl for name in controls},
+        controls={name: patched[row].mean_kl for name, row in controls.items()},
         rho=rho,
         cos_mean=None if cosines is None else float(cosines.mean()),
         top1_agreement=float(mapped.top1_agrees.mean()),
@@ -107,7 +111,7 @@ def summarise(
 def _per_prompt(
     rows: SiteRows,
     label: str,
-    controls: Sequence[str],
+    controls: Mapping[str, str],
     prompts: PromptSet,
     cosines: NDArray[np.float64] | None,
 ) -> pd.DataFrame:
@@ -123,5 +127,5 @@ def _per_prompt(
         "top1_agrees": mapped.top1_agrees,
         "delta_logprob": mapped.delta_logprob_nats,
     }
-    columns |= {f"KL_{name}": rows.patched[name].kl_patched_clean_nats for name in controls}
+    columns |= {f"KL_{name}": rows.patched[row].kl_patched_clean_nats for name, row in controls.items()}
     return pd.DataFrame(columns)

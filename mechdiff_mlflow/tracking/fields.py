@@ -42,7 +42,7 @@ def fit_run(record: FitRecord, study: Study) -> RunRecord:
         map=record.map,
         description=(
             f"**Asked:** a map from base to tuned activations at `{cell.site}` of `{study.pair.name}`, "
-            f"α={record.alpha_asked}.\n\n**Found:** {_name(cell)}, fitted on {record.n_train} train prompts; "
+            f"α={record.asked.alpha}.\n\n**Found:** {_name(cell)}, fitted on {record.n_train} train prompts; "
             f"val chose {', '.join(record.chosen) or 'nothing'}.\n\nLoad it: "
             "`mechdiff_mlflow.load_map('runs:/<this run>')`."
         ),
@@ -74,8 +74,8 @@ def patch_run(
         undefined=record.undefined,
         tags=_tags(cell, study)
         | {
-            "mechdiff.null": record.null,
-            "mechdiff.selection_leak": str(bool(record.leak)).lower(),
+            "null": record.null,
+            "selection_leak": str(bool(record.leak)).lower(),
             "mechdiff.map_sha256": record.map.sha256(),
         }
         | ({"mechdiff.map": map_name} if map_name else {}),
@@ -233,7 +233,7 @@ def _name(cell: Cell) -> str:
 def _tags(cell: Cell, study: Study) -> dict[str, str]:
     return {
         "mechdiff.site": str(cell.site),
-        "mechdiff.pair_fingerprint": study.pair.fingerprint,
+        "pair_fingerprint": study.pair.fingerprint,
         "mechdiff.engine": study.engine_mode,
         "mechdiff.trust_remote_code": str(study.pair.spec.trust_remote_code).lower(),
     }
