@@ -77,8 +77,8 @@ def _no_update(p: PairedSpectrum, family: Family) -> Factors:
     return Factors(p.vx.new_zeros(p.d_in, 0), p.vx.new_zeros(0, p.d_out), (0,))
 
 
-_RIDGE = Setting("ridge", 1e-2, "penalty λ as a fraction of the mean variance of x")
-_SHRINK = Setting("shrink", 0.05, "shrinkage γ of the covariances towards a multiple of I", high=1.0)
+RIDGE = Setting("ridge", 1e-2, "penalty λ as a fraction of the mean variance of x")
+SHRINK = Setting("shrink", 0.05, "shrinkage γ of the covariances towards a multiple of I", high=1.0)
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
@@ -88,21 +88,21 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
                 "procrustes_scaled",
                 "whiten with shrunk covariances, rotate, stretch, colour again",
                 procrustes_scaled,
-                settings=(_SHRINK,),
+                settings=(SHRINK,),
             ),
             Solver(
                 "reduced_rank",
                 "least squares of rank k: the optimal map of each rank",
                 reduced_rank,
                 settings=(
-                    _RIDGE,
+                    RIDGE,
                     Setting(
                         "output_metric",
                         "identity",
                         "what an error counts",
                         choices=("identity", "tuned_covariance", "fisher"),
                     ),
-                    _SHRINK,
+                    SHRINK,
                 ),
                 tensors=("fisher",),
             ),
@@ -110,7 +110,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
                 "ridge",
                 "least squares pulled to 0 (content) or to the identity (update)",
                 ridge,
-                settings=(_RIDGE,),
+                settings=(RIDGE,),
             ),
             Solver(
                 "procrustes",
@@ -122,7 +122,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
                 "logit_subspace",
                 "reduced rank towards the part of y in given output directions",
                 logit_subspace,
-                settings=(_RIDGE,),
+                settings=(RIDGE,),
                 tensors=("basis",),
             ),
             Solver(
