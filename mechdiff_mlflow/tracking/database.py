@@ -6,22 +6,17 @@ leave it half-created for good.
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
-import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import sqlalchemy.exc
-from filelock import FileLock, Timeout
 from mlflow.exceptions import MlflowException
 from mlflow.store.db import utils as mlflow_db
 from mlflow.tracking import MlflowClient
 
 from mechdiff_mlflow.errors import MechdiffError
-
-_LOCK_WAIT_S = 300
+from mechdiff_mlflow.tracking.locks import file_lock, lock_file
 
 
 def sqlite_path(uri: str) -> Path:
@@ -50,7 +45,7 @@ def initialise_sqlite(path: Path, client: MlflowClient) -> None:
         MechdiffError: The file is not a usable MLflow database.
     """
     try:
-        with init_lock(str(path), path.with_name(f"{path.name}.lock")):
+        with file_lock(lock_file(f"sqlite:///{path}", "open")):
             try:
                 client.search_experiments(max_results=1)
             except MlflowException as error:
@@ -63,25 +58,6 @@ def initialise_sqlite(path: Path, client: MlflowClient) -> None:
     except OSError as error:
         raise MechdiffError(
             f"The store {path} cannot be opened for writing ({error.strerror}); check its permissions."
-        ) from error
-
-
-@contextmanager
-def init_lock(name: str, file: Path | None = None) -> Iterator[None]:
-    """Hold the lock that guards the creation of store `name`; across one machine unless `file` is shared.
-
-    Raises:
-        MechdiffError: Another process held it for five minutes.
-    """
-    if file is None:
-        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-        file = Path(tempfile.gettempdir()) / f"mechdiff-store-{digest}.lock"
-    try:
-        with FileLock(file, timeout=_LOCK_WAIT_S):
-            yield
-    except Timeout as error:
-        raise MechdiffError(
-            f"Another process has held {file} for {_LOCK_WAIT_S} s; stop it, then try again."
         ) from error
 
 

@@ -46,6 +46,7 @@ FLAVOR_NAME = "mechdiff"
 MAP_FILE = "map.pt"
 PROBE_FILE = "probe.safetensors"
 CARD_FILE = "README.md"
+SHA256_TAG = "mechdiff.sha256"
 NEEDED_FILES = (MLMODEL_FILE_NAME, MAP_FILE, PROBE_FILE)
 
 _PROBE_ROWS = 4
@@ -105,9 +106,9 @@ def save_model(
     model.add_flavor(
         FLAVOR_NAME,
         data=MAP_FILE,
-        sha256=_sha256(root / MAP_FILE),
+        sha256=digest(root / MAP_FILE),
         probe=PROBE_FILE,
-        probe_sha256=_sha256(root / PROBE_FILE),
+        probe_sha256=digest(root / PROBE_FILE),
         d_in=the_map.d_in,
         d_out=the_map.d_out,
         alpha=the_map.alpha,
@@ -151,6 +152,7 @@ def log_model(
             experiment_id,
             name=logged_model_name(name),
             source_run_id=run_id,
+            tags={SHA256_TAG: the_map.sha256()},
             params={key: param_text(key, value) for key, value in (params or {}).items()},
             model_type="affine map",
         )
@@ -167,8 +169,8 @@ def log_model(
                 client.log_model_artifacts(logged.model_id, str(sent))
                 download(store, logged.artifact_location, back)
                 load_verified(back)
-                sha256 = _sha256(back / MAP_FILE)
-                if sha256 != _sha256(sent / MAP_FILE):
+                sha256 = digest(back / MAP_FILE)
+                if sha256 != digest(sent / MAP_FILE):
                     raise MechdiffError(
                         f"The store {store.shown} gave back another {MAP_FILE} than was sent; check its disk."
                     )
@@ -210,10 +212,10 @@ def load_verified(root: Path) -> AffineMap:
                 f"{root} has no {name}: it is no saved map, or an incomplete one; log it again."
             )
     conf = _flavour_conf(root)
-    for name, digest in ((MAP_FILE, conf["sha256"]), (PROBE_FILE, conf["probe_sha256"])):
-        if (found := _sha256(root / name)) != digest:
+    for name, expected in ((MAP_FILE, conf["sha256"]), (PROBE_FILE, conf["probe_sha256"])):
+        if (found := digest(root / name)) != expected:
             raise MechdiffError(
-                f"{name} has changed since it was saved (SHA-256 {found[:12]}…, not {str(digest)[:12]}…); "
+                f"{name} has changed since it was saved (SHA-256 {found[:12]}…, not {str(expected)[:12]}…); "
                 "fetch or log the map again."
             )
     the_map = AffineMap.load(root / MAP_FILE)
@@ -231,19 +233,19 @@ def download(store: Store, location: str, target: Path) -> Path:
     return target
 
 
-def model_of_run(store: Store, run_id: str) -> str:
-    """The id of the newest complete map that run `run_id` logged.
+def maps_of_run(store: Store, run_id: str) -> list[LoggedMap]:
+    """The complete maps that run `run_id` logged, oldest first.
 
     Raises:
-        MechdiffError: The run does not exist or has no map.
+        MechdiffError: The run does not exist.
     """
     with store.errors():
         outputs = store.client.get_run(run_id).outputs
         model_ids = [output.model_id for output in outputs.model_outputs] if outputs else []
-        ready = [m for m in map(store.client.get_logged_model, model_ids) if m.status == "READY"]
-    if not ready:
-        raise MechdiffError(f"Run {run_id} has no map; give the id of a `fit` run.")
-    return str(max(ready, key=lambda model: model.creation_timestamp).model_id)
+        models = map(store.client.get_logged_model, model_ids)
+        ready = [m for m in models if m.status == "READY" and SHA256_TAG in m.tags]
+    ready.sort(key=lambda model: model.creation_timestamp)
+    return [LoggedMap(m.model_id, m.artifact_location, m.tags[SHA256_TAG]) for m in ready]
 
 
 class _PyFuncMap:
@@ -319,5 +321,6 @@ def _write_environment(root: Path) -> None:
         (root / name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
-def _sha256(path: Path) -> str:
+def digest(path: Path) -> str:
+    """Hex SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

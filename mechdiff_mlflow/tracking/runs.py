@@ -28,6 +28,7 @@ from mechdiff_mlflow.tracking.store import Store
 
 _log = logging.getLogger(__name__)
 
+MAP_RUN_TAG = "mechdiff.map_run"
 RUN_ID_VARIABLE = "MLFLOW_RUN_ID"
 
 
@@ -216,6 +217,8 @@ class OpenRun:
         params, files = artifacts.stored_params(record, self._tracker.long_params)
         metrics, undefined = _finite(record)
         tags = {**record.tags, **{f"mechdiff.undefined.{key}": why for key, why in undefined.items()}}
+        if record.map_run is not None:
+            tags[MAP_RUN_TAG] = record.map_run
         if record.description:
             tags["mlflow.note.content"] = record.description
         if record.tables:
@@ -251,7 +254,10 @@ class OpenRun:
         if record.map_run is None:
             return None
         if record.map_run not in self._model_ids:
-            self._model_ids[record.map_run] = flavour.model_of_run(self._store, record.map_run)
+            fitted = flavour.maps_of_run(self._store, record.map_run)
+            if not fitted:
+                raise MechdiffError(f"Run {record.map_run} has no map to evaluate; give the id of a fit run.")
+            self._model_ids[record.map_run] = fitted[-1].model_id
         return self._model_ids[record.map_run]
 
 

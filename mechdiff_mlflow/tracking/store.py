@@ -21,6 +21,7 @@ from mlflow.utils.rest_utils import http_request
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import database
+from mechdiff_mlflow.tracking.locks import file_lock, lock_file
 
 _USER_INFO = re.compile(r"(://)[^/]*@")
 _SECRET_QUERY = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token|key|cred|sig)[^=&]*=)[^&]*", re.IGNORECASE)
@@ -163,7 +164,7 @@ def open_store(tracking_uri: str | None = None) -> Store:
         return store
     if scheme.split("+")[0] in ("postgresql", "mysql", "mssql"):
         store = Store(uri, MlflowClient(uri))
-        with store.errors(), database.init_lock(uri):
+        with store.errors(), file_lock(lock_file(uri, "open")):
             store.client.search_experiments(max_results=1)
         return store
     raise MechdiffError(
