@@ -10,7 +10,7 @@ from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.session import session
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import PatchRecord
-from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, min_ranks
+from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Alpha, Cell, Position, Rank
@@ -176,10 +176,10 @@ def sweep_command(**given: Any) -> None:
         patches = now.study.patch([fit.to_patch for fit in fits])
         for fit, patch in zip(fits, patches, strict=True):
             now.run.log(fields.cell_run(fit, patch, now.study))
-        found = min_ranks(patches, given["targets"], seed=given["seed"])
+        found = least_ranks(patches, given["targets"], seed=given["seed"])
         now.run.add(fields.sweep_headline(patches, found))
     show.patches(patches, now.study)
-    show.min_ranks(found)
+    show.lines([str(least) for least in found])
     show.where_to_look(now.store, now.run.experiment_id)
 
 

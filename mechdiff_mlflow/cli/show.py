@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
-from mechdiff_mlflow.experiments.sweep import MinRank
 from mechdiff_mlflow.stats import Interval
 from mechdiff_mlflow.tracking.registry import Version
 from mechdiff_mlflow.tracking.store import Store
@@ -64,13 +63,6 @@ def patches(records: Sequence[PatchRecord], study: Study) -> None:
         )
 
 
-def min_ranks(found: Sequence[MinRank]) -> None:
-    """Print the least rank for each target."""
-    console = _console()
-    for item in found:
-        console.print(f"min k for {item.target_pct:g} % @ {item.label}: {item.text}")
-
-
 def winners(versions: Sequence[Version]) -> None:
     """Print registered maps that an alias points to."""
     if not versions:
@@ -88,11 +80,9 @@ def winners(versions: Sequence[Version]) -> None:
 
 def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:
     """Print how to open the experiment in MLflow's UI, and more commands."""
-    if store.is_server:
-        lines([f"Look:  {view_url(store, experiment_id)}"])
-    else:
-        lines([f"Look:  mlflow ui --backend-store-uri {store.shown}", f"       then {view_url(store, experiment_id)}"])
-    lines(commands)
+    url = view_url(store, experiment_id)
+    start = [] if store.is_server else [f"Look:  mlflow ui --backend-store-uri {store.shown}"]
+    lines([*start, f"{'Then' if start else 'Look'}:  {url}", *commands])
 
 
 def lines(texts: Sequence[str]) -> None:
@@ -106,9 +96,10 @@ def _number(value: float | None) -> str:
 
 
 def _interval(interval: Interval | None, why: str) -> str:
-    if interval is None:
+    if interval is None or interval.estimate is None:
         return f"n/a ({why.partition(':')[0]})"
-    return f"{interval.estimate:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+    bounds = "" if interval.low is None else f" [{interval.low:.1f}, {interval.high:.1f}]"
+    return f"{interval.estimate:.1f}{bounds}"
 
 
 def _tag_number(text: str | None) -> str:

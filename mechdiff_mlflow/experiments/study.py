@@ -19,7 +19,7 @@ from mechdiff_mlflow.experiments import rows as scoring
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
 from mechdiff_mlflow.experiments.rows import SiteRows
-from mechdiff_mlflow.experiments.summary import alignment, summarise
+from mechdiff_mlflow.experiments.summary import alignment, mean_of_defined, summarise
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.prompts import PromptSet
@@ -289,7 +289,7 @@ class Study:
             n_train=len(self.train_prompts),
             chosen=tuple(chosen),
             rho=rho,
-            cos_mean=None if cosines is None else float(cosines.mean()),
+            cos_mean=mean_of_defined(cosines),
             candidates=pd.DataFrame(
                 [
                     {

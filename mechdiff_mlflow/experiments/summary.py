@@ -15,16 +15,17 @@ from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.spec import Cell
 
-FLOOR_FACTOR = 10
-"""A raw KL below this many noise floors says nothing, and neither does its drop."""
-
-
-def alignment(map_: AffineMap, rows: SiteRows) -> tuple[float | None, NDArray[np.float64] | None]:
+def alignment(map_: AffineMap, rows: SiteRows) -> tuple[float | None, NDArray[np.float64]]:
     """ρ = ‖Y − Ŷ‖/‖Y − X‖ (None if undefined), and per prompt the cosine of ŷ and y about the tuned mean."""
     mapped = map_(rows.base)
-    same_width = rows.base.shape == rows.tuned.shape
-    rho = similarity.rho(rows.base, rows.tuned, mapped) if same_width else None
-    return rho, similarity.centred_cosine(mapped, rows.tuned, map_.mean_out).numpy()
+    rho = similarity.rho(rows.base, rows.tuned, mapped) if rows.base.shape == rows.tuned.shape else None
+    return rho, similarity.centred_cosines(rows.tuned, mapped, map_.mean_out).numpy()
+
+
+def mean_of_defined(values: NDArray[np.float64]) -> float | None:
+    """The mean of what is not NaN; None if all is."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else None
 
 
 def summarise(
@@ -59,23 +60,24 @@ def summarise(
     patched = rows.patched
     mapped, floor, raw = patched[label], patched[IDENTITY], patched.get(RAW)
     rho, cosines = alignment(map_, rows)
-    undefined = {}
     noise = floor.mean_kl
+    bootstrap = stats.Bootstrap(n_resamples=n_resamples, seed=seed)
+    undefined = {}
+    drop = difference = None
     if raw is None:
         undefined["drop_pct"] = "base and tuned differ in width, so nothing can be cross-patched raw"
-    elif raw.mean_kl <= FLOOR_FACTOR * noise:
-        undefined["drop_pct"] = (
-            f"below noise floor: KL_raw is {raw.mean_kl:.2g} nats, at most {FLOOR_FACTOR} times the floor, "
-            f"{noise:.2g}"
-        )
-    if patched[controls[null]].mean_kl <= FLOOR_FACTOR * noise:
-        undefined["skill_pct"] = (
-            f"below noise floor: the null {null} has KL {patched[controls[null]].mean_kl:.2g} nats"
-        )
-
-    def against(reference: NDArray[np.float64]) -> stats.Interval:
-        return stats.drop_pct(reference, mapped.kl_patched_clean_nats, n_resamples=n_resamples, seed=seed)
-
+    else:
+        pairs = raw.kl_patched_clean_nats, mapped.kl_patched_clean_nats
+        drop = stats.drop_pct(*pairs, noise_floor=noise, bootstrap=bootstrap)
+        difference = stats.kl_difference(*pairs, bootstrap=bootstrap)
+        if drop.estimate is None:
+            undefined["drop_pct"] = _below_floor("KL_raw", raw.mean_kl, noise)
+    best = patched[controls[null]]
+    skill = stats.drop_pct(
+        best.kl_patched_clean_nats, mapped.kl_patched_clean_nats, noise_floor=noise, bootstrap=bootstrap
+    )
+    if skill.estimate is None:
+        undefined["skill_pct"] = _below_floor(f"the KL of {null}", best.mean_kl, noise)
     return PatchRecord(
         cell=cell,
         map=map_,
@@ -86,19 +88,13 @@ def summarise(
         kl_raw_reverse=None if raw is None else float(raw.kl_clean_patched_nats.mean()),
         kl_mapped_reverse=float(mapped.kl_clean_patched_nats.mean()),
         noise_floor=noise,
-        drop_pct=None if raw is None or "drop_pct" in undefined else against(raw.kl_patched_clean_nats),
-        kl_difference=None
-        if raw is None
-        else stats.mean_difference(
-            raw.kl_patched_clean_nats, mapped.kl_patched_clean_nats, n_resamples=n_resamples, seed=seed
-        ),
-        skill_pct=None
-        if "skill_pct" in undefined
-        else against(patched[controls[null]].kl_patched_clean_nats),
+        drop_pct=drop if "drop_pct" not in undefined else None,
+        kl_difference=difference,
+        skill_pct=skill if "skill_pct" not in undefined else None,
         null=null,
         controls={name: patched[row].mean_kl for name, row in controls.items()},
         rho=rho,
-        cos_mean=None if cosines is None else float(cosines.mean()),
+        cos_mean=mean_of_defined(cosines),
         top1_agreement=float(mapped.top1_agrees.mean()),
         delta_logprob=float(mapped.delta_logprob_nats.mean()),
         per_prompt=_per_prompt(rows, label, controls, prompts, cosines),
@@ -108,12 +104,19 @@ def summarise(
     )
 
 
+def _below_floor(what: str, kl_nats: float, noise_nats: float) -> str:
+    return (
+        f"below noise floor: {what} is {kl_nats:.2g} nats, under {stats.FLOORS:g} times the floor of "
+        f"{noise_nats:.2g}"
+    )
+
+
 def _per_prompt(
     rows: SiteRows,
     label: str,
     controls: Mapping[str, str],
     prompts: PromptSet,
-    cosines: NDArray[np.float64] | None,
+    cosines: NDArray[np.float64],
 ) -> pd.DataFrame:
     mapped, raw = rows.patched[label], rows.patched.get(RAW)
     columns: dict[str, object] = {"prompt": [prompt.text for prompt in prompts.prompts]}

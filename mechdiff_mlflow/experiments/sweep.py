@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from mechdiff_mlflow import stats
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.records import PatchRecord
@@ -39,20 +37,33 @@ class SweepSite:
 
 
 @dataclass(frozen=True, slots=True)
-class MinRank:
-    """The smallest rank that reaches a target at one site, α and solver.
+class LeastRank:
+    """The smallest rank that reaches a target drop at one site and α.
 
     Args:
-        label: Site and α.
-        target_pct: The drop sought.
-        ceiling: The full rank, as which `full` counts.
-        result: Estimate, interval and probability.
+        site: Where.
+        alpha: The scale.
+        width: As what the full rank counts.
+        found: Estimate, interval and probability.
     """
 
-    label: str
-    target_pct: float
-    ceiling: int
-    result: stats.MinRank
+    site: Site
+    alpha: float
+    width: int
+    found: stats.MinK
+
+    def __str__(self) -> str:
+        least, low, high, sure = (
+            self._rank(k) for k in (self.found.k, self.found.low, self.found.high, self.found.conservative_k)
+        )
+        return (
+            f"min k for {self.found.target_pct:g} % @ {self.site} (α={self.alpha:g}): {least}, "
+            f"interval [{low}, {high}], reached in {100 * self.found.p_reached:.0f} % of resamples, "
+            f"conservative k {sure}"
+        )
+
+    def _rank(self, k: int | None) -> str:
+        return "not reached" if k is None else "full" if k == self.width else str(k)
 
 
 def cells_of(
@@ -75,8 +86,13 @@ def cells_of(
     return cells
 
 
-def min_ranks(patches: Sequence[PatchRecord], targets: Sequence[float], *, seed: int) -> list[MinRank]:
-    """The smallest rank per site and α; `targets` are one for all, or one per site in order.
+def least_ranks(patches: Sequence[PatchRecord], targets: Sequence[float], *, seed: int) -> list[LeastRank]:
+    """The least rank per site and α, where the drop is defined.
+
+    Args:
+        patches: Of a sweep.
+        targets: Drops in percent: one for all, or one per site in order.
+        seed: Of the bootstrap.
 
     Raises:
         MechdiffError: There are neither one target nor as many as sites.
@@ -87,22 +103,20 @@ def min_ranks(patches: Sequence[PatchRecord], targets: Sequence[float], *, seed:
     sites = list(dict.fromkeys(site for site, _ in curves))
     if len(targets) not in (1, len(sites)):
         raise MechdiffError(
-            f"{len(targets)} targets for {len(sites)} sites; give one --targets value, or one a site."
+            f"{len(targets)} targets were given for {len(sites)} sites; give --targets one, or one a site."
         )
-    found = []
+    least = []
     for (site, alpha), curve in curves.items():
-        if any("drop_pct" in patch.undefined for patch in curve):
+        if any(patch.drop_pct is None for patch in curve):
             continue
-        ceiling = min(curve[0].map.d_in, curve[0].map.d_out)
-        by_rank = {patch.cell.rank.k or ceiling: patch.per_prompt["KL_mapped"].to_numpy() for patch in curve}
-        ranks = sorted(by_rank)
-        target = targets[0] if len(targets) == 1 else targets[sites.index(site)]
-        result = stats.min_k(
-            curve[0].per_prompt["KL_raw"].to_numpy(),
-            np.stack([by_rank[k] for k in ranks]),
-            ranks,
-            target_pct=target,
-            seed=seed,
+        width = min(curve[0].map.d_in, curve[0].map.d_out)
+        found = stats.min_k(
+            [patch.cell.rank.k or width for patch in curve],
+            curve[0].per_prompt["KL_raw"],
+            [patch.per_prompt["KL_mapped"] for patch in curve],
+            target_pct=targets[0] if len(targets) == 1 else targets[sites.index(site)],
+            bootstrap=stats.Bootstrap(seed=seed),
         )
-        found.append(MinRank(f"{site} α={alpha:g}", target, ceiling, result))
-    return found
+        if found is not None:
+            least.append(LeastRank(site, alpha, width, found))
+    return least

@@ -9,7 +9,7 @@ from importlib.metadata import distributions
 import pandas as pd
 
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
-from mechdiff_mlflow.experiments.sweep import MinRank
+from mechdiff_mlflow.experiments.sweep import LeastRank
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.spec import Cell
 from mechdiff_mlflow.stats import Interval
@@ -120,29 +120,30 @@ def headline(patch: PatchRecord) -> RunRecord:
     )
 
 
-def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[MinRank]) -> RunRecord:
+def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -> RunRecord:
     """What a sweep's parent shows: drop_pct over k for each site and α, the least ranks, the best cell."""
     curves: dict[str, dict[int, float]] = {}
+    best: tuple[float, PatchRecord] | None = None
     for patch in patches:
-        if patch.drop_pct is not None:
+        drop = None if patch.drop_pct is None else patch.drop_pct.estimate
+        if drop is not None:
             k = patch.cell.rank.k or min(patch.map.d_in, patch.map.d_out)
-            curves.setdefault(_curve(patch.cell), {})[k] = patch.drop_pct.estimate
-    best = max(
-        (p for p in patches if p.drop_pct is not None), key=lambda p: _estimate(p.drop_pct), default=None
-    )
-    metrics = (
-        {} if best is None else {"best/drop_pct": _estimate(best.drop_pct), "best/KL_mapped": best.kl_mapped}
-    )
-    metrics |= {f"min_k/{item.slug}": float(item.result.k) for item in found if item.result.k is not None}
-    lines = [f"- {item.label}: least k for {item.target_pct:g} %: {item.text}" for item in found]
+            curves.setdefault(_curve(patch.cell), {})[k] = drop
+            best = max(best or (drop, patch), (drop, patch), key=lambda pair: pair[0])
+    metrics = {} if best is None else {"best/drop_pct": best[0], "best/KL_mapped": best[1].kl_mapped}
+    metrics |= {
+        f"min_k/{least.site.slug} alpha {least.alpha:g}": float(least.found.k)
+        for least in found
+        if least.found.k is not None
+    }
     return RunRecord(
         kind="sweep",
         name="sweep",
         metrics=metrics,
         stepped_metrics={f"drop_pct/{name}": curve for name, curve in curves.items()},
-        tags={"mechdiff.best": "" if best is None else _name(best.cell)} if best else {},
+        tags={} if best is None else {"mechdiff.best": _name(best[1].cell)},
         tables={"summary.json": summary_table(patches)},
-        description="drop_pct is drawn over k (step = k; full counts as the width).\n\n" + "\n".join(lines),
+        description="drop_pct is drawn over k (step = k; full counts as the width).\n\n" + "\n".join(f"- {least}" for least in found),
     )
 
 
@@ -215,15 +216,11 @@ def _curve(cell: Cell) -> str:
     return f"{cell.site.slug} alpha {cell.alpha}"
 
 
-def _estimate(interval: Interval | None) -> float:
-    assert interval is not None
-    return interval.estimate
-
-
 def _percent(interval: Interval | None) -> str:
-    if interval is None:
+    if interval is None or interval.estimate is None:
         return "n/a (below noise floor)"
-    return f"{interval.estimate:.1f} % [{interval.low:.1f}, {interval.high:.1f}]"
+    bounds = "" if interval.low is None else f" [{interval.low:.1f}, {interval.high:.1f}]"
+    return f"{interval.estimate:.1f} %{bounds}"
 
 
 def _name(cell: Cell) -> str:
@@ -261,8 +258,8 @@ def _setting(study: Study) -> dict[str, str]:
 def _interval(key: str, interval: Interval | None) -> dict[str, float]:
     if interval is None:
         return {}
-    ends = {f"ci/{key}_low": interval.low, f"ci/{key}_high": interval.high}
-    return ({} if key == "KL_difference" else {key: interval.estimate}) | ends
+    ends = _present({f"ci/{key}_low": interval.low, f"ci/{key}_high": interval.high})
+    return ({} if key == "KL_difference" else _present({key: interval.estimate})) | ends
 
 
 def _present(values: Mapping[str, float | None]) -> dict[str, float]:
