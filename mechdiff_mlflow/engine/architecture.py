@@ -67,11 +67,13 @@ class Decoder:
 
     Args:
         model: What is called: a transformers causal LM, or a PEFT wrapper of one.
-        blocks: Its decoder blocks, first to last.
+        layers: The list of decoder blocks in it.
+        blocks: The same, resolved, first to last.
         width: Dimensions of the residual stream.
     """
 
     model: nn.Module
+    layers: nn.ModuleList
     blocks: tuple[Block, ...]
     width: int
 
@@ -85,7 +87,7 @@ class Decoder:
         names = names or ModuleNames()
         config = text_config(model)
         layers = _find_layers(model, int(config.num_hidden_layers), names)
-        return cls(model, tuple(_resolve(layer, names) for layer in layers), int(config.hidden_size))
+        return cls(model, layers, tuple(_resolve(layer, names) for layer in layers), int(config.hidden_size))
 
     def check(self, site: Site) -> None:
         """Raise unless `site` exists.
@@ -127,7 +129,7 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config()
 
 
-def _find_layers(model: nn.Module, n_layers: int, names: ModuleNames) -> Sequence[nn.Module]:
+def _find_layers(model: nn.Module, n_layers: int, names: ModuleNames) -> nn.ModuleList:
     if names.layers is not None:
         layers = _submodule(model, names.layers)
         if not isinstance(layers, nn.ModuleList):
@@ -135,7 +137,7 @@ def _find_layers(model: nn.Module, n_layers: int, names: ModuleNames) -> Sequenc
                 f"modules.layers is {names.layers!r}, which is no list of blocks in {type(model).__name__}; "
                 f"its lists are {_module_lists(model) or 'none'}."
             )
-        return list(layers)
+        return layers
     attention = (names.attention,) if names.attention else _ATTENTION
     found = {
         path: module
@@ -154,7 +156,7 @@ def _find_layers(model: nn.Module, n_layers: int, names: ModuleNames) -> Sequenc
             f"The {n_layers} decoder blocks of {type(model).__name__} were not recognised: {what}; "
             "set modules.layers in the pair's spec, and modules.attention if its name is unusual."
         )
-    return list(next(iter(found.values())))
+    return next(iter(found.values()))
 
 
 def _module_lists(model: nn.Module) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.architecture import Decoder
+from mechdiff_mlflow.engine.attention import plain_attention
 from mechdiff_mlflow.engine.chunks import Chunk
 from mechdiff_mlflow.engine.taps import tapped
 from mechdiff_mlflow.sites import Site
@@ -46,20 +47,29 @@ class PromptForward:
     def __call__(self, chunk: Chunk, **more: Any) -> Tensor:
         """Next-token logits [n, vocabulary]; `more` goes to the model."""
         self.n_prompts += len(chunk)
-        kwargs: dict[str, Any] = {"input_ids": chunk.ids, "use_cache": False}
-        if "position_ids" in self._accepts:
-            kwargs["position_ids"] = chunk.positions
+        kwargs: dict[str, Any] = {}
         # Without a mask the model may use a causal kernel, which is faster.
         if chunk.is_padded or "position_ids" not in self._accepts:
             kwargs["attention_mask"] = chunk.mask.long()
         if "logits_to_keep" in self._accepts:
             kwargs["logits_to_keep"] = 1
-        with torch.no_grad():
-            logits: Tensor = self.decoder.model(**{**kwargs, **more}).logits
+        return self._last_logits(chunk.ids, chunk.positions, **{**kwargs, **more})
+
+    def tokens(self, n: int) -> Tensor:
+        """Logits [n, vocabulary] of n prompts of one token; they are not counted."""
+        zeros = torch.zeros(n, 1, dtype=torch.long, device=self.device)
+        return self._last_logits(zeros, zeros)
+
+    def _last_logits(self, ids: Tensor, positions: Tensor, **kwargs: Any) -> Tensor:
+        if "position_ids" in self._accepts:
+            kwargs["position_ids"] = positions
+        kwargs.setdefault("use_cache", False)
+        with torch.no_grad(), plain_attention(self.decoder):
+            logits: Tensor = self.decoder.model(input_ids=ids, **kwargs).logits
         return logits[:, -1]
 
-    def record(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
-        """The clean run of a chunk, with its activations at `sites`."""
+    def record(self, chunk: Chunk, sites: Sequence[Site], **more: Any) -> Recording:
+        """The clean run of a chunk, with its activations at `sites`; `more` goes to the model."""
         clean: dict[Site, Tensor] = {}
 
         def keep(site: Site, hidden: Tensor) -> None:
@@ -69,7 +79,7 @@ class PromptForward:
             for site in set(sites):
                 edit = lambda hidden, site=site: keep(site, hidden)  # noqa: E731
                 taps.enter_context(tapped(self.decoder, site, edit, len(chunk)))
-            return Recording(chunk, clean, self(chunk))
+            return Recording(chunk, clean, self(chunk, **more))
 
 
 def _forward_parameters(model: nn.Module) -> frozenset[str]:

@@ -10,16 +10,13 @@ from torch import Tensor, nn
 from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.chunks import check_prompts, in_chunks
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
-from mechdiff_mlflow.engine.naive import NaivePath
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
-from mechdiff_mlflow.engine.startup import check_hooks_are_causal
+from mechdiff_mlflow.engine.startup import MODES, choose_path
 from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.metrics import NextToken, compare_rows
 from mechdiff_mlflow.prompts import TokenizedPrompts
 from mechdiff_mlflow.sites import Site
-
-MODES = ("auto", "sweep", "concat", "masked", "naive")
 
 
 class PatchEngine:
@@ -64,8 +61,7 @@ class PatchEngine:
         self._decoder = Decoder.of(model, overrides)
         self._forward = PromptForward(self._decoder)
         self._batch_size = batch_size
-        self._path = NaivePath(self._forward)
-        check_hooks_are_causal(self._forward)
+        self._path = choose_path(self._forward, mode, max_rows=max_rows, head_rows=head_rows)
         self._forward.n_prompts = 0
 
     @property

@@ -1,6 +1,10 @@
-"""What is tried on a model before it is trusted: a few short prompts, padded."""
+"""What is tried on a model before it is trusted: a few short prompts, padded and not."""
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,59 +12,154 @@ from torch import Tensor
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.engine.chunks import Chunk, in_chunks
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.masked import MaskedPath
 from mechdiff_mlflow.engine.naive import NaivePath
-from mechdiff_mlflow.engine.variants import Variants
+from mechdiff_mlflow.engine.sweep import SweepPath
+from mechdiff_mlflow.engine.variants import Path, Variants
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.prompts import TokenizedPrompts
 from mechdiff_mlflow.sites import Hook, Site
 
+MODES = ("auto", "sweep", "concat", "masked", "naive")
 
-def check_hooks_are_causal(forward: PromptForward) -> None:
-    """Replace the activation at every hook of the middle layer and see the logits change.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+"""How far logits may be from the reference, relative to the patch's effect on them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A few variants and their logits by the reference, one row for each prompt and variant."""
+
+    recording: Recording
+    variants: Sequence[Variants]
+    logits: Tensor
+
+    @classmethod
+    def of(cls, forward: PromptForward, chunk: Chunk, sites: Sequence[Site]) -> Trial:
+        """One disturbed variant at each site.
+
+        Raises:
+            MechdiffError: A site is not reached by a forward, or replacing its activation changes nothing.
+        """
+        naive = NaivePath(forward)
+        recording = naive.record(chunk, sites)
+        for site in sites:
+            if site not in recording.clean:
+                raise MechdiffError(
+                    f"The activation at {site} was not reached by a forward of {_name(forward.decoder)}; "
+                    f"set {_override(site)} in the pair's spec."
+                )
+        variants = [_disturbed(recording, site, column) for column, site in enumerate(sites)]
+        rows = [row.logits for row in naive.run(recording, variants)]
+        for site, logits in zip(sites, rows, strict=True):
+            if torch.equal(logits, recording.logits):
+                raise MechdiffError(
+                    f"Replacing the activation at {site} leaves the logits of {_name(forward.decoder)} as "
+                    f"they were, so it is not what the model computes with; set {_override(site)} in the "
+                    "pair's spec."
+                )
+        return cls(recording, variants, torch.stack(rows, 1))  # [n, variants, vocabulary]
+
+    def disagreement(self, path: Path) -> float:
+        """Largest distance of a row's logits from the reference, relative to what the patch does to them."""
+        recording = path.record(self.recording.chunk, [group.site for group in self.variants])
+        found = torch.full_like(self.logits, torch.nan)
+        for rows in path.run(recording, self.variants):
+            found[rows.owner, rows.column] = rows.logits
+        error = (found.double() - self.logits.double()).norm(dim=-1)
+        effect = (self.logits.double() - self.recording.logits.double().unsqueeze(1)).norm(dim=-1)
+        return float((error / effect).max())
+
+
+def choose_path(forward: PromptForward, mode: str, *, max_rows: int, head_rows: int) -> Path:
+    """The fastest way of computing patched runs that agrees with the reference on this model.
+
+    Args:
+        forward: Of the model.
+        mode: Which way to take, of `MODES`.
+        max_rows: Patched tokens that go up the blocks together.
+        head_rows: Rows of logits in memory together.
 
     Raises:
-        MechdiffError: They do not change, so the hook is not where the model computes.
+        MechdiffError: Some hook of the model does not change its logits, or `mode` does not fit the model.
     """
+    ways: dict[str, Callable[[], Path]] = {
+        "sweep": lambda: SweepPath(forward, max_rows=max_rows, head_rows=head_rows),
+        "concat": lambda: SweepPath(forward, max_rows=max_rows, head_rows=head_rows, concat=True),
+        "masked": lambda: MaskedPath(forward, max_rows=min(max_rows, head_rows)),
+        "naive": lambda: NaivePath(forward),
+    }
+    trials = list(_trials(forward))
+    reasons: list[str] = []
+    for name in ways if mode == "auto" else [mode]:
+        reason = _unfit(ways[name], trials)
+        if reason is None:
+            if mode == "auto" and name != "sweep":
+                warnings.warn(
+                    f"Patches of {_name(forward.decoder)} are computed the slower way {name!r}: {reasons[0]}",
+                    stacklevel=4,
+                )
+            return ways[name]()
+        reasons.append(reason)
+    raise MechdiffError(
+        f"Mode {mode!r} does not fit {_name(forward.decoder)} ({reasons[-1].rstrip('.')}); use mode 'auto'."
+    )
+
+
+def _unfit(way: Callable[[], Path], trials: Iterable[Trial]) -> str | None:
+    """Why a way must not be taken, or None."""
+    for trial in trials:
+        try:
+            disagreement = trial.disagreement(way())
+        except Exception as error:  # whatever a model not foreseen may raise, another way may do
+            return f"{error}" if isinstance(error, MechdiffError) else f"{type(error).__name__}: {error}"
+        if not disagreement <= _TOLERANCE.get(trial.logits.dtype, 0.1):
+            return f"Its logits are off by {disagreement:.1e} of the effect of a patch."
+    return None
+
+
+def _trials(forward: PromptForward) -> Iterable[Trial]:
+    """Every hook half-way up on a padded chunk, and two more on one that is not, before its last token."""
     decoder = forward.decoder
-    sites = [Site(len(decoder.blocks) // 2, hook) for hook in Hook]
-    sites = [site for site in sites if _exists(decoder, site)]
-    recording = forward.record(trial_chunk(forward), sites)
-    naive = NaivePath(forward)
-    for site in sites:
-        key = {Hook.ATTN_OUT: "attn_out", Hook.MLP_OUT: "mlp_out"}.get(site.hook, "layers")
-        if site not in recording.clean:
-            raise MechdiffError(
-                f"The activation at {site} was not reached by a forward of {type(decoder.model).__name__}; "
-                f"set modules.{key} in the pair's spec."
-            )
-        (rows,) = naive.run(recording, [disturbed(recording, site, column=0)])
-        if torch.equal(rows.logits, recording.logits):
-            raise MechdiffError(
-                f"Replacing the activation at {site} leaves the logits of {type(decoder.model).__name__} as "
-                f"they were, so it is not what the model computes with; set modules.{key} in the pair's spec."
-            )
+    n = len(decoder.blocks)
+    yield Trial.of(
+        forward, _chunk(forward, (5, 9), 1), _existing(decoder, [Site(n // 2, hook) for hook in Hook])
+    )
+    early = [Site(0, Hook.MLP_OUT), Site(max(0, n - 2), Hook.RESID_PRE)]
+    yield Trial.of(forward, _chunk(forward, (7,), 3), _existing(decoder, early))
 
 
-def trial_chunk(forward: PromptForward) -> Chunk:
-    """Two prompts of different length."""
-    lengths, vocabulary = (5, 9), forward.vocabulary
-    ids = tuple(tuple((17 * i + 5 * n) % vocabulary for i in range(n)) for n in lengths)
-    prompts = TokenizedPrompts(ids, tuple(n - 1 for n in lengths))
+def _chunk(forward: PromptForward, lengths: Sequence[int], suffix: int) -> Chunk:
+    ids = tuple(tuple((17 * i + 5 * n) % forward.vocabulary for i in range(n)) for n in lengths)
+    prompts = TokenizedPrompts(ids, tuple(n - suffix for n in lengths))
     return next(in_chunks(prompts, len(lengths), forward.device))
 
 
-def disturbed(recording: Recording, site: Site, column: int) -> Variants:
+def _disturbed(recording: Recording, site: Site, column: int) -> Variants:
     """The clean activation plus a random vector of its own length."""
     clean = recording.clean[site]
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(column), dtype=torch.float32)
     direction = (noise / noise.norm(dim=-1, keepdim=True)).to(clean.device)
-    size: Tensor = clean.float().norm(dim=-1, keepdim=True).clamp(min=1e-3)
+    size = clean.float().norm(dim=-1, keepdim=True).clamp(min=1e-3)
     return Variants(site, (clean.float() + size * direction).to(clean.dtype).unsqueeze(1), [column])
 
 
-def _exists(decoder: Decoder, site: Site) -> bool:
-    try:
-        decoder.check(site)
-    except MechdiffError:
-        return False
-    return True
+def _existing(decoder: Decoder, sites: Iterable[Site]) -> list[Site]:
+    """Those the model has: a block without a recognised MLP still has its other hooks."""
+    found = []
+    for site in sites:
+        try:
+            decoder.check(site)
+        except MechdiffError:
+            continue
+        found.append(site)
+    return found
+
+
+def _override(site: Site) -> str:
+    key = {Hook.ATTN_OUT: "attn_out", Hook.MLP_OUT: "mlp_out"}.get(site.hook, "layers")
+    return f"modules.{key}"
+
+
+def _name(decoder: Decoder) -> str:
+    return type(decoder.model).__name__

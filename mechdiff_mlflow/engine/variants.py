@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
+from mechdiff_mlflow.engine.chunks import Chunk
+from mechdiff_mlflow.engine.forward import Recording
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.metrics import Divergences
 from mechdiff_mlflow.sites import Site
@@ -105,3 +108,38 @@ class ScoreResult:
     divergences: tuple[Divergences, ...]
     clean: dict[Site, Tensor]
     clean_top: Tensor
+
+
+class Path(Protocol):
+    """A way of computing patched runs."""
+
+    name: str
+
+    def record(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
+        """The clean run of a chunk, with its activations at `sites` and all that `run` needs."""
+
+    def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
+        """Logits of every prompt of the chunk under every variant."""
+
+
+def in_parts(
+    n_prompts: int, variants: Sequence[Variants], at_once: int
+) -> Iterator[tuple[slice, list[Variants]]]:
+    """Prompts and variants that are run together: `at_once` pairs of them, and at least one."""
+    at_once = max(1, at_once)
+    parts: list[list[Variants]] = [[]]
+    room = at_once
+    for group in sorted(variants, key=lambda group: group.site):  # so that those entering late stay together
+        start = 0
+        while start < len(group.columns):
+            if room == 0:
+                parts.append([])
+                room = at_once
+            some = slice(start, start + room)
+            parts[-1].append(Variants(group.site, group.values[:, some], group.columns[some]))
+            start += len(parts[-1][-1].columns)
+            room -= len(parts[-1][-1].columns)
+    for part in filter(None, parts):
+        step = max(1, at_once // sum(len(group.columns) for group in part))
+        for start in range(0, n_prompts, step):
+            yield slice(start, min(start + step, n_prompts)), part

@@ -67,24 +67,61 @@ def test_capture_depends_on_neither_padding_nor_batch_size() -> None:
 
 
 @pytest.mark.parametrize("from_end", [1, 3])
-def test_score_is_patching_by_definition(from_end: int) -> None:
-    model, prompts = tiny.llama(), tiny.prompts(*LENGTHS, from_end=from_end)
-    engine = PatchEngine(model, batch_size=3)
-    groups = noisy(engine, prompts, [Site(0, Hook.RESID_PRE), *ALL_SITES[5:8], ALL_SITES[12]], 2)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("mode", ["sweep", "concat", "masked", "naive"])
+def test_score_is_patching_by_definition(mode: str, attention: str, from_end: int) -> None:
+    model, prompts = tiny.llama(attention=attention), tiny.prompts(*LENGTHS, from_end=from_end)
+    engine = PatchEngine(model, mode=mode, batch_size=3)
+    assert engine.mode == mode
+    groups = noisy(engine, prompts, ALL_SITES, 2)
+    before = engine.n_forwards
     result = engine.score(prompts, groups)
+    if mode != "naive":
+        assert engine.n_forwards == before + len(prompts)
     clean = clean_logits(model, prompts)
     for group, found in zip(groups, result.divergences, strict=True):
         patched = tiny.patched_by_definition(model, prompts, module_at(model, group.site), group)
         expected = next_token_divergences(patched, clean[:, None])
-        torch.testing.assert_close(found.kl_patched_clean, expected.kl_patched_clean, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found.kl_clean_patched, expected.kl_clean_patched, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(found.delta_logprob, expected.delta_logprob, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.kl_patched_clean, expected.kl_patched_clean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.kl_clean_patched, expected.kl_clean_patched, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.delta_logprob, expected.delta_logprob, rtol=1e-5, atol=1e-5)
         assert torch.equal(found.top1_agrees, expected.top1_agrees)
-        if group.site.layer < 3 or from_end == 1:
-            assert found.kl_patched_clean.min() > 1e-3
-        captured = engine.capture(prompts, [group.site])[group.site]
-        assert torch.equal(result.clean[group.site], captured)
+        if from_end == 1 or (group.site.layer < 3 and group.site.hook is not Hook.RESID_POST):
+            assert found.kl_patched_clean.min() > 1e-4
+    captured = engine.capture(prompts, ALL_SITES)
+    assert all(torch.equal(result.clean[site], captured[site]) for site in ALL_SITES)
     assert torch.equal(result.clean_top, clean.argmax(-1))
+
+
+@pytest.mark.parametrize("mode", ["sweep", "concat", "masked"])
+@pytest.mark.parametrize(
+    ("max_rows", "head_rows", "batch_size"), [(1, 1, 1), (7, 5, 3), (40, 3, 7), (9999, 9999, 7)]
+)
+def test_scores_do_not_depend_on_how_rows_are_grouped(
+    mode: str, max_rows: int, head_rows: int, batch_size: int
+) -> None:
+    model, prompts = tiny.llama(dtype=torch.float64), tiny.prompts(*LENGTHS, from_end=2)
+    expected = PatchEngine(model, mode="naive")
+    groups = noisy(expected, prompts, ALL_SITES[::3], 3)
+    engine = PatchEngine(model, mode=mode, max_rows=max_rows, head_rows=head_rows, batch_size=batch_size)
+    pairs = zip(
+        expected.score(prompts, groups).divergences, engine.score(prompts, groups).divergences, strict=True
+    )
+    for reference, found in pairs:
+        torch.testing.assert_close(found.kl_patched_clean, reference.kl_patched_clean, rtol=1e-10, atol=1e-13)
+
+
+def test_prompts_with_different_positions_are_scored_each_at_its_own() -> None:
+    model, prompts = tiny.llama(dtype=torch.float64), tiny.prompts(*LENGTHS)
+    positions = tuple(n - 1 - i % 3 for i, n in enumerate(LENGTHS))
+    prompts = TokenizedPrompts((*prompts.ids, (5,)), (*positions, 0))  # and one of a single token
+    naive, engine = PatchEngine(model, mode="naive", batch_size=1), PatchEngine(model)
+    groups = noisy(naive, prompts, ALL_SITES[4:8], 2)
+    pairs = zip(
+        naive.score(prompts, groups).divergences, engine.score(prompts, groups).divergences, strict=True
+    )
+    for reference, found in pairs:
+        torch.testing.assert_close(found.kl_patched_clean, reference.kl_patched_clean, rtol=1e-10, atol=1e-13)
 
 
 def test_identity_patches_are_run_and_equal_vectors_are_exactly_zero() -> None:

@@ -1,0 +1,268 @@
+"""Every variant of every prompt in one pass up the blocks.
+
+A variant is a row at the patched position. It enters at its own site, since nothing below differs from the
+clean run, and from there on sees the prompt's recorded keys and values and itself. Where the patched position
+is not the last, a row is followed by its own copy of the S - 1 tokens after it; they are clean up to the
+block where the row enters, because attention looks back only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechdiff_mlflow.engine.architecture import Decoder
+from mechdiff_mlflow.engine.attention import (
+    Attend,
+    UnsupportedError,
+    concat_mask,
+    implementation,
+    own_attention,
+    routed,
+    split_attention,
+)
+from mechdiff_mlflow.engine.chunks import Chunk
+from mechdiff_mlflow.engine.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.head import head
+from mechdiff_mlflow.engine.tape import Tape, TapeRecorder, map_tensors
+from mechdiff_mlflow.engine.taps import first_output, with_first_output
+from mechdiff_mlflow.engine.variants import Rows, Variants, in_parts
+from mechdiff_mlflow.sites import Hook, Site
+
+_UNDERSTOOD = frozenset({"s_aux", "position_ids", "cache_position"})
+"""Tensors among the arguments of attention that we know to use or to leave."""
+
+
+class SweepPath:
+    """One recording forward, then one pass up the blocks for all variants together.
+
+    Args:
+        forward: Of the model.
+        max_rows: Patched tokens that go up the blocks together.
+        head_rows: Rows of logits in memory together.
+        concat: Use the model's own attention function on prefix and variants side by side, instead of ours
+            that merges the two: slower, but any twist of the function is kept.
+
+    Raises:
+        UnsupportedError: The model's attention cannot be routed.
+    """
+
+    def __init__(
+        self, forward: PromptForward, *, max_rows: int, head_rows: int, concat: bool = False
+    ) -> None:
+        self.name = "concat" if concat else "sweep"
+        self._forward, self._decoder = forward, forward.decoder
+        self._max_rows, self._head_rows, self._concat = max_rows, head_rows, concat
+        self._kind = implementation(self._decoder)
+        self._own = [own_attention(block.attention, self._kind) for block in self._decoder.blocks]
+
+    def record(self, chunk: Chunk, sites: Sequence[Site]) -> Tape:
+        """The clean run of a chunk, with what its variants will need."""
+        # Rows that enter after the MLP have the clean attention output behind them.
+        needed = {*sites, *(Site(site.layer, Hook.ATTN_OUT) for site in sites if site.hook is Hook.MLP_OUT)}
+        recorder = TapeRecorder(chunk, self._own)
+        with routed(self._decoder, recorder.attends), recorder.listening(self._decoder.blocks):
+            return recorder.tape(self._forward.record(chunk, sorted(needed)))
+
+    def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
+        """Logits of every prompt under every variant, `head_rows` at a time."""
+        assert isinstance(recording, Tape)
+        chunk = recording.chunk
+        for prompts, part in in_parts(len(chunk), variants, self._max_rows // chunk.suffix):
+            climb = _Climb(self._decoder, recording, prompts, self._own if self._concat else None)
+            hidden = climb.to_the_top(part, eager=self._kind == "eager")  # [b, V, width]
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            owner = torch.arange(prompts.start, prompts.stop).repeat_interleave(hidden.shape[1])
+            column = torch.tensor(climb.columns).repeat(hidden.shape[0])
+            with head(self._forward, recording.output_length) as logits:
+                for start in range(0, len(rows), self._head_rows):
+                    some = slice(start, start + self._head_rows)
+                    yield Rows(owner[some], column[some], logits(rows[some]))
+
+
+class _Climb:
+    """Rows of some prompts on their way up.
+
+    Args:
+        decoder: The model.
+        tape: Recording of the chunk.
+        prompts: Which of its prompts, b of them.
+        own: The model's own attention functions, to be used instead of ours; or None.
+    """
+
+    def __init__(self, decoder: Decoder, tape: Tape, prompts: slice, own: Sequence[Attend] | None) -> None:
+        self._decoder, self._tape, self._prompts, self._own = decoder, tape, prompts, own
+        entering = tape.entering[0][prompts]
+        self._live = entering.new_empty(len(entering), 0, *entering.shape[1:])  # [b, V, S, width]
+        self._suffix = tape.chunk.suffix
+        self.columns: list[int] = []
+
+    @torch.no_grad()
+    def to_the_top(self, variants: Sequence[Variants], *, eager: bool) -> Tensor:
+        """Hidden states [b, V, width] of the last token as they leave the last block, V as in `columns`."""
+        by_site: dict[Site, list[Variants]] = {}
+        for group in variants:
+            by_site.setdefault(group.site, []).append(group)
+        n_blocks = len(self._decoder.blocks)
+        with routed(self._decoder, [partial(self._attend, i, eager) for i in range(n_blocks)]):
+            for i in range(min(site.layer for site in by_site), n_blocks):
+                pre, attn, mlp, post = (by_site.get(Site(i, hook), []) for hook in Hook)
+                self._join(pre, self._tape.entering[i])
+                self._block(i, attn, mlp)
+                self._join(post, self._tape.leaving[i])
+        return self._live[:, :, -1]
+
+    def _values(self, groups: Sequence[Variants], like: Tensor) -> Tensor:
+        """Replacements [b, v, width] of all groups."""
+        values = [group.values[self._prompts] for group in groups]
+        return torch.cat(values, 1) if values else like.new_empty(len(self._live), 0, like.shape[-1])
+
+    def _join(self, groups: Sequence[Variants], residual: Tensor) -> None:
+        if groups:
+            self._add(self._values(groups, residual), groups, residual)
+
+    def _add(self, rows: Tensor, groups: Sequence[Variants], residual: Tensor) -> None:
+        """Rows [b, v, width] join the living, each before its own copy of the suffix after it."""
+        after = residual[self._prompts, None, 1:].expand(-1, rows.shape[1], -1, -1)
+        self._live = torch.cat([self._live.to(rows.device), torch.cat([rows.unsqueeze(2), after], 2)], 1)
+        for group in groups:
+            self.columns.extend(group.columns)
+
+    def _block(self, i: int, attn: Sequence[Variants], mlp: Sequence[Variants]) -> None:
+        """Take the living through block i; rows that replace a sublayer's output enter amid it."""
+        b, n_variants, suffix, width = self._live.shape
+        n_live = n_variants * suffix
+        start = self._tape.entering[i][self._prompts, :1]  # [b, 1, width]
+        n_entering = sum(len(group.columns) for group in (*attn, *mlp))
+        if n_live + n_entering == 0:
+            return
+        hidden = self._live.reshape(b, n_live, width)
+        if n_entering:
+            hidden = torch.cat([hidden.to(start.device), start.expand(-1, n_entering, -1)], 1)
+        arguments = map_tensors(self._tape.arguments[i], partial(self._a_row_each, n_variants, n_entering))
+        with self._entering_rows(i, n_live, attn, mlp):
+            out = first_output(self._decoder.blocks[i].module(hidden, **arguments))
+        self._live = out[:, :n_live].reshape(b, n_variants, suffix, width)
+        if n_entering:
+            self._add(out[:, n_live:], (*attn, *mlp), self._tape.leaving[i])
+
+    def _a_row_each(self, n_variants: int, n_entering: int, x: Tensor) -> Tensor:
+        """From one value a suffix token [n or 1, S, ...] to one a row."""
+        x = x[self._prompts] if x.shape[0] > 1 else x
+        rest = (-1,) * (x.dim() - 2)
+        if x.shape[1] == 1:
+            return x.expand(-1, n_variants + n_entering, *rest)
+        live = x.unsqueeze(1).expand(-1, n_variants, -1, *rest).flatten(1, 2)
+        return torch.cat([live, x[:, :1].expand(-1, n_entering, *rest)], 1)
+
+    def _attend(
+        self,
+        i: int,
+        eager: bool,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        unknown = {name for name, v in kwargs.items() if isinstance(v, Tensor)} - _UNDERSTOOD
+        if unknown:
+            raise UnsupportedError(
+                f"{type(module).__name__} has {', '.join(sorted(unknown))} in its attention."
+            )
+        prefix = self._tape.prefixes[i].of(self._prompts)
+        suffix = self._suffix
+        if self._live.shape[1] == 0 and suffix > 1:  # nothing but entering rows, one token each
+            prefix, suffix = prefix.first(), 1
+        if self._own is not None:
+            tree = concat_mask(prefix, suffix=suffix, variants=query.shape[2] // suffix, dtype=query.dtype)
+            keys, values = torch.cat([prefix.keys, key], 2), torch.cat([prefix.values, value], 2)
+            return self._own[i](module, query, keys, values, tree, **{**kwargs, "is_causal": False})
+        scale = kwargs.get("scaling")
+        out = split_attention(
+            query,
+            key,
+            value,
+            prefix,
+            suffix=suffix,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            # Fused attention has neither.
+            softcap=kwargs.get("softcap") if eager else None,
+            sinks=kwargs.get("s_aux") if eager else None,
+        )
+        return out, None
+
+    @contextmanager
+    def _entering_rows(
+        self, i: int, n_live: int, attn: Sequence[Variants], mlp: Sequence[Variants]
+    ) -> Iterator[None]:
+        """Replace the sublayers' outputs for the rows after `n_live`, and compute no more than is used."""
+        block, like = self._decoder.blocks[i], self._tape.entering[i]
+        into_attn, into_mlp = self._values(attn, like), self._values(mlp, like)
+        if mlp:
+            clean = self._tape.clean[Site(i, Hook.ATTN_OUT)][self._prompts, None]
+            into_attn = torch.cat([into_attn, clean.expand(-1, into_mlp.shape[1], -1)], 1)
+        n_rows = n_live + into_attn.shape[1]
+        with ExitStack() as stack:
+            if into_attn.shape[1]:
+                assert block.attn_out is not None
+                stack.enter_context(_replaced_tail(block.attention, block.attn_out, into_attn, n_rows))
+            if into_mlp.shape[1]:
+                assert block.mlp_out is not None
+                stack.enter_context(_replaced_tail(block.mlp, block.mlp_out, into_mlp, n_rows))
+            yield
+
+
+@contextmanager
+def _replaced_tail(
+    sublayer: nn.Module | None, source: nn.Module, tail: Tensor, n_rows: int
+) -> Iterator[None]:
+    """Have `source` give `tail` [b, e, width] for the last of `n_rows` rows, which `sublayer` need not see.
+
+    Args:
+        sublayer: Called with one row each; None when it has no module of its own.
+        source: The module that gives what is added to the residual stream: the sublayer itself, a norm after
+            it, or a part of it.
+        tail: Replacements.
+        n_rows: Rows that the block is called with.
+    """
+    kept = n_rows - tail.shape[1]
+
+    def cut(x: Tensor) -> Tensor:
+        # Mixtures of experts view their input, so it has to be contiguous.
+        return x[:, :kept].contiguous() if x.dim() > 1 and x.shape[1] == n_rows else x
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return map_tensors(args, cut), map_tensors(kwargs, cut)
+
+    def after(module: nn.Module, args: Any, out: Any) -> Any:
+        hidden = first_output(out)
+        if hidden.dim() == 3 and hidden.shape[1] == kept:
+            hidden = torch.cat([hidden, hidden.new_zeros(tail.shape)], 1)
+        return with_first_output(out, hidden)
+
+    def replace(module: nn.Module, args: Any, out: Any) -> Any:
+        hidden = first_output(out)
+        # OPT flattens prompts and rows before its MLP.
+        rows = hidden.view(tail.shape[0], -1, tail.shape[2])[:, :kept]
+        replaced = torch.cat([rows, tail.to(rows.device)], 1)
+        return with_first_output(out, replaced if hidden.dim() == 3 else replaced.flatten(0, 1))
+
+    with ExitStack() as stack:
+        # With nothing left to see a sublayer might fail, so it then sees all; so too if the source is in it.
+        if (
+            sublayer is not None
+            and kept > 0
+            and (source is sublayer or source not in set(sublayer.modules()))
+        ):
+            stack.callback(sublayer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            if source is not sublayer:
+                stack.callback(sublayer.register_forward_hook(after).remove)
+        stack.callback(source.register_forward_hook(replace).remove)
+        yield
