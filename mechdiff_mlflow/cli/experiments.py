@@ -14,7 +14,9 @@ from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Alpha, Cell, Position, Rank
-from mechdiff_mlflow.tracking import fields, registry
+from mechdiff_mlflow.tracking import fields
+from mechdiff_mlflow.tracking.fetch import load_map
+from mechdiff_mlflow.tracking.promotion import promote
 from mechdiff_mlflow.tracking.store import open_store
 
 
@@ -56,7 +58,7 @@ def run_command(**given: Any) -> None:
         _demand_signal([patch])
         fetch = f"Keep:  mechdiff promote {fit_id}"
         if given["promote"] != "none":
-            version = registry.promote(now.store, fit_id, alias=given["promote"])
+            version = promote(now.store, fit_id, alias=given["promote"])
             fetch = f"Fetch: mechdiff fetch {version.name}@{given['promote']} -o map.pt"
     show.patches([patch], now.study)
     show.where_to_look(now.store, now.run.experiment_id, fetch)
@@ -112,15 +114,15 @@ def patch_command(**given: Any) -> None:
     Example:
       mechdiff patch --map cultural-demo-L26-attn_out@champion --alpha 0.3
     """
-    found = registry.resolve(open_store(given["tracking_uri"]), given["map"])
-    map_ = found.map if given["alpha"] is None else found.map.with_alpha(given["alpha"])
+    map_ = load_map(given["map"], store=open_store(given["tracking_uri"]))
+    map_ = map_ if given["alpha"] is None else map_.with_alpha(given["alpha"])
     given["position"] = Position(str(map_.meta["position"]))
     cell = _cell_of(map_, given["map"])
     with session("patch", f"patch {given['map']}", given) as now:
         if not given["allow_pair_mismatch"]:
             _check_same_pair(map_, given["map"], now.study.pair.fingerprint)
         (patch,) = now.study.patch([(cell, map_, ())])
-        now.place(fields.patch_run(patch, now.study, map_run=found.run_id, map_name=given["map"]))
+        now.place(fields.patch_run(patch, now.study, map_name=given["map"]))
         _demand_signal([patch])
     show.patches([patch], now.study)
     show.where_to_look(now.store, now.run.experiment_id)

@@ -18,7 +18,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
 
 
-class Text(click.ParamType):
+class Text(click.ParamType[Any]):
     """An option whose text a function parses; what that raises is shown as it is.
 
     Args:

@@ -15,6 +15,7 @@ from mechdiff_mlflow.spec import PairSpec
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import Store, open_store
+from mechdiff_mlflow.tracking.view import install_view
 
 LONE = ("fit", "patch")
 _NOT_SETTINGS = ("tracking_uri", "experiment", "device", "batch_size", "out")
@@ -52,6 +53,7 @@ def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
     # A lone fit or patch is one run, whose params are what was resolved; what was asked would contradict it.
     has_parent = kind not in LONE or RUN_ID_VARIABLE in os.environ
     with tracker.run(kind, name, asked(options) if has_parent else {}) as run:
+        install_view(store, run.experiment_id)
         protocol = protocol_of(options)
         with bars() as stage:
             with stage("loading both models", 1):

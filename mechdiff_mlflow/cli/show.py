@@ -71,10 +71,10 @@ def winners(versions: Sequence[Version]) -> None:
     table = Table("map", "version", "aliases", "solver", "k", "α", "drop %", "skill %", "verified", "run")
     for version in versions:
         tags = version.tags
-        row = (version.name, str(version.number), ", ".join(version.aliases))
-        row += tuple(tags.get(key, "n/a") for key in ("solver", "k", "alpha"))
-        row += tuple(_tag_number(tags.get(key)) for key in ("drop_pct", "skill_pct"))
-        table.add_row(*row, "yes" if version.is_verified else "no", version.run_id)
+        texts = [tags.get(key, "n/a") for key in ("solver", "k", "alpha")]
+        numbers = [_tag_number(tags.get(key)) for key in ("drop_pct", "skill_pct")]
+        names = [version.name, str(version.number), ", ".join(version.aliases)]
+        table.add_row(*names, *texts, *numbers, "yes" if version.is_verified else "no", version.run_id)
     _console().print(table)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from mechdiff_mlflow.cli import options, show
-from mechdiff_mlflow.tracking import registry
+from mechdiff_mlflow.tracking import fetch, registry
+from mechdiff_mlflow.tracking.promotion import promote
 from mechdiff_mlflow.tracking.store import open_store
 
 
@@ -22,7 +23,7 @@ def promote_command(run: str, alias: str, tracking_uri: str | None) -> None:
     Example:
       mechdiff promote 4f1c2e9a0b7d4c58a1e3f60718293a4b --alias champion
     """
-    version = registry.promote(open_store(tracking_uri), run, alias=alias)
+    version = promote(open_store(tracking_uri), run, alias=alias)
     show.lines(
         [
             f"{version.name} version {version.number} is @{alias}",
@@ -44,8 +45,8 @@ def fetch_command(name: str, out: Path, tracking_uri: str | None) -> None:
     Example:
       mechdiff fetch cultural-demo-L26-attn_out@champion -o map.pt
     """
-    found = registry.fetch(open_store(tracking_uri), name, out)
-    show.lines([f"{out}: {found.map!r}"])
+    found = fetch.fetch(open_store(tracking_uri), name, out)
+    show.lines([f"{out} is {found.reference}, sha256 {found.sha256}"])
 
 
 @click.command("maps")

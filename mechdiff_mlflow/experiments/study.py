@@ -329,5 +329,5 @@ def _label(cell: Cell, map_: AffineMap) -> str:
 
 
 def _elsewhere(site: Site, n_layers: int) -> Site:
-    """The site half the model away, for the wrong-layer control."""
-    return replace(site, layer=(site.layer + n_layers // 2) % n_layers)
+    """The same hook an eighth of the model further on, for the wrong-layer control."""
+    return replace(site, layer=(site.layer + max(1, n_layers // 8)) % n_layers)

@@ -15,6 +15,7 @@ from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.spec import Cell
 
+
 def alignment(map_: AffineMap, rows: SiteRows) -> tuple[float | None, NDArray[np.float64]]:
     """ρ = ‖Y − Ŷ‖/‖Y − X‖ (None if undefined), and per prompt the cosine of ŷ and y about the tuned mean."""
     mapped = map_(rows.base)
@@ -131,4 +132,5 @@ def _per_prompt(
         "delta_logprob": mapped.delta_logprob_nats,
     }
     columns |= {f"KL_{name}": rows.patched[row].kl_patched_clean_nats for name, row in controls.items()}
-    return pd.DataFrame(columns)
+    table: pd.DataFrame = pd.DataFrame(columns)
+    return table

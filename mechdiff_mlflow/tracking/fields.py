@@ -143,13 +143,14 @@ def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -
         stepped_metrics={f"drop_pct/{name}": curve for name, curve in curves.items()},
         tags={} if best is None else {"mechdiff.best": _name(best[1].cell)},
         tables={"summary.json": summary_table(patches)},
-        description="drop_pct is drawn over k (step = k; full counts as the width).\n\n" + "\n".join(f"- {least}" for least in found),
+        description="drop_pct is drawn over k (step = k; full counts as the width).\n\n"
+        + "\n".join(f"- {least}" for least in found),
     )
 
 
 def summary_table(patches: Sequence[PatchRecord]) -> pd.DataFrame:
     """One row a patch, with the numbers as MLflow holds them."""
-    return pd.DataFrame(
+    table: pd.DataFrame = pd.DataFrame(
         [
             {
                 "site": str(patch.cell.site),
@@ -164,6 +165,7 @@ def summary_table(patches: Sequence[PatchRecord]) -> pd.DataFrame:
             for patch in patches
         ]
     )
+    return table
 
 
 def patch_metrics(record: PatchRecord) -> dict[str, float]:
