@@ -97,7 +97,6 @@ def compare(n: int, d: int, dense: list[str], device: str) -> list[str]:
         print(line, flush=True)
         lines.append(line)
 
-    torch.set_default_device(device)
     where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
     say(f"## d={d}, N={n}: {where}, torch {torch.__version__}")
     x, y = site(n, d, device)
@@ -164,7 +163,8 @@ def main() -> None:
         if device == "cuda" and not torch.cuda.is_available():
             print("No CUDA here: the GPU is left out.")
             continue
-        lines += [*compare(args.n, args.d, names, device), ""]
+        with torch.device(device):  # where the dense route makes its matrices
+            lines += [*compare(args.n, args.d, names, device), ""]
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text("\n".join(lines), encoding="utf-8")
