@@ -165,4 +165,4 @@ def power(symmetric: Tensor, exponent: float) -> Tensor:
 
 
 def eye(d: int) -> Tensor:
-    return torch.eye(d, dtype=torch.float64)
+    return torch.eye(d, dtype=torch.float64)  # on the default device

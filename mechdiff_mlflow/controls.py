@@ -95,7 +95,7 @@ def random_orthogonal(p: PairedSpectrum, *, seed: int) -> AffineMap:
     # On the CPU, so that the seed means the same on every device.
     generator = torch.Generator().manual_seed(seed)
     shape = (max(p.d_out, p.vx.shape[1]), min(p.d_out, p.vx.shape[1]))
-    q, r = torch.linalg.qr(torch.randn(shape, dtype=torch.float64, generator=generator))
+    q, r = torch.linalg.qr(torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator))
     frame = (q * r.diagonal().sign()).to(p.vx)  # the signs make it uniform
     frame = frame.mT if p.d_out >= p.vx.shape[1] else frame  # [r_x, d_out]
     stretch = p.sy.norm() / (p.sx[:, None] * frame).norm()

@@ -123,6 +123,30 @@ def unembedding_directions(unembedding: Tensor, q: int, *others: Tensor) -> Tens
     return vectors[:, -q:].flip(1).mT
 
 
+def identity_scale(p: PairedSpectrum, *, ridge: float = 1e-9) -> float:
+    """The α for which W is α·I in most directions: the scale of a change that is low rank but for it.
+
+    W = α·(I + low rank) has α as the eigenvalue of every direction that the update leaves alone, so α is the
+    median eigenvalue of the symmetric part of W, within the span of Xc. It is exact while the update has
+    less than a quarter of the span's rank. Then `fit_spectrum(solver, p.scaled(1 / α)).map(k).with_alpha(α)`
+    has an update of the rank that was planted; with alpha 1 its update would be full.
+
+    Args:
+        p: The site's rows, of equal widths.
+        ridge: λ as in `ridge`, small.
+
+    Raises:
+        MechdiffError: The widths differ.
+    """
+    if p.d_in != p.d_out:
+        raise MechdiffError(
+            f"A multiple of the identity needs equal widths, not {p.d_in} -> {p.d_out}; leave alpha as it is."
+        )
+    h, f = _penalised(p, Family.CONTENT, ridge)
+    within = h[:, None] * (f @ p.vx)  # VᵀWV
+    return float(torch.linalg.eigvalsh((within + within.mT) / 2).quantile(0.5))
+
+
 def _penalised(p: PairedSpectrum, family: Family, ridge: float) -> tuple[Tensor, Tensor]:
     """1/√(s²+p), [r_x], and F, [r_x, d_out]."""
     target = (p.cross * p.sy) @ p.vy.mT  # UᵀT

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.solvers import fit, unembedding_directions
+from mechdiff_mlflow.solvers import PairedSpectrum, fit, fit_spectrum, identity_scale, unembedding_directions
 
 Normal = Callable[..., Tensor]
 Rows = Callable[..., tuple[Tensor, Tensor]]
@@ -82,6 +82,30 @@ def test_a_planted_update_is_found_with_its_rank(normal: Normal, n: int, rank: i
     # The content family needs every direction that the rows have for the same edit.
     content = fit("reduced_rank", x, y, "content", ridge=1e-12)
     assert float((content.map(min(n - 2, 23))(x) - y).norm()) > 0.01
+
+
+@pytest.mark.parametrize("n", [20, 60])
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 1.0, 1.4])
+def test_a_planted_scale_is_recovered_and_then_the_rank(normal: Normal, n: int, alpha: float) -> None:
+    x, update = normal(n, 24) + normal(24), normal(24, 4) @ normal(4, 24) / 5
+    y = alpha * (x + x @ update + normal(24))
+    p = PairedSpectrum.from_rows(x, y)
+    found = identity_scale(p)
+    assert found == pytest.approx(alpha, abs=1e-6)
+    m = fit_spectrum("reduced_rank", p.scaled(1 / found), ridge=1e-12).map(4).with_alpha(found)
+    torch.testing.assert_close(m(x), y, rtol=1e-5, atol=1e-5)
+    span = p.vx @ p.vx.mT
+    torch.testing.assert_close(
+        span @ (m.dense() - torch.eye(24, dtype=torch.float64)), span @ update, rtol=0, atol=1e-5
+    )
+    if alpha != 1:
+        unscaled = fit_spectrum("reduced_rank", p, ridge=1e-12)
+        assert float((unscaled.map(4)(x) - y).norm()) > 0.1
+
+
+def test_the_scale_of_a_change_of_width_is_refused(rows: Rows) -> None:
+    with pytest.raises(MechdiffError, match="needs equal widths, not 6 -> 5; leave alpha"):
+        identity_scale(PairedSpectrum.from_rows(*rows(9, 6, 5)))
 
 
 def test_a_strong_ridge_leaves_the_prior(rows: Rows) -> None:

@@ -75,6 +75,12 @@ def test_rows_that_do_not_vary_are_refused(rows: Rows, n: int, value: float) -> 
         PairedSpectrum.from_moments(PairedMoments.from_rows(x, torch.full_like(y, value)))
 
 
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_scales_are_above_zero(rows: Rows, factor: float) -> None:
+    with pytest.raises(MechdiffError, match="give a finite factor above 0"):
+        PairedSpectrum.from_rows(*rows(9, 3)).scaled(factor)
+
+
 def test_a_single_prompt_is_refused(rows: Rows) -> None:
     with pytest.raises(MechdiffError, match="cannot be fitted on 1 prompt; give at least 2"):
         PairedSpectrum.from_rows(*rows(1, 3))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.dense_reference import dense_weight
@@ -118,6 +120,29 @@ def test_turning_the_axes_turns_the_map(
     for request in requests:
         expected = turn.mT @ one.map(*request).dense() @ turn
         torch.testing.assert_close(other.map(*request).dense(), expected, rtol=0, atol=1e-9)
+
+
+@given(
+    st.sampled_from([(row.name, f) for row in SOLVERS.values() for f in row.families]),
+    st.integers(2, 14),
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.integers(0, 999),
+)
+def test_sites_of_any_shape(which: tuple[str, Family], n: int, d_in: int, d_out: int, seed: int) -> None:
+    (solver, family), g = which, torch.Generator().manual_seed(seed)
+    d_out = d_in if family is Family.UPDATE else d_out
+    x, y, basis = (
+        torch.randint(-3, 4, (m, d), generator=g).double() for m, d in ((n, d_in), (n, d_out), (1, d_out))
+    )
+    x[0], y[0], basis[0, 0] = 9, -9, 1  # whole numbers repeat and align; these make sure that they vary
+    settings: dict[str, object] = {"basis": basis} if solver == "logit_subspace" else {}
+    solution = fit(solver, x, y, family, **settings)
+    for rank in [None, *range(min(d_in, d_out) + 1)] if SOLVERS[solver].ranked else [None]:
+        m = solution.map(rank)
+        assert bool(torch.isfinite(m(x)).all())
+        if rank is not None:
+            m.check_rank(rank, family)
 
 
 def test_one_spectrum_serves_every_solver(rows: Callable[..., tuple[Tensor, Tensor]]) -> None:
