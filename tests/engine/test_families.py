@@ -14,7 +14,8 @@ from mechdiff_mlflow.sites import Hook, Site
 
 SITES = [
     Site(0, Hook.RESID_PRE),
-    *(Site(i, hook) for i in (1, 2) for hook in Hook),
+    *(Site(1, hook) for hook in Hook),
+    Site(2, Hook.ATTN_OUT),  # another kind of attention than block 1 where there are two
     Site(N_LAYERS - 1, Hook.MLP_OUT),
 ]
 
@@ -37,8 +38,8 @@ def engine_logits(engine: PatchEngine, prompts: TokenizedPrompts, groups: list[V
 def worst_logit_error(family: Family, attention: str, dtype: torch.dtype, from_end: int) -> float:
     """Of patched logits, relative to the largest logit."""
     model = family.build(attention, dtype)
-    # Longer than the windows, of different length so that chunks are padded, and one chunk that is not.
-    prompts = tiny.prompts(9, 12, 7, 7, 3, from_end=from_end)
+    # Longer than the windows; one chunk is padded and one is not.
+    prompts = tiny.prompts(9, 12, 4, from_end=from_end)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine = PatchEngine(model, batch_size=2)
