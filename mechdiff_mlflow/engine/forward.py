@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdiff_mlflow.engine.architecture import Decoder
+from mechdiff_mlflow.engine.architecture import Decoder, text_config
 from mechdiff_mlflow.engine.attention import plain_attention
 from mechdiff_mlflow.engine.chunks import Chunk
 from mechdiff_mlflow.engine.taps import tapped
@@ -43,6 +43,8 @@ class PromptForward:
         embeddings: Any = decoder.model.get_input_embeddings()  # type: ignore[operator]
         self.device: torch.device = embeddings.weight.device
         self.vocabulary: int = embeddings.weight.shape[0]
+        # Some models warn of padding tokens without a mask.
+        self._filler = int(text_config(decoder.model).pad_token_id == 0)
 
     def __call__(self, chunk: Chunk, **more: Any) -> Tensor:
         """Next-token logits [n, vocabulary]; `more` goes to the model."""
@@ -57,8 +59,8 @@ class PromptForward:
 
     def tokens(self, n: int) -> Tensor:
         """Logits [n, vocabulary] of n prompts of one token; they are not counted."""
-        zeros = torch.zeros(n, 1, dtype=torch.long, device=self.device)
-        return self._last_logits(zeros, zeros)
+        positions = torch.zeros(n, 1, dtype=torch.long, device=self.device)
+        return self._last_logits(torch.full_like(positions, self._filler), positions)
 
     def _last_logits(self, ids: Tensor, positions: Tensor, **kwargs: Any) -> Tensor:
         if "position_ids" in self._accepts:

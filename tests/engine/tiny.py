@@ -20,6 +20,10 @@ def build(
 ) -> nn.Module:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases start at ones and zeros, which hide mistakes
+                parameter += 0.2 * torch.randn_like(parameter)
     return model.eval()
 
 
