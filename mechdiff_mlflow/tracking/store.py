@@ -177,9 +177,8 @@ def prepare_process() -> None:
     """Set what our processes want of MLflow, where the user has not decided otherwise."""
     for name, value in _PROCESS_SETTINGS.items():
         os.environ.setdefault(name, value)
-    # "Creating initial MLflow database tables..." and one line a migration.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for chatty in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def redact(uri: str) -> str:
