@@ -18,7 +18,7 @@ _QUALITY = {
 }
 
 
-def model_card(the_map: AffineMap, metrics: Mapping[str, float], uri: str = "models:/NAME@champion") -> str:
+def model_card(the_map: AffineMap, metrics: Mapping[str, float], uri: str = "path/to/this/directory") -> str:
     """Markdown: what the map is, how good it was measured to be, how to use it, where it comes from.
 
     Args:

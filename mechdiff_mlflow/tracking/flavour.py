@@ -39,7 +39,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking.card import model_card
 from mechdiff_mlflow.tracking.names import logged_model_name
-from mechdiff_mlflow.tracking.records import ParamValue, param_text
+from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, param_text
 from mechdiff_mlflow.tracking.store import Store
 
 FLAVOR_NAME = "mechdiff"
@@ -77,7 +77,7 @@ def save_model(
     path: str | Path,
     mlflow_model: Model | None = None,
     *,
-    metrics: Mapping[str, float] | None = None,
+    card: str | None = None,
 ) -> None:
     """Write `the_map` as an MLflow model into the new or empty directory `path`.
 
@@ -85,7 +85,7 @@ def save_model(
         the_map: What to save.
         path: Where.
         mlflow_model: MLflow's own record of the model, when it is logged.
-        metrics: What was measured with it, for the model card.
+        card: The model card; without one it says what the map says of itself.
 
     Raises:
         MechdiffError: The directory is not empty.
@@ -98,7 +98,7 @@ def save_model(
     probe = _probe(the_map)
     (root / MAP_FILE).write_bytes(content)
     (root / PROBE_FILE).write_bytes(safetensors.torch.save(probe))
-    (root / CARD_FILE).write_text(model_card(the_map, metrics or {}), encoding="utf-8")
+    (root / CARD_FILE).write_text(card or model_card(the_map, {}), encoding="utf-8")
 
     model = mlflow_model or Model()
     model.signature = _signature(the_map)
@@ -146,13 +146,14 @@ def log_model(
         MechdiffError: The store refuses, or gives back other bytes than were sent.
     """
     client = store.client
+    card = model_card(the_map, metrics or {}, f"runs:/{run_id}")
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
         logged = client.create_logged_model(
             experiment_id,
             name=logged_model_name(name),
             source_run_id=run_id,
-            tags={SHA256_TAG: the_map.sha256()},
+            tags={SHA256_TAG: the_map.sha256(), "mlflow.note.content": card[:MAX_TAG_CHARS]},
             params={key: param_text(key, value) for key, value in (params or {}).items()},
             model_type="affine map",
         )
@@ -165,7 +166,7 @@ def log_model(
                     model_uuid=logged.model_id,
                     model_id=logged.model_id,
                 )
-                save_model(the_map, sent, record, metrics=metrics)
+                save_model(the_map, sent, record, card=card)
                 client.log_model_artifacts(logged.model_id, str(sent))
                 download(store, logged.artifact_location, back)
                 load_verified(back)

@@ -50,5 +50,5 @@ def check_alias(alias: str) -> str:
 
 
 def logged_model_name(text: str) -> str:
-    """`text` with `-` for what MLflow refuses there: `L26/mlp_out α=0.3` → `L26-mlp_out α=0-3`."""
-    return re.sub(r"[/:.%\"']+", "-", text).strip("- ")[:200] or "map"
+    """`text` with `-` for what MLflow refuses there: `L26/mlp_out α=0.3` → `L26-mlp_out α=0,3`."""
+    return re.sub(r"[/:%\"']+", "-", text.replace(".", ",")).strip("- ")[:200] or "map"

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlflow.entities import Run
+from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
@@ -178,7 +178,7 @@ def _with_alpha(store: Store, the_map: AffineMap, run: Run) -> LoggedMap:
     for logged in flavour.maps_of_run(store, run.info.run_id):
         if logged.sha256 == wanted:
             return logged
-    return flavour.log_model(
+    logged = flavour.log_model(
         the_map,
         run.info.run_name,
         store=store,
@@ -187,6 +187,18 @@ def _with_alpha(store: Store, the_map: AffineMap, run: Run) -> LoggedMap:
         params=run.data.params,
         metrics=run.data.metrics,
     )
+    with store.errors():
+        client = store.client
+        points = [p for key in _numbers(run) for p in client.get_metric_history(run.info.run_id, key)]
+        # The same points again, now as the model's too; the run keeps one of each.
+        linked = [Metric(p.key, p.value, p.timestamp, p.step, model_id=logged.model_id) for p in points]
+        client.log_batch(run.info.run_id, linked)
+    return logged
+
+
+def _numbers(run: Run) -> dict[str, float]:
+    """The metrics that say how good a map is, with their intervals."""
+    return {k: v for k, v in run.data.metrics.items() if k in _METRICS or k.startswith("ci/")}
 
 
 def _name_of(measured: _Measured) -> str:
@@ -247,7 +259,7 @@ def _create_version(store: Store, name: str, measured: _Measured) -> Version:
     run, metrics = measured.run, measured.run.data.metrics
     tags = {key: measured.facts[key] for key in _PROVENANCE if key in measured.facts}
     tags |= {"alpha": repr(measured.the_map.alpha), "code_version": code_version()}
-    tags |= {key: repr(value) for key, value in metrics.items() if key in _METRICS or key.startswith("ci/")}
+    tags |= {key: repr(value) for key, value in _numbers(run).items()}
     tags |= {
         registry.SHA256_TAG: measured.logged.sha256,
         registry.RUN_TAG: run.info.run_id,

@@ -21,7 +21,6 @@ from mlflow.utils.rest_utils import http_request
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import database
-from mechdiff_mlflow.tracking.locks import file_lock, lock_file
 
 _USER_INFO = re.compile(r"(://)[^/]*@")
 _SECRET_QUERY = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token|key|cred|sig)[^=&]*=)[^&]*", re.IGNORECASE)
@@ -158,15 +157,9 @@ def open_store(tracking_uri: str | None = None) -> Store:
         return Store(uri, MlflowClient(uri))
     if scheme == "sqlite":
         path = database.sqlite_path(uri)
-        uri = f"sqlite:///{path}"
-        store = Store(uri, MlflowClient(uri), path)
-        database.initialise_sqlite(path, store.client)
-        return store
+        return Store(f"sqlite:///{path}", database.open_sqlite(path), path)
     if scheme.split("+")[0] in ("postgresql", "mysql", "mssql"):
-        store = Store(uri, MlflowClient(uri))
-        with store.errors(), file_lock(lock_file(uri, "open")):
-            store.client.search_experiments(max_results=1)
-        return store
+        return Store(uri, database.open_database(uri, redact(uri)))
     raise MechdiffError(
         f"Tracking URI {redact(uri)!r} is a directory or of an unknown kind; MLflow keeps registered maps in "
         "a database, so use sqlite:///mlflow.db or the http:// address of an MLflow server."
@@ -177,9 +170,8 @@ def prepare_process() -> None:
     """Set what our processes want of MLflow, where the user has not decided otherwise."""
     for name, value in _PROCESS_SETTINGS.items():
         os.environ.setdefault(name, value)
-    # "Creating initial MLflow database tables..." and one line a migration.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    for chatty in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def redact(uri: str) -> str:

@@ -21,6 +21,8 @@ VIEW_KEY = "mechdiff"
 _TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
 _PARAMS = ("layer", "hook", "solver", "family", "k", "alpha", "split")
 _METRICS = ("drop_pct", "skill_pct", "KL_raw", "KL_mapped", "noise_floor", "rho")
+_RUN_NAME = "attributes.`Run Name`"
+_NAME_WIDTH, _VALUE_WIDTH = 320, 95  # pixels
 _SECTION = "mechdiff-charts"
 _LOCAL_UI = "http://127.0.0.1:5000"
 # The UI gets slow when it compares many more.
@@ -44,15 +46,16 @@ def install_view(store: Store, experiment_id: str, *, kind: str = "patch") -> No
         _log.debug("The shared view of experiment %s was not written: %s", experiment_id, error)
 
 
-def view_url(store: Store, experiment_id: str) -> str:
-    """Link to the experiment's runs in the shared view."""
+def view_url(store: Store, experiment_id: str, *, charts: bool = False) -> str:
+    """Link to the experiment's runs in the shared view: its table, or its charts."""
     query = f"viewStateShareKey={VIEW_KEY}&workflowType=machine_learning"
+    query += "&compareRunsMode=CHART" if charts else ""
     return f"{_ui(store)}/#/experiments/{experiment_id}/runs?{query}"
 
 
 def run_url(store: Store, experiment_id: str, run_id: str) -> str:
     """Link to a run."""
-    return f"{_ui(store)}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{_ui(store)}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
 def version_url(store: Store, name: str, number: int) -> str:
@@ -96,8 +99,8 @@ def _state(kind: str) -> dict[str, Any]:
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
         "selectedColumns": columns,
-        "columnOrder": [],
-        "columnWidths": {},
+        "columnOrder": [_RUN_NAME, "runDateAndNestInfo", *columns],
+        "columnWidths": {_RUN_NAME: _NAME_WIDTH, **dict.fromkeys(columns, _VALUE_WIDTH)},
         "runsHiddenMode": "SHOWALL",
         "viewMaximized": False,
         "runListHidden": False,
