@@ -188,8 +188,7 @@ def load_pair(
         if getattr(spec.prompts, split)
     }
     check_disjoint(prompts.values())
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _existing_device(device)
 
     def make_engine(model: nn.Module) -> PatchEngine:
         bounds = options or EngineOptions()
@@ -214,6 +213,18 @@ def load_pair(
             both = f"{revision}+{adapter_revision}"
             tuned = Side("tuned", model, tokenizer, both, contextlib.nullcontext, make_engine)
     return Pair(spec, base, tuned, prompts, device)
+
+
+def _existing_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise MechdiffError(
+            f"Device {name!r} cannot be used here; pass --device cpu, cuda or auto."
+        ) from error
+    return name
 
 
 def _module_names(spec: PairSpec) -> ModuleNames | None:

@@ -16,6 +16,7 @@ from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Alpha, Cell, Position, Rank
 from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.fetch import load_map
+from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.promotion import promote
 from mechdiff_mlflow.tracking.store import open_store
 
@@ -49,6 +50,8 @@ def run_command(**given: Any) -> None:
       mechdiff run --layer 26 --hook attn_out --k 8 --alpha 0.3 --promote
     """
     cell = _cell(given)
+    if given["promote"] != "none":
+        check_alias(given["promote"])  # not after the work
     with session("run", str(cell), given) as now:
         (fit,) = now.study.fit([cell])
         fit_id = now.run.log(fields.fit_run(fit, now.study))

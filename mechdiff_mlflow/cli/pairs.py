@@ -6,6 +6,7 @@ import click
 
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.progress import bars
+from mechdiff_mlflow.cli.session import settle_threads
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import examine
 from mechdiff_mlflow.pairs import EngineOptions, load_pair
@@ -30,6 +31,7 @@ def doctor_command(pair: str, dtype: str, device: str, batch_size: int) -> None:
             device=device,
             options=EngineOptions(batch_size=batch_size),
         )
+    settle_threads(loaded)
     show.lines(
         [f"pair {loaded.name}, fingerprint {loaded.fingerprint}, {loaded.spec.dtype} on {loaded.device}"]
     )

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.experiments import Protocol, Study
-from mechdiff_mlflow.pairs import EngineOptions, load_pair
+from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec import PairSpec
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, OpenRun, Tracker
@@ -18,6 +20,7 @@ from mechdiff_mlflow.tracking.store import Store, open_store
 from mechdiff_mlflow.tracking.view import install_view
 
 LONE = ("fit", "patch")
+SMALL_MODEL = 50_000_000
 _NOT_SETTINGS = ("tracking_uri", "experiment", "device", "batch_size", "out")
 
 
@@ -63,7 +66,19 @@ def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
                     device=options["device"],
                     options=EngineOptions(batch_size=options["batch_size"]),
                 )
+            settle_threads(pair)
             yield Session(store, run, Study(pair, protocol, stage), has_parent)
+
+
+def settle_threads(pair: Pair) -> None:
+    """One thread for a small model on the CPU, unless OMP_NUM_THREADS says otherwise.
+
+    Its matrices are too small to share: two threads gain a third on an idle machine, and cost six times the
+    wall clock on a busy one, where each waits for the other at every layer.
+    """
+    n_params = sum(weight.numel() for weight in pair.tuned.model.parameters())
+    if pair.device == "cpu" and n_params < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def protocol_of(options: dict[str, Any]) -> Protocol:

@@ -46,7 +46,7 @@ def fetch_command(name: str, out: Path, tracking_uri: str | None) -> None:
       mechdiff fetch cultural-demo-L26-attn_out@champion -o map.pt
     """
     found = fetch.fetch(open_store(tracking_uri), name, out)
-    show.lines([f"{out} is {found.reference}, sha256 {found.sha256}"])
+    show.lines([f"{out} is the map of {name}, sha256 {found.sha256}"])
 
 
 @click.command("maps")
