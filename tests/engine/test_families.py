@@ -23,7 +23,7 @@ SITES = [
 def engine_logits(engine: PatchEngine, prompts: TokenizedPrompts, groups: list[VariantGroup]) -> Tensor:
     """Patched logits [N, groups, vocabulary] from which the engine scores, one variant a group."""
     found = None
-    for chunk in in_chunks(prompts, engine._batch_size, engine._forward.device):
+    for chunk in in_chunks(prompts, engine._batch_size, engine.forward.device):
         recording = engine._path.record(chunk, [group.site for group in groups])
         variants, _ = ScoreBoard(groups, len(prompts), engine.width).variants(recording)
         for rows in engine._path.run(recording, variants):
