@@ -8,7 +8,16 @@ result.divergences[0].kl_patched_clean  # [N, v] nats
 
 from mechdiff_mlflow.engine.architecture import ModuleNames
 from mechdiff_mlflow.engine.patch_engine import PatchEngine
+from mechdiff_mlflow.engine.plumbing import PlumbingCheck, check_plumbing
 from mechdiff_mlflow.engine.startup import MODES
 from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
 
-__all__ = ["MODES", "ModuleNames", "PatchEngine", "ScoreResult", "VariantGroup"]
+__all__ = [
+    "MODES",
+    "ModuleNames",
+    "PatchEngine",
+    "PlumbingCheck",
+    "ScoreResult",
+    "VariantGroup",
+    "check_plumbing",
+]

@@ -100,6 +100,14 @@ class Decoder:
             raise MechdiffError(f"Layer {site.layer} does not exist: the model has {n} layers, 0 to {n - 1}.")
         self.module(site)
 
+    def has(self, site: Site) -> bool:
+        """Whether `site` exists and was recognised."""
+        try:
+            self.check(site)
+        except MechdiffError:
+            return False
+        return True
+
     def module(self, site: Site) -> nn.Module:
         """The module whose output (for `resid_pre`, whose input) is the activation at `site`."""
         block = self.blocks[site.layer]

@@ -58,21 +58,20 @@ class PatchEngine:
             raise MechdiffError(
                 "The model is in training mode, where dropout is random; call model.eval() first."
             )
-        self._decoder = Decoder.of(model, overrides)
-        self._forward = PromptForward(self._decoder)
+        self.forward = PromptForward(Decoder.of(model, overrides))
         self._batch_size = batch_size
-        self._path = choose_path(self._forward, mode, max_rows=max_rows, head_rows=head_rows)
-        self._forward.n_prompts = 0
+        self._path = choose_path(self.forward, mode, max_rows=max_rows, head_rows=head_rows)
+        self.forward.n_prompts = 0
 
     @property
     def n_layers(self) -> int:
         """Number of decoder blocks."""
-        return len(self._decoder.blocks)
+        return len(self.forward.decoder.blocks)
 
     @property
     def width(self) -> int:
         """Dimensions of the residual stream."""
-        return self._decoder.width
+        return self.forward.decoder.width
 
     @property
     def mode(self) -> str:
@@ -82,7 +81,7 @@ class PatchEngine:
     @property
     def n_forwards(self) -> int:
         """Prompts run through the whole model so far, however they were batched; start-up checks apart."""
-        return self._forward.n_prompts
+        return self.forward.n_prompts
 
     def capture(self, prompts: TokenizedPrompts, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """The model's own activations at `prompts.positions`.
@@ -96,8 +95,8 @@ class PatchEngine:
         self._check(prompts, sites)
         rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
         order = []
-        for chunk in in_chunks(prompts, self._batch_size, self._forward.device):
-            recording = self._forward.record(chunk, sites)
+        for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
+            recording = self.forward.record(chunk, sites)
             _check_finite(recording)
             order.append(chunk.index)
             for site in rows:
@@ -128,7 +127,7 @@ class PatchEngine:
         board = ScoreBoard(groups, len(prompts), self.width)
         clean: dict[Site, list[Tensor]] = {site: [] for site in sites}
         tops, order = [], []
-        for chunk in in_chunks(prompts, self._batch_size, self._forward.device):
+        for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
             recording = self._path.record(chunk, sites)
             _check_finite(recording)
             next_token = NextToken.of(recording.logits)
@@ -149,8 +148,8 @@ class PatchEngine:
 
     def _check(self, prompts: TokenizedPrompts, sites: Sequence[Site]) -> None:
         for site in sites:
-            self._decoder.check(site)
-        check_prompts(prompts, self._forward.vocabulary)
+            self.forward.decoder.check(site)
+        check_prompts(prompts, self.forward.vocabulary)
 
 
 def _check_finite(recording: Recording) -> None:

@@ -122,11 +122,11 @@ def _trials(forward: PromptForward) -> Iterable[Trial]:
     """Every hook half-way up on a padded chunk, and two more on one that is not, before its last token."""
     decoder = forward.decoder
     n = len(decoder.blocks)
-    yield Trial.of(
-        forward, _chunk(forward, (5, 9), 1), _existing(decoder, [Site(n // 2, hook) for hook in Hook])
-    )
-    early = [Site(0, Hook.MLP_OUT), Site(max(0, n - 2), Hook.RESID_PRE)]
-    yield Trial.of(forward, _chunk(forward, (7,), 3), _existing(decoder, early))
+    middle = [Site(n // 2, hook) for hook in Hook]
+    others = [Site(0, Hook.MLP_OUT), Site(max(0, n - 2), Hook.RESID_PRE)]
+    # A block without a recognised MLP still has its other hooks.
+    yield Trial.of(forward, _chunk(forward, (5, 9), 1), list(filter(decoder.has, middle)))
+    yield Trial.of(forward, _chunk(forward, (7,), 3), list(filter(decoder.has, others)))
 
 
 def _chunk(forward: PromptForward, lengths: Sequence[int], suffix: int) -> Chunk:
@@ -142,18 +142,6 @@ def _disturbed(recording: Recording, site: Site, column: int) -> Variants:
     direction = (noise / noise.norm(dim=-1, keepdim=True)).to(clean.device)
     size = clean.float().norm(dim=-1, keepdim=True).clamp(min=1e-3)
     return Variants(site, (clean.float() + size * direction).to(clean.dtype).unsqueeze(1), [column])
-
-
-def _existing(decoder: Decoder, sites: Iterable[Site]) -> list[Site]:
-    """Those the model has: a block without a recognised MLP still has its other hooks."""
-    found = []
-    for site in sites:
-        try:
-            decoder.check(site)
-        except MechdiffError:
-            continue
-        found.append(site)
-    return found
 
 
 def _override(site: Site) -> str:

@@ -1,8 +1,10 @@
 import warnings
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import transformers
 from families import CASES, FAMILIES, N_LAYERS, Family
 from torch import Tensor
 
@@ -23,7 +25,7 @@ SITES = [
 def engine_logits(engine: PatchEngine, prompts: TokenizedPrompts, groups: list[VariantGroup]) -> Tensor:
     """Patched logits [N, groups, vocabulary] from which the engine scores, one variant a group."""
     found = None
-    for chunk in in_chunks(prompts, engine._batch_size, engine._forward.device):
+    for chunk in in_chunks(prompts, engine._batch_size, engine.forward.device):
         recording = engine._path.record(chunk, [group.site for group in groups])
         variants, _ = ScoreBoard(groups, len(prompts), engine.width).variants(recording)
         for rows in engine._path.run(recording, variants):
@@ -84,3 +86,13 @@ def test_sublayers_add_up_to_the_residual_stream(family: Family) -> None:
     before, attn, mlp, after = (x[Site(2, hook)] for hook in Hook)
     scale = model.config.residual_multiplier if family.scaled else 1.0
     torch.testing.assert_close(before + scale * (attn + mlp), after, rtol=1e-4, atol=1e-5)
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    page = Path(__file__).parents[2] / "docs" / "supported-models.md"
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")][2:]
+    cells = [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows]
+    expected = [[f.name, f.mode, ", ".join(f.attentions), f.attn_out, f.mlp_out, f.note] for f in FAMILIES]
+    if transformers.__version__.startswith("4."):  # Mixtral's MLP has another name there
+        cells, expected = ([row[:4] + row[5:] for row in table] for table in (cells, expected))
+    assert cells == expected, "run python scripts/supported_models.py"
