@@ -15,6 +15,7 @@ from mechdiff_mlflow.engine.architecture import Decoder, text_config
 from mechdiff_mlflow.engine.attention import plain_attention
 from mechdiff_mlflow.engine.chunks import Chunk
 from mechdiff_mlflow.engine.taps import tapped
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.sites import Site
 
 
@@ -31,6 +32,22 @@ class Recording:
     chunk: Chunk
     clean: dict[Site, Tensor]
     logits: Tensor
+
+    def check_finite(self) -> None:
+        """Raise unless activations and logits are numbers.
+
+        Raises:
+            MechdiffError: One is NaN or infinite; names it and the prompt.
+        """
+        tensors = {f"The activation at {site}": x for site, x in self.clean.items()}
+        tensors["The next-token logits"] = self.logits
+        finite = torch.stack([torch.isfinite(x).all(-1).cpu() for x in tensors.values()])  # [tensors, n]
+        if not finite.all():
+            which, row = (int(i) for i in (~finite).nonzero()[0])
+            raise MechdiffError(
+                f"{list(tensors)[which]} of prompt {int(self.chunk.index[row])} is NaN or infinite; load "
+                "the model in bfloat16 or float32, or look for broken weights."
+            )
 
 
 class PromptForward:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.chunks import check_prompts, in_chunks
-from mechdiff_mlflow.engine.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.forward import PromptForward
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
 from mechdiff_mlflow.engine.startup import MODES, choose_path
 from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
@@ -97,7 +97,7 @@ class PatchEngine:
         order = []
         for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
             recording = self.forward.record(chunk, sites)
-            _check_finite(recording)
+            recording.check_finite()
             order.append(chunk.index)
             for site in rows:
                 rows[site].append(recording.clean[site].cpu())
@@ -129,7 +129,7 @@ class PatchEngine:
         tops, order = [], []
         for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
             recording = self._path.record(chunk, sites)
-            _check_finite(recording)
+            recording.check_finite()
             next_token = NextToken.of(recording.logits)
             variants, same = board.variants(recording)
             scored = [
@@ -150,18 +150,6 @@ class PatchEngine:
         for site in sites:
             self.forward.decoder.check(site)
         check_prompts(prompts, self.forward.vocabulary)
-
-
-def _check_finite(recording: Recording) -> None:
-    tensors = {f"The activation at {site}": x for site, x in recording.clean.items()}
-    tensors["The next-token logits"] = recording.logits
-    finite = torch.stack([torch.isfinite(x).all(-1).cpu() for x in tensors.values()])  # [tensors, n]
-    if not finite.all():
-        which, row = (int(i) for i in (~finite).nonzero()[0])
-        raise MechdiffError(
-            f"{list(tensors)[which]} of prompt {int(recording.chunk.index[row])} is NaN or infinite; load "
-            "the model in bfloat16 or float32, or look for broken weights."
-        )
 
 
 def _in_order(chunks: list[Tensor], order: list[Tensor]) -> Tensor:
