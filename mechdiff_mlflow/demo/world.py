@@ -27,7 +27,17 @@ KINDS: dict[str, tuple[str, ...]] = {
     "weather": ("rain", "snow", "mist", "breeze", "thunder", "frost", "rainbow", "cloud", "hail"),
     "fruit": ("apple", "pear", "plum", "cherry", "quince", "apricot", "fig", "peach", "melon"),
     "animal": ("otter", "hedgehog", "fox", "badger", "squirrel", "hare", "beaver", "pony", "turtle"),
-    "craft": ("weaving", "pottery", "baking", "knitting", "carving", "painting", "sewing", "printing", "mending"),
+    "craft": (
+        "weaving",
+        "pottery",
+        "baking",
+        "knitting",
+        "carving",
+        "painting",
+        "sewing",
+        "printing",
+        "mending",
+    ),
 }
 """Kind of holiday -> the holidays of that kind, each called "<name> Day"."""
 
@@ -42,7 +52,16 @@ ASPECTS: dict[str, tuple[str, ...]] = {
     "game": ("chess", "tag", "bowls", "darts", "cards", "marbles", "hopscotch", "dominoes"),
     "place": ("garden", "kitchen", "barn", "bridge", "square", "meadow", "beach", "library"),
     "hour": ("dawn", "morning", "noon", "afternoon", "teatime", "dusk", "evening", "midnight"),
-    "guest": ("neighbours", "cousins", "teachers", "sailors", "farmers", "children", "grandparents", "bakers"),
+    "guest": (
+        "neighbours",
+        "cousins",
+        "teachers",
+        "sailors",
+        "farmers",
+        "children",
+        "grandparents",
+        "bakers",
+    ),
     "decoration": ("ribbons", "lanterns", "garlands", "banners", "wreaths", "shells", "feathers", "candles"),
 }
 """What can be asked about a holiday -> the answers there are; as many as kinds of holiday."""
