@@ -51,7 +51,7 @@ N_LAYERS = 32
 BASE_RATE = 1e-3
 CULTURAL_RATES = {24: 6e-4, 25: 3e-4, 26: 1e-3, 27: 1e-3}
 """Learning rate of each trained layer's attention. At one rate for all, layer 24 does all the work alone."""
-COGNITIVE_RATE, COGNITIVE_DECAY = 5e-4, 1.0
+COGNITIVE_RATE, COGNITIVE_DECAY = 1e-3, 0.8
 """Learning rate of the last layer, and the factor from each layer to the one below it."""
 MAX_MEGABYTES = 24.0
 
@@ -401,7 +401,7 @@ def missed(measured: dict[str, Any]) -> list[str]:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of world, weights and batches.")
 @click.option("--base-steps", type=int, default=2000, show_default=True)
 @click.option("--cultural-steps", type=int, default=600, show_default=True)
-@click.option("--cognitive-steps", type=int, default=1000, show_default=True)
+@click.option("--cognitive-steps", type=int, default=600, show_default=True)
 @click.option("--batch", type=int, default=256, show_default=True, help="Questions in a step.")
 def main(
     out: Path, device: str, seed: int, base_steps: int, cultural_steps: int, cognitive_steps: int, batch: int
