@@ -19,7 +19,7 @@ from mechdiff_mlflow.sites import Site
 SPLITS = ("train", "val", "test")
 MAX_SPEC_BYTES = 1 << 20
 
-ALPHA_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+ALPHA_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 """What `alpha=auto` chooses from, on val."""
 
 
