@@ -25,6 +25,7 @@ from mechdiff_mlflow.tracking.interrupts import Interrupts, Killed
 from mechdiff_mlflow.tracking.provenance import provenance_tags
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, RunRecord, param_text
 from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.view import install_view
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class Tracker:
     ) -> Iterator[OpenRun]:
         """An open top-level run: the parent of a sweep's runs, or a lone `fit` or `patch`.
 
+        The experiment gets the shared view of `view.py`.
+
         Inside `mlflow run` it is the run that MLflow made (once); else a new one. It ends FINISHED; FAILED
         when the body raises; KILLED on SIGTERM, SIGHUP or Ctrl-C. The reason becomes a tag and goes into the
         description.
@@ -84,6 +87,7 @@ class Tracker:
                 with self.interrupts.deferred():
                     open_run = self._attach(record) or self._create(record)
                     open_run.add(record)
+                    install_view(self.store, open_run.experiment_id)
                 yield open_run
             except BaseException as error:
                 status, reason = _ending(error)
