@@ -36,6 +36,7 @@ def _one_alpha(text: str) -> float:
 @options.position
 @options.reported
 @options.n_train
+@options.permutations
 @options.seed
 @options.models
 @options.promotion
@@ -165,6 +166,7 @@ def patch_command(**given: Any) -> None:
 @options.position
 @options.reported
 @options.n_train
+@options.permutations
 @options.seed
 @options.models
 @options.tracking
