@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,6 +15,9 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import PatchRecord
 from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks
 from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.report.curves import curve_figures
+from mechdiff_mlflow.report.evidence import of_record
+from mechdiff_mlflow.report.figures import write_figures
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Alpha, Cell, Position, Rank
 from mechdiff_mlflow.tracking import fields
@@ -182,7 +188,10 @@ def sweep_command(**given: Any) -> None:
         for fit, patch in zip(fits, patches, strict=True):
             now.run.log(fields.cell_run(fit, patch, now.study))
         found = least_ranks(patches, given["targets"], seed=given["seed"])
-        now.run.add(fields.sweep_headline(patches, found))
+        with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+            figures = curve_figures([of_record(patch) for patch in patches])
+            files = write_figures(figures, f"Sweep of {now.study.pair.name}", Path(folder))
+            now.run.add(replace(fields.sweep_headline(patches, found), files=files))
     show.patches(patches, now.study)
     show.lines([str(least) for least in found])
     show.where_to_look(now.store, now.run.experiment_id)

@@ -120,6 +120,21 @@ def headline(patch: PatchRecord) -> RunRecord:
     )
 
 
+def least_ranks_table(found: Sequence[LeastRank]) -> pd.DataFrame:
+    """One row a question (site, α, target), ranks as numbers, the full one as the width; empty if none."""
+    columns = ("site", "solver", "family", "alpha", "target_pct", "width", "k", "low", "high", "p_reached")
+    rows = [
+        (
+            *(str(least.site), least.solver, least.family, least.alpha, least.found.target_pct, least.width),
+            *(least.found.k, least.found.low, least.found.high, least.found.p_reached),
+            least.found.conservative_k,
+        )
+        for least in found
+    ]
+    table: pd.DataFrame = pd.DataFrame(rows, columns=[*columns, "conservative_k"])
+    return table
+
+
 def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -> RunRecord:
     """What a sweep's parent shows: drop_pct over k for each site and α, the least ranks, the best cell."""
     curves: dict[str, dict[int, float]] = {}
@@ -142,7 +157,7 @@ def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -
         metrics=metrics,
         stepped_metrics={f"drop_pct/{name}": curve for name, curve in curves.items()},
         tags={} if best is None else {"mechdiff.best": _name(best[1].cell)},
-        tables={"summary.json": summary_table(patches)},
+        tables={"summary.json": summary_table(patches), "least_ranks.json": least_ranks_table(found)},
         description="drop_pct is drawn over k (step = k; full counts as the width).\n\n"
         + "\n".join(f"- {least}" for least in found),
     )
