@@ -27,13 +27,6 @@ from mechdiff_mlflow.tracking.promotion import promote
 from mechdiff_mlflow.tracking.store import open_store
 
 
-def _one_alpha(text: str) -> float:
-    alpha = Alpha.parse(text)
-    if alpha.is_choice:
-        raise MechdiffError(f"α={text!r} is a choice of several; pass one number, e.g. 0.3.")
-    return alpha.values[0]
-
-
 @click.command("run")
 @options.pair
 @options.site
@@ -103,7 +96,7 @@ def fit_command(**given: Any) -> None:
 @options.pair
 @click.option(
     "--alpha",
-    type=options.Text("alpha", lambda text: None if text == "map" else _one_alpha(text)),
+    type=options.Text("alpha", lambda text: None if text == "map" else options.one_alpha(text)),
     default="map",
     show_default=True,
     help="Scale instead of the map's own; replaces it, does not multiply it.",
@@ -155,7 +148,7 @@ def patch_command(**given: Any) -> None:
 )
 @click.option(
     "--alphas",
-    type=options.Text("alphas", options.listed(_one_alpha)),
+    type=options.Text("alphas", options.listed(options.one_alpha)),
     default="1",
     show_default=True,
     help="Scales for sites without one.",
