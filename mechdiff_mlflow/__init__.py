@@ -7,11 +7,22 @@ mapped = map_(base_activations)  # [..., d_base] -> [..., d_tuned], its α inclu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechdiff_mlflow.errors import MechdiffError as MechdiffError
+    from mechdiff_mlflow.experiments import Protocol as Protocol
+    from mechdiff_mlflow.experiments import Study as Study
+    from mechdiff_mlflow.maps import AffineMap as AffineMap
+    from mechdiff_mlflow.pairs import load_pair as load_pair
+    from mechdiff_mlflow.sites import Site as Site
+    from mechdiff_mlflow.spec import PairSpec as PairSpec
+    from mechdiff_mlflow.tracking.fetch import load_map as load_map
+    from mechdiff_mlflow.tracking.flavour import load_model as load_model
+    from mechdiff_mlflow.tracking.flavour import log_model as log_model
+    from mechdiff_mlflow.tracking.flavour import save_model as save_model
 
 __version__ = "0.1.0"
-
-__all__ = ["AffineMap", "MechdiffError", "PairSpec", "Protocol", "Site", "Study", "load_map", "load_pair"]
 
 _HOMES = {
     "AffineMap": "maps",
@@ -21,12 +32,15 @@ _HOMES = {
     "Site": "sites",
     "Study": "experiments",
     "load_map": "tracking.fetch",
+    "load_model": "tracking.flavour",
     "load_pair": "pairs",
+    "log_model": "tracking.flavour",
+    "save_model": "tracking.flavour",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for: torch, transformers and MLflow take seconds, and `--version` needs none of them.
+    """Import what needs MLflow and torch only when it is asked for: `import mechdiff_mlflow` stays fast."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

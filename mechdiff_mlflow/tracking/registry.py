@@ -251,12 +251,13 @@ def _announced(model: RegisteredModel, alias: str) -> list[Move]:
 def _happened(announced: Sequence[Move], holder: int | None) -> list[Move]:
     """The announced moves that were made, with `outside` ones where the alias was found elsewhere.
 
-    A move happened unless the alias was still at its source when the next one was announced (or is now).
+    A move happened unless the alias was still at its source when the next one was announced (or is now). That
+    misreads one case: another program moving the alias straight back to where it came from.
     """
-    found_later: list[int | None] = [*(later.source for later in announced[1:]), holder]
+    found_later = [*(later.source for later in announced[1:]), holder]
     done: list[Move] = []
     at: int | None = None
-    for move, found in zip(announced, found_later, strict=True):
+    for move, found in zip(announced, found_later, strict=False):  # nothing announced: nothing to do
         if move.source != at:
             done.append(Move("outside", at, move.source))
             at = move.source

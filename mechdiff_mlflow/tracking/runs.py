@@ -11,7 +11,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from mlflow.entities import LoggedModelInput, Metric, Param, RunTag
@@ -24,7 +24,8 @@ from mechdiff_mlflow.tracking.artifacts import LongParams
 from mechdiff_mlflow.tracking.interrupts import Interrupts, Killed
 from mechdiff_mlflow.tracking.provenance import provenance_tags
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, RunRecord, param_text
-from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, one_attempt
+from mechdiff_mlflow.tracking.view import install_view
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class Tracker:
     ) -> Iterator[OpenRun]:
         """An open top-level run: the parent of a sweep's runs, or a lone `fit` or `patch`.
 
+        The experiment gets the shared view of `view.py`.
+
         Inside `mlflow run` it is the run that MLflow made (once); else a new one. It ends FINISHED; FAILED
         when the body raises; KILLED on SIGTERM, SIGHUP or Ctrl-C. The reason becomes a tag and goes into the
         description.
@@ -79,19 +82,20 @@ class Tracker:
         )
         with self.interrupts.active():
             open_run = None
-            status, reason = "FINISHED", ""
+            failure: BaseException | None = None
             try:
                 with self.interrupts.deferred():
                     open_run = self._attach(record) or self._create(record)
                     open_run.add(record)
+                    install_view(self.store, open_run.experiment_id)
                 yield open_run
             except BaseException as error:
-                status, reason = _ending(error)
+                failure = error
                 raise
             finally:
                 if open_run is not None:
                     with self.interrupts.deferred():
-                        open_run.end(status, reason)
+                        open_run.end(failure)
 
     def log(self, record: RunRecord) -> str:
         """Write a lone finished run; its id."""
@@ -178,28 +182,31 @@ class OpenRun:
                 with self._store.errors():
                     client.set_terminated(child_id, "FINISHED", record.ended_ms)
             except BaseException as error:
-                self._finish(child_id, *_ending(error), record.description)
+                self._finish(child_id, error, record.description)
                 raise
         return child_id
 
-    def end(self, status: str, reason: str = "") -> None:
-        """Set the final status; `Tracker.run` calls this."""
-        self._finish(self.run_id, status, reason, self._description, must=status == "FINISHED")
+    def end(self, error: BaseException | None) -> None:
+        """Set the final status, by what ended the run; `Tracker.run` calls this."""
+        self._finish(self.run_id, error, self._description)
 
-    def _finish(self, run_id: str, status: str, reason: str, description: str, must: bool = False) -> None:
+    def _finish(self, run_id: str, error: BaseException | None, description: str) -> None:
         client = self._store.client
+        status, reason = _ending(error)
+        # A server that was waited for in vain gets one more chance, not another half minute.
+        patience = one_attempt() if isinstance(error, StoreUnreachable) else nullcontext()
         try:
-            with self._store.errors():
+            with patience, self._store.errors():
                 if reason:
                     note = f"**{status}:** {reason}\n\n{description}"
                     tags = {"mechdiff.failure": reason, "mlflow.note.content": note}
                     client.log_batch(run_id, tags=[RunTag(k, _cut(v)) for k, v in tags.items()])
                 client.set_terminated(run_id, status)
-        except MechdiffError as error:
-            if must:
+        except MechdiffError as another:
+            if error is None:
                 raise
             # What went wrong before is on its way to the user and matters more.
-            _log.warning("Run %s could not be marked %s: %s", run_id, status, error)
+            _log.warning("Run %s could not be marked %s: %s", run_id, status, another)
 
     def _has_param(self, key: str, text: str) -> bool:
         logged = self._params.get(key)
@@ -271,8 +278,10 @@ def _finite(record: RunRecord) -> tuple[list[tuple[str, float, int]], dict[str, 
     return [point for point in points if math.isfinite(point[1])], {**undefined, **record.undefined}
 
 
-def _ending(error: BaseException) -> tuple[str, str]:
+def _ending(error: BaseException | None) -> tuple[str, str]:
     """The status and reason that an exception ends a run with."""
+    if error is None:
+        return "FINISHED", ""
     if isinstance(error, Killed):
         return "KILLED", f"Ended by {error.signal_name}."
     if isinstance(error, KeyboardInterrupt):

@@ -26,18 +26,23 @@ _USER_INFO = re.compile(r"(://)[^/]*@")
 _SECRET_QUERY = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token|key|cred|sig)[^=&]*=)[^&]*", re.IGNORECASE)
 _SERVER_ANSWER_S = 5
 
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 # The user's own settings win; these are what MLflow does when nothing is set.
 _PROCESS_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     # Seven retries take four minutes; four ride out the restart of a server in half a minute.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
+    _RETRIES: "4",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # MLflow would cut long values with only a warning in the log.
     "MLFLOW_TRUNCATE_LONG_VALUES": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+
+
+class StoreUnreachable(MechdiffError):
+    """The server went away after it had been opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +120,16 @@ class Store:
         try:
             yield
         except (MlflowException, requests.RequestException, OSError) as error:
-            raise MechdiffError(self._sentence(error)) from error
+            text = " ".join(str(error).split()).replace(self.uri, self.shown)
+            if "Max retries exceeded" in text or isinstance(error, requests.ConnectionError):
+                raise StoreUnreachable(
+                    f"The tracking server {self.shown} stopped answering; start it, then run this again."
+                ) from error
+            if isinstance(error, OSError):
+                raise MechdiffError(
+                    f"The store {self.shown} could not be read or written: {text[:300]}."
+                ) from error
+            raise MechdiffError(f"The store {self.shown} refused: {text[:500].rstrip('.')}.") from error
 
     def _artifact_root(self, experiment: str) -> str | None:
         if self.sqlite_path is None:
@@ -124,16 +138,6 @@ class Store:
         if slug != experiment:
             slug = f"{slug}-{hashlib.sha256(experiment.encode()).hexdigest()[:8]}"
         return (self.sqlite_path.parent / "mlartifacts" / slug).as_uri()
-
-    def _sentence(self, error: Exception) -> str:
-        text = " ".join(str(error).split()).replace(self.uri, self.shown)
-        if "Max retries exceeded" in text or isinstance(error, requests.ConnectionError):
-            return (
-                f"The tracking server {self.shown} stopped answering; start it, then run this command again."
-            )
-        if isinstance(error, OSError):
-            return f"The store {self.shown} could not be read or written: {text[:300]}."
-        return f"The store {self.shown} refused: {text[:500].rstrip('.')}."
 
 
 def open_store(tracking_uri: str | None = None) -> Store:
@@ -172,6 +176,20 @@ def prepare_process() -> None:
         os.environ.setdefault(name, value)
     for chatty in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+@contextmanager
+def one_attempt() -> Iterator[None]:
+    """Requests in here are not tried again when they fail."""
+    before = os.environ.get(_RETRIES)
+    os.environ[_RETRIES] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_RETRIES]
+        else:
+            os.environ[_RETRIES] = before
 
 
 def redact(uri: str) -> str:

@@ -16,9 +16,11 @@ from alembic.script import ScriptDirectory
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.store.db import utils as mlflow_db
+from mlflow.tracking import MlflowClient
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.store import Store, open_store, redact
+from mechdiff_mlflow.tracking.runs import Tracker
+from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, open_store, redact
 
 SECRET = st.text(alphabet="abcdefghijklmnopqrstuvwxyzABC123!$~._-", min_size=6, max_size=12)
 
@@ -254,3 +256,25 @@ def test_a_directory_without_write_permission_is_named(tmp_path: Path) -> None:
     folder.mkdir(mode=0o500)
     with pytest.raises(MechdiffError, match="cannot be opened for writing"):
         open_store(f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def test_a_server_that_goes_away_is_asked_again_but_not_for_ever(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run fails with one sentence; ending it costs one attempt, not another round of retries."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    attempts: list[str] = []
+    with _answering(200, b'{"run": {"info": {"run_id": "r", "experiment_id": "1"}, "data": {}}}') as uri:
+        gone = Store(uri, MlflowClient(uri))
+
+    def count(*_: object, **__: object) -> None:
+        attempts.append(os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"])
+        gone.client.get_run("r")
+
+    with pytest.raises(StoreUnreachable, match="stopped answering; start it"), gone.errors():
+        gone.client.get_run("r")
+    monkeypatch.setattr(store.client, "set_terminated", count)
+    with pytest.raises(StoreUnreachable), Tracker(store, "demo").run("run", "r"), gone.errors():
+        gone.client.get_run("r")
+    assert attempts == ["0"]
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
