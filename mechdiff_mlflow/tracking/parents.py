@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mechdiff_mlflow.experiments import PatchRecord
 from mechdiff_mlflow.experiments.atlas import AtlasRecord
+from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.records import RunRecord
 
 
@@ -28,6 +30,17 @@ def report_run(title: str, out: Path, written: Sequence[Path], caveats: Sequence
         files=files,
         description=f"**{title}**: open `{out.stem}.html` under Artifacts.\n\n"
         + "\n".join(f"- {caveat}" for caveat in caveats),
+    )
+
+
+def report_pass_run(patches: Sequence[PatchRecord]) -> RunRecord:
+    """A report pass's table, one row a winner."""
+    rows = [f"- {fields.site_and_drop(patch)}" for patch in patches]
+    return RunRecord(
+        kind="report_pass",
+        name="report pass",
+        tables={"summary.json": fields.summary_table(patches)},
+        description="Registered winners, measured again with the α of their versions.\n\n" + "\n".join(rows),
     )
 
 
