@@ -21,6 +21,8 @@ from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import Store, open_store
 from mechdiff_mlflow.tracking.view import install_view
 
+AS_MANY = "500-or-all"
+"""As the number of prompts: the seed's 500 where there are as many, otherwise all there are."""
 LONE = ("fit", "patch")
 SMALL_MODEL = 50_000_000
 _NOT_SETTINGS = ("tracking_uri", "experiment", "device", "batch_size", "out")
@@ -121,6 +123,7 @@ def settle_threads(pair: Pair) -> None:
 
 def protocol_of(options: dict[str, Any]) -> Protocol:
     """The protocol in a command's parameters; what it has no option for keeps its default."""
+    options = {**options, "n": None} if options.get("n") == AS_MANY else options
     names = ("split", "n", "n_train", "position", "shrink", "ridge", "off_span", "seed")
     return Protocol(**{name: options[name] for name in names if name in options})
 

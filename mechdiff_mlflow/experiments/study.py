@@ -330,5 +330,11 @@ def _label(cell: Cell, map_: AffineMap) -> str:
 
 
 def _elsewhere(site: Site, n_layers: int) -> Site:
-    """The same hook an eighth of the model further on, for the wrong-layer control."""
-    return replace(site, layer=(site.layer + max(1, n_layers // 8)) % n_layers)
+    """The same hook an eighth of the model further on, or back near the end, for the wrong-layer control.
+
+    Never round to the first layer: what enters it is the same for all prompts.
+    """
+    step = max(1, n_layers // 8)
+    return replace(
+        site, layer=site.layer + (step if site.layer + step < n_layers else -step) * (n_layers > 1)
+    )

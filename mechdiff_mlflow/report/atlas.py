@@ -10,19 +10,14 @@ from mechdiff_mlflow.report.figures import Figure, heatmap
 from mechdiff_mlflow.sites import Hook
 
 HOOKS = tuple(str(hook) for hook in Hook)
-COLUMNS = (
-    *("site", "layer", "hook", "alpha", "change", "KL_raw", "KL_mapped", "drop_pct", "drop_low", "drop_high"),
-    *("skill_pct", "skill_low", "skill_high", "null", "rho", "noise_floor", "above_floor", "p", "p_holm"),
-)
-"""Of `atlas.json`, one row a site in the order of the forward pass.
-
-change is ‖Y − X‖ / ‖Y‖ of tuned and base activations; p is of a sign-flip test that KL_mapped is below the KL
-of the best control, p_holm the same corrected over all sites.
-"""
 
 
 def atlas_figures(table: pd.DataFrame) -> list[Figure]:
-    """KL_raw, drop, skill, ρ and where KL_raw is above its floor, layers × hooks."""
+    """KL_raw, drop, skill, ρ and where KL_raw is above its floor, layers × hooks.
+
+    Args:
+        table: `atlas.json`, with the columns of `experiments.atlas.COLUMNS`.
+    """
     above = _grid(table, "above_floor")
     mask = np.where(np.isnan(above), np.nan, above)
     return [

@@ -24,8 +24,9 @@ def report(evidence: Evidence) -> Document:
     blocks: list[Block] = [
         Text(
             f"Pair `{evidence.pair}` (fingerprint `{evidence.fingerprint}`), from {len(evidence.patches)} "
-            "patch runs. KL is KL(patched ‖ clean) of the next token in nats; drop is "
-            "100·(1 − KL_mapped/KL_raw), skill 100·(1 − KL_mapped/KL of the best control). Brackets are 95 % bootstrap intervals."
+            "patch runs. KL is KL(patched ‖ clean) of the next token in nats, drop is "
+            "100·(1 − KL_mapped/KL_raw), skill 100·(1 − KL_mapped/KL of the best control); brackets are 95 % "
+            "bootstrap intervals."
         ),
         Heading("Results"),
         Text(f"**RQ2 (causal transport).** {_setting(quoted)}"),

@@ -109,14 +109,13 @@ def headline(patch: PatchRecord) -> RunRecord:
     """What a parent of one patch shows, so that parents compare without being unfolded."""
     shown = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor")
     metrics = patch_metrics(patch)
-    drop = _percent(patch.drop_pct)
     return RunRecord(
         kind="run",
         name=_name(patch.cell),
         metrics={key: value for key, value in metrics.items() if key in shown or key.startswith("ci/")},
         undefined=patch.undefined,
         tags={"mechdiff.site": str(patch.cell.site)},
-        description=f"{_name(patch.cell)}: drop {drop} on {patch.n} {patch.split} prompts; null {patch.null}",
+        description=f"{site_and_drop(patch)}; null {patch.null}",
     )
 
 
@@ -205,6 +204,11 @@ def patch_metrics(record: PatchRecord) -> dict[str, float]:
         | _interval("KL_difference", record.kl_difference)
         | controls
     )
+
+
+def site_and_drop(patch: PatchRecord) -> str:
+    """A patch in a few words: where, how, and its drop."""
+    return f"{_name(patch.cell)}: drop {_percent(patch.drop_pct)} on {patch.n} {patch.split} prompts"
 
 
 def params_of(cell: Cell, study: Study) -> dict[str, ParamValue]:
