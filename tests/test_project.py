@@ -74,7 +74,7 @@ def test_conda_yaml_pins_what_is_tested_and_nothing_of_ours() -> None:
     pip = CONDA["dependencies"][-1]["pip"]
     assert pins(pip) == pins(runtime.splitlines())
     assert len(pins(pip)) == len(pip), "everything in conda.yaml is pinned"
-    assert CONDA["dependencies"][:-1] == ["python=3.11", "pip"]
+    assert CONDA["dependencies"][:-1] == ["python=3.11.7", "pip"]
 
 
 def test_every_dependency_is_pinned_for_the_environments() -> None:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from mechdiff_mlflow.cli import options, show
-from mechdiff_mlflow.cli.session import session
+from mechdiff_mlflow.cli.session import AS_MANY, session
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments import PatchRecord
+from mechdiff_mlflow.experiments import PatchRecord, Study
 from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks
 from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.report.curves import curve_figures
+from mechdiff_mlflow.report.evidence import of_record
+from mechdiff_mlflow.report.figures import write_figures
 from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import Alpha, Cell, Position, Rank
+from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.fetch import load_map
 from mechdiff_mlflow.tracking.names import check_alias
+from mechdiff_mlflow.tracking.parents import report_pass_run
 from mechdiff_mlflow.tracking.promotion import promote
+from mechdiff_mlflow.tracking.registry import winners_of
 from mechdiff_mlflow.tracking.store import open_store
 
-
-def _one_alpha(text: str) -> float:
-    alpha = Alpha.parse(text)
-    if alpha.is_choice:
-        raise MechdiffError(f"α={text!r} is a choice of several; pass one number, e.g. 0.3.")
-    return alpha.values[0]
+SEED_N = 500
+"""Prompts that the seed experiment reports on."""
 
 
 @click.command("run")
@@ -98,7 +102,7 @@ def fit_command(**given: Any) -> None:
 @options.pair
 @click.option(
     "--alpha",
-    type=options.Text("alpha", lambda text: None if text == "map" else _one_alpha(text)),
+    type=options.Text("alpha", lambda text: None if text == "map" else options.one_alpha(text)),
     default="map",
     show_default=True,
     help="Scale instead of the map's own; replaces it, does not multiply it.",
@@ -150,7 +154,7 @@ def patch_command(**given: Any) -> None:
 )
 @click.option(
     "--alphas",
-    type=options.Text("alphas", options.listed(_one_alpha)),
+    type=options.Text("alphas", options.listed(options.one_alpha)),
     default="1",
     show_default=True,
     help="Scales for sites without one.",
@@ -184,9 +188,69 @@ def sweep_command(**given: Any) -> None:
         for fit, patch in zip(fits, patches, strict=True):
             now.run.log(fields.cell_run(fit, patch, now.study))
         found = least_ranks(patches, given["targets"], seed=given["seed"])
-        now.run.add(fields.sweep_headline(patches, found))
+        with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+            figures = curve_figures([of_record(patch) for patch in patches])
+            files = write_figures(figures, f"Sweep of {now.study.pair.name}", Path(folder))
+            now.run.add(replace(fields.sweep_headline(patches, found), files=files))
     show.patches(patches, now.study)
     show.lines([str(least) for least in found])
+    show.where_to_look(now.store, now.run.experiment_id)
+
+
+@click.command("report-pass")
+@options.pair
+@click.option("--alias", default="champion", show_default=True, help="Which winners: those of this alias.")
+@click.option(
+    "--n",
+    type=options.Text(
+        "count", lambda text: text if text == AS_MANY else options.count("--n").convert(text, None, None)
+    ),
+    default=AS_MANY,
+    show_default=True,
+    help="Reported prompts, all, or 500 where there are as many and else all.",
+)
+@click.option(
+    "--split",
+    type=options.one_of("Split", "test", "val"),
+    default="test",
+    show_default=True,
+    help="Reported split.",
+)
+@options.n_train
+@options.seed
+@options.models
+@options.tracking
+def report_pass_command(**given: Any) -> None:
+    """Measure the registered winners of a pair again, each with the α kept on its version (RQ2).
+
+    One patch run a winner. Nothing is fitted or chosen, so no number is picked from several.
+
+    \b
+    Example:
+      mechdiff report-pass --pair cultural-demo --alias champion
+    """
+    store = open_store(given["tracking_uri"])
+    versions = winners_of(store, PairSpec.load(given["pair"]).name, given["alias"])
+    with session("report_pass", f"report pass of {len(versions)} winners", given) as now:
+        pair, protocol = now.study.pair, now.study.protocol
+        if given["n"] == AS_MANY:
+            protocol = replace(protocol, n=min(SEED_N, len(pair.prompts_of(protocol.split))))
+            show.lines([f"{protocol.n} {protocol.split} prompts (of the {SEED_N} aimed at)."])
+        studies: dict[Position, Study] = {}
+        patches = []
+        for version in versions:
+            map_ = load_map(version.uri, store=store)
+            map_ = map_.with_alpha(float(version.tags.get("alpha", map_.alpha)))
+            _check_same_pair(map_, str(version), pair.fingerprint)
+            position = Position(str(map_.meta["position"]))
+            study = studies.setdefault(
+                position, Study(pair, replace(protocol, position=position), now.study.stage)
+            )
+            (patch,) = study.patch([(_cell_of(map_, str(version)), map_, ())])
+            now.run.log(fields.patch_run(patch, study, map_name=str(version)))
+            patches.append(patch)
+        now.run.add(report_pass_run(patches))
+    show.patches(patches, now.study)
     show.where_to_look(now.store, now.run.experiment_id)
 
 

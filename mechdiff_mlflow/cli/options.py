@@ -82,6 +82,14 @@ def listed(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
     return lambda text: tuple(parse(part.strip()) for part in text.split(","))
 
 
+def one_alpha(text: str) -> float:
+    """A single scale."""
+    alpha = Alpha.parse(text)
+    if alpha.is_choice:
+        raise MechdiffError(f"α={text!r} is a choice of several; pass one number, e.g. 0.3.")
+    return alpha.values[0]
+
+
 def _stacked(*decorators: Decorator[Command]) -> Decorator[Command]:
     return lambda command: functools.reduce(lambda inner, outer: outer(inner), reversed(decorators), command)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import click
 import torch
 
 from mechdiff_mlflow.cli.progress import bars
@@ -20,6 +22,8 @@ from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import Store, open_store
 from mechdiff_mlflow.tracking.view import install_view
 
+AS_MANY = "500-or-all"
+"""As the number of prompts: the seed's 500 where there are as many, otherwise all there are."""
 LONE = ("fit", "patch")
 SMALL_MODEL = 50_000_000
 _NOT_SETTINGS = ("tracking_uri", "experiment", "device", "batch_size", "out")
@@ -42,6 +46,41 @@ class Session:
         return self.run.run_id
 
 
+def command_line(options: dict[str, Any]) -> str:
+    """What to type to run the current command again, defaults written out; no store, which may be secret."""
+    context = click.get_current_context()
+    words = ["mechdiff", context.info_name or ""]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in _NOT_SETTINGS and name != "out":
+            continue
+        value = options.get(name)
+        if isinstance(parameter, click.Argument):
+            words += map(str, value if isinstance(value, tuple) else (value,))
+        elif isinstance(parameter, click.Option) and parameter.is_flag:
+            words += [parameter.opts[0]] if value else []
+        elif parameter.opts:
+            words += [parameter.opts[0], str(_text(name, value))]
+    return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """An open run of a command that loads no model."""
+
+    store: Store
+    run: OpenRun
+
+
+@contextlib.contextmanager
+def tracked(kind: str, name: str, experiment: str, options: dict[str, Any]) -> Iterator[Tracked]:
+    """A tracked run of a command that works from runs alone."""
+    store = open_store(options["tracking_uri"])
+    tags = {"mechdiff.command": command_line(options)}
+    with Tracker(store, experiment).run(kind, name, asked(options), tags=tags) as run:
+        yield Tracked(store, run)
+
+
 @contextlib.contextmanager
 def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
     """A tracked run around a study of the pair in `options`.
@@ -56,7 +95,8 @@ def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
     tracker = Tracker(store, options["experiment"] or spec.name)
     # A lone fit or patch is one run, whose params are what was resolved; what was asked would contradict it.
     has_parent = kind not in LONE or RUN_ID_VARIABLE in os.environ
-    with tracker.run(kind, name, asked(options) if has_parent else {}) as run:
+    tags = {"mechdiff.command": command_line(options)}
+    with tracker.run(kind, name, asked(options) if has_parent else {}, tags=tags) as run:
         install_view(store, run.experiment_id)
         protocol = protocol_of(options)
         with bars() as stage:
@@ -84,6 +124,7 @@ def settle_threads(pair: Pair) -> None:
 
 def protocol_of(options: dict[str, Any]) -> Protocol:
     """The protocol in a command's parameters; what it has no option for keeps its default."""
+    options = {**options, "n": None} if options.get("n") == AS_MANY else options
     names = {field.name for field in dataclasses.fields(Protocol)}
     return Protocol(**{name: value for name, value in options.items() if name in names})
 

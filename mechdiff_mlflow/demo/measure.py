@@ -7,14 +7,19 @@ batched with prompts of the same length only: no padding, no mask, nothing to ge
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.sites import Hook, Site
+
+Act = Callable[[list[int], Tensor], Tensor | None]
+"""What to do in a site: gets the rows of the prompts and their activations [rows, tokens, d]; what it
+returns, unless None, takes the activations' place."""
 
 
 def encode(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
@@ -28,12 +33,16 @@ def encode(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def next_token_logits(model: Any, prompts: Sequence[Sequence[int]], *, batch: int = 512) -> Tensor:
+def next_token_logits(
+    model: Any, prompts: Sequence[Sequence[int]], acts: Mapping[Site, Act] | None = None, *, batch: int = 128
+) -> Tensor:
     """Logits after the last token of each prompt, [n, vocabulary], on the CPU in float32."""
     logits: list[Tensor] = [torch.empty(0)] * len(prompts)
     for rows in _equal_length_batches(prompts, batch):
         ids = torch.tensor([prompts[row] for row in rows], device=model.device)
-        with _current_rows(model, rows):
+        with ExitStack() as hooks:
+            for site, act in (acts or {}).items():
+                hooks.enter_context(_hooked(model, site, partial(act, rows)))
             last = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         for row, value in zip(rows, last.float().cpu(), strict=True):
             logits[row] = value
@@ -51,16 +60,10 @@ def activations(
     """The activation of each site at the decision tokens, [n, d], and the next-token logits."""
     taken = {site: torch.empty(len(prompts), model.config.hidden_size) for site in sites}
 
-    def take(site: Site) -> Any:
-        def hook(activation: Tensor, rows: list[int]) -> None:
-            taken[site][rows] = activation[:, -1].float().cpu()
+    def take(site: Site, rows: list[int], activation: Tensor) -> None:
+        taken[site][rows] = activation[:, -1].float().cpu()
 
-        return hook
-
-    with ExitStack() as hooks:
-        for site in sites:
-            hooks.enter_context(_hooked(model, site, take(site)))
-        logits = next_token_logits(model, prompts)
+    logits = next_token_logits(model, prompts, {site: partial(take, site) for site in sites})
     return taken, logits
 
 
@@ -69,13 +72,12 @@ def kl_patched_clean_nats(
 ) -> Tensor:
     """KL(patched || clean) of each prompt, [n], with `values` [n, d] put at the site's decision tokens."""
 
-    def replace(activation: Tensor, rows: list[int]) -> Tensor:
+    def replace(rows: list[int], activation: Tensor) -> Tensor:
         patched = activation.clone()
         patched[:, -1] = values[rows].to(activation)
         return patched
 
-    with _hooked(model, site, replace):
-        patched = next_token_logits(model, prompts).double().log_softmax(-1)
+    patched = next_token_logits(model, prompts, {site: replace}).double().log_softmax(-1)
     clean = clean_logits.double().log_softmax(-1)
     return (patched.exp() * (patched - clean)).sum(-1)
 
@@ -89,27 +91,16 @@ def _equal_length_batches(prompts: Sequence[Sequence[int]], batch: int) -> Itera
 
 
 @contextmanager
-def _current_rows(model: Any, rows: list[int]) -> Iterator[None]:
-    """Tell the hooks which prompts the forward pass that follows is for."""
-    model._mechdiff_demo_rows = rows
-    try:
-        yield
-    finally:
-        del model._mechdiff_demo_rows
-
-
-@contextmanager
-def _hooked(model: Any, site: Site, act: Any) -> Iterator[None]:
-    """Call `act(activation, rows)` in the site; what it returns, unless None, replaces the activation."""
+def _hooked(model: Any, site: Site, act: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     layer = model.model.layers[site.layer]
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> Any:
-        new = act(args[0], model._mechdiff_demo_rows)
+        new = act(args[0])
         return None if new is None else (new, *args[1:])
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) else output
-        new = act(first, model._mechdiff_demo_rows)
+        new = act(first)
         if new is None:
             return None
         return (new, *output[1:]) if isinstance(output, tuple) else new

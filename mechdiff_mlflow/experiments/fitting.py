@@ -72,8 +72,14 @@ class Fitter:
         )
 
     def elsewhere(self, site: Site) -> Site:
-        """The same hook an eighth of the model further on, for the wrong-layer control."""
-        return replace(site, layer=(site.layer + max(1, self.n_layers // 8)) % self.n_layers)
+        """The same hook an eighth of the model further on, or back near the end, for the wrong-layer control.
+
+        Never round to the first layer: what enters it is the same for all prompts.
+        """
+        if self.n_layers == 1:
+            return site
+        step = max(1, self.n_layers // 8)
+        return replace(site, layer=site.layer + (step if site.layer + step < self.n_layers else -step))
 
     def alphas(self, cell: Cell) -> tuple[float, ...]:
         """The scales that a cell's map may have, α of the identity among them where that was asked for."""

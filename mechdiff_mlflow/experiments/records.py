@@ -68,7 +68,8 @@ class PatchRecord:
         controls: Mean KL of every control; `shuffled` over all permutations.
         p_sign_flip: One-sided p-value of KL_raw − KL_mapped > 0 under random signs; None where the drop is
             undefined.
-        p_holm: The same by Holm's method over all patches that were reported together; None for one alone.
+        p_null: The same of KL_null − KL_mapped > 0: does the map beat its best control?
+        p_holm: `p_null` by Holm's method over all patches that were reported together; None for one alone.
         p_permutation: Share of fits of shuffled pairs that do as well, of B + 1; None without permutations.
         rho: ‖Y − Ŷ‖ / ‖Y − X‖.
         cos_mean: Mean cosine of mapped and tuned activations about the tuned mean.
@@ -98,6 +99,7 @@ class PatchRecord:
     null: str
     controls: Mapping[str, float]
     p_sign_flip: float | None
+    p_null: float | None
     p_holm: float | None
     p_permutation: float | None
     rho: float | None

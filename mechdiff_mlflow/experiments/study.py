@@ -189,7 +189,8 @@ class Study:
             chosen.append("off_span")
         if cell.rank.k is not None:
             best.check_rank(cell.rank.k, cell.family)
-        map_ = best.with_meta(
+        about = {key: value for key, value in best.meta.items() if key != "rank"}  # k says it as users do
+        map_ = replace(best, meta=about).with_meta(
             pair=self.pair.name,
             fingerprint=self.pair.fingerprint,
             site=str(cell.site),

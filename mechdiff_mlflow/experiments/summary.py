@@ -71,7 +71,7 @@ def summarise(
     noise = floor.mean_kl
     bootstrap = stats.Bootstrap(n_resamples=n_resamples, seed=seed)
     undefined = {}
-    drop = difference = p_sign_flip = None
+    drop = difference = p_sign_flip = p_null = None
     if raw is None:
         undefined["drop_pct"] = "base and tuned differ in width, so nothing can be cross-patched raw"
     else:
@@ -87,6 +87,8 @@ def summarise(
     skill = stats.drop_pct(best, mapped.kl_patched_clean_nats, noise_floor=noise, bootstrap=bootstrap)
     if skill.estimate is None:
         undefined["skill_pct"] = _below_floor(f"the KL of {null}", float(best.mean()), noise)
+    else:
+        p_null = stats.sign_flip_p(best - mapped.kl_patched_clean_nats, seed=seed)
     return PatchRecord(
         cell=cell,
         map=map_,
@@ -103,6 +105,7 @@ def summarise(
         null=null,
         controls={name: float(kl.mean()) for name, kl in control_kl.items()},
         p_sign_flip=p_sign_flip,
+        p_null=p_null,
         p_holm=None,
         p_permutation=_permutation_p(rows, mapped.mean_kl, controls.get(SHUFFLED, ())),
         rho=rho,
@@ -126,7 +129,7 @@ def adjusted(records: Sequence[PatchRecord]) -> list[PatchRecord]:
     """
     if len(records) < 2:
         return list(records)
-    p_values = stats.holm([record.p_sign_flip for record in records])
+    p_values = stats.holm([record.p_null for record in records])
     return [replace(record, p_holm=p) for record, p in zip(records, p_values, strict=True)]
 
 

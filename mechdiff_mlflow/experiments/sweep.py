@@ -42,12 +42,16 @@ class LeastRank:
 
     Args:
         site: Where.
+        solver: Of the maps.
+        family: What their rank bounds.
         alpha: The scale.
         width: As what the full rank counts.
         found: Estimate, interval and probability.
     """
 
     site: Site
+    solver: str
+    family: str
     alpha: float
     width: int
     found: stats.MinK
@@ -118,5 +122,5 @@ def least_ranks(patches: Sequence[PatchRecord], targets: Sequence[float], *, see
             bootstrap=stats.Bootstrap(seed=seed),
         )
         if found is not None:
-            least.append(LeastRank(site, alpha, width, found))
+            least.append(LeastRank(site, curve[0].cell.solver, curve[0].cell.family, alpha, width, found))
     return least

@@ -109,15 +109,29 @@ def headline(patch: PatchRecord) -> RunRecord:
     """What a parent of one patch shows, so that parents compare without being unfolded."""
     shown = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor")
     metrics = patch_metrics(patch)
-    drop = _percent(patch.drop_pct)
     return RunRecord(
         kind="run",
         name=_name(patch.cell),
         metrics={key: value for key, value in metrics.items() if key in shown or key.startswith("ci/")},
         undefined=patch.undefined,
         tags={"mechdiff.site": str(patch.cell.site)},
-        description=f"{_name(patch.cell)}: drop {drop} on {patch.n} {patch.split} prompts; null {patch.null}",
+        description=f"{site_and_drop(patch)}; null {patch.null}",
     )
+
+
+def least_ranks_table(found: Sequence[LeastRank]) -> pd.DataFrame:
+    """One row a question (site, α, target), ranks as numbers, the full one as the width; empty if none."""
+    columns = ("site", "solver", "family", "alpha", "target_pct", "width", "k", "low", "high", "p_reached")
+    rows = [
+        (
+            *(str(least.site), least.solver, least.family, least.alpha, least.found.target_pct, least.width),
+            *(least.found.k, least.found.low, least.found.high, least.found.p_reached),
+            least.found.conservative_k,
+        )
+        for least in found
+    ]
+    table: pd.DataFrame = pd.DataFrame(rows, columns=[*columns, "conservative_k"])
+    return table
 
 
 def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -> RunRecord:
@@ -142,7 +156,7 @@ def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -
         metrics=metrics,
         stepped_metrics={f"drop_pct/{name}": curve for name, curve in curves.items()},
         tags={} if best is None else {"mechdiff.best": _name(best[1].cell)},
-        tables={"summary.json": summary_table(patches)},
+        tables={"summary.json": summary_table(patches), "least_ranks.json": least_ranks_table(found)},
         description="drop_pct is drawn over k (step = k; full counts as the width).\n\n"
         + "\n".join(f"- {least}" for least in found),
     )
@@ -175,6 +189,7 @@ def patch_metrics(record: PatchRecord) -> dict[str, float]:
         "KL_mapped": record.kl_mapped,
         "noise_floor": record.noise_floor,
         "p/sign_flip": record.p_sign_flip,
+        "p/sign_flip_null": record.p_null,
         "p/holm": record.p_holm,
         "p/permutation": record.p_permutation,
         "rho": record.rho,
@@ -196,6 +211,11 @@ def patch_metrics(record: PatchRecord) -> dict[str, float]:
         | _correlation(record.cos_vs_kl)
         | controls
     )
+
+
+def site_and_drop(patch: PatchRecord) -> str:
+    """A patch in a few words: where, how, and its drop."""
+    return f"{_name(patch.cell)}: drop {_percent(patch.drop_pct)} on {patch.n} {patch.split} prompts"
 
 
 def params_of(cell: Cell, study: Study) -> dict[str, ParamValue]:

@@ -123,7 +123,8 @@ def demote(store: Store, name: str, alias: str = "champion", *, why: str = "") -
 
 
 def _measured(store: Store, run_id: str) -> _Measured:
-    run = _finished(store, run_id)
+    run = _with_a_map(store, _finished(store, run_id))
+    run_id = run.info.run_id
     fit_id = run.data.tags.get(MAP_RUN_TAG)
     if fit_id is not None:
         fit = _finished(store, fit_id)
@@ -140,6 +141,20 @@ def _measured(store: Store, run_id: str) -> _Measured:
     meta = {key: str(value) for key, value in the_map.meta.items()}
     facts = {**meta, **fit.data.params, **run.data.params, **fit.data.tags, **run.data.tags}
     return _Measured(logged, the_map, run, facts)
+
+
+def _with_a_map(store: Store, run: Run) -> Run:
+    """The run itself, or of a parent without a map the one child that fitted one."""
+    run_id = run.info.run_id
+    if MAP_RUN_TAG in run.data.tags or flavour.maps_of_run(store, run_id):
+        return run
+    where = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'FINISHED'"
+    with store.errors():
+        children = list(store.client.search_runs([run.info.experiment_id], where, max_results=1000))
+    fits = [child for child in children if flavour.maps_of_run(store, child.info.run_id)]
+    if len(fits) > 1:
+        raise MechdiffError(f"Run {run_id} has {len(fits)} maps below it; give the id of one of those runs.")
+    return fits[0] if fits else run
 
 
 def _finished(store: Store, run_id: str) -> Run:

@@ -105,6 +105,21 @@ def list_winners(store: Store) -> list[Version]:
     return sorted(winners, key=lambda v: (v.name, v.number))
 
 
+def winners_of(store: Store, pair: str, alias: str) -> list[Version]:
+    """The versions of a pair's maps that bear `alias`, by name.
+
+    Raises:
+        MechdiffError: There is none.
+    """
+    found = [v for v in list_winners(store) if alias in v.aliases and v.tags.get("pair") == pair]
+    if not found:
+        raise MechdiffError(
+            f"No map of pair {pair!r} has the alias {alias!r}; promote one with mechdiff promote RUN --alias "
+            f"{alias}."
+        )
+    return found
+
+
 def list_versions(store: Store, name: str) -> list[Version]:
     """Every version of `name`, oldest first.
 

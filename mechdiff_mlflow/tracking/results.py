@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -23,7 +27,7 @@ def results_df(store: Store, experiment: str, *, where: str = "", kind: str | No
 
     MLflow keeps params as text and can only compare them for equality; here a param that reads as a number,
     true or false is one, so that `k` may hold 1, 8 and "full". A metric with the name of a param gets the
-    column `metric.<name>`.
+    column `metric.<name>`. Our own tags are text columns `tag.<name>`.
 
     Args:
         store: Where to look.
@@ -41,6 +45,21 @@ def results_df(store: Store, experiment: str, *, where: str = "", kind: str | No
     columns = _FIRST + sorted({key for row in rows for key in row if key not in _FIRST})
     table: pd.DataFrame = pd.DataFrame(rows, columns=columns)
     return table
+
+
+def tables_of(store: Store, run_ids: Iterable[str], path: str) -> dict[str, pd.DataFrame]:
+    """The table at `path` among the artifacts of each run that has it.
+
+    Raises:
+        MechdiffError: The store cannot be read.
+    """
+    found: dict[str, pd.DataFrame] = {}
+    for run_id in run_ids:
+        with store.errors(), tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+            if any(item.path == path for item in store.client.list_artifacts(run_id)):
+                local = store.client.download_artifacts(run_id, path, folder)
+                found[run_id] = pd.DataFrame(**json.loads(Path(local).read_text(encoding="utf-8")))
+    return found
 
 
 def _search(store: Store, experiment_id: str, where: str) -> list[Run]:
@@ -67,6 +86,7 @@ def _row(run: Run) -> dict[str, Any]:
     }
     row |= {key if key not in _FIRST else f"param.{key}": _value(text) for key, text in params.items()}
     row |= {key if key not in row else f"metric.{key}": value for key, value in run.data.metrics.items()}
+    row |= {f"tag.{key}": text for key, text in tags.items() if not key.startswith("mlflow.")}
     return row
 
 

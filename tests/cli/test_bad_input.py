@@ -181,9 +181,13 @@ def test_only_finished_runs_with_a_map_are_promoted(
     mechdiff("run", "--pair", str(toy), *SITE, "--k", "17", code=1)
     failed = runs_of(client)["run"][0].info.run_id
     assert "is FAILED and only FINISHED runs" in refused(mechdiff("promote", failed, code=1).output)
-    mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "1")
-    parent = next(run for run in runs_of(client)["run"] if run.info.status == "FINISHED").info.run_id
-    assert "has no map" in refused(mechdiff("promote", parent, code=1).output)
+    mechdiff("sweep", "--pair", str(toy), "--sites", "L3/resid_post:1", "--ranks", "2,4", "--targets", "9")
+    (sweep,) = runs_of(client)["sweep"]
+    line = refused(mechdiff("promote", sweep.info.run_id, code=1).output)
+    assert "has 2 maps below it; give the id of one of those runs" in line
+    without = client.create_run(sweep.info.experiment_id)
+    client.set_terminated(without.info.run_id, "FINISHED")
+    assert "has no map" in refused(mechdiff("promote", without.info.run_id, code=1).output)
     assert "0123" in refused(mechdiff("promote", "0123", code=1).output)
 
 

@@ -200,6 +200,17 @@ def test_sweep_logs_one_run_a_cell_and_draws_drop_over_k(
     assert "min k for 10 % @ L3/resid_post (α=0.5)" in shown
 
 
+def test_promoting_the_parent_promotes_its_map(
+    toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient
+) -> None:
+    mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "1")
+    runs = runs_of(client)
+    mechdiff("promote", runs["run"][0].info.run_id)
+    (version,) = client.search_model_versions("name = 'toy-L3-resid_post'")
+    assert version.run_id == runs["patch"][0].info.run_id
+    assert float(version.tags["drop_pct"]) == runs["patch"][0].data.metrics["drop_pct"]
+
+
 def test_a_child_of_a_sweep_can_be_promoted(toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient) -> None:
     mechdiff("sweep", "--pair", str(toy), "--sites", "L3/resid_post:1", "--ranks", "4", "--targets", "10")
     (cell,) = runs_of(client)["patch"]

@@ -1,0 +1,64 @@
+"""Commands that work from runs alone, without any model: report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mechdiff_mlflow.cli import options, show
+from mechdiff_mlflow.cli.session import tracked
+from mechdiff_mlflow.report.evidence import Evidence
+from mechdiff_mlflow.report.experiment import caveats, report
+from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.tracking.parents import report_run
+from mechdiff_mlflow.tracking.results import results_df, tables_of
+from mechdiff_mlflow.tracking.store import Store, open_store
+
+TABLES = {"least_ranks.json": "sweep", "atlas.json": "atlas", "layers.json": "layers", "heads.json": "heads"}
+
+
+@click.command("report")
+@options.pair
+@click.option(
+    "--out",
+    default="mechdiff-report.md",
+    show_default=True,
+    help="File to write; .md and .html are both written.",
+)
+@options.tracking
+def report_command(**given: Any) -> None:
+    """Write up what the runs of a pair show: results, tables, curves, controls, caveats.
+
+    No model is loaded and nothing is measured again; deleting the report's run loses nothing.
+
+    \b
+    Example:
+      mechdiff report --pair cultural-demo --out mechdiff-report.md
+    """
+    name = PairSpec.load(given["pair"]).name
+    experiment = given["experiment"] or name
+    evidence = evidence_of(open_store(given["tracking_uri"]), name, experiment)
+    with tracked("report", f"report of {name}", experiment, given) as now:
+        document = report(evidence)
+        written = document.write(Path(given["out"]))
+        doubts = caveats(evidence, evidence.quoted())
+        now.run.add(report_run(document.title, Path(given["out"]), written, doubts))
+    show.lines([f"Wrote {path}" for path in written])
+    show.where_to_look(now.store, now.run.experiment_id)
+
+
+def evidence_of(store: Store, pair: str, experiment: str) -> Evidence:
+    """What the runs of an experiment show about a pair.
+
+    Raises:
+        MechdiffError: There is no such experiment, or no patch run of the pair.
+    """
+    runs = results_df(store, experiment)
+    finished = runs[runs["status"] == "FINISHED"]
+    tables = {
+        path: tables_of(store, finished[finished["kind"] == kind]["run_id"], path)
+        for path, kind in TABLES.items()
+    }
+    return Evidence.of(pair, runs, tables)

@@ -1,0 +1,73 @@
+"""What the top run of a report, atlas, profile or comparison holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mechdiff_mlflow.experiments import PatchRecord
+from mechdiff_mlflow.experiments.atlas import AtlasRecord
+from mechdiff_mlflow.tracking import fields
+from mechdiff_mlflow.tracking.records import RunRecord
+
+
+def report_run(title: str, out: Path, written: Sequence[Path], caveats: Sequence[str]) -> RunRecord:
+    """A report's files: `report.md`, `report.html` and the pictures that the Markdown shows.
+
+    Args:
+        title: Of the report.
+        out: The file that was asked for.
+        written: Every file of the report.
+        caveats: What to doubt.
+    """
+    files = {}
+    for path in written:
+        # The Markdown names the pictures by their folder beside it.
+        files[str(path.relative_to(out.parent)).replace("\\", "/")] = path
+    return RunRecord(
+        kind="report",
+        name="report",
+        files=files,
+        description=f"**{title}**: open `{out.stem}.html` under Artifacts.\n\n"
+        + "\n".join(f"- {caveat}" for caveat in caveats),
+    )
+
+
+def report_pass_run(patches: Sequence[PatchRecord]) -> RunRecord:
+    """A report pass's table, one row a winner."""
+    rows = [f"- {fields.site_and_drop(patch)}" for patch in patches]
+    return RunRecord(
+        kind="report_pass",
+        name="report pass",
+        tables={"summary.json": fields.summary_table(patches)},
+        description="Registered winners, measured again with the α of their versions.\n\n" + "\n".join(rows),
+    )
+
+
+def atlas_run(record: AtlasRecord, sentence: str, files: Mapping[str, Path]) -> RunRecord:
+    """An atlas's table and figures, and each hook's curves over layers (step = layer).
+
+    Args:
+        record: What was measured.
+        sentence: What it shows.
+        files: Figures by artifact path.
+    """
+    table = record.table
+    curves: dict[str, dict[int, float]] = {}
+    for key in ("KL_raw", "drop_pct", "skill_pct", "rho"):
+        for row in table.dropna(subset=[key]).to_dict("records"):
+            curves.setdefault(f"{key}/{row['hook']}", {})[int(row["layer"])] = float(row[key])
+    metrics = {"n_sites": float(len(table)), "n_above_floor": float(table["above_floor"].sum())}
+    for key in ("drop_pct", "skill_pct"):
+        if table[key].notna().any():
+            metrics[f"best/{key}"] = float(table[key].max())
+    return RunRecord(
+        kind="atlas",
+        name="atlas",
+        metrics=metrics,
+        stepped_metrics=curves,
+        tables={"atlas.json": table},
+        files=files,
+        description=f"{sentence}\n\nHeatmaps: `figures.html` under Artifacts. One run below for each site "
+        "above the noise floor; only promoted sites keep their map, others refit with `mechdiff run`.",
+    )
