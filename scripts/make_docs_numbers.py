@@ -100,7 +100,7 @@ def worked(pair: Pair) -> tuple[str, PatchRecord]:
         "`noise_floor`": f"{record.noise_floor:.1g} nats",
         "`drop_pct`": f"{percent(record.drop_pct)} %",
         "drop of the maps fitted on shuffled pairs": f"{100 * (1 - shuffled / record.kl_raw):.1f} %",
-        f"drop of the best control, `{record.null}`": f"{100 * (1 - null / record.kl_raw):.1f} %",
+        f"drop of the best control on val, `{record.null}`": f"{100 * (1 - null / record.kl_raw):.1f} %",
         "`skill_pct`": f"{percent(record.skill_pct)} %",
         f"`p/permutation`, {PERMUTATIONS} shuffles": p_value(record.p_permutation),
         "`p/sign_flip`, against raw": p_value(record.p_sign_flip),
@@ -133,7 +133,8 @@ def planted() -> tuple[str, dict[str, list[PatchRecord]]]:
         (least,) = least_ranks(records, [99.0], seed=0)
         ranks = (least.found.k, least.found.low, least.found.high)
         drops = " | ".join("n/a" if r.drop_pct is None else f"{r.drop_pct.estimate:.1f}" for r in records)
-        lines.append(f"| `{alpha_fit}`, α = {alpha:g} | {drops} | {min_k(*ranks)} |")
+        (at_truth,) = [record.rho for record in records if record.cell.rank.k == 4]
+        lines.append(f"| `{alpha_fit}`, α = {alpha:g} | {drops} | {min_k(*ranks)} | {at_truth:.1g} |")
     return "\n".join(lines), curves
 
 
@@ -172,10 +173,11 @@ def draw_controls(record: PatchRecord, path: Path) -> None:
 
 def draw_planted(curves: dict[str, list[PatchRecord]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(4.5, 3))
-    for (name, records), colour in zip(curves.items(), ("tab:blue", "tab:orange"), strict=True):
-        draw_curve(axis, records, f"α {name} the fit", colour)
+    for name, records in curves.items():
+        ks = [record.cell.rank.k or 128 for record in records]
+        axis.loglog(ks, [record.rho for record in records], "o-", ms=3, label=f"α {name} the fit")
     axis.axvline(4, color="grey", lw=0.8, ls=":")
-    axis.set(title="planted: rank 4, α = 0.7", xlabel="k (full: 128)", ylabel="drop %")
+    axis.set(title="planted: rank 4, α = 0.7", xlabel="k (full: 128)", ylabel="ρ", yscale="log")
     axis.legend(fontsize=8)
     save(figure, path)
 
@@ -201,7 +203,8 @@ def main() -> None:
     plt.switch_backend("agg")
     pairs = {name: load_pair(PairSpec.load(name)) for name in PAIRS}
     head = (
-        "| pair | site | KL_raw | drop % | skill % | best control | p (Holm) | min k, update | min k, content |\n"
+        "| pair | site | KL_raw | drop % | skill % | best control | p (Holm) "
+        "| min k, update | min k, content |\n"
         "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |\n"
     )
     tables, curves = zip(*(table(pair) for pair in pairs.values()), strict=True)
@@ -214,7 +217,8 @@ def main() -> None:
     blocks = {
         "table": head + "\n".join(tables),
         "worked": "| | |\n| --- | --- |\n" + example,
-        "planted": f"| fit | {ranks} | min k for 99 % |\n|{' --- |' * (len(PLANTED_RANKS) + 2)}\n" + truth,
+        "planted": f"| fit, then drop % | {ranks} | min k for 99 % | ρ, k=4 |\n"
+        + f"|{' --- |' * (len(PLANTED_RANKS) + 3)}\n{truth}",
     }
     page = PAGE.read_text(encoding="utf-8")
     for name, lines in blocks.items():
