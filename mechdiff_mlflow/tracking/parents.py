@@ -11,10 +11,13 @@ from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.records import RunRecord
 
 
-def report_run(title: str, out: Path, written: Sequence[Path], caveats: Sequence[str]) -> RunRecord:
-    """A report's files: `report.md`, `report.html` and the pictures that the Markdown shows.
+def report_run(
+    kind: str, title: str, out: Path, written: Sequence[Path], caveats: Sequence[str]
+) -> RunRecord:
+    """A report's files: the Markdown, the HTML and the pictures that the Markdown shows.
 
     Args:
+        kind: `report` or `compare`.
         title: Of the report.
         out: The file that was asked for.
         written: Every file of the report.
@@ -25,8 +28,8 @@ def report_run(title: str, out: Path, written: Sequence[Path], caveats: Sequence
         # The Markdown names the pictures by their folder beside it.
         files[str(path.relative_to(out.parent)).replace("\\", "/")] = path
     return RunRecord(
-        kind="report",
-        name="report",
+        kind=kind,
+        name=kind,
         files=files,
         description=f"**{title}**: open `{out.stem}.html` under Artifacts.\n\n"
         + "\n".join(f"- {caveat}" for caveat in caveats),
