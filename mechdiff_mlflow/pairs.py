@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from torch import nn
 from mechdiff_mlflow.engine import ModuleNames, PatchEngine
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.planted import Plant, plant_in
 from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts, tokenize
 from mechdiff_mlflow.spec import SPLITS, PairSpec, Position
 
@@ -188,6 +190,7 @@ def load_pair(
         if getattr(spec.prompts, split)
     }
     check_disjoint(prompts.values())
+    plant = spec.tuned.plant
     device = _existing_device(device)
 
     def make_engine(model: nn.Module) -> PatchEngine:
@@ -202,16 +205,18 @@ def load_pair(
 
     with _quiet_transformers():
         model, tokenizer, revision = _load_model(spec, spec.base.model, spec.base.revision, device)
-        if spec.tuned.adapter is None:
-            base = Side("base", model, tokenizer, revision, contextlib.nullcontext, make_engine)
-            assert spec.tuned.model is not None
+        unadapted: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+        if plant is not None:
+            tuned_parts = _planted(spec, model, plant), tokenizer, f"{revision}+planted:{plant}"
+        elif spec.tuned.model is not None:
             tuned_parts = _load_model(spec, spec.tuned.model, spec.tuned.revision, device)
-            tuned = Side("tuned", *tuned_parts, contextlib.nullcontext, make_engine)
         else:
+            assert spec.tuned.adapter is not None
             adapted, adapter_revision = _load_adapter(spec, model, spec.tuned.adapter, spec.tuned.revision)
-            base = Side("base", model, tokenizer, revision, adapted.disable_adapter, make_engine)
-            both = f"{revision}+{adapter_revision}"
-            tuned = Side("tuned", model, tokenizer, both, contextlib.nullcontext, make_engine)
+            unadapted = adapted.disable_adapter
+            tuned_parts = model, tokenizer, f"{revision}+{adapter_revision}"
+    base = Side("base", model, tokenizer, revision, unadapted, make_engine)
+    tuned = Side("tuned", *tuned_parts, contextlib.nullcontext, make_engine)
     return Pair(spec, base, tuned, prompts, device)
 
 
@@ -255,6 +260,15 @@ def _load_model(
     if spec.device_map is None:
         model.to(device)
     return model.eval().requires_grad_(False), tokenizer, _resolved_revision(place, model)
+
+
+def _planted(spec: PairSpec, base: nn.Module, plant: Plant) -> nn.Module:
+    """A copy of the base with the change in it."""
+    model = copy.deepcopy(base)
+    decoder = Decoder.of(model, _module_names(spec))
+    decoder.check(plant.site)
+    plant_in(plant, decoder.module(plant.site))
+    return model
 
 
 def _load_adapter(spec: PairSpec, model: nn.Module, reference: str, revision: str | None) -> tuple[Any, str]:

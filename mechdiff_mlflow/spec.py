@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from enum import Enum
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,26 +12,26 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.planted import Plant
 from mechdiff_mlflow.sites import Site
 
 SPLITS = ("train", "val", "test")
 MAX_SPEC_BYTES = 1 << 20
+PLANTED = "planted:"
 
 ALPHA_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 """What `alpha=auto` chooses from, on val."""
 
 
-class Position(str, Enum):
+class Position(Choice):
     """Which token of a prompt is read and replaced; KL is always read at the last token."""
 
     DECISION = "decision"
     """The last token of the templated prompt, whose next token is the first of the answer (K=1)."""
     LAST_CONTENT = "last_content"
     """The last non-special token of the user's text."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,17 +157,29 @@ class BaseModelSpec(_Frozen):
 
 
 class TunedModelSpec(_Frozen):
-    """The tuned side: a full model, or a PEFT adapter on the base."""
+    """The tuned side: a full model, a PEFT adapter on the base, or a known change planted in the base."""
 
     model: NonEmpty | None = None
     adapter: NonEmpty | None = None
+    planted: NonEmpty | None = None
     revision: NonEmpty | None = None
 
     @model_validator(mode="after")
     def _one_of(self) -> TunedModelSpec:
-        if (self.model is None) == (self.adapter is None):
-            raise ValueError("give either model or adapter")
+        if sum(way is not None for way in (self.model, self.adapter, self.planted)) != 1:
+            raise ValueError("give one of model, adapter or planted")
+        if self.planted is not None and self.revision is not None:
+            raise ValueError("what is planted has no revision but the base's; remove it")
         return self
+
+    @property
+    def plant(self) -> Plant | None:
+        """What is planted.
+
+        Raises:
+            MechdiffError: `planted` is malformed.
+        """
+        return None if self.planted is None else Plant.parse(self.planted)
 
 
 class PromptFiles(_Frozen):
@@ -253,6 +264,15 @@ class PairSpec(_Frozen):
             self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True
         )
 
+    def _with_plant(self, plant: Plant) -> PairSpec:
+        return self.model_copy(
+            update={
+                "name": f"planted-{plant.slug}",
+                "description": f"The base of {self.name}, and the same with a known change planted: {plant}.",
+                "tuned": TunedModelSpec(planted=str(plant)),
+            }
+        )
+
     @classmethod
     def parse(cls, text: str, *, root: Path, source: str = "pair spec") -> PairSpec:
         """Read a YAML text.
@@ -289,16 +309,22 @@ class PairSpec(_Frozen):
 
     @classmethod
     def load(cls, pair: str) -> PairSpec:
-        """The shipped pair of that name, or the YAML file at that path.
+        """The shipped pair of that name, the YAML file at that path, or a planted pair.
+
+        `planted:attn_out:L14:r4:alpha0.7` is the base and the prompts of `cultural-demo`, with that change
+        planted in the base in place of the tuned model.
 
         Raises:
-            MechdiffError: There is neither, or it is not a valid spec.
+            MechdiffError: There is none of these, or it is not a valid spec.
         """
+        if pair.startswith(PLANTED):
+            return cls.load("cultural-demo")._with_plant(Plant.parse(pair.removeprefix(PLANTED)))
         shipped = shipped_pairs()
         path = shipped.get(pair, Path(pair))
         if not path.is_file():
             raise MechdiffError(
-                f"Pair {pair!r} is neither a YAML file nor a shipped pair ({', '.join(shipped)})."
+                f"Pair {pair!r} is neither a YAML file nor a shipped pair ({', '.join(shipped)}), nor of the "
+                "form planted:attn_out:L14:r4:alpha0.7."
             )
         try:
             text = path.read_text(encoding="utf-8")

@@ -93,9 +93,9 @@ def test_example_specs_are_valid(path: Path) -> None:
         (MINIMAL.replace("name: toy", "name: a/b"), "name: String should match pattern"),
         (
             MINIMAL.replace("tuned: {model: ./tuned}", "tuned: {model: a, adapter: b}"),
-            "either model or adapter",
+            "one of model, adapter or planted",
         ),
-        (MINIMAL.replace("tuned: {model: ./tuned}", "tuned: {}"), "either model or adapter"),
+        (MINIMAL.replace("tuned: {model: ./tuned}", "tuned: {}"), "one of model, adapter or planted"),
         (MINIMAL + "dtype: int8\n", "dtype: Input should be 'float32'"),
         ("just words", "is not a mapping"),
         ("a: [1\nb: 2", "is not valid YAML at line 2"),
