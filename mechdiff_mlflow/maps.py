@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from pathlib import Path
 from typing import TypeAlias
 
@@ -15,33 +14,19 @@ import torch
 from torch import Tensor
 
 from mechdiff_mlflow import mapfiles
+from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | Mapping[str, JSON] | None"
 
 
-class Family(str, Enum):
+class Family(Choice):
     """What a rank counts."""
 
     UPDATE = "update"
     """rank(W − I): in how many directions the fine-tune changed what passes."""
     CONTENT = "content"
     """rank(W): how many directions carry the content."""
-
-    def __str__(self) -> str:
-        return self.value
-
-    @classmethod
-    def parse(cls, text: str) -> Family:
-        """The family called `text`.
-
-        Raises:
-            MechdiffError: No family has that name.
-        """
-        try:
-            return cls(text)
-        except ValueError:
-            raise MechdiffError(f"Family {text!r} is unknown; use update or content.") from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

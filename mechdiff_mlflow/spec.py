@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from enum import Enum
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.planted import Plant
 from mechdiff_mlflow.sites import Site
@@ -25,16 +25,13 @@ ALPHA_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1
 """What `alpha=auto` chooses from, on val."""
 
 
-class Position(str, Enum):
+class Position(Choice):
     """Which token of a prompt is read and replaced; KL is always read at the last token."""
 
     DECISION = "decision"
     """The last token of the templated prompt, whose next token is the first of the answer (K=1)."""
     LAST_CONTENT = "last_content"
     """The last non-special token of the user's text."""
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, slots=True)

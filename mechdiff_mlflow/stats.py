@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, TypeAlias
 
@@ -107,6 +107,33 @@ def drop_pct(
     if math.isnan(estimate) or reference.mean() < FLOORS * noise_floor:
         return Interval(None, None, None, bootstrap.level)
     return bootstrap.interval(estimate, _drops(*bootstrap.means(mapped, reference)))
+
+
+def drop_difference(
+    first: tuple[ArrayLike, ArrayLike],
+    second: tuple[ArrayLike, ArrayLike],
+    *,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Interval:
+    """drop_pct of `first` minus that of `second`, in percentage points, of two independent sets of prompts.
+
+    Args:
+        first: KL_reference and KL_mapped in nats, of the same prompts, [n].
+        second: The same of other prompts, [m].
+        bootstrap: How the interval is drawn; the second set is drawn with the next seed.
+
+    Raises:
+        MechdiffError: Arrays are not paired, finite and of at least two prompts.
+    """
+    estimates, resampled = [], []
+    for (kl_reference, kl_mapped), seed in zip(
+        (first, second), (bootstrap.seed, bootstrap.seed + 1), strict=True
+    ):
+        reference, mapped = _paired(kl_reference=kl_reference, kl_mapped=kl_mapped)
+        estimates.append(float(_drops(mapped.mean(keepdims=True), reference.mean(keepdims=True))[0]))
+        resampled.append(_drops(*replace(bootstrap, seed=seed).means(mapped, reference)))
+    gap = estimates[0] - estimates[1]
+    return bootstrap.interval(None if math.isnan(gap) else gap, resampled[0] - resampled[1])
 
 
 def kl_difference(

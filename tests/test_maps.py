@@ -151,7 +151,7 @@ def test_a_false_claim_of_rank_is_refused(edit: AffineMap) -> None:
 
 
 def test_unknown_family_lists_both(edit: AffineMap) -> None:
-    with pytest.raises(MechdiffError, match="use update or content"):
+    with pytest.raises(MechdiffError, match="use one of update, content"):
         edit.check_rank(1, "rank")
 
 

@@ -17,6 +17,7 @@ from mechdiff_mlflow.stats import (
     Correlation,
     Interval,
     correlation,
+    drop_difference,
     drop_pct,
     holm,
     kl_difference,
@@ -286,3 +287,21 @@ def test_holm_by_hand_and_without_the_untested() -> None:
 def test_mistakes(call: Any, message: str) -> None:
     with pytest.raises(MechdiffError, match=message):
         call()
+
+
+def test_drop_difference_resamples_each_set_by_itself() -> None:
+    rng = np.random.default_rng(3)
+    first = rng.exponential(2.0, 40), rng.exponential(1.0, 40)
+    second = rng.exponential(2.0, 25), rng.exponential(1.5, 25)
+    found = drop_difference(first, second, bootstrap=Bootstrap(n_resamples=200, seed=5))
+
+    def drops(pair: tuple[np.ndarray, np.ndarray], seed: int) -> list[float]:
+        n = len(pair[0])
+        drawn = np.random.default_rng(seed).integers(0, n, (200, n))
+        return [100 * (1 - pair[1][i].sum() / pair[0][i].sum()) for i in drawn]
+
+    gaps = np.array(drops(first, 5)) - np.array(drops(second, 6))
+    plain = [100 * (1 - mapped.sum() / raw.sum()) for raw, mapped in (first, second)]
+    assert found.estimate == pytest.approx(plain[0] - plain[1], rel=1e-12)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(gaps, [0.025, 0.975])), rel=1e-9)
+    assert drop_difference(first, (0 * second[0], second[1])).estimate is None

@@ -1,4 +1,4 @@
-"""Commands that look at whole models: atlas."""
+"""Commands that look at whole models and layers: atlas, layers, heads."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import click
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.session import session
 from mechdiff_mlflow.experiments.atlas import atlas
+from mechdiff_mlflow.experiments.heads import heads_of
+from mechdiff_mlflow.experiments.layers import layer_profile
 from mechdiff_mlflow.report.atlas import atlas_figures, first_difference
 from mechdiff_mlflow.report.figures import write_figures
+from mechdiff_mlflow.report.profiles import heads_figures, heads_sentence, layer_figures, layers_sentence
 from mechdiff_mlflow.sites import Hook
 from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.names import check_alias
-from mechdiff_mlflow.tracking.parents import atlas_run
+from mechdiff_mlflow.tracking.parents import atlas_run, heads_run, layers_run
 from mechdiff_mlflow.tracking.promotion import promote
 
 ALL_HOOKS = ",".join(map(str, Hook))
@@ -92,3 +95,65 @@ def atlas_command(**given: Any) -> None:
         show.patches(list(found.patches.values()), now.study)
     show.lines([sentence])
     show.where_to_look(now.store, now.run.experiment_id, *lines)
+
+
+@click.command("layers")
+@options.pair
+@options.position
+@options.reported
+@options.seed
+@options.models
+@options.tracking
+def layers_command(**given: Any) -> None:
+    """Compare base and tuned layer by layer: CKA, and unmapped layer patches both ways (RQ1).
+
+    \b
+    Example:
+      mechdiff layers --pair cultural-demo
+    """
+    with session("layers", f"layers of {given['pair']}", given) as now:
+        table = layer_profile(now.study)
+        sentence = layers_sentence(table)
+        with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+            files = write_figures(layer_figures(table), f"Layers of {now.study.pair.name}", Path(folder))
+            now.run.add(layers_run(table, sentence, files))
+    show.frame(table)
+    show.lines([sentence])
+    show.where_to_look(now.store, now.run.experiment_id)
+
+
+@click.command("heads")
+@options.pair
+@click.option(
+    "--layer", type=options.whole("Layer", 26), default="26", show_default=True, help="Whose attention."
+)
+@click.option(
+    "--n-random",
+    type=options.whole("--n-random", 20, least=2),
+    default="20",
+    show_default=True,
+    help="Random sets of every size, to compare the greedy ones with.",
+)
+@options.position
+@options.reported
+@options.seed
+@options.models
+@options.tracking
+def heads_command(**given: Any) -> None:
+    """Find the heads of a layer that carry the difference: coverage KL_S / KL_all of sets S (RQ4).
+
+    Heads get the base model's values before the output projection. val chooses sets greedily.
+
+    \b
+    Example:
+      mechdiff heads --layer 26
+    """
+    with session("heads", f"heads of layer {given['layer']}", given) as now:
+        record = heads_of(now.study, given["layer"], n_random=given["n_random"])
+        sentence = heads_sentence(record.table)
+        with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+            files = write_figures(heads_figures(record.table), f"Heads of {record.site}", Path(folder))
+            now.run.add(heads_run(record, sentence, files))
+    show.frame(record.table.drop(columns=["site", "n_heads", "KL_all"]))
+    show.lines([sentence])
+    show.where_to_look(now.store, now.run.experiment_id)

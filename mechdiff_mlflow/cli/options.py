@@ -199,10 +199,7 @@ rank_and_alpha = _stacked(
 
 position = click.option(
     "--position",
-    type=Text(
-        "position",
-        lambda text: Position(one_of("Position", *(p.value for p in Position)).convert(text, None, None)),
-    ),
+    type=Text("position", Position.parse),
     default="decision",
     show_default=True,
     help="Token read and replaced: decision (last of the prompt) or last_content.",

@@ -1,4 +1,4 @@
-"""Commands that work from runs alone, without any model: report."""
+"""Commands that work from runs alone, without any model: report, compare."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import click
 
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.session import tracked
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.report.comparison import comparison, matches, needed_runs
+from mechdiff_mlflow.report.document import joined
 from mechdiff_mlflow.report.evidence import Evidence
 from mechdiff_mlflow.report.experiment import caveats, report
 from mechdiff_mlflow.spec import PairSpec
@@ -44,7 +47,45 @@ def report_command(**given: Any) -> None:
         document = report(evidence)
         written = document.write(Path(given["out"]))
         doubts = caveats(evidence, evidence.quoted())
-        now.run.add(report_run(document.title, Path(given["out"]), written, doubts))
+        now.run.add(report_run("report", document.title, Path(given["out"]), written, doubts))
+    show.lines([f"Wrote {path}" for path in written])
+    show.where_to_look(now.store, now.run.experiment_id)
+
+
+@click.command("compare")
+@click.argument("pairs", nargs=-1, required=True)
+@click.option(
+    "--out",
+    default="mechdiff-compare.md",
+    show_default=True,
+    help="File to write; .md and .html are both written.",
+)
+@options.seed
+@options.store
+def compare_command(**given: Any) -> None:
+    """Compare fine-tunes by their runs: where, how transportable, how low-rank, and how sure.
+
+    PAIRS are two or more; each is compared with the first. Every pair's runs are those of its own experiment.
+    Measure both the same way first: mechdiff sweep (and atlas) on each.
+
+    \b
+    Example:
+      mechdiff compare cultural-demo cognitive-demo
+    """
+    names = [PairSpec.load(pair).name for pair in given["pairs"]]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise MechdiffError(f"Pairs {', '.join(names)} cannot be compared; name two or more different ones.")
+    store = open_store(given["tracking_uri"])
+    first, *others = [evidence_of(store, name, name) for name in names]
+    with tracked("compare", " against ".join(names), names[0], given) as now:
+        documents = []
+        for other in others:
+            tables = tables_of(store, sorted(needed_runs(matches(first, other))), "per_prompt.json")
+            documents.append(comparison(first, other, tables, seed=given["seed"]))
+        whole = joined(documents)
+        written = whole.write(Path(given["out"]))
+        now.run.add(report_run("compare", whole.title, Path(given["out"]), written, []))
+    show.lines([whole.markdown("").partition("## Caveats")[0]])
     show.lines([f"Wrote {path}" for path in written])
     show.where_to_look(now.store, now.run.experiment_id)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
@@ -61,6 +62,14 @@ def patches(records: Sequence[PatchRecord], study: Study) -> None:
         console.print(
             f"Leak: {', '.join(first.leak)} was chosen on the reported split; these numbers flatter the map."
         )
+
+
+def frame(table: pd.DataFrame) -> None:
+    """Print a table as it is."""
+    shown = Table(*map(str, table.columns))
+    for row in table.itertuples(index=False):
+        shown.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    _console().print(shown)
 
 
 def winners(versions: Sequence[Version]) -> None:

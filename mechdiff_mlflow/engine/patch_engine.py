@@ -11,6 +11,7 @@ from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.chunks import check_prompts, in_chunks
 from mechdiff_mlflow.engine.forward import PromptForward
 from mechdiff_mlflow.engine.gradients import score_gradients
+from mechdiff_mlflow.engine.heads import AttentionHeads
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
 from mechdiff_mlflow.engine.startup import MODES, choose_path
 from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
@@ -127,6 +128,14 @@ class PatchEngine:
                     )
                 rows[site].append(gradient)
         return {site: _in_order(chunks, order) for site, chunks in rows.items()}
+
+    def heads(self, layer: int) -> AttentionHeads:
+        """The attention heads of a layer.
+
+        Raises:
+            MechdiffError: The layer does not exist, or its heads cannot be told apart.
+        """
+        return AttentionHeads(self.forward, layer, self._batch_size)
 
     def score(
         self,

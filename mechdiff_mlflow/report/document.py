@@ -99,6 +99,16 @@ class Document:
         return list(contents)
 
 
+def joined(documents: Sequence[Document]) -> Document:
+    """Several documents as one; a single one stays as it is."""
+    if len(documents) == 1:
+        return documents[0]
+    blocks: list[Block] = []
+    for document in documents:
+        blocks += [Heading(document.title), *document.blocks]
+    return Document("; ".join(document.title for document in documents), blocks)
+
+
 def _markdown(block: Block, pictures: str) -> str:
     if isinstance(block, Heading):
         return f"{'#' * block.level} {block.text}"

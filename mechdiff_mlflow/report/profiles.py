@@ -98,10 +98,10 @@ def heads_sentence(table: pd.DataFrame) -> str:
     parts = []
     for share in (HALF, MOST):
         enough = greedy[greedy["coverage"] >= share]
-        if not len(enough):
-            parts.append(f"No set reaches {100 * share:.0f} % of the effect.")
+        row = enough.iloc[0]  # all heads together always reach it
+        if int(row["size"]) == n_heads:
+            parts.append(f"It takes all {n_heads} heads to carry {100 * share:.0f} % of the effect.")
             continue
-        row = enough.iloc[0]
         by_chance = random.loc[int(row["size"])]
         beats = row["coverage_low"] > by_chance["coverage_high"]
         against = (

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 from torch import Tensor
 
+from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import JSON, AffineMap, Family, Weight
 from mechdiff_mlflow.solvers.factors import Factors
 
 
-class OffSpan(str, Enum):
+class OffSpan(Choice):
     """Which of the maps that agree on the span of the base training rows is taken, when they span < d_in."""
 
     ZERO = "zero"
@@ -22,22 +22,10 @@ class OffSpan(str, Enum):
     NEAREST_IDENTITY = "nearest_identity"
     """The one nearest to I: what was not seen in training passes unchanged."""
 
-    def __str__(self) -> str:
-        return self.value
-
     @classmethod
-    def parse(cls, text: str) -> OffSpan:
-        """The rule called `text`.
-
-        Raises:
-            MechdiffError: No rule has that name.
-        """
-        try:
-            return cls(text)
-        except ValueError:
-            raise MechdiffError(
-                f"Off-span rule {text!r} is unknown; use one of {', '.join(map(str, cls))}."
-            ) from None
+    def title(cls) -> str:
+        """What the word chooses, for errors."""
+        return "Off-span rule"
 
     @classmethod
     def natural(cls, family: Family) -> OffSpan:

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from mechdiff_mlflow.experiments import PatchRecord
 from mechdiff_mlflow.experiments.atlas import AtlasRecord
+from mechdiff_mlflow.experiments.heads import HeadsRecord
 from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.records import RunRecord
 
 
-def report_run(title: str, out: Path, written: Sequence[Path], caveats: Sequence[str]) -> RunRecord:
-    """A report's files: `report.md`, `report.html` and the pictures that the Markdown shows.
+def report_run(
+    kind: str, title: str, out: Path, written: Sequence[Path], caveats: Sequence[str]
+) -> RunRecord:
+    """A report's files: the Markdown, the HTML and the pictures that the Markdown shows.
 
     Args:
+        kind: `report` or `compare`.
         title: Of the report.
         out: The file that was asked for.
         written: Every file of the report.
@@ -25,8 +31,8 @@ def report_run(title: str, out: Path, written: Sequence[Path], caveats: Sequence
         # The Markdown names the pictures by their folder beside it.
         files[str(path.relative_to(out.parent)).replace("\\", "/")] = path
     return RunRecord(
-        kind="report",
-        name="report",
+        kind=kind,
+        name=kind,
         files=files,
         description=f"**{title}**: open `{out.stem}.html` under Artifacts.\n\n"
         + "\n".join(f"- {caveat}" for caveat in caveats),
@@ -71,3 +77,53 @@ def atlas_run(record: AtlasRecord, sentence: str, files: Mapping[str, Path]) -> 
         description=f"{sentence}\n\nHeatmaps: `figures.html` under Artifacts. One run below for each site "
         "above the noise floor; only promoted sites keep their map, others refit with `mechdiff run`.",
     )
+
+
+def layers_run(table: pd.DataFrame, sentence: str, files: Mapping[str, Path]) -> RunRecord:
+    """A layer profile; its columns are curves over layers (step = layer).
+
+    Args:
+        table: `experiments.layers.layer_profile`.
+        sentence: What it shows.
+        files: Figures by artifact path.
+    """
+    return RunRecord(
+        kind="layers",
+        name="layers",
+        stepped_metrics={
+            key: _curve(table, "layer", key) for key in ("cka", "KL_tuned_from_base", "KL_base_from_tuned")
+        },
+        tables={"layers.json": table},
+        files=files,
+        description=sentence,
+    )
+
+
+def heads_run(record: HeadsRecord, sentence: str, files: Mapping[str, Path]) -> RunRecord:
+    """Heads of one layer; coverage is a curve over the number of heads (step = size).
+
+    Args:
+        record: What was measured.
+        sentence: What it shows.
+        files: Figures by artifact path.
+    """
+    table = record.table
+    curves = {
+        f"coverage/{choice}": _curve(table[table["choice"] == choice], "size", "coverage")
+        for choice in ("greedy", "random")
+    }
+    return RunRecord(
+        kind="heads",
+        name="heads",
+        metrics={"KL_all": float(table["KL_all"].iloc[0]), "n_heads": float(table["n_heads"].iloc[0])},
+        stepped_metrics=curves,
+        tags={"mechdiff.site": str(record.site)},
+        tables={"heads.json": table},
+        files=files,
+        description=sentence,
+    )
+
+
+def _curve(table: pd.DataFrame, step: str, key: str) -> dict[int, float]:
+    rows = table.dropna(subset=[key])
+    return {int(at): float(value) for at, value in zip(rows[step], rows[key], strict=True)}

@@ -36,7 +36,7 @@ def refused(result_output: str) -> str:
         (["--layer", "99"], "Layer 99 does not exist: the model has 4 layers, 0 to 3."),
         (["--hook", "attention"], "Hook 'attention' is unknown; use one of resid_pre, attn_out"),
         (["--solver", "magic"], "Solver 'magic' is unknown; use one of procrustes_scaled"),
-        (["--family", "both"], "Family 'both' is unknown; use update or content"),
+        (["--family", "both"], "Family 'both' is unknown; use one of update, content"),
         (["--k", "17"], "Rank 17 is out of range at a site of width 16"),
         (["--k", "-2"], "Rank -2 is not at least 1"),
         (["--alpha", "-0.3"], "α=-0.3 is not a finite number of at least 0"),

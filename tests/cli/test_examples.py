@@ -35,17 +35,22 @@ def test_every_command_says_what_it_does_with_an_example_of_itself(name: str, me
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_every_example_runs(name: str, toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient) -> None:
     """On the toy pair, which has 4 layers: sites are moved, nothing else."""
-    if name in ("promote", "fetch", "patch", "maps", "report"):
+    if name in ("promote", "fetch", "patch", "maps", "report", "report-pass", "compare"):
         mechdiff("run", "--pair", str(toy), "--layer", "3", "--hook", "attn_out", "--alpha", "1", "--promote")
+    if name == "compare":
+        (toy.parent / "twin.yaml").write_text(toy.read_text().replace("name: toy", "name: twin"))
+        twin = ("--pair", str(toy.parent / "twin.yaml"))
+        mechdiff("run", *twin, "--layer", "3", "--hook", "attn_out", "--alpha", "1")
     for example in examples(name):
         words = shlex.split(re.sub(r"cultural-demo-L26", "toy-L3", example))
         words = [re.sub(r"L26|L24|\b26\b|\b24\b|1,8,32,full", lambda m: PLACE[m[0]], word) for word in words]
         words = [str(toy) if word == "cultural-demo" else word for word in words]
+        words = [str(toy.parent / "twin.yaml") if word == "cognitive-demo" else word for word in words]
         if name == "promote":
             words[1] = runs_of(client)["fit"][0].info.run_id
         pair = (
             []
-            if "--pair" in words or name in ("promote", "fetch", "maps", "doctor")
+            if "--pair" in words or name in ("promote", "fetch", "maps", "doctor", "compare")
             else ["--pair", str(toy)]
         )
         mechdiff(*words, *pair)

@@ -159,7 +159,7 @@ def test_one_spectrum_serves_every_solver(rows: Callable[..., tuple[Tensor, Tens
     ("solver", "settings", "message"),
     [
         ("svd", {}, "Solver 'svd' is unknown; use one of procrustes_scaled, reduced_rank, "),
-        ("reduced_rank", {"family": "rows"}, "Family 'rows' is unknown; use update or content"),
+        ("reduced_rank", {"family": "rows"}, "Family 'rows' is unknown; use one of update, content"),
         ("mean_shift", {"family": "content"}, "mean_shift has no content family; use update"),
         ("ridge", {"shrink": 0.1}, "ridge does not take shrink; it takes ridge"),
         ("identity", {"ridge": 0.1}, "identity does not take ridge; it takes none"),
