@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mechdiff_mlflow.engine import check_plumbing
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.progress import silent
 from mechdiff_mlflow.experiments.rows import IDENTITY, capture, score
@@ -43,6 +44,7 @@ def examine(pair: Pair) -> Iterator[Check]:
         "templates and BOS": lambda: _templates(pair, prompts),
         "same token ids": lambda: _same_tokens(pair, prompts),
         "sites respond": lambda: _engine_line(pair),
+        "hooks and sublayers": lambda: _hooks_and_sublayers(pair, prompts),
         "capture invariant to padding and batch": lambda: _capture_is_invariant(pair, prompts, sites),
         "identity patch": lambda: _identity(pair, prompts, sites),
         "oracle map": lambda: _oracle(pair, prompts, n_layers),
@@ -73,6 +75,19 @@ def _engine_line(pair: Pair) -> str:
     with pair.tuned.engine() as engine:
         shape = f"{engine.n_layers} layers of width {engine.width}"
         return f"{shape}, every hook changes the logits, engine {engine.mode}"
+
+
+def _hooks_and_sublayers(pair: Pair, prompts: PromptSet) -> str:
+    """In both models every hook fires once a forward, and blocks add what their sublayers give."""
+    for side in (pair.base, pair.tuned):
+        tokens = pair.tokens(side.role, prompts, Position.DECISION)
+        with side.engine() as engine:
+            for check in check_plumbing(engine, tokens):
+                if not check.passed:
+                    raise MechdiffError(
+                        f"{check.name} fails in {side.role}: {check.detail}; name the modules in the spec."
+                    )
+    return "every hook fires once a forward, blocks add what their sublayers give, in both models"
 
 
 def _capture_is_invariant(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:

@@ -18,7 +18,7 @@ def load(spec: Path) -> Pair:
 
 def failed(pair: Pair) -> dict[str, str]:
     checks: list[Check] = list(examine(pair))
-    assert len(checks) == 8, "a failing check does not end the others"
+    assert len(checks) == 9, "a failing check does not end the others"
     return {check.name: check.seen for check in checks if not check.passed}
 
 
@@ -84,3 +84,11 @@ def test_widths_that_differ_are_said_and_not_failed(toy: Path, tmp_path: Path) -
     shutil.rmtree(tmp_path / "pair/tuned")
     toys.write_model(tmp_path / "pair/tuned", toys.model(1, width=24))
     assert failed(load(tmp_path / "pair/toy.yaml")) == {}
+
+
+def test_a_module_that_is_called_twice_is_noticed(toy: Path) -> None:
+    pair = load(toy)
+    with pair.base.engine():
+        pass
+    pair.base.model.model.layers[1].register_forward_hook(lambda m, args, out: (m.mlp(out), out)[1])  # type: ignore[union-attr]
+    assert "hooks fire once fails in base" in failed(pair)["hooks and sublayers"]
