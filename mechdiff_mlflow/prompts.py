@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec import Position
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+NEAR_DUPLICATE = 0.8
+"""Jaccard similarity of word trigrams from which two prompts count as the same question."""
+
+_STAND_IN = "\ue000\ue001"
+"""Private-use characters, which no text has."""
+
+Message = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,3 +41,248 @@ class TokenizedPrompts:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __getitem__(self, part: slice) -> TokenizedPrompts:
+        return TokenizedPrompts(self.ids[part], self.positions[part])
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One conversation, ending with the user's turn."""
+
+    messages: tuple[Message, ...]
+
+    @property
+    def text(self) -> str:
+        """What the user says last."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """The prompts of one split, in file order."""
+
+    split: str
+    prompts: tuple[Prompt, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits of sha256 over the conversations, in order."""
+        lines = (
+            json.dumps([dict(m) for m in p.messages], sort_keys=True, ensure_ascii=False)
+            for p in self.prompts
+        )
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+    def first(self, n: int | None, *, option: str = "--n") -> PromptSet:
+        """The first n prompts; all when n is None.
+
+        Raises:
+            MechdiffError: There are fewer than n, or n < 1.
+        """
+        if n is None:
+            return self
+        if not 1 <= n <= len(self):
+            raise MechdiffError(
+                f"{n} {self.split} prompts were asked for and there are {len(self)}; "
+                f"pass {option} 1 to {len(self)}."
+            )
+        return PromptSet(self.split, self.prompts[:n])
+
+
+def read_prompts(path: Path, split: str, *, system: str | None = None) -> PromptSet:
+    """Read a JSONL file of `{"text": …}` or `{"messages": [{"role": …, "content": …}, …]}` lines.
+
+    Args:
+        path: UTF-8 file, one object a line; blank lines are skipped, other keys ignored.
+        split: Which split it is.
+        system: System prompt put before every `text`.
+
+    Raises:
+        MechdiffError: The file is missing, empty or not UTF-8, or a line (named by number) is malformed.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut JSON at U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise MechdiffError(
+            f"Prompt file {path} cannot be read as UTF-8 text ({error}); check the file."
+        ) from None
+    prompts = [
+        Prompt(_messages(line, f"{path}, line {number}", system))
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not prompts:
+        raise MechdiffError(f'Prompt file {path} is empty; write one {{"text": "…"}} a line.')
+    return PromptSet(split, tuple(prompts))
+
+
+def _messages(line: str, where: str, system: str | None) -> tuple[Message, ...]:
+    try:
+        entry = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise MechdiffError(f"{where} is not JSON ({error}); write one object a line.") from None
+    text, messages = (entry.get("text"), entry.get("messages")) if isinstance(entry, dict) else (None, None)
+    if isinstance(text, str) and text.strip() and messages is None:
+        turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        return (*turns, {"role": "user", "content": text})
+    if text is None and isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
+        if messages[-1]["role"] == "user":
+            return tuple({"role": m["role"], "content": m["content"]} for m in messages)
+        raise MechdiffError(
+            f"{where} ends with the {messages[-1]['role']}; end messages with the user's turn."
+        )
+    raise MechdiffError(
+        f'{where} has neither a "text" nor a list of "messages" with role and content; write {{"text": "…"}}.'
+    )
+
+
+def _is_message(message: object) -> bool:
+    return (
+        isinstance(message, dict)
+        and message.get("role") in ("system", "user", "assistant")
+        and isinstance(message.get("content"), str)
+        and bool(message["content"].strip())
+    )
+
+
+def check_disjoint(sets: Iterable[PromptSet]) -> None:
+    """Check that no prompt stands in two splits, to the letter or nearly.
+
+    Texts are compared case-folded, in NFKC, without punctuation; near duplicates share at least
+    `NEAR_DUPLICATE` of their word trigrams (Jaccard; Broder 1997, On the resemblance of documents).
+
+    Raises:
+        MechdiffError: Two splits share a prompt; the message shows it.
+    """
+    seen: list[tuple[str, str, frozenset[tuple[str, ...]]]] = []
+    by_shingle: dict[tuple[str, ...], list[int]] = {}
+    for prompts in sets:
+        for prompt in prompts.prompts:
+            shingles = _shingles(prompt.text)
+            shared: dict[int, int] = {}
+            for shingle in shingles:
+                for index in by_shingle.get(shingle, ()):
+                    shared[index] = shared.get(index, 0) + 1
+            for index, count in shared.items():
+                split, text, others = seen[index]
+                if split != prompts.split and count >= NEAR_DUPLICATE * len(shingles | others):
+                    raise MechdiffError(
+                        f"The {split} prompt {text!r} is nearly {prompt.text!r} in {prompts.split}; "
+                        "remove it from one of the two files."
+                    )
+            for shingle in shingles:
+                by_shingle.setdefault(shingle, []).append(len(seen))
+            seen.append((prompts.split, prompt.text, shingles))
+
+
+def _shingles(text: str) -> frozenset[tuple[str, ...]]:
+    # Sentence punctuation does not make another question; operators such as + and - do.
+    words = re.findall(r"\w+|[^\w\s.,;:!?…\"'«»“”‘’]", unicodedata.normalize("NFKC", text).casefold())
+    if len(words) < 3:
+        return frozenset([tuple(words)])
+    return frozenset(zip(words, words[1:], words[2:], strict=False))
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptSet,
+    *,
+    chat: bool = True,
+    position: Position = Position.DECISION,
+) -> TokenizedPrompts:
+    """Prompts through a tokenizer and its chat template, with the generation prompt.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        prompts: The prompts.
+        chat: Apply the chat template; otherwise the user's text alone, with the tokenizer's special tokens.
+        position: Which token is read and replaced.
+
+    Raises:
+        MechdiffError: There is no chat template, it fails, it doubles BOS, it gives no tokens, or
+            `last_content` cannot be located.
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise MechdiffError(f"{_name(tokenizer)} has no chat template; set template: none in the pair spec.")
+    ids: list[tuple[int, ...]] = []
+    positions: list[int] = []
+    for number, prompt in enumerate(prompts.prompts, 1):
+        where = f"{prompts.split} prompt {number}"
+        tokens = _token_ids(tokenizer, prompt, chat, where)
+        _check_bos(tokenizer, tokens, where)
+        ids.append(tokens)
+        last = len(tokens) - 1
+        positions.append(
+            last if position is Position.DECISION else _last_content(tokenizer, prompt, chat, tokens, where)
+        )
+    return TokenizedPrompts(tuple(ids), tuple(positions))
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"The tokenizer of {tokenizer.name_or_path or 'the model'}"
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, where: str) -> tuple[int, ...]:
+    tokens = (
+        _templated(tokenizer, prompt, where, as_tokens=True) if chat else tokenizer(prompt.text)["input_ids"]
+    )
+    if not tokens:
+        raise MechdiffError(
+            f"{_name(tokenizer)} turns {where} into no tokens; check the prompt and the template."
+        )
+    return tuple(int(token) for token in tokens)
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, as_tokens: bool
+) -> str | list[int]:
+    messages = [dict(message) for message in prompt.messages]
+    try:
+        # Without return_dict=False, transformers 5 gives a mapping where 4 gave ids.
+        rendered: str | list[int] = tokenizer.apply_chat_template(
+            messages,
+            tokenize=as_tokens,
+            add_generation_prompt=True,
+            **({"return_dict": False} if as_tokens else {}),
+        )
+    except Exception as error:  # a template is a program of the model's author and may raise anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise MechdiffError(
+            f"The chat template of {tokenizer.name_or_path} fails on {where} ({reason}); change the prompt, "
+            "or set template: none in the pair spec."
+        ) from error
+    return rendered
+
+
+def _check_bos(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...], where: str) -> None:
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokens[:2] == (bos, bos):
+        raise MechdiffError(
+            f"{_name(tokenizer)} starts {where} with two BOS tokens; remove one from its template."
+        )
+
+
+def _last_content(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, tokens: tuple[int, ...], where: str
+) -> int:
+    """Index of the last token that holds a character of the user's text."""
+    if not tokenizer.is_fast:
+        raise MechdiffError(f"{_name(tokenizer)} is slow and gives no offsets; use --position decision.")
+    content = prompt.text.strip()
+    if chat:
+        # The text may also occur elsewhere in the template ("user"); a stand-in shows where its place is.
+        stand_in = Prompt((*prompt.messages[:-1], {"role": "user", "content": _STAND_IN}))
+        start = str(_templated(tokenizer, stand_in, where, as_tokens=False)).find(_STAND_IN)
+        rendered = str(_templated(tokenizer, prompt, where, as_tokens=False))
+    else:
+        start, rendered = prompt.text.find(content), prompt.text
+    end = start + len(content)
+    encoded = tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
+    if tuple(encoded["input_ids"]) != tokens or start < 0 or rendered[start:end] != content:
+        raise MechdiffError(f"{_name(tokenizer)} hides the user's text of {where}; use --position decision.")
+    offsets = enumerate(encoded["offset_mapping"])
+    return max(index for index, (start, stop) in offsets if start < end and stop > start)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from enum import Enum
 
+from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
 
 
-class Hook(str, Enum):
+class Hook(Choice):
     """Where in a decoder block an activation is read or replaced (TransformerLens' names)."""
 
     RESID_PRE = "resid_pre"
@@ -20,21 +20,6 @@ class Hook(str, Enum):
     """What the MLP sublayer adds to the residual stream."""
     RESID_POST = "resid_post"
     """Leaves the block."""
-
-    def __str__(self) -> str:
-        return self.value
-
-    @classmethod
-    def parse(cls, text: str) -> Hook:
-        """The hook called `text`.
-
-        Raises:
-            MechdiffError: No hook has that name.
-        """
-        try:
-            return cls(text)
-        except ValueError:
-            raise MechdiffError(f"Hook {text!r} is unknown; use one of {', '.join(map(str, cls))}.") from None
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -15,6 +15,7 @@ from mechdiff_mlflow.engine.architecture import Decoder, text_config
 from mechdiff_mlflow.engine.chunks import Chunk
 from mechdiff_mlflow.engine.routing import plain_attention
 from mechdiff_mlflow.engine.taps import tapped
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.sites import Site
 
 
@@ -32,6 +33,22 @@ class Recording:
     clean: dict[Site, Tensor]
     logits: Tensor
 
+    def check_finite(self) -> None:
+        """Raise unless activations and logits are numbers.
+
+        Raises:
+            MechdiffError: One is NaN or infinite; names it and the prompt.
+        """
+        tensors = {f"The activation at {site}": x for site, x in self.clean.items()}
+        tensors["The next-token logits"] = self.logits
+        finite = torch.stack([torch.isfinite(x).all(-1).cpu() for x in tensors.values()])  # [tensors, n]
+        if not finite.all():
+            which, row = (int(i) for i in (~finite).nonzero()[0])
+            raise MechdiffError(
+                f"{list(tensors)[which]} of prompt {int(self.chunk.index[row])} is NaN or infinite; load "
+                "the model in bfloat16 or float32, or look for broken weights."
+            )
+
 
 class PromptForward:
     """Runs whole prompts, and counts them in `n_prompts`."""
@@ -46,8 +63,13 @@ class PromptForward:
         # Some models warn of padding tokens without a mask.
         self._filler = int(text_config(decoder.model).pad_token_id == 0)
 
+    @torch.no_grad()
     def __call__(self, chunk: Chunk, **more: Any) -> Tensor:
         """Next-token logits [n, vocabulary]; `more` goes to the model."""
+        return self.logits(chunk, **more)
+
+    def logits(self, chunk: Chunk, **more: Any) -> Tensor:
+        """The same with the gradients that are asked for outside."""
         self.n_prompts += len(chunk)
         kwargs: dict[str, Any] = {}
         # Without a mask the model may use a causal kernel, which is faster.
@@ -57,6 +79,7 @@ class PromptForward:
             kwargs["logits_to_keep"] = 1
         return self._last_logits(chunk.ids, chunk.positions, **{**kwargs, **more})
 
+    @torch.no_grad()
     def tokens(self, n: int) -> Tensor:
         """Logits [n, vocabulary] of n prompts of one token; they are not counted."""
         positions = torch.zeros(n, 1, dtype=torch.long, device=self.device)
@@ -66,7 +89,7 @@ class PromptForward:
         if "position_ids" in self._accepts:
             kwargs["position_ids"] = positions
         kwargs.setdefault("use_cache", False)
-        with torch.no_grad(), plain_attention(self.decoder):
+        with plain_attention(self.decoder):
             logits: Tensor = self.decoder.model(input_ids=ids, **kwargs).logits
         return logits[:, -1]
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.chunks import check_prompts, in_chunks
-from mechdiff_mlflow.engine.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.forward import PromptForward
+from mechdiff_mlflow.engine.gradients import score_gradients
+from mechdiff_mlflow.engine.heads import AttentionHeads
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
 from mechdiff_mlflow.engine.startup import MODES, choose_path
 from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
@@ -97,11 +99,43 @@ class PatchEngine:
         order = []
         for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
             recording = self.forward.record(chunk, sites)
-            _check_finite(recording)
+            recording.check_finite()
             order.append(chunk.index)
             for site in rows:
                 rows[site].append(recording.clean[site].cpu())
         return {site: _in_order(chunks, order) for site, chunks in rows.items()}
+
+    def score_gradients(
+        self, prompts: TokenizedPrompts, sites: Sequence[Site], *, seed: int = 0
+    ) -> dict[Site, Tensor]:
+        """For each site ∂ log p(t)/∂h of one sampled next token t a prompt, [N, width], float64 on the CPU.
+
+        One forward and one backward pass through the blocks above the lowest site.
+
+        Raises:
+            MechdiffError: A site, token or position does not exist, or a gradient is not finite.
+        """
+        self._check(prompts, sites)
+        generator = torch.Generator().manual_seed(seed)
+        rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
+        order = []
+        for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
+            order.append(chunk.index)
+            for site, gradient in score_gradients(self.forward, chunk, sites, generator).items():
+                if not bool(torch.isfinite(gradient).all()):
+                    raise MechdiffError(
+                        f"A gradient at {site} is NaN or infinite; load the model in a wider dtype."
+                    )
+                rows[site].append(gradient)
+        return {site: _in_order(chunks, order) for site, chunks in rows.items()}
+
+    def heads(self, layer: int) -> AttentionHeads:
+        """The attention heads of a layer.
+
+        Raises:
+            MechdiffError: The layer does not exist, or its heads cannot be told apart.
+        """
+        return AttentionHeads(self.forward, layer, self._batch_size)
 
     def score(
         self,
@@ -129,7 +163,7 @@ class PatchEngine:
         tops, order = [], []
         for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
             recording = self._path.record(chunk, sites)
-            _check_finite(recording)
+            recording.check_finite()
             next_token = NextToken.of(recording.logits)
             variants, same = board.variants(recording)
             scored = [
@@ -150,18 +184,6 @@ class PatchEngine:
         for site in sites:
             self.forward.decoder.check(site)
         check_prompts(prompts, self.forward.vocabulary)
-
-
-def _check_finite(recording: Recording) -> None:
-    tensors = {f"The activation at {site}": x for site, x in recording.clean.items()}
-    tensors["The next-token logits"] = recording.logits
-    finite = torch.stack([torch.isfinite(x).all(-1).cpu() for x in tensors.values()])  # [tensors, n]
-    if not finite.all():
-        which, row = (int(i) for i in (~finite).nonzero()[0])
-        raise MechdiffError(
-            f"{list(tensors)[which]} of prompt {int(recording.chunk.index[row])} is NaN or infinite; load "
-            "the model in bfloat16 or float32, or look for broken weights."
-        )
 
 
 def _in_order(chunks: list[Tensor], order: list[Tensor]) -> Tensor:

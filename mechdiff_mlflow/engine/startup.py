@@ -51,6 +51,7 @@ class Trial:
                     f"The activation at {site} was not reached by a forward of {_name(forward.decoder)}; "
                     f"set {_override(site)} in the pair's spec."
                 )
+        recording.check_finite()
         variants = [_disturbed(recording, site, column) for column, site in enumerate(sites)]
         rows = [row.logits for row in naive.run(recording, variants)]
         for site, logits in zip(sites, rows, strict=True):

@@ -1,0 +1,286 @@
+"""Options that several commands share, and how their texts become specs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps import Family
+from mechdiff_mlflow.sites import Hook
+from mechdiff_mlflow.solvers import SOLVERS, OffSpan
+from mechdiff_mlflow.spec import Alpha, Position, Rank
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Command], Command]
+
+
+class Text(click.ParamType[Any]):
+    """An option whose text a function parses; what that raises is shown as it is.
+
+    Args:
+        name: Shown in the help as the kind of value.
+        parse: From the text to the value.
+    """
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The parsed value; defaults that are values already pass."""
+        return self._parse(value) if isinstance(value, str) else value
+
+
+def whole(option: str, example: int, *, least: int = 0) -> Text:
+    """A whole number of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text[:10]) < least:
+            raise MechdiffError(
+                f"{option} {text!r} is not a whole number of at least {least}; pass e.g. {example}."
+            )
+        return int(text[:10])
+
+    return Text("whole number", parse)
+
+
+def number(option: str, example: float) -> Text:
+    """A number; its range is checked where it is used."""
+
+    def parse(text: str) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            raise MechdiffError(f"{option} {text!r} is not a number; pass e.g. {example:g}.") from None
+
+    return Text("number", parse)
+
+
+def count(option: str) -> Text:
+    """`all` (None) or a whole number from 1."""
+    numbers = whole(option, 100, least=1)
+    return Text("count", lambda text: None if text == "all" else numbers.convert(text, None, None))
+
+
+def one_of(option: str, *names: str) -> Text:
+    """One of some words."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise MechdiffError(f"{option} {text!r} is unknown; use one of {', '.join(names)}.")
+        return text
+
+    return Text("|".join(names), parse)
+
+
+def listed(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Comma-separated values."""
+    return lambda text: tuple(parse(part.strip()) for part in text.split(","))
+
+
+def one_alpha(text: str) -> float:
+    """A single scale."""
+    alpha = Alpha.parse(text)
+    if alpha.is_choice:
+        raise MechdiffError(f"α={text!r} is a choice of several; pass one number, e.g. 0.3.")
+    return alpha.values[0]
+
+
+def _stacked(*decorators: Decorator[Command]) -> Decorator[Command]:
+    return lambda command: functools.reduce(lambda inner, outer: outer(inner), reversed(decorators), command)
+
+
+pair = click.option(
+    "--pair",
+    default="cultural-demo",
+    show_default=True,
+    help="A shipped pair, or the path of a pair spec (YAML).",
+)
+
+site = _stacked(
+    click.option(
+        "--layer", type=whole("Layer", 26), default="26", show_default=True, help="Decoder block, from 0."
+    ),
+    click.option(
+        "--hook",
+        type=Text("hook", Hook.parse),
+        default="attn_out",
+        show_default=True,
+        help="resid_pre, attn_out, mlp_out or resid_post.",
+    ),
+)
+
+solver = _stacked(
+    click.option(
+        "--solver",
+        type=one_of("Solver", *SOLVERS),
+        default="procrustes_scaled",
+        show_default=True,
+        help="; ".join(f"{name}: {row.help}" for name, row in SOLVERS.items()),
+    ),
+    click.option(
+        "--family",
+        type=Text("family", lambda text: Family.parse(text).value),
+        default="update",
+        show_default=True,
+        help="What rank k bounds: update, rank(W - I); content, rank(W).",
+    ),
+    click.option(
+        "--shrink",
+        type=number("--shrink", 0.05),
+        default="0.05",
+        show_default=True,
+        help="Covariance shrinkage, 0 to 1.",
+    ),
+    click.option(
+        "--ridge",
+        type=number("--ridge", 0.01),
+        default="0.01",
+        show_default=True,
+        help="Penalty over the mean variance, at least 0.",
+    ),
+    click.option(
+        "--output-metric",
+        type=one_of("--output-metric", "identity", "tuned_covariance", "fisher"),
+        default="identity",
+        show_default=True,
+        help="How reduced_rank counts errors: as they are, in deviations, or as they move the output.",
+    ),
+    click.option(
+        "--directions",
+        type=whole("--directions", 16, least=1),
+        default="16",
+        show_default=True,
+        help="Output directions that logit_subspace is restricted to.",
+    ),
+    click.option(
+        "--unembedding",
+        type=one_of("--unembedding", "tuned", "joint"),
+        default="tuned",
+        show_default=True,
+        help="Whose top directions those are: tuned, or joint of base and tuned.",
+    ),
+    click.option(
+        "--alpha-fit",
+        type=one_of("--alpha-fit", "after", "inside"),
+        default="after",
+        show_default=True,
+        help="Where alpha enters: after a fit to y, or inside: a fit to y/alpha, then times alpha.",
+    ),
+    click.option(
+        "--off-span",
+        type=Text("rule", lambda text: None if text == "auto" else OffSpan.parse(text)),
+        default="auto",
+        show_default=True,
+        help="Outside the span of the training rows: zero, nearest_identity, or auto (val chooses).",
+    ),
+)
+
+rank_and_alpha = _stacked(
+    click.option(
+        "--k",
+        type=Text("rank", Rank.parse),
+        default="full",
+        show_default=True,
+        help="Rank; full or 0: no bound.",
+    ),
+    click.option(
+        "--alpha",
+        type=Text("alpha", Alpha.parse),
+        default="auto",
+        show_default=True,
+        help="Scale of the mapped vector: a number, a grid 0.3,0.7,1 or auto; val chooses.",
+    ),
+)
+
+position = click.option(
+    "--position",
+    type=Text("position", Position.parse),
+    default="decision",
+    show_default=True,
+    help="Token read and replaced: decision (last of the prompt) or last_content.",
+)
+
+n_train = click.option(
+    "--n-train", type=count("--n-train"), default="all", show_default=True, help="Prompts fitted on, or all."
+)
+
+permutations = click.option(
+    "--permutations",
+    type=whole("--permutations", 99),
+    default="0",
+    show_default=True,
+    help="Refits on shuffled pairs, choices inside, for a p-value and a control; 0: none.",
+)
+
+seed = click.option(
+    "--seed",
+    type=whole("--seed", 0),
+    default="0",
+    show_default=True,
+    help="Of bootstrap and random controls.",
+)
+
+reported = _stacked(
+    click.option(
+        "--split",
+        type=one_of("Split", "test", "val"),
+        default="test",
+        show_default=True,
+        help="Reported split; val, as the seed does, also makes the choices and is tagged as leaking.",
+    ),
+    click.option(
+        "--n", type=count("--n"), default="all", show_default=True, help="Reported prompts, or all."
+    ),
+)
+
+models = _stacked(
+    click.option(
+        "--dtype",
+        type=one_of("--dtype", "spec", "float32", "bfloat16", "float16", "float64"),
+        default="spec",
+        show_default=True,
+        help="Of both models; spec: as the pair says.",
+    ),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="cpu, cuda, cuda:1, …; auto: CUDA where there is one.",
+    ),
+    click.option(
+        "--batch-size",
+        type=whole("--batch-size", 32, least=1),
+        default="32",
+        show_default=True,
+        help="Prompts a chunk.",
+    ),
+)
+
+tracking = _stacked(
+    click.option(
+        "--tracking-uri",
+        default=None,
+        help="MLflow server or store; default MLFLOW_TRACKING_URI, then ./mlflow.db.",
+    ),
+    click.option("--experiment", default=None, help="MLflow experiment; default the pair's name."),
+)
+store = click.option(
+    "--tracking-uri",
+    default=None,
+    help="MLflow server or store; default MLFLOW_TRACKING_URI, then ./mlflow.db.",
+)
+
+promotion = click.option(
+    "--promote",
+    is_flag=False,
+    flag_value="champion",
+    default="none",
+    show_default=True,
+    metavar="[ALIAS]",
+    help="Register the map under this alias (champion when none is given).",
+)

@@ -1,0 +1,43 @@
+"""Commands about pairs: doctor."""
+
+from __future__ import annotations
+
+import click
+
+from mechdiff_mlflow.cli import options, show
+from mechdiff_mlflow.cli.progress import bars
+from mechdiff_mlflow.cli.session import settle_threads
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.doctor import examine
+from mechdiff_mlflow.pairs import EngineOptions, load_pair
+from mechdiff_mlflow.spec import PairSpec
+
+
+@click.command("doctor")
+@click.argument("pair", default="cultural-demo")
+@options.models
+def doctor_command(pair: str, dtype: str, device: str, batch_size: int) -> None:
+    """Load PAIR and check the plumbing that every number depends on.
+
+    \b
+    Example:
+      mechdiff doctor cultural-demo
+    """
+    spec = PairSpec.load(pair)
+    with bars() as stage, stage("loading both models", 1):
+        loaded = load_pair(
+            spec,
+            dtype=None if dtype == "spec" else dtype,
+            device=device,
+            options=EngineOptions(batch_size=batch_size),
+        )
+    settle_threads(loaded)
+    show.lines(
+        [f"pair {loaded.name}, fingerprint {loaded.fingerprint}, {loaded.spec.dtype} on {loaded.device}"]
+    )
+    failed = []
+    for check in examine(loaded):
+        show.lines([f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.seen}"])
+        failed += [] if check.passed else [check.name]
+    if failed:
+        raise MechdiffError(f"{spec.name} fails {', '.join(failed)}; mend that before trusting any number.")

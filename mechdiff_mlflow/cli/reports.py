@@ -1,0 +1,105 @@
+"""Commands that work from runs alone, without any model: report, compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mechdiff_mlflow.cli import options, show
+from mechdiff_mlflow.cli.session import tracked
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.report.comparison import comparison, matches, needed_runs
+from mechdiff_mlflow.report.document import joined
+from mechdiff_mlflow.report.evidence import Evidence
+from mechdiff_mlflow.report.experiment import caveats, report
+from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.tracking.parents import report_run
+from mechdiff_mlflow.tracking.results import results_df, tables_of
+from mechdiff_mlflow.tracking.store import Store, open_store
+
+TABLES = {"least_ranks.json": "sweep", "atlas.json": "atlas", "layers.json": "layers", "heads.json": "heads"}
+
+
+@click.command("report")
+@options.pair
+@click.option(
+    "--out",
+    default="mechdiff-report.md",
+    show_default=True,
+    help="File to write; .md and .html are both written.",
+)
+@options.tracking
+def report_command(**given: Any) -> None:
+    """Write up what the runs of a pair show: results, tables, curves, controls, caveats.
+
+    No model is loaded and nothing is measured again; deleting the report's run loses nothing.
+
+    \b
+    Example:
+      mechdiff report --pair cultural-demo --out mechdiff-report.md
+    """
+    name = PairSpec.load(given["pair"]).name
+    experiment = given["experiment"] or name
+    evidence = evidence_of(open_store(given["tracking_uri"]), name, experiment)
+    with tracked("report", f"report of {name}", experiment, given) as now:
+        document = report(evidence)
+        written = document.write(Path(given["out"]))
+        doubts = caveats(evidence, evidence.quoted())
+        now.run.add(report_run("report", document.title, Path(given["out"]), written, doubts))
+    show.lines([f"Wrote {path}" for path in written])
+    show.where_to_look(now.store, now.run.experiment_id)
+
+
+@click.command("compare")
+@click.argument("pairs", nargs=-1, required=True)
+@click.option(
+    "--out",
+    default="mechdiff-compare.md",
+    show_default=True,
+    help="File to write; .md and .html are both written.",
+)
+@options.seed
+@options.store
+def compare_command(**given: Any) -> None:
+    """Compare fine-tunes by their runs: where, how transportable, how low-rank, and how sure.
+
+    PAIRS are two or more; each is compared with the first. Every pair's runs are those of its own experiment.
+    Measure both the same way first: mechdiff sweep (and atlas) on each.
+
+    \b
+    Example:
+      mechdiff compare cultural-demo cognitive-demo
+    """
+    names = [PairSpec.load(pair).name for pair in given["pairs"]]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise MechdiffError(f"Pairs {', '.join(names)} cannot be compared; name two or more different ones.")
+    store = open_store(given["tracking_uri"])
+    first, *others = [evidence_of(store, name, name) for name in names]
+    with tracked("compare", " against ".join(names), names[0], given) as now:
+        documents = []
+        for other in others:
+            tables = tables_of(store, sorted(needed_runs(matches(first, other))), "per_prompt.json")
+            documents.append(comparison(first, other, tables, seed=given["seed"]))
+        whole = joined(documents)
+        written = whole.write(Path(given["out"]))
+        now.run.add(report_run("compare", whole.title, Path(given["out"]), written, []))
+    show.lines([whole.markdown("").partition("## Caveats")[0]])
+    show.lines([f"Wrote {path}" for path in written])
+    show.where_to_look(now.store, now.run.experiment_id)
+
+
+def evidence_of(store: Store, pair: str, experiment: str) -> Evidence:
+    """What the runs of an experiment show about a pair.
+
+    Raises:
+        MechdiffError: There is no such experiment, or no patch run of the pair.
+    """
+    runs = results_df(store, experiment)
+    finished = runs[runs["status"] == "FINISHED"]
+    tables = {
+        path: tables_of(store, finished[finished["kind"] == kind]["run_id"], path)
+        for path, kind in TABLES.items()
+    }
+    return Evidence.of(pair, runs, tables)

@@ -1,0 +1,142 @@
+"""What the experiment commands share: options made into specs, a tracked run, a loaded pair."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import torch
+
+from mechdiff_mlflow.cli.progress import bars
+from mechdiff_mlflow.experiments import Protocol, Study
+from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
+from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, OpenRun, Tracker
+from mechdiff_mlflow.tracking.store import Store, open_store
+from mechdiff_mlflow.tracking.view import install_view
+
+AS_MANY = "500-or-all"
+"""As the number of prompts: the seed's 500 where there are as many, otherwise all there are."""
+LONE = ("fit", "patch")
+SMALL_MODEL = 50_000_000
+_NOT_SETTINGS = ("tracking_uri", "experiment", "device", "batch_size", "out")
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open run and the study whose records go into it."""
+
+    store: Store
+    run: OpenRun
+    study: Study
+    has_parent: bool
+
+    def place(self, record: RunRecord) -> str:
+        """Log a record below the parent, or as the open run itself where there is none; the run's id."""
+        if self.has_parent:
+            return self.run.log(record)
+        self.run.add(record)
+        return self.run.run_id
+
+
+def command_line(options: dict[str, Any]) -> str:
+    """What to type to run the current command again, defaults written out; no store, which may be secret."""
+    context = click.get_current_context()
+    words = ["mechdiff", context.info_name or ""]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name in _NOT_SETTINGS and name != "out":
+            continue
+        value = options.get(name)
+        if isinstance(parameter, click.Argument):
+            words += map(str, value if isinstance(value, tuple) else (value,))
+        elif isinstance(parameter, click.Option) and parameter.is_flag:
+            words += [parameter.opts[0]] if value else []
+        elif parameter.opts:
+            words += [parameter.opts[0], str(_text(name, value))]
+    return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """An open run of a command that loads no model."""
+
+    store: Store
+    run: OpenRun
+
+
+@contextlib.contextmanager
+def tracked(kind: str, name: str, experiment: str, options: dict[str, Any]) -> Iterator[Tracked]:
+    """A tracked run of a command that works from runs alone."""
+    store = open_store(options["tracking_uri"])
+    tags = {"mechdiff.command": command_line(options)}
+    with Tracker(store, experiment).run(kind, name, asked(options), tags=tags) as run:
+        yield Tracked(store, run)
+
+
+@contextlib.contextmanager
+def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
+    """A tracked run around a study of the pair in `options`.
+
+    Args:
+        kind: `run`, `fit`, `patch` or `sweep`.
+        name: What the UI shows.
+        options: The command's parameters by name.
+    """
+    spec = PairSpec.load(options["pair"])
+    store = open_store(options["tracking_uri"])
+    tracker = Tracker(store, options["experiment"] or spec.name)
+    # A lone fit or patch is one run, whose params are what was resolved; what was asked would contradict it.
+    has_parent = kind not in LONE or RUN_ID_VARIABLE in os.environ
+    tags = {"mechdiff.command": command_line(options)}
+    with tracker.run(kind, name, asked(options) if has_parent else {}, tags=tags) as run:
+        install_view(store, run.experiment_id)
+        protocol = protocol_of(options)
+        with bars() as stage:
+            with stage("loading both models", 1):
+                pair = load_pair(
+                    spec,
+                    dtype=None if options["dtype"] == "spec" else options["dtype"],
+                    device=options["device"],
+                    options=EngineOptions(batch_size=options["batch_size"]),
+                )
+            settle_threads(pair)
+            yield Session(store, run, Study(pair, protocol, stage), has_parent)
+
+
+def settle_threads(pair: Pair) -> None:
+    """One thread for a small model on the CPU, unless OMP_NUM_THREADS says otherwise.
+
+    Its matrices are too small to share: two threads gain a third on an idle machine, and cost six times the
+    wall clock on a busy one, where each waits for the other at every layer.
+    """
+    n_params = sum(weight.numel() for weight in pair.tuned.model.parameters())
+    if pair.device == "cpu" and n_params < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
+def protocol_of(options: dict[str, Any]) -> Protocol:
+    """The protocol in a command's parameters; what it has no option for keeps its default."""
+    options = {**options, "n": None} if options.get("n") == AS_MANY else options
+    names = {field.name for field in dataclasses.fields(Protocol)}
+    return Protocol(**{name: value for name, value in options.items() if name in names})
+
+
+def asked(options: dict[str, Any]) -> dict[str, ParamValue]:
+    """Parameters as the user gave them, by the names that MLproject uses."""
+    return {name: _text(name, value) for name, value in options.items() if name not in _NOT_SETTINGS}
+
+
+def _text(name: str, value: Any) -> ParamValue:
+    if value is None:
+        return "auto" if name == "off_span" else "all"
+    if isinstance(value, tuple):
+        return ",".join(str(_text(name, item)) for item in value)
+    return value if isinstance(value, int | float) else str(value)

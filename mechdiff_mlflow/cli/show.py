@@ -1,0 +1,115 @@
+"""Final tables, and the commands to look further."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
+from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.tracking.registry import Version
+from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.view import view_url
+
+_PIPE_WIDTH = 160
+
+
+def _console() -> Console:
+    """Standard output; wide where it is no terminal, so that logs keep whole rows."""
+    return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=False)
+
+
+def fits(records: Sequence[FitRecord], study: Study) -> None:
+    """Print fitted maps."""
+    table = Table("site", "solver", "family", "k", "α", "off span", "ρ val", "cos val", title=study.pair.name)
+    for fit in records:
+        cell = fit.cell
+        row = (cell.site, cell.solver, cell.family, cell.rank, cell.alpha, fit.off_span)
+        table.add_row(*map(str, row), _number(fit.rho), _number(fit.cos_mean))
+    _console().print(table)
+
+
+def patches(records: Sequence[PatchRecord], study: Study) -> None:
+    """Print patches with their controls."""
+    first = records[0]
+    title = f"{study.pair.name}, {first.n} {first.split} prompts, KL in nats, 95 % bootstrap intervals"
+    table = Table(
+        "site", "k", "α", "KL_raw", "KL_mapped", "drop %", "skill %", "null", "floor", "ρ", title=title
+    )
+    for patch in records:
+        table.add_row(
+            str(patch.cell.site),
+            str(patch.cell.rank),
+            str(patch.cell.alpha),
+            _number(patch.kl_raw),
+            _number(patch.kl_mapped),
+            _interval(patch.drop_pct, patch.undefined.get("drop_pct", "")),
+            _interval(patch.skill_pct, patch.undefined.get("skill_pct", "")),
+            patch.null,
+            f"{patch.noise_floor:.1g}",
+            _number(patch.rho),
+        )
+    console = _console()
+    console.print(table)
+    if len(records) == 1:
+        controls = sorted(first.controls.items(), key=lambda item: item[1])
+        console.print("Controls (mean KL): " + ", ".join(f"{name} {_number(kl)}" for name, kl in controls))
+    if any(patch.leak for patch in records):
+        console.print(
+            f"Leak: {', '.join(first.leak)} was chosen on the reported split; these numbers flatter the map."
+        )
+
+
+def frame(table: pd.DataFrame) -> None:
+    """Print a table as it is."""
+    shown = Table(*map(str, table.columns))
+    for row in table.itertuples(index=False):
+        shown.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+    _console().print(shown)
+
+
+def winners(versions: Sequence[Version]) -> None:
+    """Print registered maps that an alias points to."""
+    if not versions:
+        lines(["No map has an alias yet; promote one with mechdiff promote RUN."])
+        return
+    table = Table("map", "version", "aliases", "solver", "k", "α", "drop %", "skill %", "verified", "run")
+    for version in versions:
+        tags = version.tags
+        texts = [tags.get(key, "n/a") for key in ("solver", "k", "alpha")]
+        numbers = [_tag_number(tags.get(key)) for key in ("drop_pct", "skill_pct")]
+        names = [version.name, str(version.number), ", ".join(version.aliases)]
+        table.add_row(*names, *texts, *numbers, "yes" if version.is_verified else "no", version.run_id)
+    _console().print(table)
+
+
+def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:
+    """Print how to open the experiment in MLflow's UI, and more commands."""
+    url = view_url(store, experiment_id)
+    start = [] if store.is_server else [f"Look:  mlflow ui --backend-store-uri {store.shown}"]
+    lines([*start, f"{'Then' if start else 'Look'}:  {url}", *commands])
+
+
+def lines(texts: Sequence[str]) -> None:
+    """Print plain lines."""
+    for text in texts:
+        _console().print(text, markup=False, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4g}"
+
+
+def _interval(interval: Interval | None, why: str) -> str:
+    if interval is None or interval.estimate is None:
+        return f"n/a ({why.partition(':')[0]})"
+    bounds = "" if interval.low is None else f" [{interval.low:.1f}, {interval.high:.1f}]"
+    return f"{interval.estimate:.1f}{bounds}"
+
+
+def _tag_number(text: str | None) -> str:
+    return "n/a" if text is None else _number(float(text))

@@ -1,0 +1,151 @@
+"""The atlas: every layer and hook in one sweep, so that nobody has to guess where to look.
+
+A first pass scores raw and identity patches everywhere. Maps and controls are then tried only where KL_raw is
+above its noise floor: elsewhere no drop is defined, whatever the map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from mechdiff_mlflow import stats
+from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
+from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, SiteRows, score
+from mechdiff_mlflow.experiments.study import Study
+from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec import Alpha, Cell, Rank
+
+COLUMNS = (
+    *("site", "layer", "hook", "alpha", "change", "KL_raw", "KL_mapped", "drop_pct", "drop_low", "drop_high"),
+    *("skill_pct", "skill_low", "skill_high", "null", "rho", "noise_floor", "above_floor", "p", "p_holm"),
+)
+"""Of the table, one row a site in the order of the forward pass.
+
+change is ‖Y − X‖ / ‖Y‖ of tuned and base activations; p is of a sign-flip test that KL_mapped is below the KL
+of the best control, p_holm the same corrected over all sites tested.
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class AtlasRecord:
+    """What every site shows.
+
+    Args:
+        table: `COLUMNS`; None where a number has no value.
+        fits: Of the sites above the floor.
+        patches: Of the same sites.
+        best: Sites by drop on val, best first; empty unless asked for.
+    """
+
+    table: pd.DataFrame
+    fits: Mapping[Site, FitRecord]
+    patches: Mapping[Site, PatchRecord]
+    best: Sequence[Site]
+
+
+def atlas(
+    study: Study, *, hooks: Sequence[Hook], solver: str, family: str, alpha: float, best: int = 0
+) -> AtlasRecord:
+    """Raw and mapped patches at every layer of some hooks, the map of full rank.
+
+    Args:
+        study: The pair and protocol.
+        hooks: Which hooks.
+        solver: Row of the solvers' table.
+        family: What ranks count; all maps are of full rank.
+        alpha: Scale of every map.
+        best: How many sites to rank by their drop on val.
+
+    Raises:
+        MechdiffError: A hook, the solver or the family is impossible for this pair.
+    """
+    pair, protocol = study.pair, study.protocol
+    with pair.tuned.engine() as engine:
+        n_layers = engine.n_layers
+    sites = [Site(layer, hook) for layer in range(n_layers) for hook in Hook if hook in hooks]
+    rows = score(pair, study.report_prompts, protocol.position, {site: {} for site in sites}, study.stage)
+    cells = [
+        Cell(site, solver, family, Rank(None), Alpha((alpha,)))
+        for site in sites
+        if _above_floor(rows[site]) and _varies(rows[site])
+    ]
+    fits = {fit.cell.site: fit for fit in study.fit(cells)} if cells else {}
+    patches = {p.cell.site: p for p in study.patch([fit.to_patch for fit in fits.values()])} if fits else {}
+    ranked = _ranked_on_val(study, fits)[:best] if best else []
+    return AtlasRecord(_table(rows, patches, alpha, protocol.seed), fits, patches, ranked)
+
+
+def _above_floor(rows: SiteRows) -> bool:
+    raw = rows.patched.get(RAW)
+    floor = rows.patched[IDENTITY].mean_kl
+    return raw is None or (raw.mean_kl > 0 and raw.mean_kl >= stats.FLOORS * floor)
+
+
+def _varies(rows: SiteRows) -> bool:
+    """Whether there is anything to fit: what enters the first block may be the same for all prompts."""
+    return bool((rows.base != rows.base[0]).any()) and bool((rows.tuned != rows.tuned[0]).any())
+
+
+def _ranked_on_val(study: Study, fits: Mapping[Site, FitRecord]) -> list[Site]:
+    """Sites by rising KL_mapped/KL_raw on val.
+
+    What enters a block is what leaves the one before, and not counted twice.
+    """
+    wanted = {site: {"mapped": fit.map} for site, fit in fits.items() if not _repeats(site, fits)}
+    rows = score(study.pair, study.val_prompts, study.protocol.position, wanted, study.stage)
+
+    def left(site: Site) -> float:
+        patched = rows[site].patched
+        raw = patched[RAW].mean_kl if RAW in patched else 1.0
+        return patched["mapped"].mean_kl / raw if raw > 0 else float("inf")
+
+    return sorted(wanted, key=left)
+
+
+def _repeats(site: Site, fits: Mapping[Site, FitRecord]) -> bool:
+    return site.hook is Hook.RESID_PRE and Site(max(site.layer - 1, 0), Hook.RESID_POST) in fits
+
+
+def _table(
+    rows: Mapping[Site, SiteRows], patches: Mapping[Site, PatchRecord], alpha: float, seed: int
+) -> pd.DataFrame:
+    found = []
+    for site, at in rows.items():
+        patch = patches.get(site)
+        raw = at.patched.get(RAW)
+        drop, skill = (patch.drop_pct, patch.skill_pct) if patch else (None, None)
+        found.append(
+            (
+                *(str(site), site.layer, str(site.hook), alpha, _change(at)),
+                *(None if raw is None else raw.mean_kl, patch.kl_mapped if patch else None),
+                *_ends(drop),
+                *_ends(skill),
+                *(patch.null if patch else None, patch.rho if patch else None),
+                *(at.patched[IDENTITY].mean_kl, _above_floor(at), _p(patch, seed) if patch else None),
+            )
+        )
+    corrected = stats.holm([row[-1] for row in found])
+    table: pd.DataFrame = pd.DataFrame(
+        [(*row, p) for row, p in zip(found, corrected, strict=True)], columns=list(COLUMNS)
+    )
+    return table
+
+
+def _change(rows: SiteRows) -> float | None:
+    """‖Y − X‖ / ‖Y‖; None where the widths differ."""
+    if rows.base.shape != rows.tuned.shape:
+        return None
+    return float((rows.tuned - rows.base).norm() / rows.tuned.norm())
+
+
+def _p(patch: PatchRecord, seed: int) -> float:
+    """That the map does no better than the best control."""
+    gain = patch.per_prompt[f"KL_{patch.null}"] - patch.per_prompt["KL_mapped"]
+    return stats.sign_flip_p(gain, seed=seed)
+
+
+def _ends(interval: stats.Interval | None) -> tuple[float | None, float | None, float | None]:
+    return (None, None, None) if interval is None else (interval.estimate, interval.low, interval.high)

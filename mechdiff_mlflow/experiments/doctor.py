@@ -1,0 +1,142 @@
+"""Plumbing checks: a pair that fails one would give numbers that look fine and are wrong (DESIGN §3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.progress import silent
+from mechdiff_mlflow.experiments.rows import IDENTITY, capture, score
+from mechdiff_mlflow.experiments.study import FLOOR_LIMIT_NATS
+from mechdiff_mlflow.pairs import Pair
+from mechdiff_mlflow.prompts import PromptSet
+from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec import Position
+
+N_PROMPTS = 8
+"""Prompts that the checks run on: enough for unequal lengths, few enough for an 8B model on a laptop."""
+
+CAPTURE_TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
+"""Largest difference over the largest activation that another batch may make."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the doctor's: what was looked at, whether it holds, and what was seen."""
+
+    name: str
+    passed: bool
+    seen: str
+
+
+def examine(pair: Pair) -> Iterator[Check]:
+    """Run every check on a few val prompts; one that raises has failed, and the next goes on."""
+    prompts = pair.prompts_of("val").first(min(N_PROMPTS, len(pair.prompts["val"])))
+    with pair.tuned.engine() as engine:
+        middle, n_layers = engine.n_layers // 2, engine.n_layers
+    sites = [Site(middle, hook) for hook in Hook]
+    checks: dict[str, Callable[[], str]] = {
+        "prompts": lambda: ", ".join(f"{len(p)} {split}" for split, p in pair.prompts.items()) + ", disjoint",
+        "templates and BOS": lambda: _templates(pair, prompts),
+        "same token ids": lambda: _same_tokens(pair, prompts),
+        "sites respond": lambda: _engine_line(pair),
+        "capture invariant to padding and batch": lambda: _capture_is_invariant(pair, prompts, sites),
+        "identity patch": lambda: _identity(pair, prompts, sites),
+        "oracle map": lambda: _oracle(pair, prompts, n_layers),
+        "untouched layers agree": lambda: _untouched(pair, prompts),
+    }
+    for name, check in checks.items():
+        try:
+            yield Check(name, True, check())
+        except MechdiffError as error:
+            yield Check(name, False, str(error))
+
+
+def _templates(pair: Pair, prompts: PromptSet) -> str:
+    lengths = [
+        len(ids) for role in ("base", "tuned") for ids in pair.tokens(role, prompts, Position.DECISION).ids
+    ]
+    return f"template {pair.spec.template}, single BOS, {min(lengths)} to {max(lengths)} tokens"
+
+
+def _same_tokens(pair: Pair, prompts: PromptSet) -> str:
+    if not pair.tokenizers_agree:
+        return "tokenizers differ: each model reads the prompt through its own"
+    pair.check_same_tokens(prompts, Position.DECISION)
+    return "base and tuned see the same ids"
+
+
+def _engine_line(pair: Pair) -> str:
+    with pair.tuned.engine() as engine:
+        shape = f"{engine.n_layers} layers of width {engine.width}"
+        return f"{shape}, every hook changes the logits, engine {engine.mode}"
+
+
+def _capture_is_invariant(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
+    """Alone, unpadded, and in a batch with longer prompts, a prompt has the same activations."""
+    together = capture(pair, "tuned", prompts, Position.DECISION, sites)
+    worst = 0.0
+    for index in range(len(prompts)):
+        tokens = pair.tokens("tuned", prompts, Position.DECISION)[index : index + 1]
+        with pair.tuned.engine() as engine:
+            alone = engine.capture(tokens, sites)
+        for site in sites:
+            difference = (alone[site][0] - together[site][index]).abs().max() / together[site][
+                index
+            ].abs().max()
+            worst = max(worst, float(difference))
+    if not worst <= CAPTURE_TOLERANCE[pair.spec.dtype]:
+        raise MechdiffError(
+            f"Activations change by {worst:.1g} with padding; the model does not honour its attention mask, "
+            "pass --batch-size 1."
+        )
+    return f"largest relative difference {worst:.1g}"
+
+
+def _identity(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
+    rows = score(pair, prompts, Position.DECISION, {site: {} for site in sites}, silent)
+    floors = {site: rows[site].patched[IDENTITY].mean_kl for site in sites}
+    worst = max(floors, key=lambda site: floors[site])
+    limit = FLOOR_LIMIT_NATS[pair.spec.dtype]
+    if not floors[worst] <= limit:
+        raise MechdiffError(
+            f"An activation put back at {worst} moves KL by {floors[worst]:.1g} nats, above {limit:g}; "
+            "the engine does not fit this model; report it."
+        )
+    return f"noise floor at most {floors[worst]:.1g} nats ({worst})"
+
+
+def _oracle(pair: Pair, prompts: PromptSet, n_layers: int) -> str:
+    """The tuned activation itself in place of the base one must undo the raw patch entirely."""
+    site = Site(n_layers - 1, Hook.RESID_POST)
+    rows = score(pair, prompts, Position.DECISION, {site: {}}, silent)[site].patched
+    if "raw" not in rows:
+        return "widths differ: nothing to cross-patch raw"
+    raw, oracle = rows["raw"].mean_kl, rows[IDENTITY].mean_kl
+    if raw == 0:
+        raise MechdiffError("Base and tuned agree at the last layer on every prompt; are they two models?")
+    drop = 100 * (1 - oracle / raw)
+    if drop < 99:
+        raise MechdiffError(f"The oracle map drops KL at {site} by {drop:.1f} % only, not 100; report it.")
+    return f"drop {drop:.4g} % of {raw:.3g} nats at {site}"
+
+
+def _untouched(pair: Pair, prompts: PromptSet) -> str:
+    first = pair.first_changed_layer()
+    if first is None:
+        return "weights cannot be compared tensor by tensor"
+    if first == 0 or not pair.tokenizers_agree:
+        return "the first layer differs already, or the tokens do"
+    sites = [Site(layer, hook) for layer in range(first) for hook in Hook]
+    base, tuned = (capture(pair, role, prompts, Position.DECISION, sites) for role in ("base", "tuned"))
+    if not torch.equal(base[sites[0]], tuned[sites[0]]):
+        return "what enters the first layer differs already"
+    for site in sites:
+        if not torch.equal(base[site], tuned[site]):
+            raise MechdiffError(
+                f"Weights agree below layer {first} and activations at {site} do not; report it."
+            )
+    return f"first changed layer {first}; all {len(sites)} sites below are bit-identical"

@@ -1,0 +1,171 @@
+"""RQ4: which attention heads of a layer carry the difference between base and tuned.
+
+A set S of heads is replaced before the output projection: the tuned model's own projection gets the base
+model's z for the heads in S and its own for the rest. coverage(S) = ΣKL_S / ΣKL_all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from mechdiff_mlflow import stats
+from mechdiff_mlflow.engine import VariantGroup
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.rows import Array
+from mechdiff_mlflow.experiments.study import Study
+from mechdiff_mlflow.prompts import PromptSet
+from mechdiff_mlflow.sites import Hook, Site
+
+Heads = tuple[int, ...]
+
+COLUMNS = (
+    *("site", "n_heads", "choice", "size", "heads", "KL", "coverage", "coverage_low", "coverage_high"),
+    "KL_all",
+)
+"""Of the table. choice is single, greedy (nested, chosen on val) or random (of several sets of a size: mean,
+and the middle 95 % of the sets instead of an interval over prompts)."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadsRecord:
+    """What the heads of one layer carry.
+
+    Args:
+        site: The layer's attn_out.
+        table: `COLUMNS`.
+        greedy: Heads in the order in which val chose them.
+        n: Reported prompts.
+        split: Reported split.
+    """
+
+    site: Site
+    table: pd.DataFrame
+    greedy: Heads
+    n: int
+    split: str
+
+
+def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
+    """Single heads, greedy sets and random sets of every size.
+
+    Args:
+        study: The pair and protocol.
+        layer: Whose attention.
+        n_random: Random sets of each size.
+
+    Raises:
+        MechdiffError: The heads of the two models cannot be told apart or differ in number or width, or
+            replacing all of them moves KL no further than noise.
+    """
+    site = Site(layer, Hook.ATTN_OUT)
+    val = _Substitution(study, layer, study.val_prompts)
+    n_heads = val.n_heads
+    order: Heads = ()
+    with study.stage("greedy heads on val", n_heads) as advance:
+        while len(order) < n_heads:
+            candidates = [(*order, head) for head in range(n_heads) if head not in order]
+            means = [kl.mean() for kl in val.score(candidates)]
+            order = candidates[int(np.argmax(means))]
+            advance(1)
+    singles: list[Heads] = [(head,) for head in range(n_heads)]
+    nested: list[Heads] = [order[: size + 1] for size in range(n_heads)]
+    rng = np.random.default_rng(study.protocol.seed)
+    chance: list[list[Heads]] = [
+        [tuple(int(h) for h in rng.permutation(n_heads)[:size]) for _ in range(n_random)]
+        for size in range(1, n_heads + 1)
+    ]
+    report = _Substitution(study, layer, study.report_prompts)
+    everything = tuple(range(n_heads))
+    sets = list(dict.fromkeys(map(_sorted, [*singles, *nested, *chain.from_iterable(chance), everything])))
+    scored = dict(zip(sets, report.score(sets), strict=True))
+    whole = scored[everything]
+    if not (whole.mean() > 0 and whole.mean() >= stats.FLOORS * report.noise_floor()):
+        raise MechdiffError(
+            f"Replacing all heads at {site} moves KL by {whole.mean():.2g} nats, no further than noise; "
+            "choose a layer where the models differ."
+        )
+    rows: list[tuple[object, ...]] = []
+
+    def row(choice: str, heads: Heads) -> None:
+        kl = scored[_sorted(heads)]
+        named = " ".join(map(str, heads))
+        ends = _coverage(whole, kl, study.protocol.seed, study.protocol.n_resamples)
+        rows.append(
+            (str(site), n_heads, choice, len(heads), named, float(kl.mean()), *ends, float(whole.mean()))
+        )
+
+    for heads in singles:
+        row("single", heads)
+    for heads in nested:
+        row("greedy", heads)
+    for many in chance:
+        kls = np.array([scored[_sorted(heads)].mean() for heads in many])
+        shares = kls / whole.mean()
+        low, high = np.quantile(shares, [0.025, 0.975])
+        size, n_all = len(many[0]), float(whole.mean())
+        named = f"{n_random} sets"
+        ends = (float(shares.mean()), float(low), float(high))
+        rows.append((str(site), n_heads, "random", size, named, float(kls.mean()), *ends, n_all))
+    table: pd.DataFrame = pd.DataFrame(rows, columns=list(COLUMNS))
+    return HeadsRecord(site, table, order, len(study.report_prompts), study.protocol.split)
+
+
+class _Substitution:
+    """Base's z in place of the tuned model's, for any set of heads, on some prompts."""
+
+    def __init__(self, study: Study, layer: int, prompts: PromptSet) -> None:
+        self._pair, self._site = study.pair, Site(layer, Hook.ATTN_OUT)
+        position = study.protocol.position
+        self._tokens = self._pair.tokens("tuned", prompts, position)
+        z = {}
+        for role, side in (("base", self._pair.base), ("tuned", self._pair.tuned)):
+            with side.engine() as engine:
+                z[role] = engine.heads(layer).capture(self._pair.tokens(role, prompts, position))
+        self._base, self._tuned = z["base"], z["tuned"]
+        if self._base.shape != self._tuned.shape:
+            shapes = [list(x.shape[1:]) for x in (self._base, self._tuned)]
+            raise MechdiffError(
+                f"Base and tuned have heads of {shapes[0]} and {shapes[1]} (number, width) in layer {layer}; "
+                "heads can be substituted only where they correspond."
+            )
+        self.n_heads = self._tuned.shape[1]
+
+    def score(self, sets: Sequence[Heads]) -> list[Array]:
+        """KL(patched ‖ clean) in nats of every set of heads, [n] each."""
+        chosen = torch.zeros(len(sets), self.n_heads, 1, dtype=torch.bool)
+        for row, heads in enumerate(sets):
+            chosen[row, list(heads)] = True
+        with self._pair.tuned.engine() as engine:
+            projection = engine.heads(self._site.layer)
+
+            def replaced(index: Tensor, clean: Tensor) -> Tensor:
+                base, tuned = self._base[index].unsqueeze(1), self._tuned[index].unsqueeze(1)
+                return projection.project(torch.where(chosen, base, tuned)).to(clean.device)
+
+            group = VariantGroup(self._site, replaced, n_variants=len(sets))
+            (found,) = engine.score(self._tokens, [group]).divergences
+        return [np.asarray(column) for column in found.kl_patched_clean.numpy().T]
+
+    def noise_floor(self) -> float:
+        """Mean KL of the tuned model's own heads put back through the projection."""
+        (own,) = self.score([()])
+        return float(own.mean())
+
+
+def _coverage(whole: Array, kl: Array, seed: int, n_resamples: int) -> tuple[float, float, float]:
+    """ΣKL_S/ΣKL_all with its interval: one minus the drop."""
+    bootstrap = stats.Bootstrap(n_resamples=n_resamples, seed=seed)
+    drop = stats.drop_pct(whole, kl, bootstrap=bootstrap)
+    ends = [float("nan") if end is None else 1 - end / 100 for end in (drop.estimate, drop.high, drop.low)]
+    return ends[0], ends[1], ends[2]
+
+
+def _sorted(heads: Heads) -> Heads:
+    return tuple(sorted(heads))

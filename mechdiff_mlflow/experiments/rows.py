@@ -1,0 +1,150 @@
+"""Score many replacements of many sites on one split: one recording of each model, whatever is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mechdiff_mlflow.engine import VariantGroup
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.progress import Stage
+from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.pairs import Pair
+from mechdiff_mlflow.prompts import PromptSet
+from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.spec import Position
+
+Array = NDArray[np.float64]
+
+IDENTITY = "identity"
+"""The tuned model's own activation put back: the noise floor, and the oracle map."""
+RAW = "raw"
+"""The base model's activation put in unmapped."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patched:
+    """What one replacement did to the next-token distribution of each of n prompts.
+
+    Args:
+        kl_patched_clean_nats: KL(patched ‖ clean), [n].
+        kl_clean_patched_nats: KL(clean ‖ patched), [n].
+        top1_agrees: 1 where patched and clean prefer the same token, [n].
+        delta_logprob_nats: Change of the log-probability of the clean run's preferred token, [n].
+    """
+
+    kl_patched_clean_nats: Array
+    kl_clean_patched_nats: Array
+    top1_agrees: Array
+    delta_logprob_nats: Array
+
+    @property
+    def mean_kl(self) -> float:
+        """Mean KL(patched ‖ clean) in nats."""
+        return float(self.kl_patched_clean_nats.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class SiteRows:
+    """One site on one split.
+
+    Args:
+        base: Base activations, float64 [n, d_base].
+        tuned: Tuned activations, float64 [n, d_tuned].
+        patched: By label, what each replacement did.
+    """
+
+    base: Tensor
+    tuned: Tensor
+    patched: Mapping[str, Patched]
+
+    def mean_kl(self, labels: Iterable[str]) -> float:
+        """Mean KL(patched ‖ clean) in nats over prompts and some replacements."""
+        return float(np.mean([self.patched[label].mean_kl for label in labels]))
+
+    def with_rows(self, more: Mapping[str, Patched]) -> SiteRows:
+        """These rows and more of the same site and split."""
+        return SiteRows(self.base, self.tuned, {**self.patched, **more})
+
+
+Replacements = Mapping[Site, Mapping[str, AffineMap]]
+"""For each site the maps to try, by label."""
+
+
+def capture(
+    pair: Pair, role: str, prompts: PromptSet, position: Position, sites: list[Site]
+) -> dict[Site, Tensor]:
+    """Activations of one model at some sites, [n, d] in the model's dtype; one forward a prompt."""
+    side = pair.base if role == "base" else pair.tuned
+    tokens = pair.tokens(role, prompts, position)
+    with side.engine() as engine:
+        return engine.capture(tokens, sites)
+
+
+def score(
+    pair: Pair, prompts: PromptSet, position: Position, replacements: Replacements, stage: Stage
+) -> dict[Site, SiteRows]:
+    """Patch the tuned model with every map of every site; identity and raw rows come with each site.
+
+    Where base and tuned differ in width there is no raw row.
+
+    Raises:
+        MechdiffError: A site does not exist, a map does not fit the site, or an activation is not finite.
+    """
+    sites = list(replacements)
+    base = capture(pair, "base", prompts, position, sites)
+    tokens = pair.tokens("tuned", prompts, position)
+    with pair.tuned.engine() as engine:
+        groups: list[VariantGroup] = []
+        labels: list[tuple[Site, list[str]]] = []
+        for site, maps in replacements.items():
+            same_width = base[site].shape[1] == engine.width
+            for label, map_ in maps.items():
+                _check_fits(map_, label, site, base[site].shape[1], engine.width)
+            groups.append(VariantGroup.identity(site))
+            labels.append((site, [IDENTITY]))
+            if names := [*([RAW] if same_width else []), *maps]:
+                groups.append(_group(site, base[site], same_width, list(maps.values())))
+                labels.append((site, names))
+        with stage("patching tuned", len(prompts)) as advance:
+            result = engine.score(tokens, groups, progress=advance)
+    rows: dict[Site, dict[str, Patched]] = {site: {} for site in sites}
+    for (site, names), found in zip(labels, result.divergences, strict=True):
+        for column, name in enumerate(names):
+            rows[site][name] = Patched(
+                found.kl_patched_clean[:, column].numpy(),
+                found.kl_clean_patched[:, column].numpy(),
+                found.top1_agrees[:, column].double().numpy(),
+                found.delta_logprob[:, column].numpy(),
+            )
+    return {site: SiteRows(base[site].double(), result.clean[site].double(), rows[site]) for site in sites}
+
+
+def _group(site: Site, base: Tensor, raw: bool, maps: list[AffineMap]) -> VariantGroup:
+    """Replacements made chunk by chunk: all of them at once would be n · v · d numbers."""
+
+    def replace(index: Tensor, clean: Tensor) -> Tensor:
+        x = base[index]
+        units: dict[tuple[int, ...], Tensor] = {}
+        mapped = []
+        for map_ in maps:  # maps that differ in α alone cost one product
+            key = (id(map_.weight), id(map_.mean_in), id(map_.mean_out))
+            if key not in units:
+                units[key] = map_.with_alpha(1.0)(x.double())
+            mapped.append((map_.alpha * units[key]).to(x.dtype))
+        return torch.stack([x, *mapped] if raw else mapped, dim=1).to(clean.device)  # (n, v, d)
+
+    return VariantGroup(site, replace, n_variants=len(maps) + raw)
+
+
+def _check_fits(map_: AffineMap, label: str, site: Site, d_base: int, d_tuned: int) -> None:
+    if (map_.d_in, map_.d_out) != (d_base, d_tuned):
+        raise MechdiffError(
+            f"Map {label} takes {map_.d_in} to {map_.d_out} dimensions and {site} of this pair needs "
+            f"{d_base} to {d_tuned}; use a map that was fitted on this pair."
+        )

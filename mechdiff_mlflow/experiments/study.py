@@ -1,0 +1,245 @@
+"""The protocol: fit on train, choose on val, report once on test, for any number of cells.
+
+Every split is recorded once per model however many sites, ranks, scales, solvers and controls are asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import pandas as pd
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments import rows as scoring
+from mechdiff_mlflow.experiments.fitting import Fitter, Offers, label_of
+from mechdiff_mlflow.experiments.progress import Stage, silent
+from mechdiff_mlflow.experiments.protocol import Protocol
+from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
+from mechdiff_mlflow.experiments.rows import SiteRows
+from mechdiff_mlflow.experiments.summary import SHUFFLED, adjusted, alignment, mean_of_defined, summarise
+from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.pairs import Pair
+from mechdiff_mlflow.prompts import PromptSet
+from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.spec import Alpha, Cell
+
+FLOOR_LIMIT_NATS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
+"""An identity patch that moves the logits further than rounding can is a broken patch, not noise."""
+
+
+@dataclass(eq=False)
+class Study:
+    """A pair under one protocol, with what has been recorded so far.
+
+    Args:
+        pair: The models and prompts.
+        protocol: What all cells share.
+        stage: Who listens to progress.
+    """
+
+    pair: Pair
+    protocol: Protocol
+    stage: Stage = silent
+    _rows: dict[str, dict[Site, SiteRows]] = field(default_factory=dict)
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def report_prompts(self) -> PromptSet:
+        """The prompts that numbers are reported on."""
+        return self.pair.prompts_of(self.protocol.split, self.protocol.n)
+
+    @cached_property
+    def val_prompts(self) -> PromptSet:
+        """The prompts that choices are made on: all of val, or the reported ones when those are val."""
+        return self.report_prompts if self.protocol.split == "val" else self.pair.prompts_of("val")
+
+    @cached_property
+    def train_prompts(self) -> PromptSet:
+        """The prompts that maps are fitted on."""
+        return self.pair.prompts_of("train", self.protocol.n_train, option="--n-train")
+
+    @property
+    def prompt_sets(self) -> list[PromptSet]:
+        """Every prompt set that takes part."""
+        sets = [self.train_prompts, self.val_prompts, self.report_prompts]
+        return sets[:2] if self.protocol.split == "val" else sets
+
+    def fit(self, cells: Sequence[Cell]) -> list[FitRecord]:
+        """Fit every cell on train and let val choose what is open (α, the off-span rule).
+
+        Raises:
+            MechdiffError: A site, solver, family or rank is impossible for this pair, or an activation is
+                not finite.
+        """
+        fitter = self._fitter
+        fitter.record(cells)
+        with self.stage("fitting", len(cells)) as advance:
+            offers = []
+            for cell in cells:
+                offers.append(fitter.offers(cell))
+                advance(1)
+        requests: dict[Site, dict[str, AffineMap]] = {}
+        for cell, maps in zip(cells, offers, strict=True):
+            wanted = requests.setdefault(cell.site, {})
+            if len(maps) > 1 or self.protocol.split == "val":
+                wanted.update(maps)
+            # What `patch` will want of val is scored along: val is run once.
+            wanted.update(fitter.nulls(cell))
+            for mixed in fitter.shuffled(cell):
+                wanted.update(mixed)
+        val = self._score("val", requests)
+        return [self._choose(cell, maps, val[cell.site]) for cell, maps in zip(cells, offers, strict=True)]
+
+    def patch(self, fits: Iterable[tuple[Cell, AffineMap, tuple[str, ...]]]) -> list[PatchRecord]:
+        """Report maps on the report split; the null of each is the control that does best on val.
+
+        With permutations every map is also set against fits of shuffled pairs, among whose scales and rules
+        val chooses as it did for the map itself.
+
+        Args:
+            fits: For each map its cell as asked for, the map itself with its α, and what val chose of it.
+
+        Raises:
+            MechdiffError: A map does not fit its site, or the identity patch is not one.
+        """
+        fits = list(fits)
+        self._fitter.record([cell for cell, *_ in fits])
+        nulls = [self._fitter.nulls(cell) for cell, *_ in fits]
+        shuffled = [self._fitter.shuffled(cell) for cell, *_ in fits]
+        requests: dict[Site, dict[str, AffineMap]] = {}
+        for (cell, *_), maps, mixed in zip(fits, nulls, shuffled, strict=True):
+            requests.setdefault(cell.site, {}).update(maps)
+            for offers in mixed:
+                requests[cell.site].update(offers)
+        val = self._score("val", requests)
+        best = [
+            _best_of_each(maps, mixed, val[cell.site])
+            for (cell, *_), maps, mixed in zip(fits, nulls, shuffled, strict=True)
+        ]
+        requests = {}
+        for (cell, map_, _), maps, mixed, chosen in zip(fits, nulls, shuffled, best, strict=True):
+            every = {**maps, **{label: made for offers in mixed for label, made in offers.items()}}
+            wanted = requests.setdefault(cell.site, {})
+            wanted.update({label: every[label] for labels in chosen.values() for label in labels})
+            wanted[label_of(cell, map_)] = map_
+        report = self._score(self.protocol.split, requests)
+        records = []
+        for (cell, map_, chosen_of_map), rows_of in zip(fits, best, strict=True):
+            record = summarise(
+                replace(cell, alpha=Alpha((map_.alpha,))),
+                map_,
+                report[cell.site],
+                label=label_of(cell, map_),
+                controls=rows_of,
+                null=min(rows_of, key=lambda name: val[cell.site].mean_kl(rows_of[name])),
+                prompts=self.report_prompts,
+                leak=chosen_of_map if self.protocol.split == "val" else (),
+                seed=self.protocol.seed,
+                n_resamples=self.protocol.n_resamples,
+                seconds=self._seconds[self.protocol.split],
+            )
+            self._check_identity(cell.site, record.noise_floor)
+            records.append(record)
+        return adjusted(records)
+
+    @property
+    def engine_mode(self) -> str:
+        """Which of the engine's paths patches the tuned model."""
+        with self.pair.tuned.engine() as engine:
+            return str(engine.mode)
+
+    @cached_property
+    def _n_layers(self) -> int:
+        with self.pair.tuned.engine() as engine:
+            return engine.n_layers
+
+    @cached_property
+    def _fitter(self) -> Fitter:
+        return Fitter(self.pair, self.protocol, self.train_prompts, self._n_layers, self.stage)
+
+    def _score(self, split: str, requests: dict[Site, dict[str, AffineMap]]) -> dict[Site, SiteRows]:
+        """Rows of a split, scored only where they are not known yet."""
+        known = self._rows.setdefault(split, {})
+        missing = {
+            site: {label: map_ for label, map_ in maps.items() if label not in known[site].patched}
+            if site in known
+            else maps
+            for site, maps in requests.items()
+        }
+        missing = {site: maps for site, maps in missing.items() if maps or site not in known}
+        if missing:
+            prompts = self.report_prompts if split == self.protocol.split else self.val_prompts
+            self.pair.check_same_tokens(prompts, self.protocol.position)
+            started = time.perf_counter()
+            scored = scoring.score(self.pair, prompts, self.protocol.position, missing, self.stage)
+            self._seconds[split] = self._seconds.get(split, 0.0) + time.perf_counter() - started
+            for site, rows in scored.items():
+                known[site] = known[site].with_rows(rows.patched) if site in known else rows
+        return known
+
+    def _choose(self, cell: Cell, offers: Mapping[str, AffineMap], val: SiteRows) -> FitRecord:
+        """The offer with the least mean KL on val; of one there is nothing to choose."""
+        scored = {label: val.patched[label].mean_kl for label in offers if label in val.patched}
+        best = offers[min(offers, key=lambda label: scored.get(label, 0.0))]
+        chosen = ["alpha"] if len({map_.alpha for map_ in offers.values()}) > 1 else []
+        if len({map_.meta["off_span"] for map_ in offers.values()}) > 1:
+            chosen.append("off_span")
+        if cell.rank.k is not None:
+            best.check_rank(cell.rank.k, cell.family)
+        about = {key: value for key, value in best.meta.items() if key != "rank"}  # k says it as users do
+        map_ = replace(best, meta=about).with_meta(
+            pair=self.pair.name,
+            fingerprint=self.pair.fingerprint,
+            site=str(cell.site),
+            k=str(cell.rank),
+            position=str(self.protocol.position),
+            dtype=self.pair.spec.dtype,
+        )
+        rho, cosines = alignment(map_, val)
+        return FitRecord(
+            cell=replace(cell, alpha=Alpha((map_.alpha,))),
+            asked=cell,
+            off_span=str(map_.meta["off_span"]),
+            map=map_,
+            n_train=len(self.train_prompts),
+            chosen=tuple(chosen),
+            rho=rho,
+            cos_mean=mean_of_defined(cosines),
+            candidates=pd.DataFrame(
+                [
+                    {
+                        "alpha": offers[label].alpha,
+                        "off_span": str(offers[label].meta["off_span"]),
+                        "KL_mapped": kl,
+                    }
+                    for label, kl in scored.items()
+                ]
+            ),
+            seconds=self._fitter.seconds(cell),
+        )
+
+    def _check_identity(self, site: Site, floor: float) -> None:
+        limit = FLOOR_LIMIT_NATS[self.pair.spec.dtype]
+        if not floor <= limit:
+            raise MechdiffError(
+                f"The identity patch at {site} moves next-token KL by {floor:.2g} nats, above {limit:.0e} "
+                f"for {self.pair.spec.dtype}, so the engine does not fit this model; run mechdiff doctor."
+            )
+
+
+def _best_of_each(nulls: Offers, shuffled: Sequence[Offers], val: SiteRows) -> dict[str, tuple[str, ...]]:
+    """By control the row of its scale that does best on val; of shuffled fits, that of each permutation."""
+    choices: dict[str, list[str]] = {}
+    for label in nulls:
+        choices.setdefault(label.split()[0], []).append(label)
+    best: dict[str, tuple[str, ...]] = {name: (_least(labels, val),) for name, labels in choices.items()}
+    if shuffled:
+        best[SHUFFLED] = tuple(_least(offers, val) for offers in shuffled)
+    return best
+
+
+def _least(labels: Iterable[str], rows: SiteRows) -> str:
+    return min(labels, key=lambda label: rows.patched[label].mean_kl)

@@ -1,0 +1,137 @@
+"""How a map lies in a file: plain tensors and one JSON string, in torch's zip or in safetensors.
+
+Both forms are bytes that depend on the content alone, so equal maps have equal hashes, and both are read
+without running anything that is in them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mechdiff_mlflow.errors import MechdiffError
+
+FORMAT = "mechdiff-map"
+VERSION = 1
+
+_DTYPES = (torch.float64, torch.float32)
+
+
+def encode(tensors: Mapping[str, Tensor], header: Mapping[str, Any], suffix: str) -> bytes:
+    """The bytes of a file holding `tensors` and the JSON-able `header`.
+
+    Raises:
+        MechdiffError: `suffix` is neither `.pt` nor `.safetensors`.
+    """
+    # A clone owns just its own elements: torch.save would write the whole storage behind a view.
+    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    text = json.dumps({"format": FORMAT, "version": VERSION, **header}, sort_keys=True, allow_nan=False)
+    if suffix == ".safetensors":
+        return bytes(safetensors.torch.save(own, {"metadata": text}))
+    if suffix == ".pt":
+        # In memory, because torch names the zip's folder after the file it writes to.
+        buffer = io.BytesIO()
+        torch.save({**own, "metadata": text}, buffer)
+        return buffer.getvalue()
+    raise _unknown_suffix(suffix)
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write `encode(...)` to `path`, in the format its suffix names.
+
+    Raises:
+        MechdiffError: The suffix is unknown or the file cannot be written.
+    """
+    content = encode(tensors, header, Path(path).suffix)
+    try:
+        Path(path).write_bytes(content)
+    except OSError as error:
+        raise MechdiffError(
+            f"Cannot write the map {path} ({error.strerror}); choose another place."
+        ) from error
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of a file that `write` made, checked as far as this module knows them.
+
+    Raises:
+        MechdiffError: The file is missing, truncated, damaged, not a map, or of another version.
+    """
+    path = Path(path)
+    if path.suffix not in _DECODERS:
+        raise _unknown_suffix(path.suffix)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise MechdiffError(f"Cannot read the map {path} ({error.strerror}); check the path.") from error
+    try:
+        tensors, text = _DECODERS[path.suffix](content)
+        header = json.loads(text)
+        if header.get("format") != FORMAT:
+            raise ValueError(f"its format is {header.get('format')!r}, not {FORMAT!r}")
+    except Exception as error:  # the libraries' readers raise many kinds on hostile bytes
+        raise _not_a_map(path, error) from error
+    if header.get("version") != VERSION:
+        raise MechdiffError(
+            f"{path} is a map of format version {header.get('version')}, and this mechdiff reads "
+            f"version {VERSION}; use the version of mechdiff that wrote it, or fit the map again."
+        )
+    return tensors, header
+
+
+def _decode_pt(content: bytes) -> tuple[dict[str, Tensor], str]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        # Inflated entries could be of any size; torch stores its own plainly.
+        if sum(entry.file_size for entry in archive.infolist()) > len(content):
+            raise ValueError("it unpacks to more than its own size")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {damaged} does not match")
+    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"it holds a {type(loaded).__name__}")
+    text = loaded.pop("metadata")
+    _check_tensors(loaded, limit=len(content))
+    return loaded, text
+
+
+def _decode_safetensors(content: bytes) -> tuple[dict[str, Tensor], str]:
+    # The header is JSON behind its own length; safetensors.torch.load gives the tensors alone.
+    n_header = int.from_bytes(content[:8], "little")
+    text = json.loads(content[8 : 8 + n_header])["__metadata__"]["metadata"]
+    loaded = safetensors.torch.load(content)
+    _check_tensors(loaded, limit=len(content))
+    return loaded, text
+
+
+_DECODERS = {".pt": _decode_pt, ".safetensors": _decode_safetensors}
+
+
+def _check_tensors(loaded: Mapping[str, object], limit: int) -> None:
+    """Raise ValueError unless every value is a dense tensor of at most `limit` bytes, finite in all."""
+    for name, t in loaded.items():
+        if type(t) is not Tensor or t.layout != torch.strided or t.device.type != "cpu":
+            raise ValueError(f"{name} is not a plain tensor")
+        if t.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {t.dtype}, not float64 or float32")
+        # A stride of 0 lets a few bytes claim any shape.
+        if not t.is_contiguous() or t.numel() * t.element_size() > limit:
+            raise ValueError(f"{name} claims the shape {list(t.shape)}, more than the file holds")
+        if not bool(torch.isfinite(t).all()):
+            raise ValueError(f"{name} has NaN or infinite entries")
+
+
+def _not_a_map(path: Path, error: Exception) -> MechdiffError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return MechdiffError(f"{path} is damaged, truncated or not a map ({reason}); fetch or fit it again.")
+
+
+def _unknown_suffix(suffix: str) -> MechdiffError:
+    return MechdiffError(f"A map cannot be stored as {suffix!r}; name the file .pt or .safetensors.")

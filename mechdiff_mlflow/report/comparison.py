@@ -1,0 +1,196 @@
+"""Two fine-tunes side by side, from their runs: where, how transportable, how low-rank, and how sure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from mechdiff_mlflow import stats
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.report import wording
+from mechdiff_mlflow.report.atlas import first_difference
+from mechdiff_mlflow.report.document import Block, Bullets, Document, Grid, Heading, Text
+from mechdiff_mlflow.report.evidence import Evidence, Measured
+from mechdiff_mlflow.stats import Interval
+
+PerPrompt = Mapping[str, pd.DataFrame]
+"""By run id, `per_prompt.json`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The same cell of two pairs, or what each pair is quoted for at a site.
+
+    Args:
+        what: Site and how the two were chosen.
+        first: Of the first pair.
+        second: Of the second.
+    """
+
+    what: str
+    first: Measured
+    second: Measured
+
+
+def matches(first: Evidence, second: Evidence) -> list[Match]:
+    """Every cell that both pairs have measured under the same split and position; then the quoted maps.
+
+    Raises:
+        MechdiffError: There is none.
+    """
+
+    def key(patch: Measured) -> tuple[object, ...]:
+        conditions = patch.conditions
+        return (
+            *(patch.site, patch.solver, patch.family, patch.rank, patch.alpha),
+            *(conditions.split, conditions.position),
+        )
+
+    others = {key(patch): patch for patch in second.patches if patch.source != "atlas"}
+    found = [
+        Match(f"{p.site} {p.solver} {p.family} k={p.rank} α={p.alpha:g}", p, others[key(p)])
+        for p in first.patches
+        if p.source != "atlas" and key(p) in others
+    ]
+    quoted = {one.patch.site: one.patch for one in second.quoted() if one.picked_among == 1}
+    for one in first.quoted():
+        other = quoted.get(one.patch.site)
+        if one.picked_among == 1 and other is not None and key(one.patch) != key(other):
+            scales = f"α={one.patch.alpha:g}, k={one.patch.rank} against α={other.alpha:g}, k={other.rank}"
+            found.append(Match(f"{one.patch.site}, each pair's own map ({scales})", one.patch, other))
+    if not found:
+        raise MechdiffError(
+            f"Pairs {first.pair!r} and {second.pair!r} have no patched cell in common; run mechdiff sweep "
+            "with the same --sites, --ranks and --alphas on both."
+        )
+    return found
+
+
+def needed_runs(found: Sequence[Match]) -> set[str]:
+    """The runs whose per-prompt tables the comparison resamples."""
+    return {patch.run_id for match in found for patch in (match.first, match.second)}
+
+
+def difference(match: Match, tables: PerPrompt, *, seed: int) -> Interval | None:
+    """drop_pct of the first minus the second, percentage points; None where either is undefined."""
+    if match.first.drop is None or match.second.drop is None:
+        return None
+    (raw, mapped), (other_raw, other_mapped) = (
+        (tables[patch.run_id]["KL_raw"], tables[patch.run_id]["KL_mapped"])
+        for patch in (match.first, match.second)
+    )
+    return stats.drop_difference(
+        (raw, mapped), (other_raw, other_mapped), bootstrap=stats.Bootstrap(seed=seed)
+    )
+
+
+def verdict(interval: Interval | None, first: str, second: str) -> str:
+    """Which pair drops further, or that there is no evidence."""
+    if interval is None or interval.low is None:
+        return "n/a"
+    if wording.above(interval):
+        return f"{first} drops further"
+    if wording.below(interval):
+        return f"{second} drops further"
+    return "no evidence of a difference"
+
+
+def comparison(first: Evidence, second: Evidence, tables: PerPrompt, *, seed: int) -> Document:
+    """The comparison of two pairs as a document.
+
+    Args:
+        first: One pair.
+        second: The other.
+        tables: Per-prompt tables of `needed_runs`.
+        seed: Of the bootstrap.
+
+    Raises:
+        MechdiffError: They have nothing in common.
+    """
+    a, b = first.pair, second.pair
+    blocks: list[Block] = [
+        Text(
+            f"Differences are drop_pct of `{a}` minus `{b}` in percentage points, with 95 % intervals of a "
+            "bootstrap that draws each pair's prompts by themselves. Where an interval includes 0, there is "
+            "no evidence of a difference."
+        ),
+        Heading("Where"),
+        Bullets([_where(first), _where(second)]),
+        Heading("How transportable"),
+        _transport_table(first, second, tables, seed),
+        Heading("How low-rank"),
+        *_rank_blocks(first, second),
+        Heading("Caveats"),
+        Bullets(
+            [
+                "Intervals are per row, not corrected for the number of rows.",
+                "KL_raw differs between the pairs, so equal drops in percent are not equal drops in nats.",
+                "Percentile bootstrap intervals under-cover a little when KL has heavy tails.",
+            ]
+        ),
+    ]
+    return Document(f"{a} against {b}", blocks)
+
+
+def _where(evidence: Evidence) -> str:
+    if evidence.atlas is None:
+        return f"`{evidence.pair}`: not measured; run mechdiff atlas --pair {evidence.pair}."
+    return f"`{evidence.pair}`: {first_difference(evidence.atlas)}"
+
+
+def _transport_table(first: Evidence, second: Evidence, tables: PerPrompt, seed: int) -> Grid:
+    rows = []
+    for match in matches(first, second):
+        gap = difference(match, tables, seed=seed)
+        one, other = match.first, match.second
+        rows.append(
+            [
+                *(match.what, wording.number(one.kl_raw), wording.number(other.kl_raw)),
+                *(wording.percent(one.drop), wording.percent(other.drop), wording.percent(gap)),
+                *(wording.percent(one.skill), wording.percent(other.skill)),
+                *(verdict(gap, first.pair, second.pair), f"`{one.run_id}`", f"`{other.run_id}`"),
+            ]
+        )
+    a, b = first.pair, second.pair
+    columns = (
+        *("cell", f"KL_raw {a}", f"KL_raw {b}", f"drop % {a}", f"drop % {b}", "difference, points"),
+        *(f"skill % {a}", f"skill % {b}", "verdict", f"run {a}", f"run {b}"),
+    )
+    return Grid(columns, rows)
+
+
+def _rank_blocks(first: Evidence, second: Evidence) -> list[Block]:
+    keys = ["site", "solver", "family", "alpha", "target_pct"]
+    if not len(first.least_ranks) or not len(second.least_ranks):
+        return [Text("Not measured on both; run mechdiff sweep on both.")]
+    both = first.least_ranks.merge(second.least_ranks, on=keys, suffixes=("_a", "_b"))
+    if not len(both):
+        return [Text("The sweeps of the two have no site, α and target in common.")]
+    rows = []
+    for row in both.to_dict("records"):
+        texts = []
+        for side in "ab":
+            width = int(row[f"width_{side}"])
+            ends = [wording.rank(row[f"{key}_{side}"], width) for key in ("k", "low", "high")]
+            texts.append(f"{ends[0]} [{ends[1]}, {ends[2]}]")
+        apart = _disjoint(row)
+        rows.append(
+            [
+                *(str(row["site"]), f"{row['alpha']:g}", f"{row['target_pct']:g}", *texts),
+                "the intervals are disjoint" if apart else "no evidence of a difference",
+            ]
+        )
+    columns = ("site", "α", "target %", f"min k {first.pair}", f"min k {second.pair}", "verdict")
+    return [Grid(columns, rows)]
+
+
+def _disjoint(row: Mapping[str, object] | Mapping[object, object]) -> bool:
+    """Whether the intervals of two least ranks do not touch; not reached is above every rank."""
+
+    def end(key: str) -> float:
+        value = row[key]
+        return float("inf") if value is None or value != value else float(str(value))
+
+    return end("high_a") < end("low_b") or end("high_b") < end("low_a")

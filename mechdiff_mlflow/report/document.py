@@ -1,0 +1,146 @@
+"""A report as a list of blocks, written as Markdown with pictures beside it or as one HTML file."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.report.figures import Figure, page
+
+
+@dataclass(frozen=True, slots=True)
+class Heading:
+    """A heading of level 2 or below; the title has level 1."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A paragraph; `**bold**` and `` `code` `` are understood."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bullets:
+    """A list of short texts."""
+
+    items: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table of texts."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Lines to type."""
+
+    lines: Sequence[str]
+
+
+Block: TypeAlias = Heading | Text | Bullets | Grid | Code | Figure
+
+
+@dataclass(frozen=True)
+class Document:
+    """A titled list of blocks."""
+
+    title: str
+    blocks: Sequence[Block]
+
+    def markdown(self, pictures: str) -> str:
+        """The Markdown, whose pictures lie in the folder `pictures`."""
+        parts = [f"# {self.title}", *(_markdown(block, pictures) for block in self.blocks)]
+        return "\n\n".join(parts) + "\n"
+
+    def html(self) -> str:
+        """One HTML file with interactive figures, which needs nothing from the network."""
+        body = "\n".join([f"<h1>{html.escape(self.title)}</h1>", *map(_html, self.blocks)])
+        return page(html.escape(self.title), body)
+
+    @property
+    def figures(self) -> list[Figure]:
+        """Its figures, in order."""
+        return [block for block in self.blocks if isinstance(block, Figure)]
+
+    def write(self, out: Path) -> list[Path]:
+        """Write `out` (.md), the same as .html, and the pictures in `<stem>-figures/`; what was written.
+
+        Raises:
+            MechdiffError: `out` is neither .md nor .html, or cannot be written.
+        """
+        if out.suffix not in (".md", ".html"):
+            raise MechdiffError(f"{out} has an unknown suffix; name a .md or .html file, both are written.")
+        folder = out.with_name(f"{out.stem}-figures")
+        contents: dict[Path, bytes] = {
+            out.with_suffix(".md"): self.markdown(folder.name).encode(),
+            out.with_suffix(".html"): self.html().encode(),
+        }
+        contents |= {folder / f"{figure.name}.png": figure.png for figure in self.figures}
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            for path, content in contents.items():
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
+        except OSError as error:
+            raise MechdiffError(f"Cannot write {out} ({error.strerror}); choose another --out.") from error
+        return list(contents)
+
+
+def joined(documents: Sequence[Document]) -> Document:
+    """Several documents as one; a single one stays as it is."""
+    if len(documents) == 1:
+        return documents[0]
+    blocks: list[Block] = []
+    for document in documents:
+        blocks += [Heading(document.title), *document.blocks]
+    return Document("; ".join(document.title for document in documents), blocks)
+
+
+def _markdown(block: Block, pictures: str) -> str:
+    if isinstance(block, Heading):
+        return f"{'#' * block.level} {block.text}"
+    if isinstance(block, Text):
+        return block.text
+    if isinstance(block, Bullets):
+        return "\n".join(f"- {item}" for item in block.items)
+    if isinstance(block, Code):
+        return "\n".join(["```bash", *block.lines, "```"])
+    if isinstance(block, Figure):
+        return f"![{block.title}]({pictures}/{block.name}.png)"
+    rows = [block.columns, ["---"] * len(block.columns), *block.rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
+
+
+def _html(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"<h{block.level}>{_inline(block.text)}</h{block.level}>"
+    if isinstance(block, Text):
+        return f"<p>{_inline(block.text)}</p>"
+    if isinstance(block, Bullets):
+        return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in block.items) + "</ul>"
+    if isinstance(block, Code):
+        return f"<pre>{html.escape(chr(10).join(block.lines))}</pre>"
+    if isinstance(block, Figure):
+        return f"<figure>{block.div}</figure>"
+    head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.columns)
+    rows = "".join("<tr>" + "".join(f"<td>{_inline(c)}</td>" for c in row) + "</tr>" for row in block.rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
+
+
+def _inline(text: str) -> str:
+    """Escaped text with bold and code marked up."""
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)

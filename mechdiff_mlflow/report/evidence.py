@@ -1,0 +1,321 @@
+"""What runs support: their table as typed rows, the newest of each cell, and the one to quote a site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.records import PatchRecord
+from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.stats import Interval
+
+LEVEL = 0.95
+FROM = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
+"""Kinds of runs that patches stand under, by how much their choice of map is worth quoting."""
+PICKED_FROM = ("sweep", "atlas")
+"""Where the best of several is picked on the reported split itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What two patches must share for their numbers to be compared."""
+
+    split: str
+    n: int
+    n_train: int
+    seed: int
+    position: str
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.n} {self.split} prompts, {self.n_train} train prompts, seed {self.seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One patch run.
+
+    Args:
+        run_id: Of the run.
+        parent_id: Of the run above it, or None.
+        source: Kind of the run above it; `patch` of a lone run.
+        site: Where.
+        solver: By which solver.
+        family: What its rank bounds.
+        k: Rank; None is full.
+        alpha: Scale.
+        conditions: Of the measurement.
+        kl_raw: Mean KL of the raw cross-patch in nats, or None.
+        kl_mapped: Mean KL of the mapped patch in nats.
+        noise_floor: Mean KL of the identity patch in nats.
+        rho: ‖Y − Ŷ‖ / ‖Y − X‖, or None.
+        drop: drop_pct with its interval, or None.
+        skill: skill_pct with its interval, or None.
+        null: The best control, chosen on val.
+        controls: Mean KL of every control in nats.
+        leak: Whether something was chosen on the reported split.
+        undefined: Why numbers have no value, by name.
+        asked_alpha: α as the run above was asked for it, such as `auto`.
+    """
+
+    run_id: str
+    parent_id: str | None
+    source: str
+    site: Site
+    solver: str
+    family: str
+    k: int | None
+    alpha: float
+    conditions: Conditions
+    kl_raw: float | None
+    kl_mapped: float
+    noise_floor: float
+    rho: float | None
+    drop: Interval | None
+    skill: Interval | None
+    null: str
+    controls: Mapping[str, float]
+    leak: bool
+    undefined: Mapping[str, str]
+    asked_alpha: str
+
+    @property
+    def rank(self) -> str:
+        """The rank as users write it."""
+        return "full" if self.k is None else str(self.k)
+
+
+@dataclass(frozen=True, slots=True)
+class Quoted:
+    """The patch that stands for a site.
+
+    Args:
+        patch: It.
+        picked_among: How many cells of the site it is the best of, on the very split reported; 1 if it was
+            not picked so.
+    """
+
+    patch: Measured
+    picked_among: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that the runs of a pair show, of one state of its models and prompts.
+
+    Args:
+        pair: Its name.
+        fingerprint: Of its models and prompts.
+        patches: The newest run of every cell and conditions, by site and rank.
+        parents: Runs above them: run_id, name, kind, started, `tag.mechdiff.command`.
+        least_ranks: Rows of the sweeps' `least_ranks.json`, newest first, with their run_id.
+        atlas: The newest atlas's `atlas.json`, or None.
+        atlas_run: Its run id.
+        layers: The newest `layers.json`, or None.
+        layers_run: Its run id.
+        heads: By site the newest `heads.json`.
+        left_out: Patch runs of other states of the pair, which are not comparable.
+    """
+
+    pair: str
+    fingerprint: str
+    patches: Sequence[Measured]
+    parents: pd.DataFrame
+    least_ranks: pd.DataFrame
+    atlas: pd.DataFrame | None = None
+    atlas_run: str = ""
+    layers: pd.DataFrame | None = None
+    layers_run: str = ""
+    heads: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    left_out: int = 0
+
+    @classmethod
+    def of(cls, pair: str, runs: pd.DataFrame, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> Evidence:
+        """Read a table of runs.
+
+        Args:
+            pair: The pair's name.
+            runs: What `tracking.results.results_df` gives, newest first.
+            tables: By name of the artifact and run id, the tables of runs.
+
+        Raises:
+            MechdiffError: No run has patched anything.
+        """
+        kinds = dict(zip(runs["run_id"], runs["kind"], strict=True))
+        asked = {row["run_id"]: _text(row, "alpha") for _, row in runs.iterrows()}
+        rows = [row for _, row in runs.iterrows() if _is_patch(row, pair)]
+        if not rows:
+            raise MechdiffError(
+                f"No finished patch run of pair {pair!r} is there to report on; make one with mechdiff run "
+                "or mechdiff sweep, or name its --experiment."
+            )
+        fingerprint = _text(rows[0], "tag.pair_fingerprint")
+        own = [row for row in rows if _text(row, "tag.pair_fingerprint") == fingerprint]
+        newest: dict[tuple[object, ...], Measured] = {}
+        for row in own:
+            patch = _measured(row, kinds, asked)
+            cell = (patch.site, patch.solver, patch.family, patch.k, patch.alpha, patch.conditions)
+            # A map that was pinned under a report pass is the same cell as the sweep's that found it.
+            kept = newest.get(cell)
+            if kept is None or FROM.get(patch.source, 0) > FROM.get(kept.source, 0):
+                newest[cell] = patch
+        above = {patch.parent_id or patch.run_id for patch in newest.values()}
+        used = {run_id for found in tables.values() for run_id in found}
+        parents = runs[runs["run_id"].isin(above | used)]
+        atlas_run, atlas = _newest(runs, tables.get("atlas.json", {}))
+        layers_run, layers = _newest(runs, tables.get("layers.json", {}))
+        return cls(
+            pair,
+            fingerprint,
+            sorted(newest.values(), key=lambda p: (p.site, p.solver, p.family, p.k or math.inf, p.alpha)),
+            parents,
+            _stacked(runs, tables.get("least_ranks.json", {})),
+            atlas,
+            atlas_run,
+            layers,
+            layers_run,
+            _by_site(runs, tables.get("heads.json", {})),
+            len(rows) - len(own),
+        )
+
+    def quoted(self) -> list[Quoted]:
+        """The patch that stands for each site: of a pinned winner, else of the newest run, else the best."""
+        by_site: dict[Site, list[Measured]] = {}
+        for patch in self.patches:
+            by_site.setdefault(patch.site, []).append(patch)
+        order = {run_id: i for i, run_id in enumerate(self.parents["run_id"])}
+        found = []
+        for _, patches in sorted(by_site.items()):
+            best = max(FROM.get(patch.source, 0) for patch in patches)
+            among = [patch for patch in patches if FROM.get(patch.source, 0) == best]
+            if among[0].source in PICKED_FROM:
+                top = max(among, key=lambda p: -math.inf if p.drop is None else p.drop.estimate or -math.inf)
+                found.append(Quoted(top, len(among)))
+            else:
+                found.append(
+                    Quoted(min(among, key=lambda p: order.get(p.parent_id or p.run_id, len(order))), 1)
+                )
+        return found
+
+
+def of_record(record: PatchRecord) -> Measured:
+    """A patch that has just been measured, whose run is not there yet."""
+    cell = record.cell
+    return Measured(
+        run_id="",
+        parent_id=None,
+        source="patch",
+        site=cell.site,
+        solver=cell.solver,
+        family=cell.family,
+        k=cell.rank.k,
+        alpha=record.map.alpha,
+        conditions=Conditions(record.split, record.n, 0, 0, "", ""),
+        kl_raw=record.kl_raw,
+        kl_mapped=record.kl_mapped,
+        noise_floor=record.noise_floor,
+        rho=record.rho,
+        drop=record.drop_pct,
+        skill=record.skill_pct,
+        null=record.null,
+        controls=record.controls,
+        leak=bool(record.leak),
+        undefined=record.undefined,
+        asked_alpha="",
+    )
+
+
+def _is_patch(row: pd.Series, pair: str) -> bool:
+    measured = row["kind"] == "patch" and row["status"] == "FINISHED" and not _missing(row.get("KL_mapped"))
+    return bool(measured and row.get("pair") == pair)
+
+
+def _measured(row: pd.Series, kinds: Mapping[str, str], asked: Mapping[str, str]) -> Measured:
+    parent = None if _missing(row["parent_id"]) else str(row["parent_id"])
+    return Measured(
+        run_id=str(row["run_id"]),
+        parent_id=parent,
+        source=kinds.get(parent or "", "patch"),
+        site=Site(int(row["layer"]), Hook.parse(str(row["hook"]))),
+        solver=str(row["solver"]),
+        family=str(row["family"]),
+        k=None if row["k"] == "full" else int(row["k"]),
+        alpha=float(row["alpha"]),
+        conditions=Conditions(
+            str(row["split"]),
+            int(row["n"]),
+            int(row["n_train"]),
+            int(row["seed"]),
+            str(row["position"]),
+            str(row["dtype"]),
+        ),
+        kl_raw=_number(row.get("KL_raw")),
+        kl_mapped=float(row["KL_mapped"]),
+        noise_floor=float(row["noise_floor"]),
+        rho=_number(row.get("rho")),
+        drop=_interval(row, "drop_pct"),
+        skill=_interval(row, "skill_pct"),
+        null=_text(row, "tag.null"),
+        controls={
+            str(key).removeprefix("control/"): float(row[key])
+            for key in row.index
+            if str(key).startswith("control/") and not _missing(row[key])
+        },
+        leak=_text(row, "tag.selection_leak") == "true",
+        undefined={
+            str(key).removeprefix("tag.mechdiff.undefined."): str(row[key])
+            for key in row.index
+            if str(key).startswith("tag.mechdiff.undefined.") and not _missing(row[key])
+        },
+        asked_alpha=asked.get(parent or "", ""),
+    )
+
+
+def _newest(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> tuple[str, pd.DataFrame | None]:
+    for run_id in runs["run_id"]:
+        if run_id in found:
+            return str(run_id), found[run_id]
+    return "", None
+
+
+def _stacked(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The rows of several runs, newest first, each question once."""
+    empty: pd.DataFrame = pd.DataFrame()
+    parts = [found[run_id].assign(run_id=run_id) for run_id in runs["run_id"] if run_id in found]
+    if not parts:
+        return empty
+    keys = ["site", "solver", "family", "alpha", "target_pct"]
+    stacked: pd.DataFrame = pd.concat(parts).drop_duplicates(keys).sort_values(keys).reset_index(drop=True)
+    return stacked
+
+
+def _by_site(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    newest: dict[str, pd.DataFrame] = {}
+    for run_id in runs["run_id"]:
+        if run_id in found and len(found[run_id]):
+            newest.setdefault(str(found[run_id]["site"].iloc[0]), found[run_id].assign(run_id=run_id))
+    return newest
+
+
+def _interval(row: pd.Series, key: str) -> Interval | None:
+    estimate = _number(row.get(key))
+    if estimate is None:
+        return None
+    return Interval(estimate, _number(row.get(f"ci/{key}_low")), _number(row.get(f"ci/{key}_high")), LEVEL)
+
+
+def _number(value: object) -> float | None:
+    return None if _missing(value) else float(str(value))
+
+
+def _text(row: pd.Series, key: str) -> str:
+    value = row.get(key)
+    return "" if _missing(value) else str(value)
+
+
+def _missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,106 @@
+"""Numbers and claims as sentences; a claim is made only where its interval allows it."""
+
+from __future__ import annotations
+
+from mechdiff_mlflow.report.evidence import Measured, Quoted
+from mechdiff_mlflow.stats import Interval
+
+SMALL_N = 100
+"""Prompts below which percentile intervals are called too narrow."""
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number to some significant digits."""
+    return "n/a" if value is None else f"{value:.{digits}g}"
+
+
+def percent(interval: Interval | None) -> str:
+    """`34.1 [28.0, 40.2]`, or n/a."""
+    if interval is None or interval.estimate is None:
+        return "n/a"
+    if interval.low is None or interval.high is None:
+        return f"{interval.estimate:.1f}"
+    return f"{interval.estimate:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+
+
+def _ends(interval: Interval) -> str:
+    return "" if interval.low is None else f"[{interval.low:.1f}, {interval.high:.1f}]"
+
+
+def above(interval: Interval | None, limit: float = 0.0) -> bool:
+    """Whether the whole interval lies above `limit`."""
+    return interval is not None and interval.low is not None and interval.low > limit
+
+
+def below(interval: Interval | None, limit: float = 0.0) -> bool:
+    """Whether the whole interval lies below `limit`."""
+    return interval is not None and interval.high is not None and interval.high < limit
+
+
+def transport(quoted: Quoted) -> str:
+    """One sentence on a site: how far KL falls, and whether that beats the best control."""
+    patch = quoted.patch
+    what = f"`{patch.site}` (α={patch.alpha:g}, k={patch.rank})"
+    if patch.drop is None:
+        return f"{what}: no drop is defined; {patch.undefined.get('drop_pct', 'KL_raw was not measured')}."
+    drop = f"{percent(patch.drop)} % KL drop"
+    if below(patch.drop):
+        return f"{what} is **not** linearly transportable by these maps: KL rises ({drop})."
+    if not above(patch.drop):
+        return f"{what}: {drop}; the interval includes 0, so there is no evidence of transport."
+    sentence = f"{what} yields **{patch.drop.estimate:.1f} %** KL drop {_ends(patch.drop)}"
+    if patch.skill is None:
+        return (
+            f"{sentence}; no skill is defined, {patch.undefined.get('skill_pct', 'for want of a control')}."
+        )
+    skill = f"skill {percent(patch.skill)} % over the best control, `{patch.null}`"
+    if above(patch.skill):
+        return f"{sentence}, {skill}."
+    verdict = "does better" if below(patch.skill) else "may do as well"
+    return f"{sentence}, but the control {verdict} ({skill}), so the drop is no evidence of transport."
+
+
+def scale(patch: Measured, tried: list[float]) -> str | None:
+    """What α says, where it was chosen among several rather than given; None where it was given."""
+    if not (patch.asked_alpha == "auto" or "," in patch.asked_alpha):
+        return None
+    edge = ""
+    if tried and patch.alpha in (min(tried), max(tried)):
+        edge = " It is at the edge of the grid, so the best may lie beyond."
+    if patch.alpha == 1:
+        return f"At `{patch.site}` val chose α=1: no change of scale.{edge}"
+    way = "smaller" if patch.alpha < 1 else "larger"
+    return (
+        f"At `{patch.site}` val chose α={patch.alpha:g} of {', '.join(f'{a:g}' for a in tried)}: the mapped "
+        f"vector, mean included, works best {way} than the fit itself has it.{edge}"
+    )
+
+
+def low_rank(row: dict[str, object], low_rank_share: float) -> str:
+    """One sentence on a least rank."""
+    width = int(str(row["width"]))
+    what = (
+        f"On `{row['site']}` (α={float(str(row['alpha'])):g}), the {float(str(row['target_pct'])):g} % target"
+    )
+    share = f"{100 * float(str(row['p_reached'])):.0f} % of resamples"
+    if rank(row["k"], width) == "not reached":
+        return f"{what} is **not reached** at any tested rank (reached in {share})."
+    ends = f"[{rank(row['low'], width)}, {rank(row['high'], width)}]"
+    text = (
+        f"{what} is reached with **k={rank(row['k'], width)}** of {width} directions (interval {ends}, "
+        f"reached in {share}; conservative k {rank(row['conservative_k'], width)})"
+    )
+    sure = row["conservative_k"]
+    if sure is None or sure != sure:
+        return f"{text}: not sure enough to call it control."
+    if float(str(sure)) <= low_rank_share * width:
+        return f"{text}: this supports **low-rank control** at that target."
+    return f"{text}: that is not k ≪ d."
+
+
+def rank(value: object, width: int) -> str:
+    """A least rank as users write it."""
+    if value is None or value != value:
+        return "not reached"
+    k = int(float(str(value)))
+    return "full" if k == width else str(k)

@@ -1,0 +1,29 @@
+"""Solvers: from paired activations of a site to maps of every rank. Pure mathematics."""
+
+from mechdiff_mlflow.solvers.regression import identity_scale, unembedding_directions
+from mechdiff_mlflow.solvers.solution import OffSpan, Solution
+from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
+from mechdiff_mlflow.solvers.table import (
+    SOLVERS,
+    Setting,
+    Solver,
+    fit,
+    fit_moments,
+    fit_spectrum,
+    solver_named,
+)
+
+__all__ = [
+    "SOLVERS",
+    "OffSpan",
+    "PairedSpectrum",
+    "Setting",
+    "Solution",
+    "Solver",
+    "fit",
+    "fit_moments",
+    "fit_spectrum",
+    "identity_scale",
+    "solver_named",
+    "unembedding_directions",
+]

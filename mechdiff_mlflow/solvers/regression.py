@@ -1,0 +1,182 @@
+"""Least-squares maps: ridge to 0 or to the identity, and their reduced-rank forms.
+
+Notation, here and in the code: T = Yc − Xc·W₀ is what is left to explain, W₀ = 0 for content and I for
+update; p = λ·tr(XcᵀXc)/d the penalty; D = (XcᵀXc + p·I)⁻¹·XcᵀT and W = W₀ + D. With Xc = U·diag(s)·Vᵀ,
+D = V·diag(1/√(s²+p))·F for F = diag(s/√(s²+p))·UᵀT, zero off the span of Xc.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps import Family
+from mechdiff_mlflow.solvers.factors import Directions, Factors, best_ranks, left_directions
+from mechdiff_mlflow.solvers.procrustes import ShrunkCovariance
+from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
+
+
+def ridge(p: PairedSpectrum, family: Family, *, ridge: float) -> Factors:
+    """Least squares with the penalty p·‖W − W₀‖²; of rank k, the best approximation of D in Frobenius norm.
+
+    Args:
+        p: The site's rows.
+        family: Which W₀ the penalty pulls to: 0 for content, I for update.
+        ridge: λ, the penalty as a fraction of the mean variance of x; no unit.
+
+    Reference: Hoerl & Kennard (1970), Ridge regression: biased estimation for nonorthogonal problems.
+    """
+    h, f = _penalised(p, family, ridge)
+    return best_ranks(p.vx, h[:, None] * f)
+
+
+def reduced_rank(
+    p: PairedSpectrum,
+    family: Family,
+    *,
+    ridge: float,
+    output_metric: str,
+    shrink: float,
+    fisher: Tensor | None = None,
+) -> Factors:
+    """The W₀ + D of rank(D) ≤ k with the least ‖(T − Xc·D)·G^½‖² + p·‖D·G^½‖², for every k.
+
+    D_k = V·diag(1/√(s²+p))·L_k·L_kᵀ·F with L the left singular vectors of F·G^½. G is I, the inverse of the
+    shrunk covariance of y (errors count in standard deviations), or the Fisher information (errors count
+    as they move the output). Directions in which G sees nothing come last, by falling size in F.
+
+    Args:
+        p: The site's rows.
+        family: Which W₀: 0 for content, I for update.
+        ridge: λ, the penalty as a fraction of the mean variance of x; no unit.
+        output_metric: "identity", "tuned_covariance" or "fisher".
+        shrink: γ in [0, 1] of the covariance of y, for "tuned_covariance".
+        fisher: Gradients g [m, d_out] of sampled log-probabilities in y, for "fisher": G = gᵀg.
+
+    Raises:
+        MechdiffError: The metric lacks its gradients, or needs a shrunk covariance.
+
+    Reference: Mukherjee & Zhu (2011), Reduced rank ridge regression and its kernel extensions; Izenman
+        (1975), Reduced-rank regression for the multivariate linear model.
+    """
+    h, f = _penalised(p, family, ridge)
+    if output_metric == "identity":
+        top = left_directions(f)
+    elif output_metric == "tuned_covariance":
+        top = left_directions(_over_deviation(p, f, family, shrink))
+    else:
+        if fisher is None:
+            raise MechdiffError("The output metric fisher needs gradients; give fisher=[m, d_out].")
+        top = _completed(left_directions(f @ fisher.mT), f)
+    return Factors(p.vx @ (h[:, None] * top.vectors), top.vectors.mT @ f, top.cuts)
+
+
+def logit_subspace(
+    p: PairedSpectrum, family: Family, *, ridge: float, basis: Tensor | None = None
+) -> Factors:
+    """Reduced rank towards the target's part within given output directions: T·B·Bᵀ in place of T.
+
+    Args:
+        p: The site's rows.
+        family: Which W₀: 0 for content, I for update.
+        ridge: λ, the penalty as a fraction of the mean variance of x; no unit.
+        basis: Directions of the output, one a row, independent, [q, d_out]; their orthonormal basis is B.
+            `unembedding_directions` makes them.
+
+    Raises:
+        MechdiffError: There is no basis, or its rows are not independent.
+    """
+    if basis is None:
+        raise MechdiffError("The solver logit_subspace needs output directions; give basis=[q, d_out].")
+    if len(basis) > p.d_out or int(torch.linalg.matrix_rank(basis)) < len(basis):
+        raise MechdiffError(
+            f"The {len(basis)} output directions of width {p.d_out} are not independent; give fewer."
+        )
+    b = torch.linalg.qr(basis.mT).Q  # [d_out, q]
+    h, f = _penalised(p, family, ridge)
+    seen = f @ b  # [r, q]
+    top = left_directions(seen)
+    return Factors(p.vx @ (h[:, None] * top.vectors), (top.vectors.mT @ seen) @ b.mT, top.cuts)
+
+
+def unembedding_directions(unembedding: Tensor, q: int, *others: Tensor) -> Tensor:
+    """The q directions of the residual stream that move the logits most, [q, d].
+
+    Args:
+        unembedding: [vocabulary, d], the tuned model's.
+        q: How many directions.
+        others: Further unembeddings of the same width, e.g. the base model's, for joint directions.
+
+    Raises:
+        MechdiffError: q is not in 1 … d.
+    """
+    d = unembedding.shape[1]
+    if not 1 <= q <= d:
+        raise MechdiffError(f"q is {q}; give a number of directions from 1 to the width {d}.")
+    gram = torch.zeros(d, d, dtype=torch.float64, device=unembedding.device)
+    for e in (unembedding, *others):
+        gram += e.double().mT @ e.double()
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors[:, -q:].flip(1).mT
+
+
+def identity_scale(p: PairedSpectrum, *, ridge: float = 1e-9) -> float:
+    """The α for which W is α·I in most directions: the scale of a change that is low rank but for it.
+
+    W = α·(I + low rank) has α as the eigenvalue of every direction that the update leaves alone, so α is the
+    median eigenvalue of the symmetric part of W, within the span of Xc. It is exact while the update has
+    less than a quarter of the span's rank. Then `fit_spectrum(solver, p.scaled(1 / α)).map(k).with_alpha(α)`
+    has an update of the rank that was planted; with alpha 1 its update would be full.
+
+    Args:
+        p: The site's rows, of equal widths.
+        ridge: λ as in `ridge`, small.
+
+    Raises:
+        MechdiffError: The widths differ.
+    """
+    if p.d_in != p.d_out:
+        raise MechdiffError(
+            f"A multiple of the identity needs equal widths, not {p.d_in} -> {p.d_out}; leave alpha as it is."
+        )
+    h, f = _penalised(p, Family.CONTENT, ridge)
+    within = h[:, None] * (f @ p.vx)  # VᵀWV
+    return float(torch.linalg.eigvalsh((within + within.mT) / 2).quantile(0.5))
+
+
+def _penalised(p: PairedSpectrum, family: Family, ridge: float) -> tuple[Tensor, Tensor]:
+    """1/√(s²+p), [r_x], and F, [r_x, d_out]."""
+    target = (p.cross * p.sy) @ p.vy.mT  # UᵀT
+    if family is Family.UPDATE:
+        target -= p.sx[:, None] * p.vx.mT
+    squares = p.sx**2
+    h: Tensor = (squares + ridge * float(squares.sum()) / p.d_in).rsqrt()
+    return h, (p.sx * h)[:, None] * target
+
+
+def _over_deviation(p: PairedSpectrum, f: Tensor, family: Family, shrink: float) -> Tensor:
+    """f·C_t^−½, with the covariance of y shrunk."""
+    cov = ShrunkCovariance.of(p.n, p.sy, p.vy, shrink)
+    along = f @ p.vy
+    scaled: Tensor = (along * cov.on_axes.rsqrt()) @ p.vy.mT
+    # For content, and when y spans every direction, f has no part off the axes.
+    if family is Family.CONTENT or p.vy.shape[1] == p.d_out:
+        return scaled
+    if cov.off_axes == 0:
+        raise MechdiffError(
+            f"The covariance of the tuned activations has rank {p.vy.shape[1]} in {p.d_out} dimensions, so "
+            "the output metric tuned_covariance needs a shrink above 0."
+        )
+    return scaled + (f - along @ p.vy.mT) / math.sqrt(cov.off_axes)
+
+
+def _completed(top: Directions, f: Tensor) -> Directions:
+    """`top`, then the directions of f [r, d] that it leaves, by falling size."""
+    left = f - top.vectors @ (top.vectors.mT @ f)
+    rest = left_directions(left, size=torch.linalg.matrix_norm(f))
+    return Directions(
+        torch.cat([top.vectors, rest.vectors], dim=1), top.cuts + tuple(top.r + k for k in rest.cuts[1:])
+    )

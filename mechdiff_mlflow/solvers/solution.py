@@ -1,0 +1,124 @@
+"""A solved site: the maps of every rank, each at the cost of a slice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mechdiff_mlflow.choices import Choice
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps import JSON, AffineMap, Family, Weight
+from mechdiff_mlflow.solvers.factors import Factors
+
+
+class OffSpan(Choice):
+    """Which of the maps that agree on the span of the base training rows is taken, when they span < d_in."""
+
+    ZERO = "zero"
+    """The one nearest to 0 (Frobenius): what was not seen in training is dropped."""
+    NEAREST_IDENTITY = "nearest_identity"
+    """The one nearest to I: what was not seen in training passes unchanged."""
+
+    @classmethod
+    def title(cls) -> str:
+        """What the word chooses, for errors."""
+        return "Off-span rule"
+
+    @classmethod
+    def natural(cls, family: Family) -> OffSpan:
+        """The rule that leaves rank k what it is: zero for content, the identity for update."""
+        return cls.NEAREST_IDENTITY if family is Family.UPDATE else cls.ZERO
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """What one call of a solver found at a site.
+
+    Args:
+        mean_in: [d_in].
+        mean_out: [d_out].
+        span: Orthonormal axes of the base training rows, [d_in, r_x].
+        factors: Of the weight (content) or of its update W − I (update), zero off the span.
+        family: What a rank counts.
+        ranked: Whether the solver has maps of rank k at all.
+        meta: Solver, settings and number of rows, for the maps.
+    """
+
+    mean_in: Tensor
+    mean_out: Tensor
+    span: Tensor
+    factors: Factors
+    family: Family
+    ranked: bool
+    meta: Mapping[str, JSON]
+
+    @property
+    def max_rank(self) -> int:
+        """The rank of the full fit; higher ranks give the same map."""
+        return len(self.factors.right)
+
+    @property
+    def spans_all(self) -> bool:
+        """Whether the base training rows span every dimension, so that no off-span rule is needed."""
+        return self.span.shape[1] == len(self.span)
+
+    def map(self, rank: int | None = None, off_span: OffSpan | str | None = None) -> AffineMap:
+        """The map of rank at most `rank` (less where that would split equal singular values), with alpha 1.
+
+        Args:
+            rank: k of the solution's family, from 0 to the width; None is the full fit.
+            off_span: The rule for directions the training rows do not span; None is the family's own, the
+                only one that a map of rank k can follow.
+
+        Raises:
+            MechdiffError: `rank` is out of range or the solver has none, or the rule does not go with it.
+        """
+        natural = OffSpan.natural(self.family)
+        rule = natural if off_span is None else OffSpan.parse(off_span)
+        d_in, d_out = len(self.mean_in), len(self.mean_out)
+        self._check_rank(rank, min(d_in, d_out))
+        if rule is not natural and not self.spans_all and rank is not None:
+            raise MechdiffError(
+                f"A rank-{rank} map of the {self.family} family cannot treat the "
+                f"{d_in - self.span.shape[1]} directions that its training rows do not span as "
+                f"{rule}; use {natural}, or the full map."
+            )
+        if rule is OffSpan.NEAREST_IDENTITY and d_in != d_out:
+            raise MechdiffError(
+                f"The off-span rule nearest_identity needs equal widths, not {d_in} -> {d_out}; use zero."
+            )
+        k = self.factors.cuts[self.max_rank if rank is None else min(rank, self.max_rank)]
+        left, right = self.factors.left[:, :k], self.factors.right[:k]
+        if self.factors.scales is not None:
+            right = self.factors.scales[k] * right
+        identity = float(self.family is Family.UPDATE)
+        if rule is not natural and not self.spans_all:
+            # W + (c−c')·(I − VVᵀ) has c' off the span for c in the place of W's own.
+            other = float(rule is OffSpan.NEAREST_IDENTITY)
+            right = (self.span.mT @ left) @ right + (identity - other) * self.span.mT
+            left, identity = self.span, other
+        meta = {**self.meta, "rank": rank, "off_span": str(rule), "span_rank": self.span.shape[1]}
+        return AffineMap(self.mean_in, self.mean_out, _weight(left, right, identity), meta=meta)
+
+    def _check_rank(self, rank: int | None, width: int) -> None:
+        if rank is None:
+            return
+        if not self.ranked:
+            raise MechdiffError(
+                f"The solver {self.meta['solver']} has no maps of rank {rank}; leave the rank out."
+            )
+        if not 0 <= rank <= width:
+            raise MechdiffError(
+                f"Rank {rank} is out of range at a site of width {width}; give 0 to {width}, or full."
+            )
+
+
+def _weight(left: Tensor, right: Tensor, identity: float) -> Weight:
+    """identity·I + left @ right, as factors where they are smaller than the product."""
+    r, d_in, d_out = len(right), len(left), right.shape[1]
+    if r * (d_in + d_out) < d_in * d_out:
+        return Weight.low_rank(left, right, identity)
+    return Weight(torch.as_tensor(identity, dtype=left.dtype, device=left.device), left @ right)

@@ -1,0 +1,233 @@
+"""The table of solvers, which the command line, the docs and the tests walk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps import JSON, Family
+from mechdiff_mlflow.moments import PairedMoments
+from mechdiff_mlflow.solvers.factors import Factors
+from mechdiff_mlflow.solvers.procrustes import procrustes, procrustes_scaled
+from mechdiff_mlflow.solvers.regression import logit_subspace, reduced_rank, ridge
+from mechdiff_mlflow.solvers.solution import Solution
+from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One hyperparameter of a solver: a number in [low, high], or one of `choices`."""
+
+    name: str
+    default: float | str
+    help: str
+    low: float = 0.0
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+
+    def checked(self, value: object) -> float | str:
+        """`value`, once it is sure that it is allowed.
+
+        Raises:
+            MechdiffError: It is not.
+        """
+        if self.choices:
+            if value not in self.choices:
+                raise MechdiffError(f"{self.name} is {value!r}; use one of {', '.join(self.choices)}.")
+            return str(value)
+        if not isinstance(value, (int, float)) or not self.low <= value <= self.high or value == math.inf:
+            high = f"to {self.high:g}" if self.high < math.inf else "up"
+            raise MechdiffError(f"{self.name} is {value!r}; give a number from {self.low:g} {high}.")
+        return float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """One row of the table.
+
+    Args:
+        name: What users type.
+        help: One line.
+        solve: `(spectrum, family, **settings, **tensors) -> Factors`.
+        families: Those it supports; `update` always needs d_in = d_out.
+        settings: Its hyperparameters.
+        tensors: Names of further inputs, each with rows as wide as y; all optional in the signature.
+        ranked: Whether rank k means anything.
+        centred: Whether the means of x and y take part; they are 0 otherwise.
+    """
+
+    name: str
+    help: str
+    solve: Callable[..., Factors]
+    families: tuple[Family, ...] = tuple(Family)
+    settings: tuple[Setting, ...] = ()
+    tensors: tuple[str, ...] = ()
+    ranked: bool = True
+    centred: bool = True
+
+
+def _no_update(p: PairedSpectrum, family: Family) -> Factors:
+    """W = I."""
+    return Factors(p.vx.new_zeros(p.d_in, 0), p.vx.new_zeros(0, p.d_out), (0,))
+
+
+RIDGE = Setting("ridge", 1e-2, "penalty λ as a fraction of the mean variance of x")
+SHRINK = Setting("shrink", 0.05, "shrinkage γ of the covariances towards a multiple of I", high=1.0)
+
+SOLVERS: Mapping[str, Solver] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            Solver(
+                "procrustes_scaled",
+                "whiten with shrunk covariances, rotate, stretch, colour again",
+                procrustes_scaled,
+                settings=(SHRINK,),
+            ),
+            Solver(
+                "reduced_rank",
+                "least squares of rank k: the optimal map of each rank",
+                reduced_rank,
+                settings=(
+                    RIDGE,
+                    Setting(
+                        "output_metric",
+                        "identity",
+                        "what an error counts",
+                        choices=("identity", "tuned_covariance", "fisher"),
+                    ),
+                    SHRINK,
+                ),
+                tensors=("fisher",),
+            ),
+            Solver(
+                "ridge",
+                "least squares pulled to 0 (content) or to the identity (update)",
+                ridge,
+                settings=(RIDGE,),
+            ),
+            Solver(
+                "procrustes",
+                "the rotation nearest to the rows",
+                procrustes,
+                settings=(Setting("scale", "unit", "stretch the rotation?", choices=("unit", "fitted")),),
+            ),
+            Solver(
+                "logit_subspace",
+                "reduced rank towards the part of y in given output directions",
+                logit_subspace,
+                settings=(RIDGE,),
+                tensors=("basis",),
+            ),
+            Solver(
+                "mean_shift",
+                "add the difference of the means",
+                _no_update,
+                families=(Family.UPDATE,),
+                ranked=False,
+            ),
+            Solver(
+                "identity",
+                "the base activation as it is",
+                _no_update,
+                families=(Family.UPDATE,),
+                ranked=False,
+                centred=False,
+            ),
+        )
+    }
+)
+
+
+def solver_named(name: str) -> Solver:
+    """The row called `name`.
+
+    Raises:
+        MechdiffError: There is none.
+    """
+    if name not in SOLVERS:
+        raise MechdiffError(f"Solver {name!r} is unknown; use one of {', '.join(SOLVERS)}.")
+    return SOLVERS[name]
+
+
+def fit_spectrum(
+    solver: str, p: PairedSpectrum, family: Family | str = Family.UPDATE, **settings: object
+) -> Solution:
+    """Solve one site, for every rank at once.
+
+    Args:
+        solver: A name of `SOLVERS`.
+        p: The site's rows; make it once and use it for every solver and setting.
+        family: What ranks count.
+        settings: Hyperparameters and tensors of the solver; the table has their defaults.
+
+    Raises:
+        MechdiffError: The solver, the family, a setting or the widths are not allowed.
+    """
+    row, family = solver_named(solver), Family.parse(family)
+    if family not in row.families:
+        raise MechdiffError(
+            f"The solver {solver} has no {family} family; use {' or '.join(map(str, row.families))}."
+        )
+    if family is Family.UPDATE and p.d_in != p.d_out:
+        raise MechdiffError(
+            f"The update family compares the map with the identity and needs equal widths, not {p.d_in} -> "
+            f"{p.d_out}; use family content with one of {', '.join(_of_content())}."
+        )
+    unknown = settings.keys() - {setting.name for setting in row.settings} - set(row.tensors)
+    if unknown:
+        known = ", ".join([*(setting.name for setting in row.settings), *row.tensors]) or "none"
+        raise MechdiffError(
+            f"The solver {solver} does not take {', '.join(sorted(unknown))}; it takes {known}."
+        )
+    used = {s.name: s.checked(settings.get(s.name, s.default)) for s in row.settings}
+    tensors = {name: _as_rows(name, settings[name], p) for name in row.tensors if name in settings}
+    factors = row.solve(p, family, **used, **tensors)
+    meta: dict[str, JSON] = {"solver": solver, "family": str(family), "n_rows": p.n, **used}
+    meta.update({f"{name}_rows": len(rows) for name, rows in tensors.items()})
+    mean_x, mean_y = (p.mean_x, p.mean_y) if row.centred else (0 * p.mean_x, 0 * p.mean_y)
+    return Solution(mean_x, mean_y, p.vx, factors, family, row.ranked, meta)
+
+
+def fit(
+    solver: str, x: Tensor, y: Tensor, family: Family | str = Family.UPDATE, **settings: object
+) -> Solution:
+    """`fit_spectrum` of paired rows x [n, d_in], y [n, d_out].
+
+    Raises:
+        MechdiffError: As there; or the rows are not paired, not finite, fewer than two, or do not vary.
+    """
+    solver_named(solver)  # before the expensive part
+    return fit_spectrum(solver, PairedSpectrum.from_rows(x, y), family, **settings)
+
+
+def fit_moments(
+    solver: str, moments: PairedMoments, family: Family | str = Family.UPDATE, **settings: object
+) -> Solution:
+    """`fit_spectrum` of streamed moments.
+
+    Raises:
+        MechdiffError: As there; or fewer than two rows, or rows that do not vary.
+    """
+    solver_named(solver)
+    return fit_spectrum(solver, PairedSpectrum.from_moments(moments), family, **settings)
+
+
+def _of_content() -> list[str]:
+    return [row.name for row in SOLVERS.values() if Family.CONTENT in row.families]
+
+
+def _as_rows(name: str, rows: object, p: PairedSpectrum) -> Tensor:
+    """`rows` in the dtype and on the device of the fit, once it is sure that they are [m, d_out]."""
+    shape = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+    if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[1] != p.d_out or len(rows) == 0:
+        raise MechdiffError(f"{name} is {shape}; give a matrix of rows of width {p.d_out}.")
+    if not bool(torch.isfinite(rows).all()):
+        raise MechdiffError(f"{name} {shape} has NaN or infinite entries; give finite rows.")
+    return rows.to(p.mean_y)

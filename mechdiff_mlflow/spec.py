@@ -1,0 +1,355 @@
+"""What the user asks for, validated before any model is loaded: frozen values and their text forms."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from mechdiff_mlflow.choices import Choice
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.planted import Plant
+from mechdiff_mlflow.sites import Site
+
+SPLITS = ("train", "val", "test")
+MAX_SPEC_BYTES = 1 << 20
+PLANTED = "planted:"
+
+ALPHA_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+"""What `alpha=auto` chooses from, on val."""
+
+
+class Position(Choice):
+    """Which token of a prompt is read and replaced; KL is always read at the last token."""
+
+    DECISION = "decision"
+    """The last token of the templated prompt, whose next token is the first of the answer (K=1)."""
+    LAST_CONTENT = "last_content"
+    """The last non-special token of the user's text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """How many directions a map may use; `full` is no limit.
+
+    Args:
+        k: At least 1, or None for full. On the command line 0 also means full, as in the seed experiment.
+    """
+
+    k: int | None
+
+    def __post_init__(self) -> None:
+        if self.k is not None and self.k < 1:
+            raise MechdiffError(f"Rank {self.k} is not at least 1; pass a whole number, or full.")
+
+    def __str__(self) -> str:
+        return "full" if self.k is None else str(self.k)
+
+    @classmethod
+    def parse(cls, text: str) -> Rank:
+        """Read a whole number, `full`, or 0 (full).
+
+        Raises:
+            MechdiffError: `text` is neither.
+        """
+        if text in ("full", "0"):
+            return cls(None)
+        try:
+            return cls(int(text))
+        except ValueError:
+            raise MechdiffError(f"Rank k={text!r} is not a whole number; pass e.g. 8, or full.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Alpha:
+    """How the scale α of the mapped vector is set: one value is fixed, several are chosen from on val.
+
+    Args:
+        values: Finite, not negative, increasing.
+    """
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for value in self.values:
+            if not (math.isfinite(value) and value >= 0):
+                raise MechdiffError(
+                    f"α={value:g} is not a finite number of at least 0; pass e.g. 0.3, or auto."
+                )
+        if not self.values or list(self.values) != sorted(set(self.values)):
+            raise MechdiffError(
+                f"α grid {self} must list different values in increasing order, e.g. 0.3,0.7,1."
+            )
+
+    def __str__(self) -> str:
+        if self.values == ALPHA_GRID:
+            return "auto"
+        return ",".join(format(value, "g") for value in self.values)
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether val has to choose."""
+        return len(self.values) > 1
+
+    @classmethod
+    def parse(cls, text: str) -> Alpha:
+        """Read `0.3`, a grid `0.3,0.7,1`, or `auto`.
+
+        Raises:
+            MechdiffError: A value is not a finite number of at least 0, or the grid is not increasing.
+        """
+        if text == "auto":
+            return cls(ALPHA_GRID)
+        try:
+            return cls(tuple(float(part) for part in text.split(",")))
+        except ValueError:
+            raise MechdiffError(
+                f"α={text!r} is not a number; pass e.g. 0.3, a grid 0.3,0.7,1, or auto."
+            ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One map to fit and patch: where, by which solver, of which rank and scale.
+
+    Args:
+        site: Where the map is fitted and patched.
+        solver: Row of the solvers' table.
+        family: `update` bounds rank(W − I), `content` rank(W).
+        rank: The bound.
+        alpha: Fixed, or chosen on val.
+    """
+
+    site: Site
+    solver: str
+    family: str
+    rank: Rank
+    alpha: Alpha
+
+    def __str__(self) -> str:
+        return f"{self.site} {self.solver} {self.family} k={self.rank} α={self.alpha}"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+
+
+class BaseModelSpec(_Frozen):
+    """The base side.
+
+    Args:
+        model: Hugging Face id, or path relative to the spec file.
+        revision: Branch, tag or commit; resolved to a commit when loaded.
+    """
+
+    model: NonEmpty
+    revision: NonEmpty | None = None
+
+
+class TunedModelSpec(_Frozen):
+    """The tuned side: a full model, a PEFT adapter on the base, or a known change planted in the base."""
+
+    model: NonEmpty | None = None
+    adapter: NonEmpty | None = None
+    planted: NonEmpty | None = None
+    revision: NonEmpty | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TunedModelSpec:
+        if sum(way is not None for way in (self.model, self.adapter, self.planted)) != 1:
+            raise ValueError("give one of model, adapter or planted")
+        if self.planted is not None and self.revision is not None:
+            raise ValueError("what is planted has no revision but the base's; remove it")
+        return self
+
+    @property
+    def plant(self) -> Plant | None:
+        """What is planted.
+
+        Raises:
+            MechdiffError: `planted` is malformed.
+        """
+        return None if self.planted is None else Plant.parse(self.planted)
+
+
+class PromptFiles(_Frozen):
+    """JSONL files of prompts, relative to the spec file; without `test`, only val can be reported."""
+
+    train: NonEmpty
+    val: NonEmpty
+    test: NonEmpty | None = None
+
+
+class ModuleOverride(_Frozen):
+    """Module names for an architecture that is not recognised, e.g. `layers: model.layers`."""
+
+    layers: NonEmpty | None = None
+    attention: NonEmpty | None = None
+    attn_out: NonEmpty | None = None
+    mlp_out: NonEmpty | None = None
+    mlp: NonEmpty | None = None
+
+
+class PairSpec(_Frozen):
+    """A base and a tuned causal LM with the prompts to compare them on; a YAML file.
+
+    Args:
+        name: Experiment and registered models are called after it.
+        dtype: Both models' parameters.
+        device_map: As in transformers, e.g. `auto`; default one device.
+        template: `own` uses each model's tokenizer and chat template, `tuned` or `base` that side's for
+            both, `none` no template.
+        system: System prompt put before every `text` prompt.
+        trust_remote_code: Run code from the models' repositories; recorded.
+    """
+
+    name: Name
+    description: str = ""
+    base: BaseModelSpec
+    tuned: TunedModelSpec
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    device_map: str | None = None
+    template: Literal["own", "tuned", "base", "none"] = "own"
+    system: str | None = None
+    prompts: PromptFiles
+    modules: ModuleOverride | None = None
+    trust_remote_code: bool = False
+    root: Annotated[Path, Field(exclude=True)] = Path()
+    """Directory that relative paths start from; set by `load`."""
+
+    def locate(self, reference: str) -> str:
+        """An existing path for `reference`, or itself as a Hugging Face id.
+
+        Raises:
+            MechdiffError: `reference` is written as a path and nothing is there.
+        """
+        path = self.root / Path(reference).expanduser()
+        if path.exists():
+            return str(path.resolve())
+        if reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+            raise MechdiffError(f"{path} does not exist; correct the path in pair {self.name!r}.")
+        return reference
+
+    def prompt_path(self, split: str) -> Path:
+        """The JSONL file of a split.
+
+        Raises:
+            MechdiffError: The spec names none, or it is not there.
+        """
+        name: str | None = getattr(self.prompts, split)
+        if name is None:
+            raise MechdiffError(
+                f"Pair {self.name!r} has no {split} prompts; add prompts.{split} or use --split val."
+            )
+        path = self.root / Path(name).expanduser()
+        if not path.is_file():
+            raise MechdiffError(
+                f"Prompt file {path} does not exist; correct prompts.{split} of pair {self.name!r}."
+            )
+        return path
+
+    def to_yaml(self) -> str:
+        """The spec as a YAML text that `parse` reads back."""
+        return yaml.safe_dump(
+            self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True
+        )
+
+    def _with_plant(self, plant: Plant) -> PairSpec:
+        return self.model_copy(
+            update={
+                "name": f"planted-{plant.slug}",
+                "description": f"The base of {self.name}, and the same with a known change planted: {plant}.",
+                "tuned": TunedModelSpec(planted=str(plant)),
+            }
+        )
+
+    @classmethod
+    def parse(cls, text: str, *, root: Path, source: str = "pair spec") -> PairSpec:
+        """Read a YAML text.
+
+        Args:
+            text: The spec.
+            root: Directory that relative paths start from.
+            source: What to call the text in errors.
+
+        Raises:
+            MechdiffError: The text is not YAML, has unknown or missing keys, or values out of range.
+        """
+        if len(text) > MAX_SPEC_BYTES:
+            raise MechdiffError(
+                f"{source} has {len(text)} characters, over {MAX_SPEC_BYTES}; a spec is a page."
+            )
+        try:
+            # Aliases make small texts expand without bound; no spec needs them.
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+                raise MechdiffError(f"{source} uses YAML aliases (*name); write the values out.")
+            fields: Any = yaml.safe_load(text)
+        except (yaml.YAMLError, RecursionError) as error:
+            where = getattr(error, "problem_mark", None)
+            line = f" at line {where.line + 1}" if where else ""
+            raise MechdiffError(
+                f"{source} is not valid YAML{line}; check its indentation and quotes."
+            ) from None
+        if not isinstance(fields, dict):
+            raise MechdiffError(f"{source} is not a mapping; it needs name, base, tuned and prompts.")
+        try:
+            return cls(**{**fields, "root": root})
+        except (ValidationError, TypeError) as error:
+            raise MechdiffError(f"{source} is not valid: {_explain(error)}.") from None
+
+    @classmethod
+    def load(cls, pair: str) -> PairSpec:
+        """The shipped pair of that name, the YAML file at that path, or a planted pair.
+
+        `planted:attn_out:L14:r4:alpha0.7` is the base and the prompts of `cultural-demo`, with that change
+        planted in the base in place of the tuned model.
+
+        Raises:
+            MechdiffError: There is none of these, or it is not a valid spec.
+        """
+        if pair.startswith(PLANTED):
+            return cls.load("cultural-demo")._with_plant(Plant.parse(pair.removeprefix(PLANTED)))
+        shipped = shipped_pairs()
+        path = shipped.get(pair, Path(pair))
+        if not path.is_file():
+            raise MechdiffError(
+                f"Pair {pair!r} is neither a YAML file nor a shipped pair ({', '.join(shipped)}), nor of the "
+                "form planted:attn_out:L14:r4:alpha0.7."
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise MechdiffError(f"Pair spec {path} cannot be read ({error}); check the file.") from None
+        return cls.parse(text, root=path.resolve().parent, source=f"Pair spec {os.fspath(path)}")
+
+
+def shipped_pairs() -> dict[str, Path]:
+    """The pairs that come with the package, by name."""
+    folder = Path(str(resources.files("mechdiff_mlflow") / "demo"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _explain(error: ValidationError | TypeError) -> str:
+    """Pydantic's errors on one line: where, what, and for unknown keys which keys there are."""
+    if not isinstance(error, ValidationError):
+        return "its keys must be plain words"
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(step) for step in item["loc"]) or "spec"
+        what = (
+            "unknown key, remove it"
+            if item["type"] == "extra_forbidden"
+            else item["msg"].removeprefix("Value error, ")
+        )
+        parts.append(f"{where}: {what}")
+    return "; ".join(parts)

@@ -1,0 +1,379 @@
+"""How sure the numbers are: bootstrap intervals, the smallest sufficient rank, tests.
+
+Everything starts from one value a prompt, and prompts are what is resampled. A quantity that the data leave
+undefined is None, never infinite: a ratio whose denominator is not above its floor, a correlation with a
+constant. An interval has no bounds (None) when any resample leaves the quantity undefined.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import rankdata
+
+from mechdiff_mlflow.errors import MechdiffError
+
+Floats: TypeAlias = NDArray[np.float64]
+
+FLOORS = 10.0
+"""A ratio over a mean KL below this many noise floors is undefined."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate and its percentile interval, in the unit of the quantity; None is undefined."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    level: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """Paired percentile bootstrap over prompts, the same as `scipy.stats.bootstrap` for the same seed.
+
+    With n=150 prompts of heavy-tailed KL a 95 % interval was measured to cover 93 %; BCa was worse.
+
+    Args:
+        n_resamples: How many times the prompts are drawn.
+        level: Coverage aimed at, between 0 and 1.
+        seed: Equal seeds draw equal prompts, for every quantity over as many prompts.
+
+    Reference: Efron & Tibshirani (1993), An introduction to the bootstrap, chapter 13.
+    """
+
+    n_resamples: int = 9999
+    level: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.n_resamples < 1 or not 0 < self.level < 1:
+            raise MechdiffError(
+                f"A bootstrap of {self.n_resamples} resamples at level {self.level} is not possible; give at "
+                "least 1 resample and a level between 0 and 1."
+            )
+
+    def means(self, *per_prompt: Floats) -> list[Floats]:
+        """For each array [n] its mean over every resample, [n_resamples]."""
+        counts = _draws(len(per_prompt[0]), self.n_resamples, self.seed)[1]
+        return [counts @ values / len(values) for values in per_prompt]
+
+    def interval(self, estimate: float | None, resampled: Floats) -> Interval:
+        """The interval that `resampled` [n_resamples] makes; NaN there is undefined."""
+        if estimate is None or bool(np.isnan(resampled).any()):
+            return Interval(estimate, None, None, self.level)
+        tail = (1 - self.level) / 2
+        low, high = np.quantile(resampled, [tail, 1 - tail])
+        return Interval(estimate, float(low), float(high), self.level)
+
+
+@lru_cache(maxsize=2)
+def _draws(n: int, n_resamples: int, seed: int) -> tuple[NDArray[np.int64], Floats]:
+    """Which prompts each resample draws, and how often each: [n_resamples, n] both."""
+    drawn = np.random.default_rng(seed).integers(0, n, (n_resamples, n))
+    cells = drawn + np.arange(n_resamples)[:, None] * n
+    return drawn, np.bincount(cells.ravel(), minlength=n_resamples * n).reshape(-1, n).astype(np.float64)
+
+
+def drop_pct(
+    kl_reference: ArrayLike,
+    kl_mapped: ArrayLike,
+    *,
+    noise_floor: float = 0.0,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Interval:
+    """100·(1 − ΣKL_mapped/ΣKL_reference), a ratio of means.
+
+    With the raw cross-patch as reference this is drop_pct, with the best control it is skill_pct.
+
+    Args:
+        kl_reference: Nats, one a prompt, [n].
+        kl_mapped: Nats, of the same prompts, [n].
+        noise_floor: Mean KL of the identity patch, in nats; undefined below 10 of these, and at 0.
+        bootstrap: How the interval is drawn.
+
+    Raises:
+        MechdiffError: The arrays are not paired, finite and of at least two prompts.
+    """
+    reference, mapped = _paired(kl_reference=kl_reference, kl_mapped=kl_mapped)
+    estimate = float(_drops(mapped.mean(keepdims=True), reference.mean(keepdims=True))[0])
+    if math.isnan(estimate) or reference.mean() < FLOORS * noise_floor:
+        return Interval(None, None, None, bootstrap.level)
+    return bootstrap.interval(estimate, _drops(*bootstrap.means(mapped, reference)))
+
+
+def drop_difference(
+    first: tuple[ArrayLike, ArrayLike],
+    second: tuple[ArrayLike, ArrayLike],
+    *,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Interval:
+    """drop_pct of `first` minus that of `second`, in percentage points, of two independent sets of prompts.
+
+    Args:
+        first: KL_reference and KL_mapped in nats, of the same prompts, [n].
+        second: The same of other prompts, [m].
+        bootstrap: How the interval is drawn; the second set is drawn with the next seed.
+
+    Raises:
+        MechdiffError: Arrays are not paired, finite and of at least two prompts.
+    """
+    estimates, resampled = [], []
+    for (kl_reference, kl_mapped), seed in zip(
+        (first, second), (bootstrap.seed, bootstrap.seed + 1), strict=True
+    ):
+        reference, mapped = _paired(kl_reference=kl_reference, kl_mapped=kl_mapped)
+        estimates.append(float(_drops(mapped.mean(keepdims=True), reference.mean(keepdims=True))[0]))
+        resampled.append(_drops(*replace(bootstrap, seed=seed).means(mapped, reference)))
+    gap = estimates[0] - estimates[1]
+    return bootstrap.interval(None if math.isnan(gap) else gap, resampled[0] - resampled[1])
+
+
+def kl_difference(
+    kl_raw: ArrayLike,
+    kl_mapped: ArrayLike,
+    *,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Interval:
+    """The mean of KL_raw − KL_mapped, in nats; arguments as in `drop_pct`."""
+    raw, mapped = _paired(kl_raw=kl_raw, kl_mapped=kl_mapped)
+    (resampled,) = bootstrap.means(raw - mapped)
+    return bootstrap.interval(float((raw - mapped).mean()), resampled)
+
+
+@dataclass(frozen=True, slots=True)
+class MinK:
+    """The smallest rank that reaches a target, and how sure that is.
+
+    Args:
+        target_pct: The drop to reach, in percent.
+        k: Smallest tested rank such that it and all larger tested ones reach the target; None if the
+            largest does not.
+        low: Percentile bound of k over resamples, one of the tested ranks; None if not reached there.
+        high: The upper bound, likewise.
+        level: Coverage aimed at.
+        p_reached: Fraction of resamples in which some tested rank reaches the target in that sense.
+        conservative_k: Smallest tested rank from which on the whole interval of the drop is at or above the
+            target; None if there is none.
+        drops: The drop of each tested rank with its interval, by rising rank.
+    """
+
+    target_pct: float
+    k: int | None
+    low: int | None
+    high: int | None
+    level: float
+    p_reached: float
+    conservative_k: int | None
+    drops: tuple[Interval, ...]
+
+
+def min_k(
+    ks: Sequence[int],
+    kl_raw: ArrayLike,
+    kl_mapped: ArrayLike,
+    *,
+    target_pct: float,
+    noise_floor: float = 0.0,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> MinK | None:
+    """The smallest of the tested ranks that reaches the target drop; None where the drop is undefined.
+
+    A rank counts only if all larger tested ranks reach the target too: one lucky rank is not low-rank
+    control.
+
+    Args:
+        ks: Tested ranks, distinct; the full map counts as its width.
+        kl_raw: Nats, one a prompt, [n].
+        kl_mapped: Nats of each rank's map, [len(ks), n].
+        target_pct: The drop to reach, in percent.
+        noise_floor: As in `drop_pct`.
+        bootstrap: How the intervals are drawn; all ranks share its resamples.
+
+    Raises:
+        MechdiffError: The arrays are not paired, ranks repeat or are none, or the target is not finite.
+    """
+    table = np.asarray(kl_mapped, dtype=np.float64)
+    if table.ndim != 2 or len(table) != len(ks) or len(ks) == 0 or len({*ks}) < len(ks):
+        raise MechdiffError(
+            f"The ranks {list(ks)} do not name the rows of KL of shape {list(table.shape)}; give each tested "
+            "rank once, with one row."
+        )
+    if not math.isfinite(target_pct):
+        raise MechdiffError(f"The target drop is {target_pct}; give a finite percentage.")
+    order = np.argsort(ks)
+    ranks, rows = [int(ks[i]) for i in order], table[order]
+    drops = tuple(drop_pct(kl_raw, row, noise_floor=noise_floor, bootstrap=bootstrap) for row in rows)
+    estimates = [drop.estimate for drop in drops]
+    if any(estimate is None for estimate in estimates):
+        return None
+    raw, *_ = _paired(kl_raw=kl_raw, kl_mapped=rows[0])
+    resampled_raw, *resampled = bootstrap.means(raw, *rows)
+    reached = np.stack([_drops(mapped, resampled_raw) for mapped in resampled], axis=1) >= target_pct
+    # NaN (no KL at all in the resample) compares false: not reached.
+    firsts = _first_of_the_reached(reached)
+    tail = (1 - bootstrap.level) / 2
+    low, high = np.quantile(firsts, [tail, 1 - tail], method="inverted_cdf")
+    named: list[int | None] = [*ranks, None]
+    sure = [drop.low is not None and drop.low >= target_pct for drop in drops]
+    plain = [estimate is not None and estimate >= target_pct for estimate in estimates]
+    return MinK(
+        target_pct=float(target_pct),
+        k=named[int(_first_of_the_reached(np.array([plain]))[0])],
+        low=named[int(low)],
+        high=named[int(high)],
+        level=bootstrap.level,
+        p_reached=float((firsts < len(ranks)).mean()),
+        conservative_k=named[int(_first_of_the_reached(np.array([sure]))[0])],
+        drops=drops,
+    )
+
+
+def _first_of_the_reached(reached: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """For rows of flags [m, n_k] where the unbroken run of True at the end begins; n_k if there is none."""
+    run = np.logical_and.accumulate(reached[:, ::-1], axis=1).sum(axis=1)
+    return np.asarray(reached.shape[1] - run, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Correlation:
+    """Pearson's and Spearman's correlation over n prompts; no unit."""
+
+    pearson: Interval
+    spearman: Interval
+    n: int
+
+
+def correlation(
+    cosine: ArrayLike,
+    kl_decrease: ArrayLike,
+    *,
+    bootstrap: Bootstrap = Bootstrap(),
+) -> Correlation:
+    """Do the prompts whose mapped activation points right profit most?
+
+    Args:
+        cosine: cos(ŷ − μ_t, y − μ_t) of each prompt, [n].
+        kl_decrease: KL_raw − KL_mapped of each prompt, in nats, [n].
+        bootstrap: How the intervals are drawn; ranks are taken anew in every resample.
+
+    Raises:
+        MechdiffError: The arrays are not paired, finite and of at least two prompts.
+    """
+    a, b = _paired(cosine=cosine, kl_decrease=kl_decrease)
+    drawn = _draws(len(a), bootstrap.n_resamples, bootstrap.seed)[0]
+
+    def interval(of: Callable[[Floats], Floats]) -> Interval:
+        estimate = float(_pearson(of(a[None]), of(b[None]))[0])
+        return bootstrap.interval(
+            None if math.isnan(estimate) else estimate, _pearson(of(a[drawn]), of(b[drawn]))
+        )
+
+    return Correlation(interval(lambda v: v), interval(lambda v: np.asarray(rankdata(v, axis=-1))), len(a))
+
+
+def _pearson(a: Floats, b: Floats) -> Floats:
+    """Of rows [m, n], [m]; NaN where a row is constant."""
+    ac, bc = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
+    spread = np.sqrt((ac**2).sum(-1) * (bc**2).sum(-1))
+    varies = (np.ptp(a, axis=-1) > 0) & (np.ptp(b, axis=-1) > 0) & (spread > 0)
+    found: Floats = np.divide((ac * bc).sum(-1), spread, out=np.full(len(a), np.nan), where=varies)
+    return found
+
+
+def sign_flip_p(
+    differences: ArrayLike,
+    *,
+    alternative: Literal["greater", "two-sided"] = "greater",
+    n_flips: int = 9999,
+    seed: int = 0,
+) -> float:
+    """The p-value of paired differences that are symmetric about 0 under the null hypothesis.
+
+    Signs are flipped at random; p = (1 + #{flipped mean as extreme}) / (n_flips + 1).
+
+    Args:
+        differences: E.g. KL_raw − KL_mapped of each prompt, [n].
+        alternative: "greater" (the mean is above 0) or "two-sided".
+        n_flips: How many random flips.
+        seed: Of the flips.
+
+    Raises:
+        MechdiffError: Fewer than two differences, or some not finite.
+    """
+    (d,) = _paired(differences=differences)
+    flips = np.random.default_rng(seed).integers(0, 2, (n_flips, len(d))) * 2.0 - 1.0
+    observed, flipped = float(d.sum()), flips @ d
+    if alternative == "two-sided":
+        observed, flipped = abs(observed), np.abs(flipped)
+    return permutation_p(-observed, -flipped, atol=1e-12 * float(np.abs(d).sum()))
+
+
+def permutation_p(observed: float, permuted: ArrayLike, *, atol: float = 0.0) -> float:
+    """(1 + #{permuted ≤ observed}) / (B + 1), for a quantity where smaller is better, such as KL_mapped.
+
+    Args:
+        observed: Of the true pairs.
+        permuted: Of B shuffled ones, [B].
+        atol: Values this close count as equal, against rounding.
+
+    Reference: Phipson & Smyth (2010), Permutation p-values should never be zero.
+    """
+    values = np.asarray(permuted, dtype=np.float64)
+    if values.ndim != 1 or len(values) == 0 or not math.isfinite(observed) or not np.isfinite(values).all():
+        raise MechdiffError(
+            f"A permutation test needs finite values, not {observed} against {values.size} permuted ones of "
+            f"which {int((~np.isfinite(values)).sum())} are not finite; permute at least once."
+        )
+    return (1 + int((values <= observed + atol).sum())) / (len(values) + 1)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's adjusted p-values, in the order given; None (not tested) stays None and counts for nothing.
+
+    Raises:
+        MechdiffError: A value is not in [0, 1].
+
+    Reference: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    tested = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for place, (p, i) in enumerate(tested):
+        if not 0 <= p <= 1:
+            raise MechdiffError(f"{p} is not a p-value; give numbers from 0 to 1, or None.")
+        largest = max(largest, min(1.0, (len(tested) - place) * p))
+        adjusted[i] = largest
+    return adjusted
+
+
+def _drops(mapped: Floats, reference: Floats) -> Floats:
+    """100·(1 − mapped/reference), [m]; NaN where the reference is not above 0 or too small to divide by."""
+    with np.errstate(over="ignore"):
+        ratio = np.divide(mapped, reference, out=np.full(len(mapped), np.nan), where=reference > 0)
+        percent: Floats = 100.0 * (1.0 - ratio)
+    percent[~np.isfinite(percent)] = np.nan
+    return percent
+
+
+def _paired(**arrays: ArrayLike) -> list[Floats]:
+    """The named arrays as float64 [n] each, once it is sure that they are values of the same prompts."""
+    values = {name: np.asarray(array, dtype=np.float64) for name, array in arrays.items()}
+    shapes = {v.shape for v in values.values()}
+    if len(shapes) > 1 or any(v.ndim != 1 or len(v) < 2 for v in values.values()):
+        found = ", ".join(f"{name} {list(v.shape)}" for name, v in values.items())
+        raise MechdiffError(f"Statistics need one value for each of at least 2 prompts, not {found}.")
+    for name, v in values.items():
+        if not np.isfinite(v).all():
+            raise MechdiffError(
+                f"{int((~np.isfinite(v)).sum())} of {len(v)} values of {name} are NaN or infinite; look at "
+                "those prompts."
+            )
+    return list(values.values())

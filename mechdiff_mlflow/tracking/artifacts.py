@@ -1,0 +1,119 @@
+"""A record's tables, texts, files, long params and prompt sets in the forms that MLflow keeps and shows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlflow.entities import Dataset, DatasetInput, InputTag
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.records import MAX_PARAM_CHARS, PromptSet, RunRecord, param_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class LongParams(str, Enum):
+    """What happens to a param of more than 6,000 characters, which MLflow would cut."""
+
+    FAIL = "fail"
+    """The run is refused."""
+    ARTIFACT = "artifact"
+    """The text becomes the artifact `params/<key>.txt`, and the param says so."""
+
+
+def stored_params(record: RunRecord, policy: LongParams) -> tuple[dict[str, str], dict[str, str]]:
+    """The params as stored, and the texts to add to the run's artifacts.
+
+    Raises:
+        MechdiffError: A param is too long and the policy is to fail.
+    """
+    params: dict[str, str] = {}
+    texts: dict[str, str] = {}
+    for key, value in record.params.items():
+        text = param_text(key, value)
+        if len(text) > MAX_PARAM_CHARS:
+            if policy is LongParams.FAIL:
+                raise MechdiffError(
+                    f"Param {key!r} of run {record.name!r} has {len(text)} characters and MLflow keeps "
+                    f"{MAX_PARAM_CHARS}; shorten it, or keep it in a file with --long-params artifact."
+                )
+            texts[f"params/{key}.txt"] = text
+            text = f"{len(text)} characters, see artifact params/{key}.txt"
+        params[key] = text
+    return params, texts
+
+
+def upload(log_folder: Callable[[str], None], record: RunRecord, more_texts: Mapping[str, str]) -> None:
+    """Hand `log_folder` one folder with every artifact of `record`; not called when there is none."""
+    if not (record.tables or record.texts or record.files or more_texts):
+        return
+    with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+        root = Path(folder)
+        for path, table in record.tables.items():
+            _write(root / path, table_json(table))
+        for path, text in {**record.texts, **more_texts}.items():
+            _write(root / path, text)
+        for path, source in record.files.items():
+            _copy(Path(source), root / path)
+        log_folder(folder)
+
+
+def table_json(table: pd.DataFrame) -> str:
+    """The table as `mlflow.load_table` and the UI read it; every float keeps all its digits, NaN is null."""
+    rows = [[_plain(value) for value in row] for row in table.itertuples(index=False, name=None)]
+    return json.dumps({"columns": [str(c) for c in table.columns], "data": rows}, allow_nan=False)
+
+
+def table_tag(record: RunRecord) -> str:
+    """The tag value that makes MLflow offer the tables of a run for comparison."""
+    return json.dumps([{"path": path, "type": "table"} for path in record.tables])
+
+
+def dataset_input(prompts: PromptSet) -> DatasetInput:
+    """A prompt set as MLflow's run page shows it, with its split as the context."""
+    dataset = Dataset(
+        name=prompts.name,
+        digest=prompts.digest,
+        source_type="local",
+        source=json.dumps({"uri": prompts.source}),
+        profile=json.dumps({"num_rows": prompts.n}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", prompts.split)])
+
+
+def _plain(value: object) -> object:
+    item = getattr(value, "item", None)
+    if callable(item):
+        value = item()  # a NumPy scalar
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.exists():
+        raise MechdiffError(f"Artifact {source} does not exist; the run that should hold it is not complete.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        return
+    try:
+        os.link(source, target)  # nothing writes to it: it is only read to be uploaded
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,327 @@
+"""The MLflow flavour of an affine map: plain tensors, a digest and a numeric probe, no pickle.
+
+A saved model is a directory:
+
+    MLmodel               flavour `mechdiff` (digests, widths) and `python_function`
+    map.pt                the map, at the root: `models:/NAME@champion/map.pt` downloads it
+    probe.safetensors     a few input rows and what the map made of them when it was saved
+    input_example.json    one row to send to a served model
+    README.md             the model card
+    requirements.txt, python_env.yaml, conda.yaml
+
+MLflow checks nothing when it loads a model; we check both digests and the probe, every time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import mlflow
+import numpy as np
+import safetensors.torch
+import torch
+import yaml
+from mlflow.entities import LoggedModelOutput
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.models.model import MLMODEL_FILE_NAME
+from mlflow.models.utils import _save_example
+from mlflow.types.schema import ParamSchema, ParamSpec, Schema, TensorSpec
+
+import mechdiff_mlflow
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.tracking.card import model_card
+from mechdiff_mlflow.tracking.names import logged_model_name
+from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, param_text
+from mechdiff_mlflow.tracking.store import Store
+
+FLAVOR_NAME = "mechdiff"
+MAP_FILE = "map.pt"
+PROBE_FILE = "probe.safetensors"
+CARD_FILE = "README.md"
+SHA256_TAG = "mechdiff.sha256"
+NEEDED_FILES = (MLMODEL_FILE_NAME, MAP_FILE, PROBE_FILE)
+
+_PROBE_ROWS = 4
+# Float32 products of some thousand terms differ this much, at most, between machines.
+_PROBE_TOLERANCE = 1e-4
+
+
+Float32Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedMap:
+    """A map that the store holds, complete and read back.
+
+    Args:
+        model_id: Of MLflow's logged model, `m-…`.
+        location: URI of its files.
+        sha256: Hex digest of its `map.pt`.
+    """
+
+    model_id: str
+    location: str
+    sha256: str
+
+
+def save_model(
+    the_map: AffineMap,
+    path: str | Path,
+    mlflow_model: Model | None = None,
+    *,
+    card: str | None = None,
+) -> None:
+    """Write `the_map` as an MLflow model into the new or empty directory `path`.
+
+    Args:
+        the_map: What to save.
+        path: Where.
+        mlflow_model: MLflow's own record of the model, when it is logged.
+        card: The model card; without one it says what the map says of itself.
+
+    Raises:
+        MechdiffError: The directory is not empty.
+    """
+    root = Path(path)
+    root.mkdir(parents=True, exist_ok=True)
+    if any(root.iterdir()):
+        raise MechdiffError(f"Directory {root} is not empty; save the model into a new one.")
+    content = the_map.to_bytes()
+    probe = _probe(the_map)
+    (root / MAP_FILE).write_bytes(content)
+    (root / PROBE_FILE).write_bytes(safetensors.torch.save(probe))
+    (root / CARD_FILE).write_text(card or model_card(the_map, {}), encoding="utf-8")
+
+    model = mlflow_model or Model()
+    model.signature = _signature(the_map)
+    _save_example(model, (probe["x"][:1].numpy(), {"alpha": the_map.alpha}), str(root))
+    model.add_flavor(
+        FLAVOR_NAME,
+        data=MAP_FILE,
+        sha256=digest(root / MAP_FILE),
+        probe=PROBE_FILE,
+        probe_sha256=digest(root / PROBE_FILE),
+        d_in=the_map.d_in,
+        d_out=the_map.d_out,
+        alpha=the_map.alpha,
+        mechdiff_version=mechdiff_mlflow.__version__,
+    )
+    mlflow.pyfunc.add_to_model(
+        model, loader_module=__name__, data=MAP_FILE, conda_env="conda.yaml", python_env="python_env.yaml"
+    )
+    _write_environment(root)
+    model.save(str(root / MLMODEL_FILE_NAME))
+
+
+def log_model(
+    the_map: AffineMap,
+    name: str,
+    *,
+    store: Store,
+    run_id: str,
+    experiment_id: str | None = None,
+    params: Mapping[str, ParamValue] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> LoggedMap:
+    """Log `the_map` as a model of run `run_id`; it becomes READY only when its files read back right.
+
+    Args:
+        the_map: What to log.
+        name: Of the logged model; characters it cannot have are replaced.
+        store: Where to.
+        run_id: The run that made the map.
+        experiment_id: Of that run, if known.
+        params: Shown on the model's page.
+        metrics: For the model card; link them to the model by logging them with `model_id`.
+
+    Raises:
+        MechdiffError: The store refuses, or gives back other bytes than were sent.
+    """
+    client = store.client
+    card = model_card(the_map, metrics or {}, f"runs:/{run_id}")
+    with store.errors():
+        experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
+        logged = client.create_logged_model(
+            experiment_id,
+            name=logged_model_name(name),
+            source_run_id=run_id,
+            tags={SHA256_TAG: the_map.sha256(), "mlflow.note.content": card[:MAX_TAG_CHARS]},
+            params={key: param_text(key, value) for key, value in (params or {}).items()},
+            model_type="affine map",
+        )
+        try:
+            with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+                sent, back = Path(folder, "sent"), Path(folder, "back")
+                record = Model(
+                    artifact_path=logged.artifact_location,
+                    run_id=run_id,
+                    model_uuid=logged.model_id,
+                    model_id=logged.model_id,
+                )
+                save_model(the_map, sent, record, card=card)
+                client.log_model_artifacts(logged.model_id, str(sent))
+                download(store, logged.artifact_location, back)
+                load_verified(back)
+                sha256 = digest(back / MAP_FILE)
+                if sha256 != digest(sent / MAP_FILE):
+                    raise MechdiffError(
+                        f"The store {store.shown} gave back another {MAP_FILE} than was sent; check its disk."
+                    )
+            client.finalize_logged_model(logged.model_id, "READY")
+            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        except BaseException:
+            client.finalize_logged_model(logged.model_id, "FAILED")
+            raise
+    return LoggedMap(logged.model_id, logged.artifact_location, sha256)
+
+
+def load_model(model_uri: str | Path) -> AffineMap:
+    """The map of an MLflow model directory, or of a URI in the store that `mlflow.set_tracking_uri` named.
+
+    For registered maps `mechdiff_mlflow.load_map` also checks what the registry says of the version.
+
+    Raises:
+        MechdiffError: A file is missing, changed or not ours.
+    """
+    if Path(model_uri).is_dir():
+        return load_verified(Path(model_uri))
+    with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+        try:
+            return load_verified(Path(mlflow.artifacts.download_artifacts(str(model_uri), dst_path=folder)))
+        except MlflowException as error:
+            raise MechdiffError(f"Model {model_uri} cannot be read: {error}") from error
+
+
+def load_verified(root: Path) -> AffineMap:
+    """The map of the model directory `root`, after checking both digests and the probe.
+
+    Raises:
+        MechdiffError: A file is missing, changed or not ours, or the map computes something else than when
+            it was saved.
+    """
+    for name in NEEDED_FILES:
+        if not (root / name).is_file():
+            raise MechdiffError(
+                f"{root} has no {name}: it is no saved map, or an incomplete one; log it again."
+            )
+    conf = _flavour_conf(root)
+    for name, expected in ((MAP_FILE, conf["sha256"]), (PROBE_FILE, conf["probe_sha256"])):
+        if (found := digest(root / name)) != expected:
+            raise MechdiffError(
+                f"{name} has changed since it was saved (SHA-256 {found[:12]}…, not {str(expected)[:12]}…); "
+                "fetch or log the map again."
+            )
+    the_map = AffineMap.load(root / MAP_FILE)
+    _check_probe(the_map, safetensors.torch.load_file(str(root / PROBE_FILE)))
+    return the_map
+
+
+def download(store: Store, location: str, target: Path) -> Path:
+    """Copy what is needed of the model at `location` into the directory `target`, and give `target`."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in NEEDED_FILES:
+        mlflow.artifacts.download_artifacts(
+            f"{location.rstrip('/')}/{name}", dst_path=str(target), tracking_uri=store.uri
+        )
+    return target
+
+
+def maps_of_run(store: Store, run_id: str) -> list[LoggedMap]:
+    """The complete maps that run `run_id` logged, oldest first.
+
+    Raises:
+        MechdiffError: The run does not exist.
+    """
+    with store.errors():
+        outputs = store.client.get_run(run_id).outputs
+        model_ids = [output.model_id for output in outputs.model_outputs] if outputs else []
+        models = map(store.client.get_logged_model, model_ids)
+        ready = [m for m in models if m.status == "READY" and SHA256_TAG in m.tags]
+    ready.sort(key=lambda model: model.creation_timestamp)
+    return [LoggedMap(m.model_id, m.artifact_location, m.tags[SHA256_TAG]) for m in ready]
+
+
+class _PyFuncMap:
+    """What `mlflow.pyfunc.load_model` and `mlflow models serve` call."""
+
+    def __init__(self, the_map: AffineMap) -> None:
+        self._map = the_map
+
+    def predict(self, rows: Any, params: dict[str, Any] | None = None) -> Float32Array:
+        """Map float32 rows [n, d_in] to [n, d_out], with params["alpha"] in place of the map's own."""
+        alpha = (params or {}).get("alpha", self._map.alpha)
+        x = torch.from_numpy(np.array(rows, dtype=np.float32))
+        result: Float32Array = self._map.with_alpha(float(alpha))(x).numpy()
+        return result
+
+
+def _load_pyfunc(path: str) -> _PyFuncMap:
+    """MLflow's hook: `path` is the file that `data` names in MLmodel."""
+    here = Path(path)
+    return _PyFuncMap(load_verified(here if here.is_dir() else here.parent))
+
+
+def _signature(the_map: AffineMap) -> ModelSignature:
+    def rows(width: int) -> Schema:
+        return Schema([TensorSpec(np.dtype(np.float32), (-1, width))])
+
+    alpha = ParamSchema([ParamSpec("alpha", "double", the_map.alpha)])
+    return ModelSignature(rows(the_map.d_in), rows(the_map.d_out), alpha)
+
+
+def _probe(the_map: AffineMap) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_PROBE_ROWS, the_map.d_in, generator=generator)
+    return {"x": x, "y": the_map(x).contiguous()}
+
+
+def _check_probe(the_map: AffineMap, probe: Mapping[str, torch.Tensor]) -> None:
+    got = the_map(probe["x"])
+    off = float((got - probe["y"]).abs().max()) if got.shape == probe["y"].shape else float("inf")
+    allowed = _PROBE_TOLERANCE * max(float(probe["y"].abs().max()), 1.0)
+    if not off <= allowed:
+        raise MechdiffError(
+            f"The map computes something else than when it was saved (off by {off:.3g}, allowed "
+            f"{allowed:.3g}); fetch or fit it again."
+        )
+
+
+def _flavour_conf(root: Path) -> dict[str, Any]:
+    try:
+        conf = Model.load(str(root / MLMODEL_FILE_NAME)).flavors[FLAVOR_NAME]
+        conf["sha256"], conf["probe_sha256"]
+    except (KeyError, TypeError, AttributeError, yaml.YAMLError, MlflowException) as error:
+        raise MechdiffError(f"{root} is an MLflow model but not a map of mechdiff; name another.") from error
+    return dict(conf)
+
+
+def _write_environment(root: Path) -> None:
+    python = platform.python_version()
+    requirements = [
+        f"mechdiff-mlflow=={mechdiff_mlflow.__version__}",
+        f"mlflow=={mlflow.__version__}",
+        f"torch=={torch.__version__.split('+')[0]}",
+        f"numpy=={np.__version__}",
+    ]
+    (root / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
+    python_env = {"python": python, "dependencies": ["-r requirements.txt"]}
+    conda = {
+        "name": "mechdiff-map",
+        "channels": ["conda-forge"],
+        "dependencies": [f"python={python}", "pip", {"pip": requirements}],
+    }
+    for name, content in (("python_env.yaml", python_env), ("conda.yaml", conda)):
+        (root / name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+
+def digest(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,328 @@
+"""Making a run's map a registered version and moving an alias to it, so that the alias never lies.
+
+Uploaded and read back when the run was logged; read back again; registered; verified through the registry;
+only then the alias moves. Whatever step a promotion dies at, the alias stays, and running it again finishes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlflow.entities import Metric, Run
+from mlflow.exceptions import MlflowException
+from mlflow.tracking._tracking_service.utils import _use_tracking_uri
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.tracking import flavour, registry
+from mechdiff_mlflow.tracking.card import model_card
+from mechdiff_mlflow.tracking.fetch import read_back, verified_map
+from mechdiff_mlflow.tracking.flavour import LoggedMap
+from mechdiff_mlflow.tracking.names import check_alias, check_name, registered_name
+from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT, SELECTION_LEAK, Candidate, PromotionPolicy
+from mechdiff_mlflow.tracking.provenance import code_version
+from mechdiff_mlflow.tracking.registry import Version
+from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG
+from mechdiff_mlflow.tracking.store import Store
+
+_MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # how a logged model's page knows its registered versions
+_PROVENANCE = (
+    *("pair", PAIR_FINGERPRINT, "layer", "hook", "solver", "family", "k", "shrink", "ridge", "off_span"),
+    *("position", "split", "n", "seed", "dtype", "null", SELECTION_LEAK),
+)
+_METRICS = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor", "rho", "top1_agreement")
+_ALPHA_SAME = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """A map, where it is, and the run that vouches for it."""
+
+    logged: LoggedMap
+    the_map: AffineMap
+    run: Run
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def promote(
+    store: Store,
+    run_id: str,
+    *,
+    name: str | None = None,
+    alias: str = "champion",
+    policy: PromotionPolicy | None = None,
+    why: str = "",
+) -> Version:
+    """Register the map that run `run_id` fitted or measured, and give the version `alias`.
+
+    Doing it again changes nothing, or finishes what an earlier attempt left.
+
+    Args:
+        store: Where the run is and the version goes.
+        run_id: A `patch` run, whose numbers the version gets, or a `fit` run that at most one patch measured.
+        name: Under which to register; by default `<pair>-L<layer>-<hook>` of the run.
+        alias: To move; the last step.
+        policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
+        why: In the user's words, for the history.
+
+    Raises:
+        MechdiffError: The run is not FINISHED or has no map, a rule of the policy refuses it, the name or
+            alias is not possible, or the files are not what was logged.
+    """
+    check_alias(alias)
+    measured = _measured(store, run_id)
+    name = check_name(name) if name else _name_of(measured)
+    with registry.promotion_lock(store):
+        _registered(store, name, measured)
+        _apply(policy or PromotionPolicy(), store, name, alias, measured)
+        version = _existing(store, name, measured) or _create_version(store, name, measured)
+        if not version.is_verified:
+            _verify(store, version)
+        registry.move_alias(store, registry.registered(store, name), alias, version.number, "promote", why)
+    return registry.get_version(store, name, version.number)
+
+
+def rollback(store: Store, name: str, alias: str = "champion", *, why: str = "") -> Version:
+    """Give `alias` back to the version that had it before the last promotion or demotion.
+
+    Rolling back twice goes back two steps.
+
+    Raises:
+        MechdiffError: There is nothing to go back to, or that version's files are not what they were.
+    """
+    with registry.promotion_lock(store):
+        model = registry.registered(store, name)
+        holders = registry.holders(registry.history(store, name, alias))
+        if len(holders) < 2 or holders[-2] is None:
+            raise MechdiffError(
+                f"Alias {alias!r} of {name} has no earlier version to go back to; see its history."
+            )
+        version = registry.get_version(store, name, holders[-2])
+        verified_map(store, version)
+        registry.move_alias(store, model, alias, version.number, "rollback", why)
+    return registry.get_version(store, name, alias)
+
+
+def demote(store: Store, name: str, alias: str = "champion", *, why: str = "") -> None:
+    """Take `alias` away, so that nobody gets a version by it; `rollback` undoes this.
+
+    Raises:
+        MechdiffError: The map does not have that alias.
+    """
+    with registry.promotion_lock(store):
+        registry.get_version(store, name, alias)
+        registry.move_alias(store, registry.registered(store, name), alias, None, "demote", why)
+
+
+def _measured(store: Store, run_id: str) -> _Measured:
+    run = _with_a_map(store, _finished(store, run_id))
+    run_id = run.info.run_id
+    fit_id = run.data.tags.get(MAP_RUN_TAG)
+    if fit_id is not None:
+        fit = _finished(store, fit_id)
+        logged = _only(flavour.maps_of_run(store, fit_id), fit_id)
+    else:
+        logged, fit = _only(flavour.maps_of_run(store, run_id), run_id), run
+        run = _measurement_of(store, fit)
+    with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder, store.errors():
+        the_map = flavour.load_verified(flavour.download(store, logged.location, Path(folder, "model")))
+    alpha = run.data.params.get("alpha", "")
+    if _is_other_number(alpha, the_map.alpha):
+        the_map = the_map.with_alpha(float(alpha))
+        logged = _with_alpha(store, the_map, run)
+    meta = {key: str(value) for key, value in the_map.meta.items()}
+    facts = {**meta, **fit.data.params, **run.data.params, **fit.data.tags, **run.data.tags}
+    return _Measured(logged, the_map, run, facts)
+
+
+def _with_a_map(store: Store, run: Run) -> Run:
+    """The run itself, or of a parent without a map the one child that fitted one."""
+    run_id = run.info.run_id
+    if MAP_RUN_TAG in run.data.tags or flavour.maps_of_run(store, run_id):
+        return run
+    where = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'FINISHED'"
+    with store.errors():
+        children = list(store.client.search_runs([run.info.experiment_id], where, max_results=1000))
+    fits = [child for child in children if flavour.maps_of_run(store, child.info.run_id)]
+    if len(fits) > 1:
+        raise MechdiffError(f"Run {run_id} has {len(fits)} maps below it; give the id of one of those runs.")
+    return fits[0] if fits else run
+
+
+def _finished(store: Store, run_id: str) -> Run:
+    with store.errors():
+        run = store.client.get_run(run_id)
+    if run.info.status != "FINISHED" or run.info.lifecycle_stage == "deleted":
+        state = "deleted" if run.info.lifecycle_stage == "deleted" else run.info.status
+        raise MechdiffError(f"Run {run_id} is {state} and only FINISHED runs can be promoted; run it again.")
+    return run
+
+
+def _only(maps: list[LoggedMap], run_id: str) -> LoggedMap:
+    if not maps:
+        raise MechdiffError(f"Run {run_id} has no map; give the id of a fit run or of a patch run.")
+    return maps[-1]
+
+
+def _measurement_of(store: Store, fit: Run) -> Run:
+    """The patch run that measured the map of `fit`, or `fit` itself when none did or it holds the numbers."""
+    if "KL_mapped" in fit.data.metrics:
+        return fit
+    where = f"tags.`{MAP_RUN_TAG}` = '{fit.info.run_id}' and attributes.status = 'FINISHED'"
+    with store.errors():
+        patches = list(store.client.search_runs([fit.info.experiment_id], where, max_results=10))
+    if len(patches) > 1:
+        ids = ", ".join(f"{p.info.run_id} ({p.info.run_name})" for p in patches)
+        raise MechdiffError(
+            f"The map of run {fit.info.run_id} was patched several times; promote one of {ids}."
+        )
+    return patches[0] if patches else fit
+
+
+def _with_alpha(store: Store, the_map: AffineMap, run: Run) -> LoggedMap:
+    """The map with the alpha that `run` measured it at: logged to that run, unless an earlier attempt did."""
+    wanted = the_map.sha256()
+    for logged in flavour.maps_of_run(store, run.info.run_id):
+        if logged.sha256 == wanted:
+            return logged
+    logged = flavour.log_model(
+        the_map,
+        run.info.run_name,
+        store=store,
+        run_id=run.info.run_id,
+        experiment_id=run.info.experiment_id,
+        params=run.data.params,
+        metrics=run.data.metrics,
+    )
+    with store.errors():
+        client = store.client
+        points = [p for key in _numbers(run) for p in client.get_metric_history(run.info.run_id, key)]
+        # The same points again, now as the model's too; the run keeps one of each.
+        linked = [Metric(p.key, p.value, p.timestamp, p.step, model_id=logged.model_id) for p in points]
+        client.log_batch(run.info.run_id, linked)
+    return logged
+
+
+def _numbers(run: Run) -> dict[str, float]:
+    """The metrics that say how good a map is, with their intervals."""
+    return {k: v for k, v in run.data.metrics.items() if k in _METRICS or k.startswith("ci/")}
+
+
+def _name_of(measured: _Measured) -> str:
+    facts = measured.facts
+    missing = [key for key in ("pair", "layer", "hook") if key not in facts]
+    if missing:
+        raise MechdiffError(
+            f"Run {measured.run.info.run_id} has no param {missing[0]!r} to name the map by; use --name."
+        )
+    return registered_name(facts["pair"], Site.parse(f"L{facts['layer']}/{facts['hook']}"))
+
+
+def _apply(policy: PromotionPolicy, store: Store, name: str, alias: str, measured: _Measured) -> None:
+    number = registry.holder_of(registry.registered(store, name), alias)
+    incumbent = None if number is None else registry.get_version(store, name, number).tags
+    candidate = Candidate(measured.run.info.run_id, measured.run.data.metrics, measured.facts)
+    refusals = policy.refusals(candidate, incumbent)
+    if refusals:
+        raise MechdiffError(
+            f"Run {candidate.run_id} may not become {name}@{alias} by the rule"
+            f"{'s' if len(refusals) > 1 else ''} {'; '.join(refusals)}; promote another run or change "
+            "the policy."
+        )
+
+
+def _registered(store: Store, name: str, measured: _Measured) -> None:
+    """Make the registered model unless it is there."""
+    facts = measured.facts
+    site = f"L{facts['layer']}/{facts['hook']}" if {"layer", "hook"} <= facts.keys() else "a site"
+    description = (
+        f"Affine maps from base to tuned activations at {site}"
+        + (f" of the pair `{facts['pair']}`" if "pair" in facts else "")
+        + ". Read the description of a version to see how good it is. Load one with "
+        f'`mechdiff_mlflow.load_map("models:/{name}@champion")`.'
+    )
+    try:
+        with store.errors():
+            store.client.create_registered_model(name, {registry.KIND_TAG: "map"}, description)
+    except MechdiffError as error:
+        cause = error.__cause__
+        if not isinstance(cause, MlflowException) or cause.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        if registry.registered(store, name).tags.get(registry.KIND_TAG) != "map":
+            raise MechdiffError(
+                f"A registered model {name!r} that is no map exists already; give another name with --name."
+            ) from error
+
+
+def _existing(store: Store, name: str, measured: _Measured) -> Version | None:
+    """The version that an earlier attempt made of the same map by the same run."""
+    for version in registry.list_versions(store, name):
+        if (version.sha256, version.run_id) == (measured.logged.sha256, measured.run.info.run_id):
+            return version
+    return None
+
+
+def _create_version(store: Store, name: str, measured: _Measured) -> Version:
+    run, metrics = measured.run, measured.run.data.metrics
+    tags = {key: measured.facts[key] for key in _PROVENANCE if key in measured.facts}
+    tags |= {"alpha": repr(measured.the_map.alpha), "code_version": code_version()}
+    tags |= {key: repr(value) for key, value in _numbers(run).items()}
+    tags |= {
+        registry.SHA256_TAG: measured.logged.sha256,
+        registry.RUN_TAG: run.info.run_id,
+        registry.KIND_TAG: "map",
+    }
+    with store.errors(), _default_store(store):
+        created = store.client.create_model_version(
+            name,
+            source=f"models:/{measured.logged.model_id}",
+            run_id=run.info.run_id,
+            tags=tags,
+            description=model_card(measured.the_map, metrics, f"models:/{name}@champion"),
+            model_id=measured.logged.model_id,
+        )
+    return registry.get_version(store, name, int(created.version))
+
+
+def _verify(store: Store, version: Version) -> None:
+    """Read the version's files back through the registry; only then mark it."""
+    read_back(store, version)
+    with store.errors():
+        client = store.client
+        model_id = version.source.removeprefix("models:/")
+        if version.source != model_id:
+            known = json.loads(client.get_logged_model(model_id).tags.get(_MODEL_VERSIONS_TAG, "[]"))
+            entry = {"name": version.name, "version": str(version.number)}
+            if entry not in known:
+                client.set_logged_model_tags(model_id, {_MODEL_VERSIONS_TAG: json.dumps([*known, entry])})
+        client.set_model_version_tag(version.name, str(version.number), registry.VERIFIED_TAG, version.sha256)
+
+
+@contextmanager
+def _default_store(store: Store) -> Iterator[None]:
+    """Make `store` MLflow's default for a moment: a database's registry looks logged models up there."""
+    if store.is_server:
+        yield
+        return
+    variable = os.environ.get("MLFLOW_TRACKING_URI")
+    try:
+        with _use_tracking_uri(store.uri):
+            yield
+    finally:
+        if variable is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = variable
+
+
+def _is_other_number(text: str, alpha: float) -> bool:
+    try:
+        return not math.isclose(float(text), alpha, rel_tol=_ALPHA_SAME, abs_tol=0.0)
+    except ValueError:
+        return False  # the run has no alpha of its own, or one like `auto`

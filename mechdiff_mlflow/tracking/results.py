@@ -1,0 +1,100 @@
+"""Runs as a table: what `search_runs` gives, with params as numbers and the columns a person wants first."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.entities import Run
+
+from mechdiff_mlflow.tracking.store import Store
+
+_PAGE = 1000
+# Not what Python reads as numbers: 1_000, nan and 007 stay text.
+_INTEGER = r"-?(?:0|[1-9]\d{0,17})"
+_DECIMAL = r"-?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][+-]?\d+)?"
+_FIRST = ["run_id", "name", "kind", "status", "parent_id", "started"]
+
+
+def results_df(store: Store, experiment: str, *, where: str = "", kind: str | None = None) -> pd.DataFrame:
+    """Every run of `experiment`, newest first, one row each, params and metrics as columns.
+
+    MLflow keeps params as text and can only compare them for equality; here a param that reads as a number,
+    true or false is one, so that `k` may hold 1, 8 and "full". A metric with the name of a param gets the
+    column `metric.<name>`. Our own tags are text columns `tag.<name>`.
+
+    Args:
+        store: Where to look.
+        experiment: Name of the experiment.
+        where: MLflow's own filter, e.g. "metrics.drop_pct > 30 and params.hook = 'attn_out'".
+        kind: Only runs of this kind, e.g. "patch".
+
+    Raises:
+        MechdiffError: There is no such experiment, or the filter is not valid.
+    """
+    conditions = [where] if where else []
+    if kind is not None:
+        conditions.append(f"tags.`mechdiff.kind` = '{kind}'")
+    rows = [_row(run) for run in _search(store, store.experiment_id(experiment), " and ".join(conditions))]
+    columns = _FIRST + sorted({key for row in rows for key in row if key not in _FIRST})
+    table: pd.DataFrame = pd.DataFrame(rows, columns=columns)
+    return table
+
+
+def tables_of(store: Store, run_ids: Iterable[str], path: str) -> dict[str, pd.DataFrame]:
+    """The table at `path` among the artifacts of each run that has it.
+
+    Raises:
+        MechdiffError: The store cannot be read.
+    """
+    found: dict[str, pd.DataFrame] = {}
+    for run_id in run_ids:
+        with store.errors(), tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+            if any(item.path == path for item in store.client.list_artifacts(run_id)):
+                local = store.client.download_artifacts(run_id, path, folder)
+                found[run_id] = pd.DataFrame(**json.loads(Path(local).read_text(encoding="utf-8")))
+    return found
+
+
+def _search(store: Store, experiment_id: str, where: str) -> list[Run]:
+    runs: list[Run] = []
+    token = None
+    with store.errors():
+        while True:
+            page = store.client.search_runs([experiment_id], where, max_results=_PAGE, page_token=token)
+            runs += page
+            token = page.token
+            if not token:
+                return runs
+
+
+def _row(run: Run) -> dict[str, Any]:
+    tags, params = run.data.tags, run.data.params
+    row: dict[str, Any] = {
+        "run_id": run.info.run_id,
+        "name": run.info.run_name,
+        "kind": tags.get("mechdiff.kind"),
+        "status": run.info.status,
+        "parent_id": tags.get("mlflow.parentRunId"),
+        "started": pd.Timestamp(run.info.start_time, unit="ms", tz="UTC"),
+    }
+    row |= {key if key not in _FIRST else f"param.{key}": _value(text) for key, text in params.items()}
+    row |= {key if key not in row else f"metric.{key}": value for key, value in run.data.metrics.items()}
+    row |= {f"tag.{key}": text for key, text in tags.items() if not key.startswith("mlflow.")}
+    return row
+
+
+def _value(text: str) -> int | float | bool | str:
+    if text in ("true", "false"):
+        return text == "true"
+    if re.fullmatch(_INTEGER, text):
+        return int(text)
+    if re.fullmatch(_DECIMAL, text) and math.isfinite(number := float(text)):
+        return number
+    return text

@@ -1,0 +1,230 @@
+"""Opening the store that runs and winners live in: a SQLite file, a database or an MLflow server."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+from mlflow.entities import ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.rest_utils import http_request
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking import database
+
+_USER_INFO = re.compile(r"(://)[^/]*@")
+_SECRET_QUERY = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token|key|cred|sig)[^=&]*=)[^&]*", re.IGNORECASE)
+_SERVER_ANSWER_S = 5
+
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+# The user's own settings win; these are what MLflow does when nothing is set.
+_PROCESS_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    # Seven retries take four minutes; four ride out the restart of a server in half a minute.
+    _RETRIES: "4",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    # MLflow would cut long values with only a warning in the log.
+    "MLFLOW_TRUNCATE_LONG_VALUES": "false",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+class StoreUnreachable(MechdiffError):
+    """The server went away after it had been opened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """An opened, working tracking store and the model registry that belongs to it.
+
+    Args:
+        uri: Its absolute URI, secrets included: print `shown` instead.
+        client: The one MLflow client that our code uses on it.
+        sqlite_path: The database file of a SQLite store.
+    """
+
+    uri: str
+    client: MlflowClient = field(repr=False)
+    sqlite_path: Path | None = None
+
+    @property
+    def shown(self) -> str:
+        """The URI without its secrets."""
+        return redact(self.uri)
+
+    @property
+    def is_server(self) -> bool:
+        """Whether runs go to an MLflow server over HTTP."""
+        return self.uri.startswith(("http://", "https://"))
+
+    def experiment(self, name: str) -> str:
+        """The id of experiment `name`, made if there is none.
+
+        In a SQLite store its artifacts get an absolute place beside the database, whatever the working
+        directory of who comes first.
+
+        Raises:
+            MechdiffError: The name is empty or Default, or belongs to a deleted experiment.
+        """
+        if not name.strip() or name == "Default":
+            raise MechdiffError(
+                f"Experiment {name!r} cannot be used, as MLflow decides where its artifacts go by who opened "
+                "the store first; name another with --experiment."
+            )
+        with self.errors():
+            found = self.client.get_experiment_by_name(name)
+            if found is None:
+                try:
+                    return str(self.client.create_experiment(name, self._artifact_root(name)))
+                except MlflowException as error:
+                    if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                        raise
+                    found = self.client.get_experiment_by_name(name)  # another process was quicker
+        if found is None or found.lifecycle_stage == "deleted":
+            which = "" if found is None else f" -x {found.experiment_id}"
+            raise MechdiffError(
+                f"Experiment {name!r} was deleted in {self.shown}; bring it back with "
+                f"`mlflow experiments restore{which}` or name another with --experiment."
+            )
+        return str(found.experiment_id)
+
+    def experiment_id(self, name: str) -> str:
+        """The id of the existing experiment `name`.
+
+        Raises:
+            MechdiffError: There is none; lists those there are.
+        """
+        with self.errors():
+            found = self.client.get_experiment_by_name(name)
+            if found is not None and found.lifecycle_stage != "deleted":
+                return str(found.experiment_id)
+            there = self.client.search_experiments(ViewType.ACTIVE_ONLY, max_results=20)
+        names = ", ".join(experiment.name for experiment in there) or "none"
+        raise MechdiffError(f"There is no experiment {name!r} in {self.shown}; it has {names}.")
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turns what MLflow and the network raise into one sentence for the user, without secrets."""
+        try:
+            yield
+        except (MlflowException, requests.RequestException, OSError) as error:
+            text = " ".join(str(error).split()).replace(self.uri, self.shown)
+            if "Max retries exceeded" in text or isinstance(error, requests.ConnectionError):
+                raise StoreUnreachable(
+                    f"The tracking server {self.shown} stopped answering; start it, then run this again."
+                ) from error
+            if isinstance(error, OSError):
+                raise MechdiffError(
+                    f"The store {self.shown} could not be read or written: {text[:300]}."
+                ) from error
+            raise MechdiffError(f"The store {self.shown} refused: {text[:500].rstrip('.')}.") from error
+
+    def _artifact_root(self, experiment: str) -> str | None:
+        if self.sqlite_path is None:
+            return None
+        slug = re.sub(r"[^\w.-]+", "-", experiment).strip(".-")
+        if slug != experiment:
+            slug = f"{slug}-{hashlib.sha256(experiment.encode()).hexdigest()[:8]}"
+        return (self.sqlite_path.parent / "mlartifacts" / slug).as_uri()
+
+
+def open_store(tracking_uri: str | None = None) -> Store:
+    """Open, and if need be create or migrate, the store at `tracking_uri`.
+
+    Without one, MLFLOW_TRACKING_URI counts, else `mlflow.db` in the working directory, which is also where
+    `mlflow ui` looks. Any number of processes may open a new store at once.
+
+    Raises:
+        MechdiffError: The URI is of a kind we do not use, the server does not answer, or the database is
+            unusable.
+    """
+    prepare_process()
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    scheme = urlsplit(uri).scheme
+    if scheme in ("http", "https"):
+        uri = uri.rstrip("/")
+        _check_server(uri)
+        return Store(uri, MlflowClient(uri))
+    if scheme.startswith("databricks"):
+        return Store(uri, MlflowClient(uri))
+    if scheme == "sqlite":
+        path = database.sqlite_path(uri)
+        return Store(f"sqlite:///{path}", database.open_sqlite(path), path)
+    if scheme.split("+")[0] in ("postgresql", "mysql", "mssql"):
+        return Store(uri, database.open_database(uri, redact(uri)))
+    raise MechdiffError(
+        f"Tracking URI {redact(uri)!r} is a directory or of an unknown kind; MLflow keeps registered maps in "
+        "a database, so use sqlite:///mlflow.db or the http:// address of an MLflow server."
+    )
+
+
+def prepare_process() -> None:
+    """Set what our processes want of MLflow, where the user has not decided otherwise."""
+    for name, value in _PROCESS_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    for chatty in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+@contextmanager
+def one_attempt() -> Iterator[None]:
+    """Requests in here are not tried again when they fail."""
+    before = os.environ.get(_RETRIES)
+    os.environ[_RETRIES] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_RETRIES]
+        else:
+            os.environ[_RETRIES] = before
+
+
+def redact(uri: str) -> str:
+    """`uri` with user name, password and any secret in the query replaced by ***."""
+    return _SECRET_QUERY.sub(r"\1***", _USER_INFO.sub(r"\1***@", uri))
+
+
+def _check_server(uri: str) -> None:
+    try:
+        answer = http_request(
+            get_default_host_creds(uri),
+            "/api/2.0/mlflow/experiments/search",
+            "POST",
+            json={"max_results": 1},
+            max_retries=0,
+            timeout=_SERVER_ANSWER_S,
+            raise_on_status=False,
+        )
+    except (MlflowException, requests.RequestException) as error:
+        raise MechdiffError(
+            f"No tracking server answers at {redact(uri)}; start one with `mlflow server --port "
+            f"{urlsplit(uri).port or 5000}`, or set MLFLOW_TRACKING_URI to one that runs, or unset it to use "
+            "./mlflow.db."
+        ) from error
+    if answer.status_code in (401, 403):
+        raise MechdiffError(
+            f"The tracking server {redact(uri)} wants to know who you are (HTTP {answer.status_code}); set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        )
+    try:
+        is_mlflow = answer.status_code == 200 and isinstance(answer.json(), dict)
+    except ValueError:
+        is_mlflow = False
+    if not is_mlflow:
+        raise MechdiffError(
+            f"What answers at {redact(uri)} (HTTP {answer.status_code}) is not an MLflow tracking server; "
+            "check host, port and path of MLFLOW_TRACKING_URI."
+        )

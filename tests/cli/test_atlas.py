@@ -1,0 +1,80 @@
+"""The atlas: every site has its row, the first difference is found, and sites above the floor get runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow
+import pytest
+import toy as toys
+from cli.conftest import Invoke
+from cli.test_run import SITE, artifacts, runs_of
+
+from mechdiff_mlflow import load_map, stats
+from mechdiff_mlflow.cli.reports import evidence_of
+from mechdiff_mlflow.report.atlas import first_difference
+from mechdiff_mlflow.tracking.store import open_store
+
+
+@pytest.fixture
+def shown(toy: Path, mechdiff: Invoke) -> str:
+    return mechdiff("atlas", "--pair", str(toy), "--promote-best", "2").output
+
+
+def test_atlas_finds_where_the_models_begin_to_differ(
+    shown: str, toy: Path, here: Path, mechdiff: Invoke, client: mlflow.MlflowClient
+) -> None:
+    evidence = evidence_of(open_store(), "toy", "toy")
+    table = evidence.atlas
+    assert table is not None
+    assert list(table["site"][:3]) == ["L0/resid_pre", "L0/attn_out", "L0/mlp_out"]
+    assert len(table) == 4 * toys.N_LAYERS
+    # The toy's output projections of attention differ from layer 2 on, and nothing before.
+    first = 4 * toys.FIRST_CHANGED + 1
+    assert (table["change"][:first] == 0).all()
+    assert (table["KL_raw"][:first] == 0).all()
+    assert table["change"][first] > 0
+    assert table["site"][first] == "L2/attn_out"
+    assert "The first site whose activations differ is `L2/attn_out`" in shown
+    assert f"the {first} sites before it are bit-identical" in shown
+
+    above = table[table["above_floor"]]
+    runs = runs_of(client)
+    assert {kind: len(found) for kind, found in runs.items()} == {"atlas": 1, "patch": len(above)}
+    for run in runs["patch"]:
+        row = above[above["site"] == f"L{run.data.params['layer']}/{run.data.params['hook']}"].iloc[0]
+        for key in ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "rho"):
+            assert row[key] == run.data.metrics[key]
+    assert list(above["p_holm"]) == stats.holm(list(above["p"]))
+    (parent,) = runs["atlas"]
+    assert {"atlas.json", "figures.html", "figures"} <= artifacts(client, parent)
+    curve = client.get_metric_history(parent.info.run_id, "KL_raw/attn_out")
+    attention = table[table["hook"] == "attn_out"]
+    assert {p.step: p.value for p in curve} == dict(zip(attention["layer"], attention["KL_raw"], strict=True))
+
+
+def test_the_best_on_val_are_registered_and_each_place_once(
+    shown: str, mechdiff: Invoke, client: mlflow.MlflowClient
+) -> None:
+    names = [line.split()[3] for line in shown.splitlines() if line.startswith("Fetch:")]
+    assert len(names) == 2
+    assert not any("resid_pre" in name for name in names), "what enters a block left the one before"
+    for name in names:
+        assert load_map(name).alpha == 1.0
+
+
+def test_the_report_shows_the_atlas(shown: str, toy: Path, here: Path, mechdiff: Invoke) -> None:
+    mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "1")
+    mechdiff("report", "--pair", str(toy))
+    text = (here / "mechdiff-report.md").read_text()
+    assert "**Where.** The first site whose activations differ is `L2/attn_out`" in text
+    assert "atlas-kl-raw.png" in text
+
+
+def test_one_hook_of_equal_models(toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient) -> None:
+    mechdiff("atlas", "--pair", str(toy), "--hooks", "resid_pre")
+    table = evidence_of(open_store(), "toy", "toy").atlas
+    assert table is not None
+    assert set(table["hook"]) == {"resid_pre"}
+    equal = table[:2].assign(change=0.0)
+    assert "are equal at all 2 sites" in first_difference(equal)

@@ -1,0 +1,56 @@
+"""Every command has help with an example, and every example runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import mlflow
+import pytest
+from cli.conftest import Invoke
+from cli.test_run import runs_of
+
+from mechdiff_mlflow.cli import cli
+
+PLACE = {"26": "3", "24": "2", "L26": "L3", "L24": "L2", "cultural-demo": "toy", "1,8,32,full": "1,8,full"}
+
+
+def examples(name: str) -> list[str]:
+    text = cli.commands[name].help or ""
+    return re.findall(r"^ *mechdiff (.+)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_command_says_what_it_does_with_an_example_of_itself(name: str, mechdiff: Invoke) -> None:
+    assert examples(name)
+    assert all(shlex.split(example)[0] == name for example in examples(name))
+    shown = mechdiff(name, "--help").output
+    assert "Example:" in shown
+    for parameter in cli.commands[name].params:
+        assert not isinstance(parameter, click.Option) or parameter.help, f"{parameter.name} has no help"
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_example_runs(name: str, toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient) -> None:
+    """On the toy pair, which has 4 layers: sites are moved, nothing else."""
+    if name in ("promote", "fetch", "patch", "maps", "report", "report-pass", "compare"):
+        mechdiff("run", "--pair", str(toy), "--layer", "3", "--hook", "attn_out", "--alpha", "1", "--promote")
+    if name == "compare":
+        (toy.parent / "twin.yaml").write_text(toy.read_text().replace("name: toy", "name: twin"))
+        twin = ("--pair", str(toy.parent / "twin.yaml"))
+        mechdiff("run", *twin, "--layer", "3", "--hook", "attn_out", "--alpha", "1")
+    for example in examples(name):
+        words = shlex.split(re.sub(r"cultural-demo-L26", "toy-L3", example))
+        words = [re.sub(r"L26|L24|\b26\b|\b24\b|1,8,32,full", lambda m: PLACE[m[0]], word) for word in words]
+        words = [str(toy) if word == "cultural-demo" else word for word in words]
+        words = [str(toy.parent / "twin.yaml") if word == "cognitive-demo" else word for word in words]
+        if name == "promote":
+            words[1] = runs_of(client)["fit"][0].info.run_id
+        pair = (
+            []
+            if "--pair" in words or name in ("promote", "fetch", "maps", "doctor", "compare")
+            else ["--pair", str(toy)]
+        )
+        mechdiff(*words, *pair)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import toy as toys
+
+from mechdiff_mlflow.experiments.doctor import Check, examine
+from mechdiff_mlflow.pairs import Pair, load_pair
+from mechdiff_mlflow.spec import PairSpec
+
+
+def load(spec: Path) -> Pair:
+    return load_pair(PairSpec.load(str(spec)))
+
+
+def failed(pair: Pair) -> dict[str, str]:
+    checks: list[Check] = list(examine(pair))
+    assert len(checks) == 8, "a failing check does not end the others"
+    return {check.name: check.seen for check in checks if not check.passed}
+
+
+def test_a_sound_pair_passes_every_check(toy: Path) -> None:
+    seen = {check.name: check for check in examine(load(toy))}
+    assert all(check.passed for check in seen.values()), seen
+    assert seen["untouched layers agree"].seen == "first changed layer 2; all 8 sites below are bit-identical"
+
+
+def test_two_copies_of_one_model_are_noticed(toy: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy.parent, tmp_path / "pair")
+    shutil.copy(tmp_path / "pair/base/model.safetensors", tmp_path / "pair/tuned/model.safetensors")
+    assert "are they two models" in failed(load(tmp_path / "pair/toy.yaml"))["oracle map"]
+
+
+def test_a_model_that_ignores_its_mask_is_noticed(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = load(toy)
+    forward = pair.tuned.model.forward
+    with pair.tuned.engine():
+        pass  # the engine's own start-up check comes first, and would notice already
+    monkeypatch.setattr(
+        pair.tuned.model,
+        "forward",
+        lambda *args, **kwargs: forward(
+            *args, **{**kwargs, "attention_mask": torch.ones_like(kwargs["input_ids"])}
+        ),
+    )
+    assert "--batch-size 1" in failed(pair)["capture invariant to padding and batch"]
+
+
+def test_layers_that_should_agree_and_do_not_are_noticed(toy: Path) -> None:
+    pair = load(toy)
+    weight = pair.tuned.model.model.layers[1].mlp.down_proj
+
+    def noisy(module: torch.nn.Module, args: object, out: torch.Tensor) -> torch.Tensor:
+        return out + 1e-3
+
+    handle = weight.register_forward_hook(noisy)
+    try:
+        seen = failed(pair)
+    finally:
+        handle.remove()
+    assert (
+        "Weights agree below layer 2 and activations at L1/mlp_out do not" in seen["untouched layers agree"]
+    )
+
+
+def test_different_token_ids_are_noticed_where_tokenizers_agree(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = load(toy)
+    tokens = pair.tokens
+    monkeypatch.setattr(
+        Pair,
+        "tokens",
+        lambda self, role, prompts, position: tokens("base", prompts, position)[: 8 if role == "base" else 7],
+    )
+    assert "same token ids" in failed(pair)
+
+
+def test_widths_that_differ_are_said_and_not_failed(toy: Path, tmp_path: Path) -> None:
+    shutil.copytree(toy.parent, tmp_path / "pair")
+    shutil.rmtree(tmp_path / "pair/tuned")
+    toys.write_model(tmp_path / "pair/tuned", toys.model(1, width=24))
+    assert failed(load(tmp_path / "pair/toy.yaml")) == {}

@@ -1,0 +1,307 @@
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.stats import (
+    Bootstrap,
+    Correlation,
+    Interval,
+    correlation,
+    drop_difference,
+    drop_pct,
+    holm,
+    kl_difference,
+    min_k,
+    permutation_p,
+    sign_flip_p,
+)
+
+FEW = Bootstrap(n_resamples=499, seed=3)
+SEED_KEYWORD = "rng" if "rng" in inspect.signature(scipy.stats.bootstrap).parameters else "random_state"
+KL = st.lists(st.floats(0, 50), min_size=2, max_size=12)
+
+
+def prompts(n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    raw = rng.lognormal(0, 1.2, n)
+    return raw, raw * rng.uniform(0.1, 1.2, n)
+
+
+def scipys(data: tuple[np.ndarray, ...], statistic: Any) -> tuple[float, float]:
+    found = scipy.stats.bootstrap(
+        data,
+        statistic,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=FEW.n_resamples,
+        **{SEED_KEYWORD: np.random.default_rng(FEW.seed)},
+    ).confidence_interval
+    return found.low, found.high
+
+
+def test_drop_is_a_ratio_of_means_with_scipys_interval() -> None:
+    raw, mapped = prompts()
+    found = drop_pct(raw, mapped, bootstrap=FEW)
+    assert found.estimate == pytest.approx(100 * (1 - mapped.sum() / raw.sum()), rel=1e-12)
+    assert found.estimate != pytest.approx(100 * (1 - mapped / raw).mean(), rel=1e-2)
+    expected = scipys((raw, mapped), lambda r, m, axis=-1: 100 * (1 - m.sum(axis) / r.sum(axis)))
+    assert (found.low, found.high) == pytest.approx(expected, rel=1e-10)
+    assert found.level == 0.95
+
+
+def test_difference_has_scipys_interval() -> None:
+    raw, mapped = prompts()
+    found = kl_difference(raw, mapped, bootstrap=FEW)
+    assert found.estimate == pytest.approx((raw - mapped).mean(), rel=1e-12)
+    expected = scipys((raw, mapped), lambda r, m, axis=-1: (r - m).mean(axis))
+    assert (found.low, found.high) == pytest.approx(expected, rel=1e-10)
+
+
+def test_correlation_has_scipys_interval() -> None:
+    raw, mapped = prompts(15)
+    found = correlation(raw, mapped, bootstrap=FEW)
+    assert found.n == 15
+    for name, interval in (("pearsonr", found.pearson), ("spearmanr", found.spearman)):
+        of = getattr(scipy.stats, name)
+        assert interval.estimate == pytest.approx(of(raw, mapped).statistic, rel=1e-12)
+
+        def statistic(a: np.ndarray, b: np.ndarray, axis: int = -1, of: Any = of) -> np.ndarray:
+            pairs = zip(np.atleast_2d(a), np.atleast_2d(b), strict=True)
+            return np.squeeze([of(u, v).statistic for u, v in pairs])
+
+        assert (interval.low, interval.high) == pytest.approx(scipys((raw, mapped), statistic), rel=1e-9)
+
+
+def test_intervals_are_seeded_and_widen_with_the_level() -> None:
+    raw, mapped = prompts()
+    one = drop_pct(raw, mapped, bootstrap=FEW)
+    assert one == drop_pct(raw, mapped, bootstrap=FEW)
+    assert one != drop_pct(raw, mapped, bootstrap=Bootstrap(499, seed=4))
+    wide = drop_pct(raw, mapped, bootstrap=Bootstrap(499, level=0.99, seed=3))
+    assert one.low is not None
+    assert wide.low is not None
+    assert wide.low < one.low
+    assert wide.level == 0.99
+
+
+@pytest.mark.slow
+def test_intervals_cover_about_as_often_as_they_say() -> None:
+    """0.93 at n=150 on heavy tails: the percentile bootstrap is a little too sure of itself."""
+    rng = np.random.default_rng(0)
+
+    def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
+        raw = rng.lognormal(0, 1, n)
+        return raw, raw * rng.beta(2, 2, n)
+
+    few = Bootstrap(n_resamples=999)
+    found = [drop_pct(*draw(150), bootstrap=few) for _ in range(300)]
+    covered = np.mean([i.low <= 50.0 <= i.high for i in found if i.low is not None and i.high is not None])
+    assert 0.89 <= covered <= 0.98
+
+
+# The undefined is None, never infinite
+
+
+@given(KL, KL, st.floats(0, 5))
+def test_drop_is_finite_or_none(raw: list[float], mapped: list[float], noise_floor: float) -> None:
+    n = min(len(raw), len(mapped))
+    found = drop_pct(raw[:n], mapped[:n], noise_floor=noise_floor, bootstrap=Bootstrap(50))
+    defined = np.mean(raw[:n]) >= 10 * noise_floor and np.mean(raw[:n]) > 1e-300
+    assert found.estimate is not None if defined and max(mapped[:n]) < 1e-3 else True
+    assert all(v is None or math.isfinite(v) for v in (found.estimate, found.low, found.high))
+    assert found.estimate is not None or found.low is None
+    if np.mean(raw[:n]) < 10 * noise_floor:
+        assert found == Interval(None, None, None, 0.95)
+
+
+def test_a_reference_that_resamples_may_miss_has_no_bounds() -> None:
+    found = drop_pct([0.0] * 9 + [1.0], [0.1] * 10, bootstrap=FEW)
+    assert found == Interval(0.0, None, None, 0.95)
+    assert drop_pct([0.0, 0.0], [1.0, 1.0]).estimate is None
+    assert drop_pct([1e-320, 1e-320], [1.0, 1.0]).estimate is None
+
+
+def test_the_noise_floor_counts_ten_times() -> None:
+    raw, mapped = [1.0, 1.0], [0.5, 0.5]
+    assert drop_pct(raw, mapped, noise_floor=0.1).estimate == 50.0
+    assert drop_pct(raw, mapped, noise_floor=0.11).estimate is None
+    assert min_k([1], raw, [mapped], target_pct=30, noise_floor=0.11) is None
+
+
+def test_correlation_with_a_constant_is_undefined() -> None:
+    undefined = Interval(None, None, None, 0.95)
+    assert correlation([0.1] * 5, [1, 2, 3, 4, 5]) == Correlation(undefined, undefined, 5)
+    sometimes = correlation([0.0, 0.0, 1.0], [1.0, 2.0, 3.0], bootstrap=FEW)
+    assert sometimes.pearson.estimate is not None
+    assert sometimes.pearson.low is None
+
+
+# The smallest rank
+
+
+def table(*drops: float, n: int = 20) -> list[list[float]]:
+    return [[1 - drop / 100] * n for drop in drops]
+
+
+def test_min_k_needs_all_larger_ranks_to_reach() -> None:
+    raw = [1.0] * 20
+    found = min_k([1, 8, 32, 64], raw, table(40, 10, 31, 50), target_pct=30)
+    assert found is not None
+    assert (found.k, found.low, found.high, found.conservative_k, found.p_reached) == (32, 32, 32, 32, 1.0)
+    assert [drop.estimate for drop in found.drops] == pytest.approx([40, 10, 31, 50])
+
+
+def test_min_k_of_what_the_largest_rank_does_not_reach_is_none() -> None:
+    found = min_k([1, 8, 32], [1.0] * 20, table(40, 50, 29), target_pct=30)
+    assert found is not None
+    assert (found.k, found.low, found.high, found.conservative_k, found.p_reached) == (
+        None,
+        None,
+        None,
+        None,
+        0.0,
+    )
+
+
+def test_min_k_takes_ranks_in_any_order() -> None:
+    raw, mapped = prompts()
+    rows = [mapped * f for f in (1.1, 0.8, 0.7)]
+    rising = min_k([1, 8, 32], raw, rows, target_pct=40, bootstrap=FEW)
+    assert rising == min_k([32, 1, 8], raw, [rows[2], rows[0], rows[1]], target_pct=40, bootstrap=FEW)
+
+
+def test_min_k_interval_is_that_of_resampled_prompts() -> None:
+    raw, mapped = prompts(30, seed=1)
+    ks, rows = [1, 4, 16, 64], np.stack([mapped * f for f in (1.3, 1.1, 1.0, 0.85)])
+    target = 33.0
+    found = min_k(ks, raw, rows, target_pct=target, bootstrap=FEW)
+    assert found is not None
+
+    def first(order: np.ndarray) -> float:
+        drops = [100 * (1 - row[order].sum() / raw[order].sum()) for row in rows]
+        starts = [k for i, k in enumerate(ks) if all(d >= target for d in drops[i:])]
+        return min(starts, default=math.inf)
+
+    drawn = np.random.default_rng(FEW.seed).integers(0, 30, (FEW.n_resamples, 30))
+    resampled = sorted(first(order) for order in drawn)
+    assert found.k == first(np.arange(30))
+    low, high = resampled[math.ceil(0.025 * 499) - 1], resampled[math.ceil(0.975 * 499) - 1]
+    assert (found.low, found.high) == (low, None if math.isinf(high) else high)
+    assert found.p_reached == np.mean(np.isfinite(resampled))
+    assert 0 < found.p_reached < 1
+    assert found.low != found.high
+    sure = [drop.low is not None and drop.low >= target for drop in found.drops]
+    assert found.conservative_k == min((k for i, k in enumerate(ks) if all(sure[i:])), default=None)
+
+
+@given(st.lists(st.floats(-50, 100), min_size=1, max_size=6), st.floats(-20, 90))
+def test_conservative_k_is_never_smaller(drops: list[float], target: float) -> None:
+    rng = np.random.default_rng(0)
+    raw = rng.lognormal(size=12)
+    rows = [raw * (1 - d / 100) * rng.uniform(0.8, 1.2, 12) for d in drops]
+    found = min_k(range(1, len(drops) + 1), raw, rows, target_pct=target, bootstrap=Bootstrap(99))
+    assert found is not None
+    if found.conservative_k is not None:
+        assert found.k is not None
+        assert found.k <= found.conservative_k
+
+
+# Tests
+
+
+def test_sign_flip_is_the_exact_test_in_the_long_run() -> None:
+    d = np.random.default_rng(0).normal(0.4, 1, 10)
+    means = [np.dot(signs, d) for signs in itertools.product([-1, 1], repeat=10)]
+    exact = np.mean([m >= d.sum() - 1e-12 for m in means])
+    both = np.mean([abs(m) >= abs(d.sum()) - 1e-12 for m in means])
+    assert sign_flip_p(d, n_flips=40_000) == pytest.approx(exact, abs=0.01)
+    assert sign_flip_p(d, n_flips=40_000, alternative="two-sided") == pytest.approx(both, abs=0.015)
+    assert sign_flip_p(-d, n_flips=40_000) == pytest.approx(1 - exact, abs=0.01)
+    assert sign_flip_p(d, seed=1) == sign_flip_p(d, seed=1)
+
+
+@pytest.mark.parametrize("alternative", ["greater", "two-sided"])
+def test_sign_flip_of_no_difference_is_one(alternative: Any) -> None:
+    assert sign_flip_p([0.0] * 7, alternative=alternative) == 1.0
+
+
+def test_sign_flip_counts_ties_against_rounding() -> None:
+    # Half of the flips of three equal differences and their sum in another order tie with the observed sum.
+    assert sign_flip_p([0.1, 0.2, 0.3] * 4, n_flips=100_000) == pytest.approx(2**-12, abs=3e-4)
+
+
+def test_permutation_p_is_never_zero() -> None:
+    assert permutation_p(0.0, [1.0] * 99) == 1 / 100
+    assert permutation_p(1.0, [1.0, 0.5, 2.0]) == 3 / 4
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_is_the_step_down_procedure(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    for level in (0.01, 0.05, 0.3):
+        rejected = set()
+        for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+            if p_values[i] * (len(p_values) - place) > level:
+                break
+            rejected.add(i)
+        assert {i for i, p in enumerate(adjusted) if p is not None and p <= level} == rejected
+
+
+def test_holm_by_hand_and_without_the_untested() -> None:
+    assert holm([0.01, None, 0.04, 0.03]) == pytest.approx([0.03, None, 0.06, 0.06])
+    assert holm([]) == []
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: drop_pct([1.0], [1.0]), r"at least 2 prompts, not kl_reference \[1\], kl_mapped \[1\]"),
+        (lambda: drop_pct([1, 2], [1, 2, 3]), r"kl_reference \[2\], kl_mapped \[3\]"),
+        (lambda: kl_difference([1, np.nan], [1, 2]), "1 of 2 values of kl_raw are NaN or infinite"),
+        (lambda: correlation([1, 2], [np.inf, 2]), "1 of 2 values of kl_decrease"),
+        (lambda: min_k([1, 1], [1, 2], [[1, 2], [1, 2]], target_pct=3), "each tested rank once"),
+        (lambda: min_k([1], [1, 2], [[1, 2], [1, 2]], target_pct=3), "each tested rank once"),
+        (lambda: min_k([], [1, 2], [], target_pct=3), "each tested rank once"),
+        (lambda: min_k([1], [1, 2], [[1, 2]], target_pct=np.nan), "target drop is nan; give a finite"),
+        (lambda: holm([0.1, 1.2]), "1.2 is not a p-value"),
+        (lambda: permutation_p(0.1, []), "permute at least once"),
+        (lambda: permutation_p(0.1, [np.nan]), "which 1 are not finite"),
+        (lambda: Bootstrap(0), "at least 1 resample"),
+        (lambda: Bootstrap(level=1.0), "level between 0 and 1"),
+    ],
+)
+def test_mistakes(call: Any, message: str) -> None:
+    with pytest.raises(MechdiffError, match=message):
+        call()
+
+
+def test_drop_difference_resamples_each_set_by_itself() -> None:
+    rng = np.random.default_rng(3)
+    first = rng.exponential(2.0, 40), rng.exponential(1.0, 40)
+    second = rng.exponential(2.0, 25), rng.exponential(1.5, 25)
+    found = drop_difference(first, second, bootstrap=Bootstrap(n_resamples=200, seed=5))
+
+    def drops(pair: tuple[np.ndarray, np.ndarray], seed: int) -> list[float]:
+        n = len(pair[0])
+        drawn = np.random.default_rng(seed).integers(0, n, (200, n))
+        return [100 * (1 - pair[1][i].sum() / pair[0][i].sum()) for i in drawn]
+
+    gaps = np.array(drops(first, 5)) - np.array(drops(second, 6))
+    plain = [100 * (1 - mapped.sum() / raw.sum()) for raw, mapped in (first, second)]
+    assert found.estimate == pytest.approx(plain[0] - plain[1], rel=1e-12)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(gaps, [0.025, 0.975])), rel=1e-9)
+    assert drop_difference(first, (0 * second[0], second[1])).estimate is None

@@ -1,0 +1,166 @@
+import json
+import shutil
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow.models import validate_serving_input
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.tracking import flavour
+from mechdiff_mlflow.tracking.card import model_card
+from mechdiff_mlflow.tracking.flavour import load_model, load_verified, log_model, save_model
+from mechdiff_mlflow.tracking.store import Store
+
+from .conftest import D, flip_byte, make_map
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_model(make_map(alpha=0.3), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_saved_map_comes_back_equal(tmp_path: Path, dtype: torch.dtype) -> None:
+    the_map = make_map(alpha=0.3, dtype=dtype)
+    save_model(the_map, tmp_path / "model")
+    assert load_model(tmp_path / "model") == the_map
+    # At the root, so that models:/NAME@champion/map.pt is a map by itself.
+    assert AffineMap.load(tmp_path / "model" / "map.pt") == the_map
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pyfunc_agrees_bit_for_bit_with_the_map(tmp_path: Path, dtype: torch.dtype) -> None:
+    the_map = make_map(alpha=0.3, dtype=dtype)
+    save_model(the_map, tmp_path / "model")
+    served = mlflow.pyfunc.load_model(str(tmp_path / "model"))
+    x = torch.randn(50, D, generator=torch.Generator().manual_seed(1))
+    assert np.array_equal(served.predict(x.numpy()), the_map(x).numpy())
+    assert served.predict(x.numpy()).dtype == np.float32
+    other = served.predict(x.numpy(), params={"alpha": 0.75})
+    assert np.array_equal(other, the_map.with_alpha(0.75)(x).numpy())
+
+
+def test_the_signature_is_float32_rows_of_the_width(saved: Path) -> None:
+    served = mlflow.pyfunc.load_model(str(saved))
+    assert served.metadata.signature.inputs.inputs[0].shape == (-1, D)
+    assert served.metadata.signature.outputs.inputs[0].shape == (-1, D)
+    with pytest.raises(mlflow.exceptions.MlflowException, match="schema"):
+        served.predict(np.zeros((1, D + 1), np.float32))
+
+
+def test_what_the_serving_example_asks_is_answered(saved: Path) -> None:
+    asked = (saved / "serving_input_example.json").read_text()
+    answer = validate_serving_input(str(saved), asked)
+    x = torch.tensor(json.loads(asked)["inputs"])
+    assert np.array_equal(answer, make_map(alpha=0.3)(x).numpy())
+
+
+@pytest.mark.parametrize("name", [flavour.MAP_FILE, flavour.PROBE_FILE])
+def test_a_flipped_byte_is_refused_by_every_way_of_loading(saved: Path, name: str) -> None:
+    flip_byte(saved / name)
+    with pytest.raises(MechdiffError, match=f"{name} has changed since it was saved"):
+        load_verified(saved)
+    with pytest.raises(MechdiffError, match=f"{name} has changed since it was saved"):
+        mlflow.pyfunc.load_model(str(saved))
+
+
+@given(at=st.integers(0, 10_000), bit=st.integers(0, 7))
+def test_no_single_bit_of_the_map_can_change(
+    tmp_path_factory: pytest.TempPathFactory, at: int, bit: int
+) -> None:
+    folder = tmp_path_factory.mktemp("flip") / "model"
+    save_model(make_map(), folder)
+    content = bytearray((folder / "map.pt").read_bytes())
+    content[at % len(content)] ^= 1 << bit
+    (folder / "map.pt").write_bytes(content)
+    with pytest.raises(MechdiffError):
+        load_verified(folder)
+    shutil.rmtree(folder)
+
+
+def test_a_map_that_computes_something_else_is_refused_even_with_its_digest(saved: Path) -> None:
+    make_map(alpha=0.3001).save(saved / "map.pt")
+    conf = yaml.safe_load((saved / "MLmodel").read_text())
+    conf["flavors"]["mechdiff"]["sha256"] = flavour.digest(saved / "map.pt")
+    (saved / "MLmodel").write_text(yaml.safe_dump(conf))
+    with pytest.raises(MechdiffError, match="computes something else than when it was saved"):
+        load_verified(saved)
+
+
+@pytest.mark.parametrize("name", flavour.NEEDED_FILES)
+def test_an_incomplete_model_is_refused(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(MechdiffError, match=f"has no {name}"):
+        load_verified(saved)
+
+
+@pytest.mark.parametrize(
+    "content", ["flavors: {}", "flavors: {sklearn: {data: x}}", "[1, 2]", "a: [", "flavors: 3"]
+)
+def test_other_models_are_refused(saved: Path, content: str) -> None:
+    (saved / "MLmodel").write_text(content)
+    with pytest.raises(MechdiffError, match="not a map of mechdiff"):
+        load_verified(saved)
+
+
+def test_a_model_is_not_saved_over_another(saved: Path) -> None:
+    with pytest.raises(MechdiffError, match="is not empty"):
+        save_model(make_map(), saved)
+
+
+def test_nothing_in_a_model_needs_unpickling_beyond_plain_tensors(saved: Path) -> None:
+    torch.load(saved / "map.pt", weights_only=True)
+    assert "cloudpickle" not in (saved / "MLmodel").read_text() + (saved / "requirements.txt").read_text()
+    requirements = (saved / "requirements.txt").read_text().split()
+    assert all("==" in line for line in requirements)
+    assert any(line.startswith("mechdiff-mlflow==") for line in requirements)
+
+
+def test_a_logged_map_is_ready_and_belongs_to_its_run(store: Store) -> None:
+    run_id = store.client.create_run(store.experiment("demo")).info.run_id
+    the_map = make_map(alpha=0.3)
+    logged = log_model(the_map, "L3/attn_out α=0.3", store=store, run_id=run_id, metrics={"drop_pct": 34.0})
+    model = store.client.get_logged_model(logged.model_id)
+    assert (model.status, model.name, model.source_run_id) == ("READY", "L3-attn_out α=0,3", run_id)
+    assert logged.sha256 == the_map.sha256()
+    assert "drop_pct | 34" in model.tags["mlflow.note.content"]
+    assert flavour.maps_of_run(store, run_id) == [logged]
+    mlflow.set_tracking_uri(store.uri)
+    assert load_model(f"models:/{logged.model_id}") == the_map
+
+
+def test_a_store_that_keeps_other_bytes_is_found_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = store.client.create_run(store.experiment("demo")).info.run_id
+    upload = store.client.log_model_artifacts
+
+    def damaging(model_id: str, folder: str) -> None:
+        upload(model_id, folder)
+        [stored] = (store.sqlite_path or Path()).parent.rglob("map.pt")
+        flip_byte(stored)
+
+    monkeypatch.setattr(store.client, "log_model_artifacts", damaging)
+    with pytest.raises(MechdiffError, match=r"map\.pt has changed"):
+        log_model(make_map(), "x", store=store, run_id=run_id)
+    [model] = store.client.search_logged_models([store.experiment("demo")])
+    assert model.status == "FAILED"
+    assert flavour.maps_of_run(store, run_id) == []
+
+
+def test_the_card_shows_what_is_known_and_says_what_is_not() -> None:
+    card = model_card(
+        make_map(alpha=0.3), {"drop_pct": 34.25, "ci/drop_pct_low": 30.0, "ci/drop_pct_high": 38.0}
+    )
+    assert "at L3/attn_out" in card
+    assert "α = 0.3" in card
+    assert "| drop_pct | 34.25 | 30 to 38 |" in card
+    assert "skill_pct |" not in card
+    assert make_map(alpha=0.3).sha256() in card
+    assert "Not measured yet" in model_card(make_map(), {})

@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import _validate_metric_name, _validate_param_name, _validate_tag_name
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.records import PromptSet, RunRecord, check_key, param_text, prompt_digest
+
+from .conftest import make_map
+
+PROMPTS = st.lists(st.text(max_size=5), max_size=6)
+
+
+@given(st.text(max_size=12) | st.text(alphabet="ab/.-_ α%:=()@", max_size=8))
+def test_keys_that_pass_are_keys_that_mlflow_takes(key: str) -> None:
+    try:
+        check_key(key)
+    except MechdiffError:
+        return
+    try:
+        for validate in (_validate_metric_name, _validate_param_name, _validate_tag_name):
+            validate(key)
+    except MlflowException as error:
+        pytest.fail(f"MLflow refuses {key!r}: {error}")
+
+
+@pytest.mark.parametrize(
+    "key", ["drop%", "a=b", "f(x)", "p@1", "a:b", "", "a//b", "../a", "/a", "a/", "x" * 251]
+)
+def test_bad_keys_are_refused_before_any_call(key: str) -> None:
+    with pytest.raises(MechdiffError):
+        RunRecord(kind="fit", name="x", metrics={key: 1.0})
+
+
+@pytest.mark.parametrize("key", ["KL_raw", "ci/drop_pct_low", "α", "time/fit.s", "top-1 agreement"])
+def test_the_names_we_use_are_accepted(key: str) -> None:
+    check_key(key)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.3, "0.3"), (1, "1"), (True, "true"), (np.float64(0.1), "0.1"), (np.int64(8), "8"), ("full", "full")],
+)
+def test_params_are_stored_in_their_shortest_exact_form(value: object, text: str) -> None:
+    assert param_text("p", value) == text
+
+
+@pytest.mark.parametrize("value", [None, "", [1, 2], {"a": 1}])
+def test_params_without_a_plain_value_are_refused(value: object) -> None:
+    with pytest.raises(MechdiffError, match=r"'p' is .*leave the key out"):
+        RunRecord(kind="fit", name="x", params={"p": value})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("value", [True, "0.3", None])
+def test_metrics_are_numbers(value: object) -> None:
+    with pytest.raises(MechdiffError, match=r"'m' is .*no number"):
+        RunRecord(kind="fit", name="x", metrics={"m": value})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    "path", ["../x.json", "/x.json", "a/../../x.json", "a\\x.json", "C:x.json", "", "a//x.json"]
+)
+def test_artifacts_cannot_leave_the_run(path: str) -> None:
+    with pytest.raises(MechdiffError, match="not plain and relative"):
+        RunRecord(kind="fit", name="x", texts={path: "x"})
+
+
+def test_one_path_holds_one_artifact() -> None:
+    with pytest.raises(MechdiffError, match=r"'a\.json' is given twice"):
+        RunRecord(kind="fit", name="x", texts={"a.json": "x"}, files={"a.json": Path("y")})
+
+
+def test_tables_are_json() -> None:
+    with pytest.raises(MechdiffError, match=r"must end in \.json"):
+        RunRecord(kind="fit", name="x", tables={"a.csv": pd.DataFrame()})
+
+
+def test_long_descriptions_are_refused_rather_than_cut() -> None:
+    with pytest.raises(MechdiffError, match="8001 characters and MLflow keeps 8000"):
+        RunRecord(kind="fit", name="x", description="x" * 8001)
+
+
+def test_a_run_fits_a_map_or_evaluates_one() -> None:
+    with pytest.raises(MechdiffError, match="both fits a map and evaluates"):
+        RunRecord(kind="fit", name="x", map=make_map(), map_run="r")
+
+
+def test_a_run_has_a_name() -> None:
+    with pytest.raises(MechdiffError, match="The name of a run is empty"):
+        RunRecord(kind="fit", name=" ")
+
+
+@given(PROMPTS, PROMPTS)
+def test_digests_differ_exactly_when_prompts_do(a: list[str], b: list[str]) -> None:
+    assert (prompt_digest(a) == prompt_digest(b)) == (a == b)
+
+
+def test_digests_see_where_prompts_end_and_fit_mlflow() -> None:
+    assert prompt_digest(["ab", "c"]) != prompt_digest(["a", "bc"])
+    PromptSet("p", "test", prompt_digest(["a"]), 1)
+    with pytest.raises(MechdiffError, match=r"use prompt_digest\(\)"):
+        PromptSet("p", "test", "0" * 64, 1)

@@ -1,0 +1,61 @@
+import pytest
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking import results
+from mechdiff_mlflow.tracking.records import RunRecord
+from mechdiff_mlflow.tracking.results import results_df
+from mechdiff_mlflow.tracking.runs import Tracker
+from mechdiff_mlflow.tracking.store import Store
+
+
+def log(tracker: Tracker) -> str:
+    with tracker.run("sweep", "s") as run:
+        for k, drop in ((1, 5.0), (8, 30.0), ("full", 34.0)):
+            params = {"k": k, "alpha": 0.3, "revision": "007", "seed": 1, "peft": False}
+            run.log(RunRecord(kind="patch", name=f"k={k}", params=params, metrics={"drop_pct": drop}))
+    return run.run_id
+
+
+def test_params_are_numbers_where_they_read_as_numbers(store: Store, tracker: Tracker) -> None:
+    parent = log(tracker)
+    table = results_df(store, "demo", kind="patch").set_index("name")
+    assert table["k"].to_dict() == {"k=1": 1, "k=8": 8, "k=full": "full"}
+    assert table["alpha"].max() == 0.3
+    assert set(table["revision"]) == {"007"}
+    assert not table["peft"].any()
+    assert table.loc["k=8", "drop_pct"] == 30.0
+    assert set(table["parent_id"]) == {parent}
+    assert set(table["status"]) == {"FINISHED"}
+    assert str(table["started"].dt.tz) == "UTC"
+
+
+def test_mlflows_filters_and_every_page_are_used(
+    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log(tracker)
+    monkeypatch.setattr(results, "_PAGE", 2)
+    assert len(results_df(store, "demo")) == 4
+    assert list(results_df(store, "demo", kind="patch", where="metrics.drop_pct > 10")["drop_pct"]) == [
+        34,
+        30,
+    ]
+
+
+def test_bad_filters_and_experiments_are_errors(store: Store, tracker: Tracker) -> None:
+    log(tracker)
+    with pytest.raises(MechdiffError, match="Invalid clause"):
+        results_df(store, "demo", where="metrics.drop_pct >")
+    with pytest.raises(MechdiffError, match="no experiment 'other'"):
+        results_df(store, "other")
+
+
+def test_an_empty_experiment_has_the_first_columns(store: Store) -> None:
+    store.experiment("empty")
+    table = results_df(store, "empty")
+    assert table.empty
+    assert list(table)[:3] == ["run_id", "name", "kind"]
+
+
+@pytest.mark.parametrize("text", ["1_000", "nan", "inf", "007", "1e999", "0x1", " 1", "١"])
+def test_what_only_python_reads_as_a_number_stays_text(text: str) -> None:
+    assert results._value(text) == text

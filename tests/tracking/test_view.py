@@ -1,0 +1,69 @@
+import base64
+import json
+import zlib
+from typing import Any
+
+import pytest
+
+from mechdiff_mlflow.tracking import view
+from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.view import install_view, run_url, ui_command, version_url, view_url
+
+
+def state(store: Store, experiment_id: str) -> dict[str, Any]:
+    tag = json.loads(store.client.get_experiment(experiment_id).tags["mlflow.sharedViewState.mechdiff"])
+    assert tag.keys() == {"name", "createdAt", "updatedAt", "state"}
+    form, _, packed = tag["state"].partition(";")
+    assert form == "deflate"
+    found: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(packed)))
+    return found
+
+
+def test_the_view_has_the_charts_of_a_sweep(store: Store) -> None:
+    experiment_id = store.experiment("demo")
+    install_view(store, experiment_id)
+    found = state(store, experiment_id)
+    parallel, scatter, contour, bar = found["compareRunCharts"]
+    assert (parallel["type"], parallel["selectedParams"]) == ("PARALLEL", ["layer", "hook", "alpha", "k"])
+    assert parallel["selectedMetrics"] == ["drop_pct"]
+    assert (scatter["type"], scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == ("SCATTER", "k", "drop_pct")
+    assert contour["type"] == "CONTOUR"
+    assert [contour[axis]["key"] for axis in ("xaxis", "yaxis", "zaxis")] == ["k", "alpha", "drop_pct"]
+    assert (bar["type"], bar["metricKey"]) == ("BAR", "drop_pct")
+    sections = {section["uuid"] for section in found["compareRunSections"]}
+    assert {chart["metricSectionId"] for chart in found["compareRunCharts"]} <= sections
+    assert found["orderByKey"] == "metrics.`drop_pct`"
+    assert "params.`layer`" in found["selectedColumns"]
+    # MLflow must be able to run the filter, or the UI shows an error instead of the runs.
+    assert list(store.client.search_runs([experiment_id], found["searchFilter"])) == []
+
+
+def test_installing_it_again_writes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment_id = store.experiment("demo")
+    install_view(store, experiment_id)
+
+    def never(*_: object) -> None:
+        pytest.fail("the tag was written again")
+
+    monkeypatch.setattr(store.client, "set_experiment_tag", never)
+    install_view(store, experiment_id)
+
+
+def test_it_is_never_the_reason_for_a_failure(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_view(store, "12345")
+    experiment_id = store.experiment("demo")
+    store.client.set_experiment_tag(experiment_id, view._TAG, "not JSON")
+    install_view(store, experiment_id)
+
+
+def test_links(store: Store) -> None:
+    base = "http://127.0.0.1:5000/#/experiments/3/runs"
+    query = "viewStateShareKey=mechdiff&workflowType=machine_learning"
+    assert view_url(store, "3") == f"{base}?{query}"
+    assert view_url(store, "3", charts=True) == f"{base}?{query}&compareRunsMode=CHART"
+    assert run_url(store, "3", "abc") == f"{base}/abc?workflowType=machine_learning"
+    assert version_url(store, "demo-L3-attn_out", 2).endswith("/#/models/demo-L3-attn_out/versions/2")
+    assert ui_command(store) == f"mlflow ui --backend-store-uri {store.uri}"
+    server = Store("http://ann:secret@host:5000", store.client)
+    assert view_url(server, "3").startswith("http://***@host:5000/#/")
+    assert ui_command(server) is None
