@@ -164,7 +164,7 @@ class Pair:
         base, tuned = (self.tokens(role, prompts, position) for role in ("base", "tuned"))
         if self.tokenizers_agree and base != tuned:
             differ = [
-                i for i, pair in enumerate(zip(base.ids, tuned.ids, strict=True), 1) if pair[0] != pair[1]
+                i for i, pair in enumerate(zip(base.ids, tuned.ids, strict=False), 1) if pair[0] != pair[1]
             ]
             where = f"{len(differ)} {prompts.split} prompts, first {differ[0]}" if differ else "positions"
             raise MechdiffError(

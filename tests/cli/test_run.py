@@ -173,6 +173,31 @@ def test_runs_of_different_solvers_have_the_same_columns(
         assert first.data.metrics.keys() == second.data.metrics.keys()
 
 
+def test_permutations_and_solver_inputs_reach_the_run(
+    toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient
+) -> None:
+    words = (
+        "--solver",
+        "logit_subspace",
+        "--directions",
+        "3",
+        "--unembedding",
+        "joint",
+        "--alpha-fit",
+        "inside",
+    )
+    mechdiff("run", "--pair", str(toy), *SITE, *words, "--alpha", "0.5,1", "--permutations", "3")
+    (patch,) = runs_of(client)["patch"]
+    params, metrics = patch.data.params, patch.data.metrics
+    wanted = {"directions": "3", "unembedding": "joint", "alpha_fit": "inside", "permutations": "3"}
+    assert params.items() >= (wanted | {"output_metric": "n/a", "shrink": "n/a"}).items()
+    assert metrics["p/permutation"] in (0.25, 0.5, 0.75, 1.0)
+    assert metrics["control/shuffled"] > 0
+    expected = {"corr/pearson", "ci/corr_pearson_low", "corr/spearman", "p/sign_flip", "p/sign_flip_null"}
+    assert metrics.keys() >= expected | {"cka", "explained_variance"}
+    assert "p/holm" not in metrics
+
+
 def test_sweep_logs_one_run_a_cell_and_draws_drop_over_k(
     toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient
 ) -> None:
@@ -198,6 +223,8 @@ def test_sweep_logs_one_run_a_cell_and_draws_drop_over_k(
         "ranks and scales make a difference"
     )
     assert "min k for 10 % @ L3/resid_post (α=0.5)" in shown
+    for run in runs["patch"]:
+        assert run.data.metrics["p/holm"] >= run.data.metrics["p/sign_flip_null"]
 
 
 def test_promoting_the_parent_promotes_its_map(
