@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from mechdiff_mlflow.engine import ModuleNames, PatchEngine
 from mechdiff_mlflow.engine.architecture import Decoder
@@ -68,6 +68,22 @@ class Side:
         """The patch engine, while the model is this side."""
         with self.switch():
             yield self._engine
+
+    def unembedding(self) -> Tensor:
+        """The matrix from what the last norm leaves to logits, [vocabulary, width], without that norm.
+
+        Raises:
+            MechdiffError: The model has no output embeddings of its own.
+        """
+        with self.switch():
+            head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
+        weight = getattr(head, "weight", None)
+        if not isinstance(weight, Tensor):
+            raise MechdiffError(
+                f"The {self.role} model {type(self.model).__name__} has no output embeddings, which "
+                "logit_subspace is restricted by; use another solver."
+            )
+        return weight.detach()
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -128,7 +144,7 @@ class Pair:
         """Prompts as one side sees them.
 
         Raises:
-            MechdiffError: A template fails, or the sides' tokenizers agree and their tokens do not.
+            MechdiffError: A template fails, doubles BOS, or leaves no tokens.
         """
         key = (role, prompts.split, len(prompts), position)
         if key not in self._tokens:
@@ -138,6 +154,23 @@ class Pair:
                 tokenizer, prompts, chat=self.spec.template != "none", position=position
             )
         return self._tokens[key]
+
+    def check_same_tokens(self, prompts: PromptSet, position: Position) -> None:
+        """Make sure that both sides read the same where their tokenizers are the same.
+
+        Raises:
+            MechdiffError: They do not; or as `tokens`.
+        """
+        base, tuned = (self.tokens(role, prompts, position) for role in ("base", "tuned"))
+        if self.tokenizers_agree and base != tuned:
+            differ = [
+                i for i, pair in enumerate(zip(base.ids, tuned.ids, strict=True), 1) if pair[0] != pair[1]
+            ]
+            where = f"{len(differ)} {prompts.split} prompts, first {differ[0]}" if differ else "positions"
+            raise MechdiffError(
+                f"The tokenizers of {self.name} are the same and base and tuned see different tokens "
+                f"({where}); their special tokens differ, so set template: base in the spec."
+            )
 
     @property
     def tokenizers_agree(self) -> bool:

@@ -73,7 +73,7 @@ def test_a_sublayer_adds_alpha_times_m_of_what_it_added(seed: int, rank: int, ho
 
 
 def test_what_cannot_be_planted_is_said() -> None:
-    with pytest.raises(MechdiffError, match="Rank 5 is too much to plant in 16 dimensions.*at most 4"):
+    with pytest.raises(MechdiffError, match=r"Rank 5 is too much to plant in 16 dimensions.*at most 4"):
         operator(Plant(Site(0, Hook.ATTN_OUT), 5), torch.eye(16))
     with pytest.raises(MechdiffError, match="Identity does not end in a linear o_proj"):
         plant_in(Plant(Site(0, Hook.ATTN_OUT), 1), nn.Identity())

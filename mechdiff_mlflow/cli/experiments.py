@@ -40,6 +40,7 @@ SEED_N = 500
 @options.position
 @options.reported
 @options.n_train
+@options.permutations
 @options.seed
 @options.models
 @options.promotion
@@ -169,6 +170,7 @@ def patch_command(**given: Any) -> None:
 @options.position
 @options.reported
 @options.n_train
+@options.permutations
 @options.seed
 @options.models
 @options.tracking

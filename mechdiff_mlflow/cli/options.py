@@ -144,6 +144,34 @@ solver = _stacked(
         help="Penalty over the mean variance, at least 0.",
     ),
     click.option(
+        "--output-metric",
+        type=one_of("--output-metric", "identity", "tuned_covariance", "fisher"),
+        default="identity",
+        show_default=True,
+        help="How reduced_rank counts errors: as they are, in deviations, or as they move the output.",
+    ),
+    click.option(
+        "--directions",
+        type=whole("--directions", 16, least=1),
+        default="16",
+        show_default=True,
+        help="Output directions that logit_subspace is restricted to.",
+    ),
+    click.option(
+        "--unembedding",
+        type=one_of("--unembedding", "tuned", "joint"),
+        default="tuned",
+        show_default=True,
+        help="Whose top directions those are: tuned, or joint of base and tuned.",
+    ),
+    click.option(
+        "--alpha-fit",
+        type=one_of("--alpha-fit", "after", "inside"),
+        default="after",
+        show_default=True,
+        help="Where alpha enters: after a fit to y, or inside: a fit to y/alpha, then times alpha.",
+    ),
+    click.option(
         "--off-span",
         type=Text("rule", lambda text: None if text == "auto" else OffSpan.parse(text)),
         default="auto",
@@ -179,6 +207,14 @@ position = click.option(
 
 n_train = click.option(
     "--n-train", type=count("--n-train"), default="all", show_default=True, help="Prompts fitted on, or all."
+)
+
+permutations = click.option(
+    "--permutations",
+    type=whole("--permutations", 99),
+    default="0",
+    show_default=True,
+    help="Refits on shuffled pairs, choices inside, for a p-value and a control; 0: none.",
 )
 
 seed = click.option(

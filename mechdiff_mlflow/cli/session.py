@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shlex
 from collections.abc import Iterator
@@ -124,8 +125,8 @@ def settle_threads(pair: Pair) -> None:
 def protocol_of(options: dict[str, Any]) -> Protocol:
     """The protocol in a command's parameters; what it has no option for keeps its default."""
     options = {**options, "n": None} if options.get("n") == AS_MANY else options
-    names = ("split", "n", "n_train", "position", "shrink", "ridge", "off_span", "seed")
-    return Protocol(**{name: options[name] for name in names if name in options})
+    names = {field.name for field in dataclasses.fields(Protocol)}
+    return Protocol(**{name: value for name, value in options.items() if name in names})
 
 
 def asked(options: dict[str, Any]) -> dict[str, ParamValue]:

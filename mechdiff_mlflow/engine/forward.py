@@ -63,8 +63,13 @@ class PromptForward:
         # Some models warn of padding tokens without a mask.
         self._filler = int(text_config(decoder.model).pad_token_id == 0)
 
+    @torch.no_grad()
     def __call__(self, chunk: Chunk, **more: Any) -> Tensor:
         """Next-token logits [n, vocabulary]; `more` goes to the model."""
+        return self.logits(chunk, **more)
+
+    def logits(self, chunk: Chunk, **more: Any) -> Tensor:
+        """The same with the gradients that are asked for outside."""
         self.n_prompts += len(chunk)
         kwargs: dict[str, Any] = {}
         # Without a mask the model may use a causal kernel, which is faster.
@@ -74,6 +79,7 @@ class PromptForward:
             kwargs["logits_to_keep"] = 1
         return self._last_logits(chunk.ids, chunk.positions, **{**kwargs, **more})
 
+    @torch.no_grad()
     def tokens(self, n: int) -> Tensor:
         """Logits [n, vocabulary] of n prompts of one token; they are not counted."""
         positions = torch.zeros(n, 1, dtype=torch.long, device=self.device)
@@ -83,7 +89,7 @@ class PromptForward:
         if "position_ids" in self._accepts:
             kwargs["position_ids"] = positions
         kwargs.setdefault("use_cache", False)
-        with torch.no_grad(), plain_attention(self.decoder):
+        with plain_attention(self.decoder):
             logits: Tensor = self.decoder.model(input_ids=ids, **kwargs).logits
         return logits[:, -1]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.chunks import check_prompts, in_chunks
 from mechdiff_mlflow.engine.forward import PromptForward
+from mechdiff_mlflow.engine.gradients import score_gradients
 from mechdiff_mlflow.engine.heads import AttentionHeads
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
 from mechdiff_mlflow.engine.startup import MODES, choose_path
@@ -102,6 +103,30 @@ class PatchEngine:
             order.append(chunk.index)
             for site in rows:
                 rows[site].append(recording.clean[site].cpu())
+        return {site: _in_order(chunks, order) for site, chunks in rows.items()}
+
+    def score_gradients(
+        self, prompts: TokenizedPrompts, sites: Sequence[Site], *, seed: int = 0
+    ) -> dict[Site, Tensor]:
+        """For each site ∂ log p(t)/∂h of one sampled next token t a prompt, [N, width], float64 on the CPU.
+
+        One forward and one backward pass through the blocks above the lowest site.
+
+        Raises:
+            MechdiffError: A site, token or position does not exist, or a gradient is not finite.
+        """
+        self._check(prompts, sites)
+        generator = torch.Generator().manual_seed(seed)
+        rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
+        order = []
+        for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
+            order.append(chunk.index)
+            for site, gradient in score_gradients(self.forward, chunk, sites, generator).items():
+                if not bool(torch.isfinite(gradient).all()):
+                    raise MechdiffError(
+                        f"A gradient at {site} is NaN or infinite; load the model in a wider dtype."
+                    )
+                rows[site].append(gradient)
         return {site: _in_order(chunks, order) for site, chunks in rows.items()}
 
     def heads(self, layer: int) -> AttentionHeads:

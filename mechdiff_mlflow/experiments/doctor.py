@@ -65,9 +65,7 @@ def _templates(pair: Pair, prompts: PromptSet) -> str:
 def _same_tokens(pair: Pair, prompts: PromptSet) -> str:
     if not pair.tokenizers_agree:
         return "tokenizers differ: each model reads the prompt through its own"
-    base, tuned = (pair.tokens(role, prompts, Position.DECISION) for role in ("base", "tuned"))
-    if base != tuned:
-        raise MechdiffError("Base and tuned see different token ids; set template: base in the spec.")
+    pair.check_same_tokens(prompts, Position.DECISION)
     return "base and tuned see the same ids"
 
 

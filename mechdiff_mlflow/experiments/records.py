@@ -10,7 +10,7 @@ import pandas as pd
 
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.spec import Cell
-from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.stats import Correlation, Interval
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,8 +20,6 @@ class FitRecord:
     Args:
         cell: Where and how; its α is the one in force.
         asked: The cell as requested: its α may be a grid.
-        shrink: Covariance shrinkage in [0, 1]; None where the solver has none.
-        ridge: Penalty over the mean variance; None where the solver has none.
         off_span: What the map does outside the span of the training rows.
         map: The map, its α included.
         n_train: Prompts fitted on.
@@ -34,8 +32,6 @@ class FitRecord:
 
     cell: Cell
     asked: Cell
-    shrink: float | None
-    ridge: float | None
     off_span: str
     map: AffineMap
     n_train: int
@@ -69,9 +65,17 @@ class PatchRecord:
         kl_difference: KL_raw − KL_mapped with its interval.
         skill_pct: 100·(1 − ΣKL_mapped/ΣKL_null) with its interval.
         null: The best control, chosen on val.
-        controls: Mean KL of every control.
+        controls: Mean KL of every control; `shuffled` over all permutations.
+        p_sign_flip: One-sided p-value of KL_raw − KL_mapped > 0 under random signs; None where the drop is
+            undefined.
+        p_null: The same of KL_null − KL_mapped > 0: does the map beat its best control?
+        p_holm: `p_null` by Holm's method over all patches that were reported together; None for one alone.
+        p_permutation: Share of fits of shuffled pairs that do as well, of B + 1; None without permutations.
         rho: ‖Y − Ŷ‖ / ‖Y − X‖.
         cos_mean: Mean cosine of mapped and tuned activations about the tuned mean.
+        explained_variance: 1 − ‖Y − Ŷ‖² / ‖Y − ȳ‖²; None where y does not vary.
+        cka: Debiased linear CKA of base and tuned activations; None where undefined.
+        cos_vs_kl: Correlation over prompts of that cosine with KL_raw − KL_mapped; None where undefined.
         top1_agreement: Share of prompts on which patched and clean prefer the same token.
         delta_logprob: Mean change of the log-probability of the clean run's preferred token, nats.
         per_prompt: One row per prompt.
@@ -94,8 +98,15 @@ class PatchRecord:
     skill_pct: Interval | None
     null: str
     controls: Mapping[str, float]
+    p_sign_flip: float | None
+    p_null: float | None
+    p_holm: float | None
+    p_permutation: float | None
     rho: float | None
     cos_mean: float | None
+    explained_variance: float | None
+    cka: float | None
+    cos_vs_kl: Correlation | None
     top1_agreement: float
     delta_logprob: float
     per_prompt: pd.DataFrame

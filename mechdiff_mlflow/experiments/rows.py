@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +62,10 @@ class SiteRows:
     base: Tensor
     tuned: Tensor
     patched: Mapping[str, Patched]
+
+    def mean_kl(self, labels: Iterable[str]) -> float:
+        """Mean KL(patched ‖ clean) in nats over prompts and some replacements."""
+        return float(np.mean([self.patched[label].mean_kl for label in labels]))
 
     def with_rows(self, more: Mapping[str, Patched]) -> SiteRows:
         """These rows and more of the same site and split."""

@@ -11,57 +11,23 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import pandas as pd
-from torch import Tensor
 
-from mechdiff_mlflow import controls, solvers
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import rows as scoring
+from mechdiff_mlflow.experiments.fitting import Fitter, Offers, label_of
 from mechdiff_mlflow.experiments.progress import Stage, silent
+from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
 from mechdiff_mlflow.experiments.rows import SiteRows
-from mechdiff_mlflow.experiments.summary import alignment, mean_of_defined, summarise
+from mechdiff_mlflow.experiments.summary import SHUFFLED, adjusted, alignment, mean_of_defined, summarise
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum
-from mechdiff_mlflow.spec import Alpha, Cell, Position
+from mechdiff_mlflow.spec import Alpha, Cell
 
 FLOOR_LIMIT_NATS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 """An identity patch that moves the logits further than rounding can is a broken patch, not noise."""
-
-
-@dataclass(frozen=True, slots=True)
-class Protocol:
-    """What all cells of an experiment share.
-
-    Args:
-        split: Reported split; `val` also chooses, so choices leak into the report.
-        n: Reported prompts; None is all.
-        n_train: Prompts fitted on; None is all.
-        position: Which token is read and replaced.
-        shrink: Covariance shrinkage of the solvers that have one, in [0, 1].
-        ridge: Penalty of the solvers that have one, as a fraction of the mean variance.
-        off_span: What maps do outside the span of the training rows; None lets val choose.
-        seed: Of bootstrap resamples and random controls.
-        n_resamples: Bootstrap resamples.
-    """
-
-    split: str = "test"
-    n: int | None = None
-    n_train: int | None = None
-    position: Position = Position.DECISION
-    shrink: float = 0.05
-    ridge: float = 0.01
-    off_span: OffSpan | None = None
-    seed: int = 0
-    n_resamples: int = 2000
-
-    def __post_init__(self) -> None:
-        if self.split not in ("val", "test"):
-            raise MechdiffError(
-                f"Split {self.split!r} cannot be reported; use test, or val as the seed does."
-            )
 
 
 @dataclass(eq=False)
@@ -77,9 +43,6 @@ class Study:
     pair: Pair
     protocol: Protocol
     stage: Stage = silent
-    _train: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _spectra: dict[Site, PairedSpectrum] = field(default_factory=dict)
-    _solutions: dict[tuple[Site, str, str], tuple[solvers.Solution, float]] = field(default_factory=dict)
     _rows: dict[str, dict[Site, SiteRows]] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -111,21 +74,30 @@ class Study:
             MechdiffError: A site, solver, family or rank is impossible for this pair, or an activation is
                 not finite.
         """
-        self._record_train(
-            {cell.site for cell in cells} | {_elsewhere(cell.site, self._n_layers) for cell in cells}
-        )
-        offers = self._offers(cells)
+        fitter = self._fitter
+        fitter.record(cells)
+        with self.stage("fitting", len(cells)) as advance:
+            offers = []
+            for cell in cells:
+                offers.append(fitter.offers(cell))
+                advance(1)
         requests: dict[Site, dict[str, AffineMap]] = {}
         for cell, maps in zip(cells, offers, strict=True):
             wanted = requests.setdefault(cell.site, {})
             if len(maps) > 1 or self.protocol.split == "val":
                 wanted.update(maps)
-            wanted.update(self._nulls(cell, cell.alpha.values))
+            # What `patch` will want of val is scored along: val is run once.
+            wanted.update(fitter.nulls(cell))
+            for mixed in fitter.shuffled(cell):
+                wanted.update(mixed)
         val = self._score("val", requests)
         return [self._choose(cell, maps, val[cell.site]) for cell, maps in zip(cells, offers, strict=True)]
 
     def patch(self, fits: Iterable[tuple[Cell, AffineMap, tuple[str, ...]]]) -> list[PatchRecord]:
         """Report maps on the report split; the null of each is the control that does best on val.
+
+        With permutations every map is also set against fits of shuffled pairs, among whose scales and rules
+        val chooses as it did for the map itself.
 
         Args:
             fits: For each map its cell as asked for, the map itself with its α, and what val chose of it.
@@ -134,39 +106,44 @@ class Study:
             MechdiffError: A map does not fit its site, or the identity patch is not one.
         """
         fits = list(fits)
-        self._record_train(
-            {cell.site for cell, *_ in fits} | {_elsewhere(c.site, self._n_layers) for c, *_ in fits}
-        )
-        nulls = [self._nulls(cell, cell.alpha.values) for cell, *_ in fits]
+        self._fitter.record([cell for cell, *_ in fits])
+        nulls = [self._fitter.nulls(cell) for cell, *_ in fits]
+        shuffled = [self._fitter.shuffled(cell) for cell, *_ in fits]
         requests: dict[Site, dict[str, AffineMap]] = {}
-        for (cell, *_), maps in zip(fits, nulls, strict=True):
+        for (cell, *_), maps, mixed in zip(fits, nulls, shuffled, strict=True):
             requests.setdefault(cell.site, {}).update(maps)
+            for offers in mixed:
+                requests[cell.site].update(offers)
         val = self._score("val", requests)
-        best = [_best_of_each(maps, val[cell.site]) for (cell, *_), maps in zip(fits, nulls, strict=True)]
+        best = [
+            _best_of_each(maps, mixed, val[cell.site])
+            for (cell, *_), maps, mixed in zip(fits, nulls, shuffled, strict=True)
+        ]
         requests = {}
-        for (cell, map_, _), maps, labels in zip(fits, nulls, best, strict=True):
+        for (cell, map_, _), maps, mixed, chosen in zip(fits, nulls, shuffled, best, strict=True):
+            every = {**maps, **{label: made for offers in mixed for label, made in offers.items()}}
             wanted = requests.setdefault(cell.site, {})
-            wanted.update({label: maps[label] for label in labels.values()})
-            wanted[_label(cell, map_)] = map_
+            wanted.update({label: every[label] for labels in chosen.values() for label in labels})
+            wanted[label_of(cell, map_)] = map_
         report = self._score(self.protocol.split, requests)
         records = []
-        for (cell, map_, chosen), labels in zip(fits, best, strict=True):
+        for (cell, map_, chosen_of_map), rows_of in zip(fits, best, strict=True):
             record = summarise(
                 replace(cell, alpha=Alpha((map_.alpha,))),
                 map_,
                 report[cell.site],
-                label=_label(cell, map_),
-                controls=labels,
-                null=min(labels, key=lambda name: val[cell.site].patched[labels[name]].mean_kl),
+                label=label_of(cell, map_),
+                controls=rows_of,
+                null=min(rows_of, key=lambda name: val[cell.site].mean_kl(rows_of[name])),
                 prompts=self.report_prompts,
-                leak=chosen if self.protocol.split == "val" else (),
+                leak=chosen_of_map if self.protocol.split == "val" else (),
                 seed=self.protocol.seed,
                 n_resamples=self.protocol.n_resamples,
                 seconds=self._seconds[self.protocol.split],
             )
             self._check_identity(cell.site, record.noise_floor)
             records.append(record)
-        return records
+        return adjusted(records)
 
     @property
     def engine_mode(self) -> str:
@@ -179,67 +156,9 @@ class Study:
         with self.pair.tuned.engine() as engine:
             return engine.n_layers
 
-    def _record_train(self, sites: set[Site]) -> None:
-        missing = sorted(sites - self._train.keys())
-        if not missing:
-            return
-        prompts, position = self.train_prompts, self.protocol.position
-        with self.stage("recording train", 2) as advance:
-            base = scoring.capture(self.pair, "base", prompts, position, missing)
-            advance(1)
-            tuned = scoring.capture(self.pair, "tuned", prompts, position, missing)
-            advance(1)
-        self._train.update(
-            {site: (base[site].double().cpu(), tuned[site].double().cpu()) for site in missing}
-        )
-
-    def _offers(self, cells: Sequence[Cell]) -> list[dict[str, AffineMap]]:
-        """For every cell the maps among which val chooses, by label."""
-        with self.stage("fitting", len(cells)) as advance:
-            offers = []
-            for cell in cells:
-                solution = self._solution(cell)
-                rules: Sequence[OffSpan | None] = (self.protocol.off_span,)
-                if self.protocol.off_span is None and cell.rank.k is None and not solution.spans_all:
-                    rules = tuple(OffSpan)
-                maps = [solution.map(cell.rank.k, rule) for rule in rules]
-                scaled = [map_.with_alpha(alpha) for map_ in maps for alpha in cell.alpha.values]
-                offers.append({_label(cell, map_): map_ for map_ in scaled})
-                advance(1)
-        return offers
-
-    def _solution(self, cell: Cell) -> solvers.Solution:
-        """The solution that all ranks and scales of a site, solver and family share."""
-        key = (cell.site, cell.solver, cell.family)
-        if key not in self._solutions:
-            started = time.perf_counter()
-            settings = self._settings(cell.solver)
-            solution = solvers.fit_spectrum(cell.solver, self._spectrum(cell.site), cell.family, **settings)
-            self._solutions[key] = solution, time.perf_counter() - started
-        return self._solutions[key][0]
-
-    def _spectrum(self, site: Site) -> PairedSpectrum:
-        if site not in self._spectra:
-            self._spectra[site] = PairedSpectrum.from_rows(*self._train[site])
-        return self._spectra[site]
-
-    def _settings(self, solver: str) -> dict[str, float]:
-        """Of the protocol's hyperparameters those that a solver has."""
-        names = {setting.name for setting in solvers.solver_named(solver).settings}
-        return {name: getattr(self.protocol, name) for name in ("shrink", "ridge") if name in names}
-
-    def _nulls(self, cell: Cell, alphas: Iterable[float]) -> dict[str, AffineMap]:
-        """Every control at every scale that the map may have, and unscaled: the same freedom."""
-        spectrum = self._spectrum(cell.site)
-        other = self._solution(replace(cell, site=_elsewhere(cell.site, self._n_layers))).map()
-        nulls = {}
-        for name in controls.applicable_controls(spectrum, other=other):
-            made = controls.control_map(name, spectrum, seed=self.protocol.seed, other=other)
-            # The wrong layer's map is the only control that the solver has a part in.
-            title = f"{name} {cell.solver} {cell.family}" if name == "wrong_layer" else name
-            scales = (1.0,) if name == "zero" else sorted({1.0, *alphas})
-            nulls.update({f"{title} α={alpha:g}": made.with_alpha(alpha) for alpha in scales})
-        return nulls
+    @cached_property
+    def _fitter(self) -> Fitter:
+        return Fitter(self.pair, self.protocol, self.train_prompts, self._n_layers, self.stage)
 
     def _score(self, split: str, requests: dict[Site, dict[str, AffineMap]]) -> dict[Site, SiteRows]:
         """Rows of a split, scored only where they are not known yet."""
@@ -253,6 +172,7 @@ class Study:
         missing = {site: maps for site, maps in missing.items() if maps or site not in known}
         if missing:
             prompts = self.report_prompts if split == self.protocol.split else self.val_prompts
+            self.pair.check_same_tokens(prompts, self.protocol.position)
             started = time.perf_counter()
             scored = scoring.score(self.pair, prompts, self.protocol.position, missing, self.stage)
             self._seconds[split] = self._seconds.get(split, 0.0) + time.perf_counter() - started
@@ -264,7 +184,7 @@ class Study:
         """The offer with the least mean KL on val; of one there is nothing to choose."""
         scored = {label: val.patched[label].mean_kl for label in offers if label in val.patched}
         best = offers[min(offers, key=lambda label: scored.get(label, 0.0))]
-        chosen = ["alpha"] if cell.alpha.is_choice else []
+        chosen = ["alpha"] if len({map_.alpha for map_ in offers.values()}) > 1 else []
         if len({map_.meta["off_span"] for map_ in offers.values()}) > 1:
             chosen.append("off_span")
         if cell.rank.k is not None:
@@ -279,12 +199,9 @@ class Study:
             dtype=self.pair.spec.dtype,
         )
         rho, cosines = alignment(map_, val)
-        settings = self._settings(cell.solver)
         return FitRecord(
             cell=replace(cell, alpha=Alpha((map_.alpha,))),
             asked=cell,
-            shrink=settings.get("shrink"),
-            ridge=settings.get("ridge"),
             off_span=str(map_.meta["off_span"]),
             map=map_,
             n_train=len(self.train_prompts),
@@ -301,7 +218,7 @@ class Study:
                     for label, kl in scored.items()
                 ]
             ),
-            seconds=self._solutions[cell.site, cell.solver, cell.family][1],
+            seconds=self._fitter.seconds(cell),
         )
 
     def _check_identity(self, site: Site, floor: float) -> None:
@@ -313,28 +230,16 @@ class Study:
             )
 
 
-def _best_of_each(nulls: Mapping[str, AffineMap], val: SiteRows) -> dict[str, str]:
-    """For each control the label of its scale that does best on val."""
-    best: dict[str, str] = {}
+def _best_of_each(nulls: Offers, shuffled: Sequence[Offers], val: SiteRows) -> dict[str, tuple[str, ...]]:
+    """By control the row of its scale that does best on val; of shuffled fits, that of each permutation."""
+    choices: dict[str, list[str]] = {}
     for label in nulls:
-        name = label.split()[0]
-        if name not in best or val.patched[label].mean_kl < val.patched[best[name]].mean_kl:
-            best[name] = label
+        choices.setdefault(label.split()[0], []).append(label)
+    best: dict[str, tuple[str, ...]] = {name: (_least(labels, val),) for name, labels in choices.items()}
+    if shuffled:
+        best[SHUFFLED] = tuple(_least(offers, val) for offers in shuffled)
     return best
 
 
-def _label(cell: Cell, map_: AffineMap) -> str:
-    return (
-        f"{cell.site} {cell.solver} {cell.family} k={cell.rank} α={map_.alpha:g} {map_.meta.get('off_span')}"
-    )
-
-
-def _elsewhere(site: Site, n_layers: int) -> Site:
-    """The same hook an eighth of the model further on, or back near the end, for the wrong-layer control.
-
-    Never round to the first layer: what enters it is the same for all prompts.
-    """
-    step = max(1, n_layers // 8)
-    return replace(
-        site, layer=site.layer + (step if site.layer + step < n_layers else -step) * (n_layers > 1)
-    )
+def _least(labels: Iterable[str], rows: SiteRows) -> str:
+    return min(labels, key=lambda label: rows.patched[label].mean_kl)

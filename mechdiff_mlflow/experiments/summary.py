@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,12 @@ from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, SiteRows
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.spec import Cell
+
+MIN_CKA_PROMPTS = 4
+MIN_CORRELATED_PROMPTS = 3
+
+SHUFFLED = "shuffled"
+"""The control that is made of fits of shuffled pairs."""
 
 
 def alignment(map_: AffineMap, rows: SiteRows) -> tuple[float | None, NDArray[np.float64]]:
@@ -35,7 +42,7 @@ def summarise(
     rows: SiteRows,
     *,
     label: str,
-    controls: Mapping[str, str],
+    controls: Mapping[str, Sequence[str]],
     null: str,
     prompts: PromptSet,
     leak: tuple[str, ...],
@@ -50,7 +57,7 @@ def summarise(
         map_: The map.
         rows: The site's patched rows on the split.
         label: Which row is the map's.
-        controls: By name, which row is each control's.
+        controls: By name, which row is each control's; of shuffled fits one row a permutation.
         null: The control that did best on val.
         prompts: The split.
         leak: What was chosen on this split.
@@ -64,7 +71,7 @@ def summarise(
     noise = floor.mean_kl
     bootstrap = stats.Bootstrap(n_resamples=n_resamples, seed=seed)
     undefined = {}
-    drop = difference = None
+    drop = difference = p_sign_flip = p_null = None
     if raw is None:
         undefined["drop_pct"] = "base and tuned differ in width, so nothing can be cross-patched raw"
     else:
@@ -73,12 +80,15 @@ def summarise(
         difference = stats.kl_difference(*pairs, bootstrap=bootstrap)
         if drop.estimate is None:
             undefined["drop_pct"] = _below_floor("KL_raw", raw.mean_kl, noise)
-    best = patched[controls[null]]
-    skill = stats.drop_pct(
-        best.kl_patched_clean_nats, mapped.kl_patched_clean_nats, noise_floor=noise, bootstrap=bootstrap
-    )
+        else:
+            p_sign_flip = stats.sign_flip_p(pairs[0] - pairs[1], seed=seed)
+    control_kl = {name: _kl(rows, labels) for name, labels in controls.items()}
+    best = control_kl[null]
+    skill = stats.drop_pct(best, mapped.kl_patched_clean_nats, noise_floor=noise, bootstrap=bootstrap)
     if skill.estimate is None:
-        undefined["skill_pct"] = _below_floor(f"the KL of {null}", best.mean_kl, noise)
+        undefined["skill_pct"] = _below_floor(f"the KL of {null}", float(best.mean()), noise)
+    else:
+        p_null = stats.sign_flip_p(best - mapped.kl_patched_clean_nats, seed=seed)
     return PatchRecord(
         cell=cell,
         map=map_,
@@ -93,16 +103,61 @@ def summarise(
         kl_difference=difference,
         skill_pct=skill if "skill_pct" not in undefined else None,
         null=null,
-        controls={name: patched[row].mean_kl for name, row in controls.items()},
+        controls={name: float(kl.mean()) for name, kl in control_kl.items()},
+        p_sign_flip=p_sign_flip,
+        p_null=p_null,
+        p_holm=None,
+        p_permutation=_permutation_p(rows, mapped.mean_kl, controls.get(SHUFFLED, ())),
         rho=rho,
         cos_mean=mean_of_defined(cosines),
+        explained_variance=similarity.explained_variance(rows.tuned, map_(rows.base)),
+        cka=similarity.debiased_cka(rows.base, rows.tuned) if len(prompts) >= MIN_CKA_PROMPTS else None,
+        cos_vs_kl=None if drop is None or drop.estimate is None else _cos_vs_kl(cosines, pairs, bootstrap),
         top1_agreement=float(mapped.top1_agrees.mean()),
         delta_logprob=float(mapped.delta_logprob_nats.mean()),
-        per_prompt=_per_prompt(rows, label, controls, prompts, cosines),
+        per_prompt=_per_prompt(rows, label, control_kl, prompts, cosines),
         leak=leak,
         undefined=undefined,
         seconds=seconds,
     )
+
+
+def adjusted(records: Sequence[PatchRecord]) -> list[PatchRecord]:
+    """The same with Holm's p-values over all of them: whoever looks at many sees the luckiest.
+
+    Reference: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    if len(records) < 2:
+        return list(records)
+    p_values = stats.holm([record.p_null for record in records])
+    return [replace(record, p_holm=p) for record, p in zip(records, p_values, strict=True)]
+
+
+def _kl(rows: SiteRows, labels: Sequence[str]) -> NDArray[np.float64]:
+    """KL(patched ‖ clean) of each prompt, the mean over some rows, nats [n]."""
+    by_row = np.stack([rows.patched[label].kl_patched_clean_nats for label in labels])
+    mean: NDArray[np.float64] = by_row.mean(0)
+    return mean
+
+
+def _permutation_p(rows: SiteRows, kl_mapped_nats: float, shuffled: Sequence[str]) -> float | None:
+    if not shuffled:
+        return None
+    return stats.permutation_p(kl_mapped_nats, [rows.patched[label].mean_kl for label in shuffled])
+
+
+def _cos_vs_kl(
+    cosines: NDArray[np.float64],
+    raw_and_mapped: tuple[NDArray[np.float64], NDArray[np.float64]],
+    bootstrap: stats.Bootstrap,
+) -> stats.Correlation | None:
+    """Over the prompts whose cosine is defined; None when they are too few or one of the two is constant."""
+    defined = ~np.isnan(cosines)
+    if defined.sum() < MIN_CORRELATED_PROMPTS:
+        return None
+    raw, mapped = raw_and_mapped
+    found = stats.correlation(cosines[defined], (raw - mapped)[defined], bootstrap=bootstrap)
+    return None if found.pearson.estimate is None else found
 
 
 def _below_floor(what: str, kl_nats: float, noise_nats: float) -> str:
@@ -115,7 +170,7 @@ def _below_floor(what: str, kl_nats: float, noise_nats: float) -> str:
 def _per_prompt(
     rows: SiteRows,
     label: str,
-    controls: Mapping[str, str],
+    control_kl: Mapping[str, NDArray[np.float64]],
     prompts: PromptSet,
     cosines: NDArray[np.float64],
 ) -> pd.DataFrame:
@@ -131,6 +186,6 @@ def _per_prompt(
         "top1_agrees": mapped.top1_agrees,
         "delta_logprob": mapped.delta_logprob_nats,
     }
-    columns |= {f"KL_{name}": rows.patched[row].kl_patched_clean_nats for name, row in controls.items()}
+    columns |= {f"KL_{name}": kl for name, kl in control_kl.items()}
     table: pd.DataFrame = pd.DataFrame(columns)
     return table

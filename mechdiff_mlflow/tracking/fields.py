@@ -10,14 +10,18 @@ import pandas as pd
 
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.sweep import LeastRank
+from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.spec import Cell
-from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.stats import Correlation, Interval
 from mechdiff_mlflow.tracking import records
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
 
 NOT_APPLICABLE = "n/a"
 """Of a hyperparameter that the solver does not have: every run has every column."""
+
+SETTINGS = ("shrink", "ridge", "output_metric", "directions", "unembedding", "off_span", "alpha_fit")
+"""Of how a map is made, what users set."""
 
 
 def fit_run(record: FitRecord, study: Study) -> RunRecord:
@@ -30,9 +34,7 @@ def fit_run(record: FitRecord, study: Study) -> RunRecord:
         name=f"fit {_name(cell)}",
         params=params_of(cell, study)
         | {
-            "shrink": NOT_APPLICABLE if record.shrink is None else record.shrink,
-            "ridge": NOT_APPLICABLE if record.ridge is None else record.ridge,
-            "off_span": record.off_span,
+            **_settings(record.map),
         },
         metrics=metrics,
         tags=_tags(cell, study) | {"mechdiff.chosen_on_val": ", ".join(record.chosen) or "nothing"},
@@ -60,16 +62,14 @@ def patch_run(
         map_run: The run that fitted the map, where it was one of ours.
         map_name: What the user called the map, where they named one.
     """
-    cell, meta = record.cell, record.map.meta
+    cell = record.cell
     caveats = [f"chosen on the reported split: {', '.join(record.leak)}"] if record.leak else []
     if record.n < 100:
         caveats.append(f"n={record.n} is small, intervals under-cover")
     return RunRecord(
         kind="patch",
         name=f"patch {_name(cell)}",
-        params=params_of(cell, study)
-        | {key: _plain(meta.get(key, NOT_APPLICABLE)) for key in ("shrink", "ridge", "off_span")}
-        | {"split": record.split, "n": record.n},
+        params=params_of(cell, study) | _settings(record.map) | {"split": record.split, "n": record.n},
         metrics=patch_metrics(record),
         undefined=record.undefined,
         tags=_tags(cell, study)
@@ -188,8 +188,14 @@ def patch_metrics(record: PatchRecord) -> dict[str, float]:
         "KL_raw": record.kl_raw,
         "KL_mapped": record.kl_mapped,
         "noise_floor": record.noise_floor,
+        "p/sign_flip": record.p_sign_flip,
+        "p/sign_flip_null": record.p_null,
+        "p/holm": record.p_holm,
+        "p/permutation": record.p_permutation,
         "rho": record.rho,
         "cos_mean": record.cos_mean,
+        "explained_variance": record.explained_variance,
+        "cka": record.cka,
         "top1_agreement": record.top1_agreement,
         "delta_logprob": record.delta_logprob,
         "reverse/KL_raw": record.kl_raw_reverse,
@@ -202,6 +208,7 @@ def patch_metrics(record: PatchRecord) -> dict[str, float]:
         | _interval("drop_pct", record.drop_pct)
         | _interval("skill_pct", record.skill_pct)
         | _interval("KL_difference", record.kl_difference)
+        | _correlation(record.cos_vs_kl)
         | controls
     )
 
@@ -226,11 +233,17 @@ def params_of(cell: Cell, study: Study) -> dict[str, ParamValue]:
         "split": protocol.split,
         "n": len(study.report_prompts),
         "n_train": len(study.train_prompts),
+        "permutations": protocol.permutations,
         "seed": protocol.seed,
         "dtype": pair.spec.dtype,
         "base_revision": pair.base.revision,
         "tuned_revision": pair.tuned.revision,
     }
+
+
+def _settings(map_: AffineMap) -> dict[str, ParamValue]:
+    """How a map was made, in the same columns for every solver."""
+    return {key: _plain(map_.meta.get(key, NOT_APPLICABLE)) for key in SETTINGS}
 
 
 def _curve(cell: Cell) -> str:
@@ -281,6 +294,22 @@ def _interval(key: str, interval: Interval | None) -> dict[str, float]:
         return {}
     ends = _present({f"ci/{key}_low": interval.low, f"ci/{key}_high": interval.high})
     return ({} if key == "KL_difference" else _present({key: interval.estimate})) | ends
+
+
+def _correlation(found: Correlation | None) -> dict[str, float]:
+    """Of the cosine with the decrease of KL; `/` would make a group within `ci/`."""
+    if found is None:
+        return {}
+    metrics: dict[str, float] = {}
+    for name, interval in (("pearson", found.pearson), ("spearman", found.spearman)):
+        metrics |= _present(
+            {
+                f"corr/{name}": interval.estimate,
+                f"ci/corr_{name}_low": interval.low,
+                f"ci/corr_{name}_high": interval.high,
+            }
+        )
+    return metrics
 
 
 def _present(values: Mapping[str, float | None]) -> dict[str, float]:

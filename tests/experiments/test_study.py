@@ -1,0 +1,183 @@
+"""The protocol end to end on the toy pair: what is recorded, chosen, permuted and tested."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats as scipy_stats
+
+from mechdiff_mlflow import similarity, stats
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
+from mechdiff_mlflow.experiments.rows import capture
+from mechdiff_mlflow.experiments.summary import SHUFFLED
+from mechdiff_mlflow.pairs import Pair, load_pair
+from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec import ALPHA_GRID, Alpha, Cell, PairSpec, Position, Rank
+
+SITE = Site(3, Hook.RESID_POST)
+N_TRAIN, N_VAL, N_TEST = 40, 16, 16
+
+
+@pytest.fixture
+def pair(toy: Path) -> Pair:
+    return load_pair(PairSpec.load(str(toy)))
+
+
+def cell(
+    *, site: Site = SITE, solver: str = "procrustes_scaled", k: int | None = None, alpha: str = "1"
+) -> Cell:
+    return Cell(site, solver, "update", Rank(k), Alpha.parse(alpha))
+
+
+def patched(study: Study, *cells: Cell) -> list[PatchRecord]:
+    return study.patch([fit.to_patch for fit in study.fit(cells)])
+
+
+def forwards(pair: Pair) -> dict[str, int]:
+    counts = {}
+    for side in (pair.base, pair.tuned):
+        with side.engine() as engine:
+            counts[side.role] = engine.n_forwards
+    return counts
+
+
+@pytest.mark.parametrize("permutations", [0, 3])
+def test_a_run_records_each_model_once_a_split(pair: Pair, permutations: int) -> None:
+    patched(Study(pair, Protocol(permutations=permutations)), cell(alpha="auto"))
+    once = N_TRAIN + N_VAL + N_TEST
+    assert forwards(pair) == {"base": once, "tuned": once}
+
+
+def test_a_rank_sweep_records_each_model_once_a_split(pair: Pair) -> None:
+    """RQ3: 2 sites × 4 ranks × 4 α."""
+    cells = [
+        cell(site=site, k=k, alpha=alpha)
+        for site, k, alpha in itertools.product(
+            (Site(2, Hook.ATTN_OUT), SITE), (1, 4, 8, None), ("0.3", "0.5", "0.7", "1")
+        )
+    ]
+    records = patched(Study(pair, Protocol()), *cells)
+    assert len({record.kl_mapped for record in records}) == len(cells) == 32
+    once = N_TRAIN + N_VAL + N_TEST
+    assert forwards(pair) == {"base": once, "tuned": once}
+
+
+def test_reporting_val_records_it_once(pair: Pair) -> None:
+    patched(Study(pair, Protocol(split="val")), cell(alpha="auto"))
+    assert forwards(pair) == {"base": N_TRAIN + N_VAL, "tuned": N_TRAIN + N_VAL}
+
+
+def test_statistics_are_those_of_the_per_prompt_table_and_the_activations(pair: Pair) -> None:
+    study = Study(pair, Protocol())
+    (record,) = patched(study, cell(k=3))
+    table = record.per_prompt
+    gain = (table["KL_raw"] - table["KL_mapped"]).to_numpy()
+    found = record.cos_vs_kl
+    assert found is not None
+    assert found.pearson.estimate == pytest.approx(scipy_stats.pearsonr(table["cos"], gain)[0])
+    assert found.spearman.estimate == pytest.approx(scipy_stats.spearmanr(table["cos"], gain)[0])
+    assert found.pearson.low is not None
+    assert found.pearson.low < found.pearson.estimate
+    assert record.p_sign_flip == stats.sign_flip_p(gain, seed=0)
+    null_gain = table[f"KL_{record.null}"] - table["KL_mapped"]
+    assert record.p_null == stats.sign_flip_p(null_gain, seed=0)
+    assert record.p_holm is None, "one test needs no correction"
+    assert record.p_permutation is None
+    x, y = (
+        capture(pair, role, study.report_prompts, Position.DECISION, [SITE])[SITE].double()
+        for role in ("base", "tuned")
+    )
+    assert record.cka == pytest.approx(similarity.debiased_cka(x, y))
+    rest = ((y - record.map(x)) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
+    assert record.explained_variance == pytest.approx(1 - float(rest))
+
+
+def test_patches_reported_together_are_corrected_together(pair: Pair) -> None:
+    cells = [cell(k=1), cell(k=4), cell(site=Site(2, Hook.ATTN_OUT)), cell(site=Site(0, Hook.ATTN_OUT))]
+    records = patched(Study(pair, Protocol()), *cells)
+    assert [record.p_holm for record in records] == stats.holm([record.p_null for record in records])
+    assert records[-1].p_sign_flip is None, "nothing differs at layer 0, so nothing was tested there"
+    for tested in records[:-1]:
+        assert tested.p_holm is not None
+        assert tested.p_null is not None
+        assert tested.p_holm >= tested.p_null
+
+
+@pytest.mark.parametrize("alpha_fit", ["after", "inside"])
+def test_permutations_choose_as_the_map_does(pair: Pair, alpha_fit: str) -> None:
+    """Against refits one by one: a study of its own for every shuffle, its rows shuffled beforehand."""
+    times = 4
+    protocol = Protocol(permutations=times, alpha_fit=alpha_fit, n_train=12)
+    study = Study(pair, protocol)
+    (record,) = patched(study, cell(alpha="0.5,1"))
+    generator = torch.Generator().manual_seed(protocol.seed)
+    means, per_prompt = [], []
+    for _ in range(times):
+        alone = Study(pair, Protocol(alpha_fit=alpha_fit, n_train=12))
+        alone._fitter.record([cell()])
+        order = torch.randperm(12, generator=generator)
+        x, y = alone._fitter._train[SITE]
+        alone._fitter._train[SITE] = x, y[order]
+        (shuffled,) = patched(alone, cell(alpha="0.5,1"))
+        means.append(shuffled.kl_mapped)
+        per_prompt.append(shuffled.per_prompt["KL_mapped"])
+    assert record.controls[SHUFFLED] == pytest.approx(np.mean(means), rel=1e-6)
+    np.testing.assert_allclose(record.per_prompt["KL_shuffled"], np.mean(per_prompt, axis=0), rtol=1e-4)
+    better = sum(mean <= record.kl_mapped for mean in means)
+    assert record.p_permutation == (1 + better) / (times + 1)
+
+
+def test_alpha_inside_a_fit_finds_the_scale_of_the_identity(pair: Pair) -> None:
+    plain = patched(Study(pair, Protocol(alpha_fit="inside")), cell(solver="reduced_rank", k=16, alpha="0.5"))
+    whole = patched(Study(pair, Protocol(alpha_fit="after")), cell(solver="ridge", alpha="1"))
+    assert plain[0].map.mean_out.norm() == pytest.approx(2 * float(whole[0].map.mean_out.norm()), rel=1e-9)
+    with pytest.raises(MechdiffError, match="α=0 cannot be taken inside a fit"):
+        Study(pair, Protocol(alpha_fit="inside")).fit([cell(alpha="0,1")])
+    study = Study(pair, Protocol(alpha_fit="inside"))
+    study._fitter.record([cell()])
+    scales = study._fitter.alphas(cell(alpha="auto"))
+    assert set(ALPHA_GRID) <= set(scales)
+    assert len(scales) <= len(ALPHA_GRID) + 1
+
+
+def test_the_logit_subspace_is_the_top_of_the_unembedding(pair: Pair) -> None:
+    protocol = Protocol(directions=3, ridge=0.1)
+    (fit,) = Study(pair, protocol).fit([cell(solver="logit_subspace")])
+    update = fit.map.weight.minus_identity().dense()
+    assert int(torch.linalg.matrix_rank(update)) == 3
+    head = pair.tuned.model.lm_head.weight.double()  # type: ignore[union-attr]
+    top = torch.linalg.svd(head, full_matrices=False).Vh[:3]
+    torch.testing.assert_close(update @ top.mT @ top, update, rtol=1e-6, atol=1e-9)
+    (joint,) = Study(pair, Protocol(directions=3, unembedding="joint")).fit([cell(solver="logit_subspace")])
+    assert joint.map.meta["unembedding"] == "joint"
+    with pytest.raises(MechdiffError, match="q is 17"):
+        Study(pair, Protocol(directions=17)).fit([cell(solver="logit_subspace")])
+
+
+def test_every_output_metric_of_reduced_rank_can_be_asked_for(pair: Pair) -> None:
+    found = {}
+    for metric in ("identity", "tuned_covariance", "fisher"):
+        (fit,) = Study(pair, Protocol(output_metric=metric)).fit([cell(solver="reduced_rank", k=2)])
+        assert fit.map.meta["output_metric"] == metric
+        found[metric] = fit.map.dense()
+    for one, other in itertools.combinations(found.values(), 2):
+        assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"split": "train"}, "cannot be reported"),
+        ({"alpha_fit": "before"}, "use after or inside"),
+        ({"unembedding": "base"}, "use tuned or joint"),
+        ({"permutations": -1}, "give 0 or more"),
+    ],
+)
+def test_bad_protocols(settings: dict[str, object], says: str) -> None:
+    with pytest.raises(MechdiffError, match=says):
+        Protocol(**settings)  # type: ignore[arg-type]
