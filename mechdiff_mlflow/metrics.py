@@ -1,12 +1,8 @@
 """How far two next-token distributions are apart.
 
-Divergences of a patched run from the clean run are often tiny, and the textbook forms cancel: in float32
-`sum p (log p - log q)` is a difference of numbers near 1 and hides everything below 1e-7. Adding
-`sum (q - p) = 0` makes every term of both directions non-negative, so nothing cancels between tokens:
-
-    KL(p || q) = sum p (d - 1) + q,    KL(q || p) = sum p - q (d + 1),    d = log p - log q,
-
-and with a = |d|, m = max(p, q) and t = exp(-a) - 1 both terms are bounded functions of a, times m.
+Divergences of a patched run from the clean run are often tiny. A float32 log-softmax is off by 1e-7 of its
+size, which hides them, and a half-precision one by more than most of them, so everything here is computed in
+float64, whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -20,8 +16,8 @@ from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
 
-_BLOCK_NUMBERS = 1 << 18
-"""Numbers of one block of rows on a CPU: the dozen passes over a block then stay in its cache."""
+_BLOCK_NUMBERS = 1 << 15
+"""Logits compared together on a CPU: the passes over a block then stay in its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +52,7 @@ class NextToken:
     """Clean next-token distributions of n prompts, as every patched run of them is compared with.
 
     Args:
-        log_probs: [n, vocabulary], float32 or float64.
+        log_probs: [n, vocabulary] in nats.
         top: The most probable token of each, [n].
     """
 
@@ -66,15 +62,7 @@ class NextToken:
     @classmethod
     def of(cls, logits: Tensor) -> NextToken:
         """From logits [n, vocabulary] of any floating dtype."""
-        return cls(log_softmax(logits), logits.argmax(-1))
-
-
-def log_softmax(logits: Tensor) -> Tensor:
-    """Log-probabilities in nats over the last dimension, in float32, or float64 for float64 logits.
-
-    A half-precision log-softmax over a large vocabulary is off by more than the divergences measured here.
-    """
-    return torch.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+        return cls(torch.log_softmax(_double(logits), -1), logits.argmax(-1))
 
 
 def next_token_divergences(patched: Tensor, clean: Tensor) -> Divergences:
@@ -98,42 +86,51 @@ def next_token_divergences(patched: Tensor, clean: Tensor) -> Divergences:
             )
     shape = np.broadcast_shapes(patched.shape, clean.shape)
     patched, clean = (logits.expand(shape).reshape(-1, shape[-1]) for logits in (patched, clean))
-    rows = compare_rows(patched, NextToken.of(clean))
-    return rows.map(lambda x: x.reshape(shape[:-1]).cpu().double())
+    owner = torch.arange(len(patched))
+    return compare_rows(patched, NextToken.of(clean), owner).map(lambda x: x.reshape(shape[:-1]).cpu())
 
 
-def compare_rows(patched: Tensor, clean: NextToken, owner: Tensor | None = None) -> Divergences:
-    """Unchecked core of `next_token_divergences`, on the logits' device and in the precision of log-softmax.
+def compare_rows(patched: Tensor, clean: NextToken, owner: Tensor) -> Divergences:
+    """Unchecked core of `next_token_divergences`, on the logits' device.
 
-    NaN or infinite logits come out as such.
+    Logits that are not finite make results that are not.
 
     Args:
         patched: Logits [r, vocabulary].
         clean: Of n prompts.
-        owner: Index of each row's prompt [r], ascending; None when row i belongs to prompt i.
+        owner: Which of the prompts each row belongs to [r], on the CPU.
+
+    Returns:
+        Float64 fields [r].
     """
-    n_rows, vocabulary = patched.shape
-    owner = owner if owner is None else owner.to(patched.device)
-    step = n_rows if patched.is_cuda else max(1, _BLOCK_NUMBERS // vocabulary)
-    blocks = []
-    for start in range(0, n_rows, step):
-        of = slice(start, start + step) if owner is None else owner[start : start + step]
-        blocks.append(_compare_block(patched[start : start + step], clean.log_probs[of], clean.top[of]))
+    at_once = len(patched) if patched.is_cuda else max(1, _BLOCK_NUMBERS // patched.shape[1])
+    prompts, counts = torch.unique_consecutive(owner, return_counts=True)
+    # The same memory for every block: a page touched for the first time costs more than the arithmetic on it.
+    log_p, d = torch.empty(2, at_once, patched.shape[1], dtype=torch.float64, device=clean.log_probs.device)
+    blocks, start = [], 0
+    for prompt, count in zip(prompts.tolist(), counts.tolist(), strict=True):
+        log_q, top = clean.log_probs[prompt], int(clean.top[prompt])
+        q = log_q.exp()
+        for begin in range(start, start + count, at_once):
+            rows = patched[begin : min(begin + at_once, start + count)]
+            blocks.append(_compare(rows, log_q, q, top, log_p[: len(rows)], d[: len(rows)]))
+        start += count
     return Divergences(*(torch.cat([getattr(b, f.name) for b in blocks]) for f in fields(Divergences)))
 
 
-def _compare_block(patched: Tensor, log_q: Tensor, top: Tensor) -> Divergences:
-    log_p = log_softmax(patched)
-    d = log_p - log_q
-    m = torch.maximum(log_p, log_q).exp_()
-    p_is_larger = d > 0
-    a = d.abs()
-    t = torch.expm1(-a)
-    near = a + t  # a - 1 + exp(-a)
-    far = torch.addcmul(near, a, t).neg_()  # 1 - exp(-a) (1 + a)
-    forward = (torch.where(p_is_larger, near, far).mul_(m)).sum(-1)
-    backward = (torch.where(p_is_larger, far, near).mul_(m)).sum(-1)
-    at_top = top.unsqueeze(-1)
+def _compare(patched: Tensor, log_q: Tensor, q: Tensor, top: int, log_p: Tensor, d: Tensor) -> Divergences:
+    """Rows [r, vocabulary] of one prompt; `log_p` and `d` are scratch memory of that shape."""
+    torch.log_softmax(d.copy_(patched), -1, out=log_p)
+    torch.sub(log_p, log_q, out=d)
+    delta = d[:, top].clone()
     # A top token, not the top token: half-precision logits tie, and argmax breaks ties as it likes.
-    agrees = patched.gather(-1, at_top).squeeze(-1) == patched.amax(-1)
-    return Divergences(forward, backward, agrees.to(d.dtype), d.gather(-1, at_top).squeeze(-1))
+    agrees = patched[:, top] == patched.amax(-1)
+    backward = -(d @ q)
+    forward = log_p.exp_().mul_(d).sum(-1)
+    return Divergences(forward.clamp_(min=0), backward.clamp_(min=0), agrees.double(), delta)
+
+
+def _double(logits: Tensor) -> Tensor:
+    if logits.device.type == "mps":  # which has no float64
+        logits = logits.cpu()
+    return logits.double()

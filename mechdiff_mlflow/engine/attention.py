@@ -1,110 +1,13 @@
-"""Attention of patched tokens: every variant of a prompt sees the prompt's prefix and itself, nothing else.
-
-transformers calls attention by a name in the configuration. While a path runs, that name is one of ours, and
-ours calls whatever function the path has put on the attention module. So no global state says which engine is
-at work, and two engines on two models can take turns.
-"""
+"""Attention of patched tokens: a variant of a prompt sees the prompt's prefix and itself, nothing else."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from mechdiff_mlflow.engine.architecture import Decoder, text_config
-from mechdiff_mlflow.errors import MechdiffError
-
-Attend = Callable[..., tuple[Tensor, Tensor | None]]
-"""transformers' attention interface: (module, query, key, value, mask, **kwargs) -> (output, weights)."""
-
-_SLOT = "_mechdiff_attend"
-_ROUTED = "mechdiff_"
-_IMPLEMENTATIONS = ("sdpa", "eager")
-
-
-class UnsupportedError(MechdiffError):
-    """This way of computing patched runs cannot do this model; another can."""
-
-
-def _routed(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    attend: Attend = getattr(module, _SLOT)
-    return attend(module, *args, **kwargs)
-
-
-for _name in _IMPLEMENTATIONS:
-    ALL_ATTENTION_FUNCTIONS.register(_ROUTED + _name, _routed)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_ROUTED + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])
-
-
-def implementation(decoder: Decoder) -> str:
-    """What the engine computes attention with: the model's own implementation if "eager", else "sdpa"."""
-    own = text_config(decoder.model)._attn_implementation or "eager"
-    return "eager" if own.removeprefix(_ROUTED) == "eager" else "sdpa"
-
-
-def plain_attention(decoder: Decoder) -> AbstractContextManager[None]:
-    """Run a model that was loaded with some other kernel, such as flash attention, with "sdpa"."""
-    own = text_config(decoder.model)._attn_implementation or "eager"
-    if own.removeprefix(_ROUTED) in _IMPLEMENTATIONS:
-        return nullcontext()
-    return attention_implementation(decoder, "sdpa")
-
-
-@contextmanager
-def attention_implementation(decoder: Decoder, name: str) -> Iterator[None]:
-    """Have the model compute attention with the implementation called `name`."""
-    attentions = [block.attention for block in decoder.blocks]
-    owners = [decoder.model, *attentions]
-    configs = {id(c): c for c in (getattr(owner, "config", None) for owner in owners) if c is not None}
-    text = text_config(decoder.model)
-    configs[id(text)] = text
-    # The public setter also writes to sub-configurations, which may differ from their parent.
-    before = [(config, config._attn_implementation_internal) for config in configs.values()]
-    try:
-        for config, _ in before:
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        for config, own in before:
-            config._attn_implementation_internal = own
-
-
-@contextmanager
-def routed(decoder: Decoder, attends: Sequence[Attend]) -> Iterator[None]:
-    """Have block i, which has an attention, compute it with `attends[i]`."""
-    with ExitStack() as stack:
-        for block, attend in zip(decoder.blocks, attends, strict=True):
-            assert block.attention is not None
-            setattr(block.attention, _SLOT, attend)
-            stack.callback(delattr, block.attention, _SLOT)
-        stack.enter_context(attention_implementation(decoder, _ROUTED + implementation(decoder)))
-        yield
-
-
-def own_attention(attention: nn.Module | None, name: str) -> Attend:
-    """The function behind an implementation: "eager" is defined beside the model, and others may be.
-
-    Raises:
-        UnsupportedError: There is no attention, or it does not use transformers' attention interface.
-    """
-    if attention is None:
-        raise UnsupportedError("Some blocks of the model have no attention that was recognised.")
-    for cls in type(attention).__mro__:
-        module = sys.modules[cls.__module__]
-        if name == "eager" and hasattr(module, "eager_attention_forward"):
-            eager: Attend = module.eager_attention_forward
-            return eager
-        if name != "eager" and hasattr(module, "ALL_ATTENTION_FUNCTIONS"):
-            fused: Attend = module.ALL_ATTENTION_FUNCTIONS[name]
-            return fused
-    raise UnsupportedError(f"{type(attention).__name__} does not use transformers' attention interface.")
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,37 +88,76 @@ def split_attention(
     mask = None if prefix.mask is None and suffix == 1 else prefix.added_mask(suffix, accumulate)
 
     def capped(scores: Tensor) -> Tensor:
-        scores = scores.to(accumulate) * scale
-        return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        return scores * scale if softcap is None else softcap * torch.tanh(scores * scale / softcap)
 
-    # Scores are [n, key heads, groups * V, suffix, keys].
-    rows = query.reshape(n, key_heads, groups * tokens, -1)
-    before = capped(rows @ prefix.keys.transpose(-1, -2)).view(n, key_heads, -1, suffix, n_prefix)
-    by_variant = query.reshape(n, key_heads, groups, variants, suffix, -1)
-    own_keys = key.reshape(n, key_heads, 1, variants, suffix, -1)
-    own_values = value.reshape(n, key_heads, 1, variants, suffix, -1)
+    # A variant's own tokens: scores [n, key heads, groups, V, S, S].
+    by_variant = query.reshape(n, key_heads, groups, variants, suffix, -1).to(accumulate)
+    own_keys = key.reshape(n, key_heads, 1, variants, suffix, -1).to(accumulate)
+    own_values = value.reshape(n, key_heads, 1, variants, suffix, -1).to(accumulate)
     if suffix == 1:
-        own = (by_variant * own_keys).sum(-1, dtype=accumulate, keepdim=True)
+        own = capped((by_variant * own_keys).sum(-1, keepdim=True))
     else:
-        own = by_variant @ own_keys.transpose(-1, -2)
-    own = capped(own).view(n, key_heads, -1, suffix, suffix)
+        own = capped(by_variant @ own_keys.transpose(-1, -2))
     if mask is not None:
-        before = before + mask[..., :n_prefix].unsqueeze(2)
-        own = own + mask[..., n_prefix:].unsqueeze(2)
+        own = own + mask[..., n_prefix:].view(-1, 1, 1, 1, suffix, suffix)
+    own_sum = own.logsumexp(-1)
+    of_own = own_values if suffix == 1 else torch.softmax(own, -1) @ own_values
 
-    scores = torch.cat([before, own], -1)
+    # The prefix: rows [n, key heads, groups * V * S].
+    rows = query.reshape(n, key_heads, groups * tokens, -1)
+    before = None if prefix.mask is None or mask is None else mask[..., :n_prefix]
+    if before is not None and suffix > 1:
+        before = before.repeat(1, 1, groups * variants, 1)
+    if n_prefix == 0:
+        out, total = of_own.expand(*own_sum.shape, -1), own_sum
+    else:
+        fused = softcap is None and _is_fused(rows, prefix)
+        attend = _fused_attention if fused else partial(_plain_attention, capped=capped)
+        of_prefix, prefix_sum = attend(rows, prefix, before, scale=scale)
+        of_prefix, prefix_sum = of_prefix.view(*own_sum.shape, -1), prefix_sum.view(own_sum.shape)
+        out = torch.lerp(of_prefix.to(accumulate), of_own, torch.sigmoid(own_sum - prefix_sum).unsqueeze(-1))
+        total = torch.logaddexp(own_sum, prefix_sum) if sinks is not None else own_sum
     if sinks is not None:
-        sink = sinks.to(accumulate).view(1, key_heads, groups, 1, 1, 1)
-        sink = sink.expand(n, -1, -1, variants, suffix, 1).reshape(n, key_heads, -1, suffix, 1)
-        scores = torch.cat([scores, sink], -1)
-    weights = torch.softmax(scores, -1).to(value.dtype)
-    out = weights[..., :n_prefix].reshape(n, key_heads, groups * tokens, n_prefix) @ prefix.values
-    own_weights = weights[..., n_prefix : n_prefix + suffix].reshape(
-        n, key_heads, groups, variants, suffix, suffix
-    )
-    mixed = own_weights * own_values if suffix == 1 else own_weights @ own_values
-    out = out.view(mixed.shape) + mixed
-    return out.reshape(n, heads, tokens, -1).transpose(1, 2)
+        out = out * torch.sigmoid(total - sinks.to(accumulate).view(key_heads, groups, 1, 1)).unsqueeze(-1)
+    return out.to(value.dtype).reshape(n, heads, tokens, -1).transpose(1, 2)
+
+
+def _plain_attention(
+    rows: Tensor, prefix: Prefix, mask: Tensor | None, *, scale: float, capped: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Attention of rows [n, key heads, r, width] to the prefix, and its log-sum-exp [n, key heads, r]."""
+    scores = capped((rows @ prefix.keys.transpose(-1, -2)).to(torch.promote_types(rows.dtype, torch.float32)))
+    if mask is not None:
+        scores = scores + mask
+    return torch.softmax(scores, -1).to(rows.dtype) @ prefix.values, scores.logsumexp(-1)
+
+
+def _is_fused(rows: Tensor, prefix: Prefix) -> bool:
+    if rows.shape[-1] != prefix.values.shape[-1]:
+        return False
+    return rows.device.type == "cpu" or (rows.is_cuda and rows.dtype in (torch.float16, torch.bfloat16))
+
+
+def _fused_attention(
+    rows: Tensor, prefix: Prefix, mask: Tensor | None, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same by the kernels behind `scaled_dot_product_attention`, which does not give the log-sum-exp."""
+    kernels = torch.ops.aten
+    arguments = (rows, prefix.keys, prefix.values)
+    if rows.device.type == "cpu":
+        out = kernels._scaled_dot_product_flash_attention_for_cpu(
+            *arguments, 0.0, False, attn_mask=mask, scale=scale
+        )
+        return out[0], out[1]
+    if mask is None:
+        out = kernels._scaled_dot_product_flash_attention(*arguments, 0.0, False, False, scale=scale)
+        return out[0], out[1]
+    # This kernel wants rows of the bias to begin at multiples of 8.
+    n_prefix, n_rows = mask.shape[-1], rows.shape[2]
+    bias = torch.nn.functional.pad(mask.to(rows.dtype), (0, -n_prefix % 8))[..., :n_prefix]
+    bias = bias.expand(rows.shape[0], rows.shape[1], n_rows, n_prefix)
+    out = kernels._scaled_dot_product_efficient_attention(*arguments, bias, True, 0.0, False, scale=scale)
+    return out[0], out[1][..., :n_rows]
 
 
 def concat_mask(prefix: Prefix, *, suffix: int, variants: int, dtype: torch.dtype) -> Tensor:

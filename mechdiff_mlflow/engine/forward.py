@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.architecture import Decoder, text_config
-from mechdiff_mlflow.engine.attention import plain_attention
 from mechdiff_mlflow.engine.chunks import Chunk
+from mechdiff_mlflow.engine.routing import plain_attention
 from mechdiff_mlflow.engine.taps import tapped
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.sites import Site

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechdiff_mlflow.engine.architecture import text_config
-from mechdiff_mlflow.engine.attention import Prefix, UnsupportedError, concat_mask
+from mechdiff_mlflow.engine.attention import Prefix, concat_mask
 from mechdiff_mlflow.engine.chunks import Chunk
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.routing import UnsupportedError
 from mechdiff_mlflow.engine.taps import tapped
 from mechdiff_mlflow.engine.variants import Rows, Variants, in_parts
 from mechdiff_mlflow.sites import Site

@@ -15,12 +15,14 @@ from mechdiff_mlflow.engine.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.masked import MaskedPath
 from mechdiff_mlflow.engine.naive import NaivePath
 from mechdiff_mlflow.engine.sweep import SweepPath
-from mechdiff_mlflow.engine.variants import Path, Variants
+from mechdiff_mlflow.engine.variants import Path, Rows, Variants
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.prompts import TokenizedPrompts
 from mechdiff_mlflow.sites import Hook, Site
 
 MODES = ("auto", "sweep", "concat", "masked", "naive")
+
+_CROWD = 20
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """How far logits may be from the reference, relative to the patch's effect on them."""
@@ -28,7 +30,7 @@ _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, tor
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A few variants and their logits by the reference, one row for each prompt and variant."""
+    """A few variants, and their logits by the reference [n, columns, vocabulary]."""
 
     recording: Recording
     variants: Sequence[Variants]
@@ -64,11 +66,19 @@ class Trial:
     def disagreement(self, path: Path) -> float:
         """Largest distance of a row's logits from the reference, relative to what the patch does to them."""
         recording = path.record(self.recording.chunk, [group.site for group in self.variants])
-        found = torch.full_like(self.logits, torch.nan)
-        for rows in path.run(recording, self.variants):
+        # Rows that enter among many may be treated differently from rows that enter among few.
+        first, n = self.variants[0], len(self.variants)
+        crowd = Variants(first.site, first.values.repeat(1, _CROWD, 1), range(n, n + _CROWD))
+        alone = self._disagreement(path.run(recording, self.variants), self.logits)
+        among_many = torch.cat([self.logits, self.logits[:, :1].expand(-1, _CROWD, -1)], 1)
+        return max(alone, self._disagreement(path.run(recording, [*self.variants, crowd]), among_many))
+
+    def _disagreement(self, found_rows: Iterable[Rows], expected: Tensor) -> float:
+        found = torch.full_like(expected, torch.nan)
+        for rows in found_rows:
             found[rows.owner, rows.column] = rows.logits
-        error = (found.double() - self.logits.double()).norm(dim=-1)
-        effect = (self.logits.double() - self.recording.logits.double().unsqueeze(1)).norm(dim=-1)
+        error = (found.double() - expected.double()).norm(dim=-1)
+        effect = (expected.double() - self.recording.logits.double().unsqueeze(1)).norm(dim=-1)
         return float((error / effect).max())
 
 

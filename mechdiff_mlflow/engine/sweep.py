@@ -17,18 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.architecture import Decoder
-from mechdiff_mlflow.engine.attention import (
-    Attend,
-    UnsupportedError,
-    concat_mask,
-    implementation,
-    own_attention,
-    routed,
-    split_attention,
-)
+from mechdiff_mlflow.engine.attention import concat_mask, split_attention
 from mechdiff_mlflow.engine.chunks import Chunk
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.head import head
+from mechdiff_mlflow.engine.routing import Attend, UnsupportedError, implementation, own_attention, routed
 from mechdiff_mlflow.engine.tape import Tape, TapeRecorder, map_tensors
 from mechdiff_mlflow.engine.taps import first_output, with_first_output
 from mechdiff_mlflow.engine.variants import Rows, Variants, in_parts
@@ -65,7 +58,8 @@ class SweepPath:
         """The clean run of a chunk, with what its variants will need."""
         # Rows that enter after the MLP have the clean attention output behind them.
         needed = {*sites, *(Site(site.layer, Hook.ATTN_OUT) for site in sites if site.hook is Hook.MLP_OUT)}
-        recorder = TapeRecorder(chunk, self._own)
+        first = min((site.layer for site in sites), default=len(self._own))
+        recorder = TapeRecorder(chunk, self._own, first)
         with routed(self._decoder, recorder.attends), recorder.listening(self._decoder.blocks):
             return recorder.tape(self._forward.record(chunk, sorted(needed)))
 
@@ -97,8 +91,7 @@ class _Climb:
 
     def __init__(self, decoder: Decoder, tape: Tape, prompts: slice, own: Sequence[Attend] | None) -> None:
         self._decoder, self._tape, self._prompts, self._own = decoder, tape, prompts, own
-        entering = tape.entering[0][prompts]
-        self._live = entering.new_empty(len(entering), 0, *entering.shape[1:])  # [b, V, S, width]
+        self._rows: list[Tensor] = []  # [b, v, S, width] each, side by side
         self._suffix = tape.chunk.suffix
         self.columns: list[int] = []
 
@@ -115,41 +108,38 @@ class _Climb:
                 self._join(pre, self._tape.entering[i])
                 self._block(i, attn, mlp)
                 self._join(post, self._tape.leaving[i])
-        return self._live[:, :, -1]
-
-    def _values(self, groups: Sequence[Variants], like: Tensor) -> Tensor:
-        """Replacements [b, v, width] of all groups."""
-        values = [group.values[self._prompts] for group in groups]
-        return torch.cat(values, 1) if values else like.new_empty(len(self._live), 0, like.shape[-1])
+        return torch.cat([rows[:, :, -1].to(self._rows[-1].device) for rows in self._rows], 1)
 
     def _join(self, groups: Sequence[Variants], residual: Tensor) -> None:
-        if groups:
-            self._add(self._values(groups, residual), groups, residual)
-
-    def _add(self, rows: Tensor, groups: Sequence[Variants], residual: Tensor) -> None:
-        """Rows [b, v, width] join the living, each before its own copy of the suffix after it."""
-        after = residual[self._prompts, None, 1:].expand(-1, rows.shape[1], -1, -1)
-        self._live = torch.cat([self._live.to(rows.device), torch.cat([rows.unsqueeze(2), after], 2)], 1)
         for group in groups:
-            self.columns.extend(group.columns)
+            self._add(group.values[self._prompts], group.columns, residual)
+
+    def _add(self, rows: Tensor, columns: Sequence[int], residual: Tensor) -> None:
+        """Rows [b, v, width] join the others, each before its own copy of the suffix after it."""
+        rows = rows.unsqueeze(2)
+        if self._suffix > 1:
+            after = residual[self._prompts, None, 1:].expand(-1, rows.shape[1], -1, -1)
+            rows = torch.cat([rows, after], 2)
+        self._rows.append(rows)
+        self.columns.extend(columns)
 
     def _block(self, i: int, attn: Sequence[Variants], mlp: Sequence[Variants]) -> None:
-        """Take the living through block i; rows that replace a sublayer's output enter amid it."""
-        b, n_variants, suffix, width = self._live.shape
-        n_live = n_variants * suffix
+        """Take the rows through block i; those that replace a sublayer's output enter amid it."""
         start = self._tape.entering[i][self._prompts, :1]  # [b, 1, width]
-        n_entering = sum(len(group.columns) for group in (*attn, *mlp))
-        if n_live + n_entering == 0:
+        entering = [column for group in (*attn, *mlp) for column in group.columns]
+        n_variants = sum(rows.shape[1] for rows in self._rows)
+        if n_variants + len(entering) == 0:
             return
-        hidden = self._live.reshape(b, n_live, width)
-        if n_entering:
-            hidden = torch.cat([hidden.to(start.device), start.expand(-1, n_entering, -1)], 1)
-        arguments = map_tensors(self._tape.arguments[i], partial(self._a_row_each, n_variants, n_entering))
+        tokens = [rows.flatten(1, 2).to(start.device) for rows in self._rows]
+        if entering:
+            tokens.append(start.expand(-1, len(entering), -1))
+        arguments = map_tensors(self._tape.arguments[i], partial(self._a_row_each, n_variants, len(entering)))
+        n_live = n_variants * self._suffix
         with self._entering_rows(i, n_live, attn, mlp):
-            out = first_output(self._decoder.blocks[i].module(hidden, **arguments))
-        self._live = out[:, :n_live].reshape(b, n_variants, suffix, width)
-        if n_entering:
-            self._add(out[:, n_live:], (*attn, *mlp), self._tape.leaving[i])
+            out = first_output(self._decoder.blocks[i].module(torch.cat(tokens, 1), **arguments))
+        self._rows = [out[:, :n_live].view(len(out), n_variants, self._suffix, -1)] if n_variants else []
+        if entering:
+            self._add(out[:, n_live:], entering, self._tape.leaving[i])
 
     def _a_row_each(self, n_variants: int, n_entering: int, x: Tensor) -> Tensor:
         """From one value a suffix token [n or 1, S, ...] to one a row."""
@@ -178,7 +168,7 @@ class _Climb:
             )
         prefix = self._tape.prefixes[i].of(self._prompts)
         suffix = self._suffix
-        if self._live.shape[1] == 0 and suffix > 1:  # nothing but entering rows, one token each
+        if not self._rows and suffix > 1:  # nothing but entering rows, one token each
             prefix, suffix = prefix.first(), 1
         if self._own is not None:
             tree = concat_mask(prefix, suffix=suffix, variants=query.shape[2] // suffix, dtype=query.dtype)
@@ -203,66 +193,80 @@ class _Climb:
         self, i: int, n_live: int, attn: Sequence[Variants], mlp: Sequence[Variants]
     ) -> Iterator[None]:
         """Replace the sublayers' outputs for the rows after `n_live`, and compute no more than is used."""
-        block, like = self._decoder.blocks[i], self._tape.entering[i]
-        into_attn, into_mlp = self._values(attn, like), self._values(mlp, like)
+        block = self._decoder.blocks[i]
+        into_attn, into_mlp = ([group.values[self._prompts] for group in groups] for groups in (attn, mlp))
         if mlp:
             clean = self._tape.clean[Site(i, Hook.ATTN_OUT)][self._prompts, None]
-            into_attn = torch.cat([into_attn, clean.expand(-1, into_mlp.shape[1], -1)], 1)
-        n_rows = n_live + into_attn.shape[1]
+            into_attn.append(clean.expand(-1, sum(x.shape[1] for x in into_mlp), -1))
+        n_rows = n_live + sum(x.shape[1] for x in into_attn)
         with ExitStack() as stack:
-            if into_attn.shape[1]:
+            if into_attn:
                 assert block.attn_out is not None
-                stack.enter_context(_replaced_tail(block.attention, block.attn_out, into_attn, n_rows))
-            if into_mlp.shape[1]:
+                # Entering rows have no suffix, so our attention could not tell them from the others.
+                tail = _Tail(torch.cat(into_attn, 1), n_rows, must_cut=self._suffix > 1)
+                stack.enter_context(tail.replaced(block.attention, block.attn_out))
+            if into_mlp:
                 assert block.mlp_out is not None
-                stack.enter_context(_replaced_tail(block.mlp, block.mlp_out, into_mlp, n_rows))
+                tail = _Tail(torch.cat(into_mlp, 1), n_rows, must_cut=False)
+                stack.enter_context(tail.replaced(block.mlp, block.mlp_out))
             yield
 
 
-@contextmanager
-def _replaced_tail(
-    sublayer: nn.Module | None, source: nn.Module, tail: Tensor, n_rows: int
-) -> Iterator[None]:
-    """Have `source` give `tail` [b, e, width] for the last of `n_rows` rows, which `sublayer` need not see.
+class _Tail:
+    """What a sublayer gives for the last rows of a block.
 
     Args:
-        sublayer: Called with one row each; None when it has no module of its own.
-        source: The module that gives what is added to the residual stream: the sublayer itself, a norm after
-            it, or a part of it.
-        tail: Replacements.
+        values: Replacements [b, e, width].
         n_rows: Rows that the block is called with.
+        must_cut: Whether the sublayer must not see the rows that are replaced.
     """
-    kept = n_rows - tail.shape[1]
 
-    def cut(x: Tensor) -> Tensor:
-        # Mixtures of experts view their input, so it has to be contiguous.
-        return x[:, :kept].contiguous() if x.dim() > 1 and x.shape[1] == n_rows else x
+    def __init__(self, values: Tensor, n_rows: int, *, must_cut: bool) -> None:
+        self._values, self._n_rows = values, n_rows
+        self._n_kept = n_rows - values.shape[1]
+        # To copy the rows that are kept costs more than to compute a few in vain; with none it might fail.
+        self._cut = self._n_kept > 0 and (must_cut or 8 * values.shape[1] > self._n_kept)
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @contextmanager
+    def replaced(self, sublayer: nn.Module | None, source: nn.Module) -> Iterator[None]:
+        """Have `source` give the replacements.
+
+        Args:
+            sublayer: Called with one row each; None when it has no module of its own.
+            source: Gives what is added to the residual stream: the sublayer itself, a norm after it, or a
+                part of it, in which case the sublayer sees all rows.
+        """
+        with ExitStack() as stack:
+            if (
+                self._cut
+                and sublayer is not None
+                and (source is sublayer or source not in set(sublayer.modules()))
+            ):
+                stack.callback(sublayer.register_forward_pre_hook(self._cut_rows, with_kwargs=True).remove)
+                if source is not sublayer:
+                    stack.callback(sublayer.register_forward_hook(self._pad_rows).remove)
+            stack.callback(source.register_forward_hook(self._replace_rows).remove)
+            yield
+
+    def _cut_rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def cut(x: Tensor) -> Tensor:
+            # Mixtures of experts view their input, so it has to be contiguous.
+            return x[:, : self._n_kept].contiguous() if x.dim() > 1 and x.shape[1] == self._n_rows else x
+
         return map_tensors(args, cut), map_tensors(kwargs, cut)
 
-    def after(module: nn.Module, args: Any, out: Any) -> Any:
+    def _pad_rows(self, module: nn.Module, args: Any, out: Any) -> Any:
         hidden = first_output(out)
-        if hidden.dim() == 3 and hidden.shape[1] == kept:
-            hidden = torch.cat([hidden, hidden.new_zeros(tail.shape)], 1)
+        if hidden.dim() == 3 and hidden.shape[1] == self._n_kept:
+            hidden = torch.cat([hidden, hidden.new_zeros(self._values.shape)], 1)
         return with_first_output(out, hidden)
 
-    def replace(module: nn.Module, args: Any, out: Any) -> Any:
+    def _replace_rows(self, module: nn.Module, args: Any, out: Any) -> Any:
         hidden = first_output(out)
+        values = self._values.to(hidden.device)
         # OPT flattens prompts and rows before its MLP.
-        rows = hidden.view(tail.shape[0], -1, tail.shape[2])[:, :kept]
-        replaced = torch.cat([rows, tail.to(rows.device)], 1)
-        return with_first_output(out, replaced if hidden.dim() == 3 else replaced.flatten(0, 1))
-
-    with ExitStack() as stack:
-        # With nothing left to see a sublayer might fail, so it then sees all; so too if the source is in it.
-        if (
-            sublayer is not None
-            and kept > 0
-            and (source is sublayer or source not in set(sublayer.modules()))
-        ):
-            stack.callback(sublayer.register_forward_pre_hook(before, with_kwargs=True).remove)
-            if source is not sublayer:
-                stack.callback(sublayer.register_forward_hook(after).remove)
-        stack.callback(source.register_forward_hook(replace).remove)
-        yield
+        rows = hidden.view(values.shape[0], -1, values.shape[2])
+        if rows.shape[1] == self._n_kept:
+            return with_first_output(out, torch.cat([rows, values], 1))
+        rows[:, self._n_kept :] = values
+        return out

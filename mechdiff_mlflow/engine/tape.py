@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.architecture import Block
-from mechdiff_mlflow.engine.attention import Attend, Prefix, UnsupportedError
+from mechdiff_mlflow.engine.attention import Prefix
 from mechdiff_mlflow.engine.chunks import Chunk
 from mechdiff_mlflow.engine.forward import Recording
+from mechdiff_mlflow.engine.routing import Attend, UnsupportedError
 from mechdiff_mlflow.engine.taps import first_output
 
 _T = TypeVar("_T")
@@ -30,14 +31,14 @@ class Tape(Recording):
     """A recording with all that patched tokens need; S is the chunk's suffix.
 
     Args:
-        prefixes: What the suffix of each prompt sees, block by block.
+        prefixes: What the suffix of each prompt sees, for every block from the first patched one up.
         entering: The suffix's hidden states as they enter each block, [n, S, width].
         leaving: The same as they leave it.
         arguments: What else each block was called with, cut to the suffix.
         output_length: Length of the tuple that a block returns, or None for a plain tensor.
     """
 
-    prefixes: list[Prefix]
+    prefixes: dict[int, Prefix]
     entering: list[Tensor]
     leaving: list[Tensor]
     arguments: list[dict[str, Any]]
@@ -50,10 +51,11 @@ class TapeRecorder:
     Args:
         chunk: The prompts.
         own: The attention function of each block.
+        first: The first block that a patched token goes through.
     """
 
-    def __init__(self, chunk: Chunk, own: Sequence[Attend]) -> None:
-        self._chunk = chunk
+    def __init__(self, chunk: Chunk, own: Sequence[Attend], first: int) -> None:
+        self._chunk, self._first = chunk, first
         self._prefixes: dict[int, Prefix] = {}
         self._entering: dict[int, Tensor] = {}
         self._leaving: dict[int, Tensor] = {}
@@ -77,14 +79,13 @@ class TapeRecorder:
         Raises:
             UnsupportedError: Some block's attention was not.
         """
-        parts = (self._prefixes, self._entering, self._leaving, self._arguments)
-        if any(len(part) != len(self.attends) for part in parts):
+        if self._prefixes.keys() != set(range(self._first, len(self.attends))):
             raise UnsupportedError("Some blocks of the model do not use transformers' attention interface.")
         return Tape(
             self._chunk,
             recording.clean,
             recording.logits,
-            _in_order(self._prefixes),
+            self._prefixes,
             _in_order(self._entering),
             _in_order(self._leaving),
             _in_order(self._arguments),
@@ -103,6 +104,8 @@ class TapeRecorder:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         suffix, length = self._chunk.suffix, self._chunk.ids.shape[1]
+        if i < self._first:
+            return own(module, query, key, value, mask, **kwargs)
         if query.shape[2] != length or key.shape[2] != length:
             raise UnsupportedError(f"{type(module).__name__} sees {key.shape[2]} tokens of {length}.")
         seen = None

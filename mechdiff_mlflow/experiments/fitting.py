@@ -57,7 +57,10 @@ class Fitter:
     def record(self, cells: Sequence[Cell]) -> None:
         """Record what the cells and their controls are fitted on, where that is not known yet."""
         sites = {cell.site for cell in cells} | {self.elsewhere(cell.site) for cell in cells}
-        missing = sorted(sites - self._train.keys())
+        # The asked-for sites first: of a layer that does not exist, the user's own number is named.
+        missing = sorted(
+            sites - self._train.keys(), key=lambda site: (site not in {c.site for c in cells}, site)
+        )
         if not missing:
             return
         position = self.protocol.position

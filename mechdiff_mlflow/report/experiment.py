@@ -158,7 +158,7 @@ def _rank_control(evidence: Evidence) -> list[Block]:
             "**RQ3 (rank-k control).** The smallest tested rank from which on every rank reaches the target; "
             "k ≪ d is said up to a quarter of the width. Family update counts rank(W − I), content rank(W)."
         ),
-        Bullets([wording.low_rank(row, LOW_RANK_SHARE) for row in rows]),
+        Bullets([wording.low_rank(row, evidence.patches, LOW_RANK_SHARE) for row in rows]),
         Grid(columns, cells),
     ]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from mechdiff_mlflow.report.evidence import Measured, Quoted
 from mechdiff_mlflow.stats import Interval
 
@@ -76,26 +79,34 @@ def scale(patch: Measured, tried: list[float]) -> str | None:
     )
 
 
-def low_rank(row: dict[str, object], low_rank_share: float) -> str:
-    """One sentence on a least rank."""
-    width = int(str(row["width"]))
-    what = (
-        f"On `{row['site']}` (α={float(str(row['alpha'])):g}), the {float(str(row['target_pct'])):g} % target"
-    )
-    share = f"{100 * float(str(row['p_reached'])):.0f} % of resamples"
+def low_rank(row: Mapping[str, Any], patches: Sequence[Measured], low_rank_share: float) -> str:
+    """One sentence on a least rank.
+
+    Args:
+        row: Of `least_ranks.json`.
+        patches: Among them the patch at the conservative rank, whose skill counts too.
+        low_rank_share: Up to which share of the width a rank is called low.
+    """
+    width, alpha = int(row["width"]), float(row["alpha"])
+    what = f"On `{row['site']}` (α={alpha:g}, {row['family']} family) the {row['target_pct']:g} % target"
+    share = f"{100 * row['p_reached']:.0f} % of resamples"
     if rank(row["k"], width) == "not reached":
         return f"{what} is **not reached** at any tested rank (reached in {share})."
     ends = f"[{rank(row['low'], width)}, {rank(row['high'], width)}]"
+    sure = rank(row["conservative_k"], width)
     text = (
         f"{what} is reached with **k={rank(row['k'], width)}** of {width} directions (interval {ends}, "
-        f"reached in {share}; conservative k {rank(row['conservative_k'], width)})"
+        f"reached in {share}; conservative k {sure})"
     )
-    sure = row["conservative_k"]
-    if sure is None or sure != sure:
+    if sure == "not reached":
         return f"{text}: not sure enough to call it control."
-    if float(str(sure)) <= low_rank_share * width:
-        return f"{text}: this supports **low-rank control** at that target."
-    return f"{text}: that is not k ≪ d."
+    if float(row["conservative_k"]) > low_rank_share * width:
+        return f"{text}: that is not k ≪ d."
+    cell = (row["site"], row["solver"], row["family"], alpha, sure)
+    at = [p for p in patches if (str(p.site), p.solver, p.family, p.alpha, p.rank) == cell]
+    if not any(above(patch.skill) for patch in at):
+        return f"{text}, but a control without any rank does as well, so this is no evidence of control."
+    return f"{text}: this supports **low-rank control** at that target."
 
 
 def rank(value: object, width: int) -> str:

@@ -22,15 +22,19 @@ SITES = [
 ]
 
 
+COPIES = 20
+
+
 def engine_logits(engine: PatchEngine, prompts: TokenizedPrompts, groups: list[VariantGroup]) -> Tensor:
-    """Patched logits [N, groups, vocabulary] from which the engine scores, one variant a group."""
+    """Patched logits [N, variants, vocabulary] from which the engine scores."""
+    n_variants = sum(group.count(len(prompts), engine.width) for group in groups)
     found = None
     for chunk in in_chunks(prompts, engine._batch_size, engine.forward.device):
         recording = engine._path.record(chunk, [group.site for group in groups])
         variants, _ = ScoreBoard(groups, len(prompts), engine.width).variants(recording)
         for rows in engine._path.run(recording, variants):
             if found is None:
-                shape = (len(prompts), len(groups), rows.logits.shape[-1])
+                shape = (len(prompts), n_variants, rows.logits.shape[-1])
                 found = torch.full(shape, torch.nan, dtype=rows.logits.dtype)
             found[chunk.index[rows.owner], rows.column] = rows.logits
     assert found is not None
@@ -52,12 +56,15 @@ def worst_logit_error(family: Family, attention: str, dtype: torch.dtype, from_e
         VariantGroup(s, (x + x.std() * torch.randn(x.shape, generator=generator).to(dtype)).unsqueeze(1))
         for s, x in captured.items()
     ]
-    found = engine_logits(engine, prompts, groups)
+    # Where many rows are alive the engine treats those that enter differently.
+    many = VariantGroup(groups[0].site, groups[0].replacements.repeat(1, COPIES, 1))
+    found = engine_logits(engine, prompts, [many, *groups[1:]])
     worst = 0.0
-    for column, group in enumerate(groups):
+    for i, group in enumerate(groups):
+        columns = found[:, :COPIES] if i == 0 else found[:, COPIES + i - 1, None]
         module = family.module(model, group.site)
-        expected = tiny.patched_by_definition(model, prompts, module, group)[:, 0]
-        worst = max(worst, float((found[:, column] - expected).abs().max() / expected.abs().max()))
+        expected = tiny.patched_by_definition(model, prompts, module, group)
+        worst = max(worst, float((columns - expected).abs().max() / expected.abs().max()))
     return worst
 
 

@@ -9,7 +9,8 @@ import toy as toys
 
 from mechdiff_mlflow.experiments.doctor import Check, examine
 from mechdiff_mlflow.pairs import Pair, load_pair
-from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec import PairSpec, Position
 
 
 def load(spec: Path) -> Pair:
@@ -71,11 +72,13 @@ def test_different_token_ids_are_noticed_where_tokenizers_agree(
 ) -> None:
     pair = load(toy)
     tokens = pair.tokens
-    monkeypatch.setattr(
-        Pair,
-        "tokens",
-        lambda self, role, prompts, position: tokens("base", prompts, position)[: 8 if role == "base" else 7],
-    )
+
+    def one_off(self: Pair, role: str, prompts: PromptSet, position: Position) -> TokenizedPrompts:
+        found = tokens(role, prompts, position)
+        ids = ((*found.ids[0][:-1], 2), *found.ids[1:]) if role == "tuned" else found.ids
+        return TokenizedPrompts(ids, found.positions)
+
+    monkeypatch.setattr(Pair, "tokens", one_off)
     assert "same token ids" in failed(pair)
 
 

@@ -59,8 +59,10 @@ def test_scale_is_spoken_of_only_where_val_chose_it() -> None:
     assert "larger" in str(wording.scale(replace(PATCH, alpha=1.6), [0.3, 1.6, 2.0]))
 
 
+AT_32 = replace(PATCH, k=32)
 ROW = {
-    "site": "L26/attn_out", "alpha": 0.3, "target_pct": 30.0, "width": 128,
+    "site": "L26/attn_out", "solver": "procrustes_scaled", "family": "update",
+    "alpha": 0.3, "target_pct": 30.0, "width": 128,
     "k": 8, "low": 8, "high": 32, "p_reached": 0.99, "conservative_k": 32,
 }  # fmt: skip
 
@@ -77,4 +79,10 @@ ROW = {
     ],
 )
 def test_low_rank(changes: dict[str, object], says: str) -> None:
-    assert says in wording.low_rank({**ROW, **changes}, 0.25)
+    assert says in wording.low_rank({**ROW, **changes}, [PATCH, AT_32], 0.25)
+
+
+def test_a_low_rank_that_a_control_matches_is_no_control() -> None:
+    unskilled = replace(AT_32, skill=Interval(3.0, -4.0, 9.0, 0.95))
+    assert "no evidence of control" in wording.low_rank(ROW, [PATCH, unskilled], 0.25)
+    assert "no evidence of control" in wording.low_rank(ROW, [PATCH], 0.25), "nor one that was not patched"
