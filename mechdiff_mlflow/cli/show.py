@@ -58,6 +58,14 @@ def patches(records: Sequence[PatchRecord], study: Study) -> None:
     if len(records) == 1:
         controls = sorted(first.controls.items(), key=lambda item: item[1])
         console.print("Controls (mean KL): " + ", ".join(f"{name} {_number(kl)}" for name, kl in controls))
+        p_values = {
+            "than raw": first.p_sign_flip,
+            f"than {first.null}": first.p_null,
+            "than maps of shuffled pairs": first.p_permutation,
+        }
+        tested = [f"{name} {_number(p)}" for name, p in p_values.items() if p is not None]
+        if tested:
+            console.print("p, one-sided, of KL_mapped being no lower: " + ", ".join(tested))
     if any(patch.leak for patch in records):
         console.print(
             f"Leak: {', '.join(first.leak)} was chosen on the reported split; these numbers flatter the map."

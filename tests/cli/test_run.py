@@ -186,7 +186,10 @@ def test_permutations_and_solver_inputs_reach_the_run(
         "--alpha-fit",
         "inside",
     )
-    mechdiff("run", "--pair", str(toy), *SITE, *words, "--alpha", "0.5,1", "--permutations", "3")
+    shown = mechdiff(
+        "run", "--pair", str(toy), *SITE, *words, "--alpha", "0.5,1", "--permutations", "3"
+    ).output
+    assert "than maps of shuffled pairs" in shown
     (patch,) = runs_of(client)["patch"]
     params, metrics = patch.data.params, patch.data.metrics
     wanted = {"directions": "3", "unembedding": "joint", "alpha_fit": "inside", "permutations": "3"}
