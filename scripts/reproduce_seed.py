@@ -32,7 +32,8 @@ def commands_for(pair: str) -> list[str]:
         f"sweep --pair {pair} --family content",
         # Around it: where the models differ at all.
         f"layers --pair {pair}",
-        f"atlas --pair {pair}",
+        # What enters a block is what left the one before: resid_pre would show resid_post again.
+        f"atlas --pair {pair} --hooks attn_out,mlp_out,resid_post",
         f"heads --pair {pair}",
         # §5.
         f"report --pair {pair} --out reports/{pair}.md",

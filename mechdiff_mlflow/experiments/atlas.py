@@ -75,7 +75,7 @@ def atlas(
     fits = {fit.cell.site: fit for fit in study.fit(cells)} if cells else {}
     patches = {p.cell.site: p for p in study.patch([fit.to_patch for fit in fits.values()])} if fits else {}
     ranked = _ranked_on_val(study, fits)[:best] if best else []
-    return AtlasRecord(_table(rows, patches, alpha, protocol.seed), fits, patches, ranked)
+    return AtlasRecord(_table(rows, patches, alpha), fits, patches, ranked)
 
 
 def _above_floor(rows: SiteRows) -> bool:
@@ -109,14 +109,13 @@ def _repeats(site: Site, fits: Mapping[Site, FitRecord]) -> bool:
     return site.hook is Hook.RESID_PRE and Site(max(site.layer - 1, 0), Hook.RESID_POST) in fits
 
 
-def _table(
-    rows: Mapping[Site, SiteRows], patches: Mapping[Site, PatchRecord], alpha: float, seed: int
-) -> pd.DataFrame:
+def _table(rows: Mapping[Site, SiteRows], patches: Mapping[Site, PatchRecord], alpha: float) -> pd.DataFrame:
     found = []
     for site, at in rows.items():
         patch = patches.get(site)
         raw = at.patched.get(RAW)
         drop, skill = (patch.drop_pct, patch.skill_pct) if patch else (None, None)
+        p = patch.p_null if patch else None
         found.append(
             (
                 *(str(site), site.layer, str(site.hook), alpha, _change(at)),
@@ -124,13 +123,11 @@ def _table(
                 *_ends(drop),
                 *_ends(skill),
                 *(patch.null if patch else None, patch.rho if patch else None),
-                *(at.patched[IDENTITY].mean_kl, _above_floor(at), _p(patch, seed) if patch else None),
+                *(at.patched[IDENTITY].mean_kl, _above_floor(at)),
+                *(p, p if patch is None or patch.p_holm is None else patch.p_holm),
             )
         )
-    corrected = stats.holm([row[-1] for row in found])
-    table: pd.DataFrame = pd.DataFrame(
-        [(*row, p) for row, p in zip(found, corrected, strict=True)], columns=list(COLUMNS)
-    )
+    table: pd.DataFrame = pd.DataFrame(found, columns=list(COLUMNS))
     return table
 
 
@@ -139,12 +136,6 @@ def _change(rows: SiteRows) -> float | None:
     if rows.base.shape != rows.tuned.shape:
         return None
     return float((rows.tuned - rows.base).norm() / rows.tuned.norm())
-
-
-def _p(patch: PatchRecord, seed: int) -> float:
-    """That the map does no better than the best control."""
-    gain = patch.per_prompt[f"KL_{patch.null}"] - patch.per_prompt["KL_mapped"]
-    return stats.sign_flip_p(gain, seed=seed)
 
 
 def _ends(interval: stats.Interval | None) -> tuple[float | None, float | None, float | None]:

@@ -17,14 +17,14 @@ def curve_figures(patches: Sequence[Measured]) -> list[Figure]:
     full = 2.0 * max(ranks, default=1)
     over_k = _lines(
         patches,
-        lambda p: (p.site, p.solver, p.family, p.alpha, p.conditions),
+        lambda p: (p.site, p.solver, p.family, p.alpha, p.settings, p.conditions),
         lambda p: full if p.k is None else float(p.k),
         lambda p: f"{p.site} α={p.alpha:g} {p.family}",
         at_least=2,
     )
     over_alpha = _lines(
         patches,
-        lambda p: (p.site, p.solver, p.family, p.k, p.conditions),
+        lambda p: (p.site, p.solver, p.family, p.k, p.settings, p.conditions),
         lambda p: p.alpha,
         lambda p: f"{p.site} k={p.rank} {p.family}",
         at_least=3,

@@ -16,6 +16,8 @@ from mechdiff_mlflow.stats import Interval
 LEVEL = 0.95
 FROM = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
 """Kinds of runs that patches stand under, by how much their choice of map is worth quoting."""
+SETTINGS = ("shrink", "ridge", "output_metric", "directions", "unembedding", "off_span", "alpha_fit")
+"""Columns that say how a map was made, n/a where its solver has no such setting."""
 PICKED_FROM = ("sweep", "atlas")
 """Where the best of several is picked on the reported split itself."""
 
@@ -59,6 +61,8 @@ class Measured:
         controls: Mean KL of every control in nats.
         leak: Whether something was chosen on the reported split.
         undefined: Why numbers have no value, by name.
+        settings: How the map was made beyond solver, family, rank and scale.
+        p_permutation: Of fits of shuffled pairs, or None where there were none.
         asked_alpha: α as the run above was asked for it, such as `auto`.
     """
 
@@ -81,6 +85,8 @@ class Measured:
     controls: Mapping[str, float]
     leak: bool
     undefined: Mapping[str, str]
+    settings: str
+    p_permutation: float | None
     asked_alpha: str
 
     @property
@@ -158,7 +164,8 @@ class Evidence:
         newest: dict[tuple[object, ...], Measured] = {}
         for row in own:
             patch = _measured(row, kinds, asked)
-            cell = (patch.site, patch.solver, patch.family, patch.k, patch.alpha, patch.conditions)
+            map_ = (patch.solver, patch.family, patch.k, patch.alpha, patch.settings)
+            cell = (patch.site, *map_, patch.conditions)
             # A map that was pinned under a report pass is the same cell as the sweep's that found it.
             kept = newest.get(cell)
             if kept is None or FROM.get(patch.source, 0) > FROM.get(kept.source, 0):
@@ -225,6 +232,8 @@ def of_record(record: PatchRecord) -> Measured:
         controls=record.controls,
         leak=bool(record.leak),
         undefined=record.undefined,
+        settings="",
+        p_permutation=record.p_permutation,
         asked_alpha="",
     )
 
@@ -271,6 +280,10 @@ def _measured(row: pd.Series, kinds: Mapping[str, str], asked: Mapping[str, str]
             for key in row.index
             if str(key).startswith("tag.mechdiff.undefined.") and not _missing(row[key])
         },
+        settings=", ".join(
+            f"{key}={_text(row, key)}" for key in SETTINGS if _text(row, key) not in ("", "n/a")
+        ),
+        p_permutation=_number(row.get("p/permutation")),
         asked_alpha=asked.get(parent or "", ""),
     )
 

@@ -177,7 +177,7 @@ def _all_cells(evidence: Evidence) -> list[Block]:
 def _patch_table(patches: Sequence[Measured]) -> Grid:
     columns = (
         *("site", "solver", "family", "k", "α", "split", "n", "KL_raw", "KL_mapped", "drop %", "skill %"),
-        *("best control", "floor", "ρ", "run"),
+        *("best control", "floor", "ρ", "settings", "run"),
     )
     return Grid(
         columns,
@@ -187,7 +187,7 @@ def _patch_table(patches: Sequence[Measured]) -> Grid:
                 *(p.conditions.split, str(p.conditions.n)),
                 *(wording.number(p.kl_raw), wording.number(p.kl_mapped)),
                 *(wording.percent(p.drop), wording.percent(p.skill), p.null),
-                *(wording.number(p.noise_floor, 2), wording.number(p.rho), f"`{p.run_id}`"),
+                *(wording.number(p.noise_floor, 2), wording.number(p.rho), p.settings, f"`{p.run_id}`"),
             ]
             for p in patches
         ],

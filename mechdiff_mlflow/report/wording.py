@@ -57,6 +57,8 @@ def transport(quoted: Quoted) -> str:
             f"{sentence}; no skill is defined, {patch.undefined.get('skill_pct', 'for want of a control')}."
         )
     skill = f"skill {percent(patch.skill)} % over the best control, `{patch.null}`"
+    if patch.p_permutation is not None:
+        skill += f", permutation p={patch.p_permutation:.2g}"
     if above(patch.skill):
         return f"{sentence}, {skill}."
     verdict = "does better" if below(patch.skill) else "may do as well"

@@ -31,6 +31,8 @@ PATCH = Measured(
     controls={"mean_only": 1.4},
     leak=False,
     undefined={},
+    settings="shrink=0.05",
+    p_permutation=None,
     asked_alpha="auto",
 )
 
