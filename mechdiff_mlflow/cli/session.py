@@ -15,6 +15,7 @@ import torch
 
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.experiments import Protocol, Study
+from mechdiff_mlflow.experiments.doctor import demand_sound
 from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec import PairSpec
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
@@ -108,6 +109,8 @@ def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
                     options=EngineOptions(batch_size=options["batch_size"]),
                 )
             settle_threads(pair)
+            with stage("checking the plumbing", 1):
+                demand_sound(pair)
             yield Session(store, run, Study(pair, protocol, stage), has_parent)
 
 

@@ -35,26 +35,53 @@ class Check:
 
 def examine(pair: Pair) -> Iterator[Check]:
     """Run every check on a few val prompts; one that raises has failed, and the next goes on."""
+    for name, check in _checks(pair).items():
+        try:
+            yield Check(name, True, check())
+        except MechdiffError as error:
+            yield Check(name, False, str(error))
+
+
+def demand_sound(pair: Pair) -> None:
+    """Run the checks without which no number may be printed.
+
+    The oracle map is not among them: it is the identity patch of a site, whose floor every patch is held to.
+
+    Raises:
+        MechdiffError: What the first failing check says.
+    """
+    checks = _checks(pair)
+    for name in (
+        "same token ids",
+        "hooks and sublayers",
+        _INVARIANT,
+        "identity patch",
+        "untouched layers agree",
+    ):
+        checks[name]()
+
+
+_INVARIANT = "capture invariant to padding and batch"
+_ESSENTIAL = ("same token ids", "hooks and sublayers", _INVARIANT, "identity patch", "untouched layers agree")
+
+
+def _checks(pair: Pair) -> dict[str, Callable[[], str]]:
+    """By name what says what it saw, or raises."""
     prompts = pair.prompts_of("val").first(min(N_PROMPTS, len(pair.prompts["val"])))
     with pair.tuned.engine() as engine:
         middle, n_layers = engine.n_layers // 2, engine.n_layers
     sites = [Site(middle, hook) for hook in Hook]
-    checks: dict[str, Callable[[], str]] = {
+    return {
         "prompts": lambda: ", ".join(f"{len(p)} {split}" for split, p in pair.prompts.items()) + ", disjoint",
         "templates and BOS": lambda: _templates(pair, prompts),
         "same token ids": lambda: _same_tokens(pair, prompts),
         "sites respond": lambda: _engine_line(pair),
         "hooks and sublayers": lambda: _hooks_and_sublayers(pair, prompts),
-        "capture invariant to padding and batch": lambda: _capture_is_invariant(pair, prompts, sites),
+        _INVARIANT: lambda: _capture_is_invariant(pair, prompts, sites),
         "identity patch": lambda: _identity(pair, prompts, sites),
         "oracle map": lambda: _oracle(pair, prompts, n_layers),
         "untouched layers agree": lambda: _untouched(pair, prompts),
     }
-    for name, check in checks.items():
-        try:
-            yield Check(name, True, check())
-        except MechdiffError as error:
-            yield Check(name, False, str(error))
 
 
 def _templates(pair: Pair, prompts: PromptSet) -> str:

@@ -15,6 +15,8 @@ from cli.conftest import Invoke
 from cli.test_run import SITE, runs_of
 from safetensors.torch import load_file, save_file
 
+from mechdiff_mlflow.spec import PairSpec
+
 
 def statuses(client: mlflow.MlflowClient) -> set[str]:
     experiments = [e.experiment_id for e in client.search_experiments()]
@@ -136,6 +138,28 @@ def test_damaged_pairs(
     line = refused(mechdiff("run", "--pair", spec, *SITE, code=1).output)
     assert says in line
     assert "RUNNING" not in statuses(client)
+
+
+def test_broken_plumbing_stops_a_run_before_any_number(
+    toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that does more than its weights say: activations below the first changed layer differ."""
+    from mechdiff_mlflow import pairs
+
+    load = pairs._load_model
+
+    def tampered(spec: PairSpec, reference: str, *rest: object) -> tuple[object, ...]:
+        model, *others = load(spec, reference, *rest)
+        if reference == "tuned":
+            model.model.layers[1].mlp.down_proj.register_forward_hook(lambda m, a, out: out + 1e-3)
+        return (model, *others)
+
+    monkeypatch.setattr(pairs, "_load_model", tampered)
+    line = refused(mechdiff("run", "--pair", str(toy), *SITE, code=1).output)
+    assert "Weights agree below layer 2 and activations at L1/mlp_out do not" in line
+    (run,) = runs_of(client)["run"]
+    assert run.info.status == "FAILED"
+    assert not run.data.metrics
 
 
 def test_widths_that_differ_are_mapped_in_the_content_family_without_a_raw_patch(
