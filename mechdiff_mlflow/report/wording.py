@@ -62,8 +62,8 @@ def transport(quoted: Quoted) -> str:
         return f"{what}: {drop}; the interval includes 0, so there is no evidence of transport."
     if negligible(patch):
         return (
-            f"{what}: {drop}, but of only {number(patch.kl_raw, 2)} nats: a raw patch hardly changes the next "
-            "token here, so the drop says little."
+            f"{what}: {drop}, but of only {number(patch.kl_raw, 2)} nats: a raw patch hardly changes the "
+            "next token here, so the drop says little."
         )
     sentence = f"{what} yields **{patch.drop.estimate:.1f} %** KL drop {_ends(patch.drop)}"
     if patch.skill is None:

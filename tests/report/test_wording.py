@@ -45,7 +45,7 @@ PATCH = Measured(
         ({"drop": Interval(4.0, -3.0, 9.0, 0.95)}, "no evidence of transport"),
         ({"skill": Interval(4.0, -3.0, 9.0, 0.95)}, "the control may do as well"),
         ({"skill": Interval(-9.0, -13.0, -2.0, 0.95)}, "the control does better"),
-        ({"kl_raw": 0.0001, "kl_mapped": 0.00005}, "hardly changes the next token here"),
+        ({"kl_raw": 0.0001, "kl_mapped": 0.00005}, "so the drop says little"),
         ({"drop": None, "undefined": {"drop_pct": "below noise floor: x"}}, "below noise floor: x"),
     ],
 )
