@@ -25,7 +25,7 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--window-size=2200,1200"),
 )
-START_S, SHOW_S = 120, 180
+START_S, SHOW_S, LOOKS = 120, 180, 4
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,29 +77,29 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
     pytest.fail(f"The server did not start: {log.read_text()}")
 
 
-def page(url: str, tmp_path: Path) -> str:
-    """What the browser shows at `url` once its scripts have settled."""
+def page(url: str, tmp_path: Path, *, once: str) -> str:
+    """What the browser shows at `url` once it has the text `once`; a busy machine takes several looks."""
     assert BROWSER is not None
-    done = subprocess.run(
-        [
-            BROWSER,
-            *FLAGS,
-            f"--user-data-dir={tmp_path / 'browser'}",
-            "--virtual-time-budget=40000",
-            "--dump-dom",
-            url,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=SHOW_S,
-        check=True,
-    )
-    return done.stdout
+    dom = ""
+    for look in range(1, LOOKS + 1):
+        profile = f"--user-data-dir={tmp_path / f'browser{look}'}"
+        budget = f"--virtual-time-budget={30_000 * look}"
+        done = subprocess.run(
+            [BROWSER, *FLAGS, profile, budget, "--dump-dom", url],
+            capture_output=True,
+            text=True,
+            timeout=SHOW_S,
+            check=True,
+        )
+        dom = done.stdout
+        if once in dom:
+            break
+    return dom
 
 
 def test_the_view_opens_with_runs_filter_and_columns(server: str, tmp_path: Path) -> None:
     store = open_store(server)
-    dom = page(view_url(store, store.experiment_id("toy")), tmp_path)
+    dom = page(view_url(store, store.experiment_id("toy")), tmp_path, once="drop_pct")
     assert "tags.`mechdiff.kind` = 'patch'" in dom
     assert "L3/resid_post procrustes_scaled k=full α=0.5" in dom
     for column in ("layer", "hook", "family", "alpha", "drop_pct", "skill_pct", "KL_raw", "KL_mapped"):
@@ -111,7 +111,7 @@ def test_the_view_opens_with_runs_filter_and_columns(server: str, tmp_path: Path
 
 def test_the_view_opens_with_its_charts(server: str, tmp_path: Path) -> None:
     store = open_store(server)
-    dom = page(view_url(store, store.experiment_id("toy"), charts=True), tmp_path)
+    dom = page(view_url(store, store.experiment_id("toy"), charts=True), tmp_path, once="js-plotly-plot")
     text = re.sub(r"<[^>]+>", " ", dom)
     assert "Maps (4)" in re.sub(r"\s+", " ", text)
     for title in ("Parallel Coordinates", "k vs. drop_pct", "k vs. alpha vs. drop_pct"):

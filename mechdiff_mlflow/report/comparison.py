@@ -86,8 +86,11 @@ def difference(match: Match, tables: PerPrompt, *, seed: int) -> Interval | None
     )
 
 
-def verdict(interval: Interval | None, first: str, second: str) -> str:
+def verdict(match: Match, interval: Interval | None, first: str, second: str) -> str:
     """Which pair drops further, or that there is no evidence."""
+    for patch, pair in ((match.first, first), (match.second, second)):
+        if wording.negligible(patch):
+            return f"says little: KL_raw of {pair} is negligible"
     if interval is None or interval.low is None:
         return "n/a"
     if wording.above(interval):
@@ -126,6 +129,7 @@ def comparison(first: Evidence, second: Evidence, tables: PerPrompt, *, seed: in
         Bullets(
             [
                 "Intervals are per row, not corrected for the number of rows.",
+                f"KL_raw below {wording.NEGLIGIBLE_NATS:g} nats is negligible: no behaviour hangs on it.",
                 "KL_raw differs between the pairs, so equal drops in percent are not equal drops in nats.",
                 "Percentile bootstrap intervals under-cover a little when KL has heavy tails.",
             ]
@@ -150,7 +154,7 @@ def _transport_table(first: Evidence, second: Evidence, tables: PerPrompt, seed:
                 *(match.what, wording.number(one.kl_raw), wording.number(other.kl_raw)),
                 *(wording.percent(one.drop), wording.percent(other.drop), wording.percent(gap)),
                 *(wording.percent(one.skill), wording.percent(other.skill)),
-                *(verdict(gap, first.pair, second.pair), f"`{one.run_id}`", f"`{other.run_id}`"),
+                *(verdict(match, gap, first.pair, second.pair), f"`{one.run_id}`", f"`{other.run_id}`"),
             ]
         )
     a, b = first.pair, second.pair
@@ -175,14 +179,18 @@ def _rank_blocks(first: Evidence, second: Evidence) -> list[Block]:
             width = int(row[f"width_{side}"])
             ends = [wording.rank(row[f"{key}_{side}"], width) for key in ("k", "low", "high")]
             texts.append(f"{ends[0]} [{ends[1]}, {ends[2]}]")
-        apart = _disjoint(row)
+        says = "the intervals are disjoint" if _disjoint(row) else "no evidence of a difference"
+        for evidence in (first, second):
+            at = [p for p in evidence.patches if (str(p.site), p.alpha) == (row["site"], row["alpha"])]
+            if any(map(wording.negligible, at)):
+                says = f"says little: KL_raw of {evidence.pair} is negligible"
         rows.append(
             [
-                *(str(row["site"]), f"{row['alpha']:g}", f"{row['target_pct']:g}", *texts),
-                "the intervals are disjoint" if apart else "no evidence of a difference",
+                *(str(row["site"]), str(row["family"]), f"{row['alpha']:g}", f"{row['target_pct']:g}"),
+                *(*texts, says),
             ]
         )
-    columns = ("site", "α", "target %", f"min k {first.pair}", f"min k {second.pair}", "verdict")
+    columns = ("site", "family", "α", "target %", f"min k {first.pair}", f"min k {second.pair}", "verdict")
     return [Grid(columns, rows)]
 
 

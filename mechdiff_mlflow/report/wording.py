@@ -12,6 +12,15 @@ SMALL_N = 100
 """Prompts below which percentile intervals are called too narrow."""
 
 
+NEGLIGIBLE_NATS = 0.01
+"""Below this KL_raw may be real, above the noise floor, but no behaviour hangs on it."""
+
+
+def negligible(patch: Measured) -> bool:
+    """Whether the raw patch hardly changes the next token, so that a drop of it says little."""
+    return patch.kl_raw is not None and patch.kl_raw < NEGLIGIBLE_NATS
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A number to some significant digits."""
     return "n/a" if value is None else f"{value:.{digits}g}"
@@ -51,6 +60,11 @@ def transport(quoted: Quoted) -> str:
         return f"{what} is **not** linearly transportable by these maps: KL rises ({drop})."
     if not above(patch.drop):
         return f"{what}: {drop}; the interval includes 0, so there is no evidence of transport."
+    if negligible(patch):
+        return (
+            f"{what}: {drop}, but of only {number(patch.kl_raw, 2)} nats: a raw patch hardly changes the "
+            "next token here, so the drop says little."
+        )
     sentence = f"{what} yields **{patch.drop.estimate:.1f} %** KL drop {_ends(patch.drop)}"
     if patch.skill is None:
         return (
@@ -106,6 +120,8 @@ def low_rank(row: Mapping[str, Any], patches: Sequence[Measured], low_rank_share
         return f"{text}: that is not k ≪ d."
     cell = (row["site"], row["solver"], row["family"], alpha, sure)
     at = [p for p in patches if (str(p.site), p.solver, p.family, p.alpha, p.rank) == cell]
+    if any(map(negligible, at)):
+        return f"{text}, but of a KL_raw of only {number(at[0].kl_raw, 2)} nats, so it says little."
     if not any(above(patch.skill) for patch in at):
         return f"{text}, but a control without any rank does as well, so this is no evidence of control."
     return f"{text}: this supports **low-rank control** at that target."

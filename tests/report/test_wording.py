@@ -45,6 +45,7 @@ PATCH = Measured(
         ({"drop": Interval(4.0, -3.0, 9.0, 0.95)}, "no evidence of transport"),
         ({"skill": Interval(4.0, -3.0, 9.0, 0.95)}, "the control may do as well"),
         ({"skill": Interval(-9.0, -13.0, -2.0, 0.95)}, "the control does better"),
+        ({"kl_raw": 0.0001, "kl_mapped": 0.00005}, "so the drop says little"),
         ({"drop": None, "undefined": {"drop_pct": "below noise floor: x"}}, "below noise floor: x"),
     ],
 )
@@ -87,4 +88,5 @@ def test_low_rank(changes: dict[str, object], says: str) -> None:
 def test_a_low_rank_that_a_control_matches_is_no_control() -> None:
     unskilled = replace(AT_32, skill=Interval(3.0, -4.0, 9.0, 0.95))
     assert "no evidence of control" in wording.low_rank(ROW, [PATCH, unskilled], 0.25)
+    assert "says little" in wording.low_rank(ROW, [replace(AT_32, kl_raw=0.001)], 0.25)
     assert "no evidence of control" in wording.low_rank(ROW, [PATCH], 0.25), "nor one that was not patched"
