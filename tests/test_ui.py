@@ -114,6 +114,6 @@ def test_the_view_opens_with_its_charts(server: str, tmp_path: Path) -> None:
     dom = page(view_url(store, store.experiment_id("toy"), charts=True), tmp_path, once="js-plotly-plot")
     text = re.sub(r"<[^>]+>", " ", dom)
     assert "Maps (4)" in re.sub(r"\s+", " ", text)
-    for title in ("Parallel Coordinates", "k vs. drop_pct", "k vs. alpha vs. drop_pct"):
+    for title in ("Parallel Coordinates", "rank vs. drop_pct", "rank vs. alpha vs. drop_pct"):
         assert title in text
     assert dom.count("js-plotly-plot") >= 2, "charts are drawn, not empty"

@@ -183,8 +183,9 @@ def summary_table(patches: Sequence[PatchRecord]) -> pd.DataFrame:
 
 
 def patch_metrics(record: PatchRecord) -> dict[str, float]:
-    """The numbers of a patch by the names that users know."""
+    """The numbers of a patch by the names that users know; `rank` is k as a number, full being the width."""
     plain = {
+        "rank": record.cell.rank.k or min(record.map.d_in, record.map.d_out),
         "KL_raw": record.kl_raw,
         "KL_mapped": record.kl_mapped,
         "noise_floor": record.noise_floor,

@@ -79,11 +79,12 @@ def _encoded(state: dict[str, Any]) -> str:
 def _state(kind: str) -> dict[str, Any]:
     columns = [f"params.`{key}`" for key in _PARAMS] + [f"metrics.`{key}`" for key in _METRICS]
     charts = [
-        _chart("PARALLEL", selectedParams=["layer", "hook", "alpha", "k"], selectedMetrics=["drop_pct"]),
-        _chart("SCATTER", xaxis=_axis("k", "PARAM"), yaxis=_axis("drop_pct", "METRIC")),
+        # The metric `rank`, not the param `k`: the UI leaves the rows of "full" out of a numeric axis.
+        _chart("PARALLEL", selectedParams=["layer", "hook", "alpha"], selectedMetrics=["rank", "drop_pct"]),
+        _chart("SCATTER", xaxis=_axis("rank", "METRIC"), yaxis=_axis("drop_pct", "METRIC")),
         _chart(
             "CONTOUR",
-            xaxis=_axis("k", "PARAM"),
+            xaxis=_axis("rank", "METRIC"),
             yaxis=_axis("alpha", "PARAM"),
             zaxis=_axis("drop_pct", "METRIC"),
         ),

@@ -44,7 +44,8 @@ def test_atlas_finds_where_the_models_begin_to_differ(
     for run in runs["patch"]:
         row = above[above["site"] == f"L{run.data.params['layer']}/{run.data.params['hook']}"].iloc[0]
         for key in ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "rho"):
-            assert row[key] == run.data.metrics[key]
+            # Scored twice, beside other rows: equal to the rounding of float32.
+            assert row[key] == pytest.approx(run.data.metrics[key], rel=1e-5)
     assert list(above["p_holm"]) == stats.holm(list(above["p"]))
     (parent,) = runs["atlas"]
     assert {"atlas.json", "figures.html", "figures"} <= artifacts(client, parent)

@@ -24,11 +24,15 @@ def test_the_view_has_the_charts_of_a_sweep(store: Store) -> None:
     install_view(store, experiment_id)
     found = state(store, experiment_id)
     parallel, scatter, contour, bar = found["compareRunCharts"]
-    assert (parallel["type"], parallel["selectedParams"]) == ("PARALLEL", ["layer", "hook", "alpha", "k"])
-    assert parallel["selectedMetrics"] == ["drop_pct"]
-    assert (scatter["type"], scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == ("SCATTER", "k", "drop_pct")
+    assert (parallel["type"], parallel["selectedParams"]) == ("PARALLEL", ["layer", "hook", "alpha"])
+    assert parallel["selectedMetrics"] == ["rank", "drop_pct"]
+    assert (scatter["type"], scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == (
+        "SCATTER",
+        "rank",
+        "drop_pct",
+    )
     assert contour["type"] == "CONTOUR"
-    assert [contour[axis]["key"] for axis in ("xaxis", "yaxis", "zaxis")] == ["k", "alpha", "drop_pct"]
+    assert [contour[axis]["key"] for axis in ("xaxis", "yaxis", "zaxis")] == ["rank", "alpha", "drop_pct"]
     assert (bar["type"], bar["metricKey"]) == ("BAR", "drop_pct")
     sections = {section["uuid"] for section in found["compareRunSections"]}
     assert {chart["metricSectionId"] for chart in found["compareRunCharts"]} <= sections
