@@ -2,13 +2,16 @@
 
 Divergences of a patched run from the clean run are often tiny. A float32 log-softmax is off by 1e-7 of its
 size, which hides them, and a half-precision one by more than most of them, so everything here is computed in
-float64, whatever the model's dtype.
+float64 whatever the model's dtype, or on a GPU by a kernel that cancels nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -62,6 +65,9 @@ class NextToken:
     @classmethod
     def of(cls, logits: Tensor) -> NextToken:
         """From logits [n, vocabulary] of any floating dtype."""
+        kernels = _kernels(logits)
+        if kernels is not None:
+            return cls(kernels.log_softmax_rows(logits.contiguous()), logits.argmax(-1))
         return cls(torch.log_softmax(_double(logits), -1), logits.argmax(-1))
 
 
@@ -103,7 +109,12 @@ def compare_rows(patched: Tensor, clean: NextToken, owner: Tensor) -> Divergence
     Returns:
         Float64 fields [r].
     """
-    at_once = len(patched) if patched.is_cuda else max(1, _BLOCK_NUMBERS // patched.shape[1])
+    kernels = _kernels(patched)
+    if kernels is not None:
+        of = owner.to(patched.device, non_blocking=True)
+        found = kernels.compare_rows(patched.contiguous(), clean.log_probs, of, clean.top)
+        return Divergences(*found.double())
+    at_once = max(1, (_BLOCK_NUMBERS << 9 if patched.is_cuda else _BLOCK_NUMBERS) // patched.shape[1])
     prompts, counts = torch.unique_consecutive(owner, return_counts=True)
     # The same memory for every block: a page touched for the first time costs more than the arithmetic on it.
     log_p, d = torch.empty(2, at_once, patched.shape[1], dtype=torch.float64, device=clean.log_probs.device)
@@ -128,6 +139,19 @@ def _compare(patched: Tensor, log_q: Tensor, q: Tensor, top: int, log_p: Tensor,
     backward = -(d @ q)
     forward = log_p.exp_().mul_(d).sum(-1)
     return Divergences(forward.clamp_(min=0), backward.clamp_(min=0), agrees.double(), delta)
+
+
+def _kernels(logits: Tensor) -> ModuleType | None:
+    """Kernels for logits on this device, where there are any."""
+    return _import_kernels() if logits.is_cuda and logits.dtype != torch.float64 else None
+
+
+@cache
+def _import_kernels() -> ModuleType | None:
+    try:
+        return import_module("mechdiff_mlflow.metrics_triton")
+    except ImportError:  # Triton comes with torch for CUDA, but not everywhere
+        return None
 
 
 def _double(logits: Tensor) -> Tensor:

@@ -41,7 +41,10 @@ class Recording:
         """
         tensors = {f"The activation at {site}": x for site, x in self.clean.items()}
         tensors["The next-token logits"] = self.logits
-        finite = torch.stack([torch.isfinite(x).all(-1).cpu() for x in tensors.values()])  # [tensors, n]
+        device = self.logits.device  # asked once: every answer of a GPU is waited for
+        finite = torch.stack(
+            [torch.isfinite(x).all(-1).to(device) for x in tensors.values()]
+        ).cpu()  # [tensors, n]
         if not finite.all():
             which, row = (int(i) for i in (~finite).nonzero()[0])
             raise MechdiffError(

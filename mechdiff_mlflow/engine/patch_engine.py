@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.chunks import check_prompts, in_chunks
-from mechdiff_mlflow.engine.forward import PromptForward
+from mechdiff_mlflow.engine.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.gradients import score_gradients
 from mechdiff_mlflow.engine.heads import AttentionHeads
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
@@ -85,25 +85,29 @@ class PatchEngine:
         """Prompts run through the whole model so far, however they were batched; start-up checks apart."""
         return self.forward.n_prompts
 
-    def capture(self, prompts: TokenizedPrompts, sites: Sequence[Site]) -> dict[Site, Tensor]:
+    def capture(
+        self, prompts: TokenizedPrompts, sites: Sequence[Site], *, device: torch.device | str = "cpu"
+    ) -> dict[Site, Tensor]:
         """The model's own activations at `prompts.positions`.
 
+        Args:
+            prompts: N prompts.
+            sites: Where to read.
+            device: Where to keep what was read.
+
         Returns:
-            For each site [N, width] in the model's dtype, on the CPU, in the order of the prompts.
+            For each site [N, width] in the model's dtype, in the order of the prompts.
 
         Raises:
             MechdiffError: A site, token or position does not exist, or an activation is not finite.
         """
         self._check(prompts, sites)
-        rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
-        order = []
+        captured = _Captured(len(prompts), sites, torch.device(device))
         for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
             recording = self.forward.record(chunk, sites)
             recording.check_finite()
-            order.append(chunk.index)
-            for site in rows:
-                rows[site].append(recording.clean[site].cpu())
-        return {site: _in_order(chunks, order) for site, chunks in rows.items()}
+            captured.add(recording)
+        return captured.by_site
 
     def score_gradients(
         self, prompts: TokenizedPrompts, sites: Sequence[Site], *, seed: int = 0
@@ -150,7 +154,7 @@ class PatchEngine:
         Args:
             prompts: N prompts.
             groups: The variants; the same site may occur in several groups.
-            progress: Called with the number of prompts done after each chunk.
+            progress: Called after each chunk with the number of prompts done so far.
 
         Raises:
             MechdiffError: A site, token or position does not exist, replacements have the wrong shape, or an
@@ -159,8 +163,9 @@ class PatchEngine:
         sites = list(dict.fromkeys(group.site for group in groups))
         self._check(prompts, sites)
         board = ScoreBoard(groups, len(prompts), self.width)
-        clean: dict[Site, list[Tensor]] = {site: [] for site in sites}
-        tops, order = [], []
+        captured = _Captured(len(prompts), sites, torch.device("cpu"))
+        tops = torch.zeros(len(prompts), dtype=torch.long)
+        done = 0
         for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
             recording = self._path.record(chunk, sites)
             recording.check_finite()
@@ -171,19 +176,38 @@ class PatchEngine:
                 for rows in self._path.run(recording, variants)
             ]
             board.add(recording, same, scored)
-            order.append(chunk.index)
-            tops.append(next_token.top.cpu())
-            for site in sites:
-                clean[site].append(recording.clean[site].cpu())
+            captured.add(recording)
+            tops[chunk.index] = next_token.top.cpu()
+            done += len(chunk)
             if progress is not None:
-                progress(sum(map(len, order)))
-        by_site = {site: _in_order(chunks, order) for site, chunks in clean.items()}
-        return board.result(by_site, _in_order(tops, order))
+                progress(done)
+        return board.result(captured.by_site, tops)
 
     def _check(self, prompts: TokenizedPrompts, sites: Sequence[Site]) -> None:
         for site in sites:
             self.forward.decoder.check(site)
         check_prompts(prompts, self.forward.vocabulary)
+
+
+class _Captured:
+    """Activations of N prompts, filled chunk by chunk."""
+
+    def __init__(self, n_prompts: int, sites: Sequence[Site], device: torch.device) -> None:
+        self.by_site: dict[Site, Tensor] = {}
+        self._n_prompts, self._sites, self._device = n_prompts, list(dict.fromkeys(sites)), device
+
+    def add(self, recording: Recording) -> None:
+        if not self._sites:
+            return
+        first = recording.clean[self._sites[0]]
+        # One copy between devices, not one a site.
+        rows = torch.stack([recording.clean[site].to(first.device) for site in self._sites]).to(self._device)
+        if not self.by_site:
+            shape = (self._n_prompts, first.shape[-1])
+            self.by_site = {site: rows.new_empty(shape) for site in self._sites}
+        index = recording.chunk.index.to(self._device)
+        for site, x in zip(self._sites, rows, strict=True):
+            self.by_site[site][index] = x
 
 
 def _in_order(chunks: list[Tensor], order: list[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from itertools import accumulate
 
@@ -41,23 +41,35 @@ class ScoreBoard:
         Raises:
             MechdiffError: Replacements have the wrong shape or are not finite.
         """
-        variants, same = [], []
-        for group, start, end in zip(self._groups, self._starts, self._ends, strict=True):
-            values = _values(group, recording, end - start)
-            clean = (values == recording.clean[group.site].unsqueeze(1)).all(-1).cpu()  # [n, v]
+        index, n = recording.chunk.index, len(recording.chunk)
+        values = [self._values(group, recording) for group in self._groups]
+        clean = [recording.clean[group.site].unsqueeze(1) for group in self._groups]
+        device = recording.logits.device  # asked once: every answer of a GPU is waited for
+        none = [torch.zeros(n, 0, dtype=torch.bool, device=device)]
+        finite = torch.cat(
+            none + [torch.isfinite(x).all(-1).to(device) for x in values], 1
+        ).cpu()  # [n, columns]
+        same = [(x == y).all(-1).to(device) for x, y in zip(values, clean, strict=True)]
+        same_as_clean = torch.cat(none + same, 1).cpu()
+        if not finite.all():
+            row, column = (int(i) for i in (~finite).nonzero()[0])
+            name, site = self._name(column)
+            raise MechdiffError(
+                f"{name} of prompt {int(index[row])} at {site} is NaN or beyond the range of "
+                f"{recording.clean[site].dtype}; look at the map that made it."
+            )
+        variants = []
+        for group, x, start, end in zip(self._groups, values, self._starts, self._ends, strict=True):
             if group.always_run:
-                clean = torch.zeros_like(clean)
-            same.append(clean)
-            run = (~clean).any(0).nonzero().flatten().tolist()
+                same_as_clean[:, start:end] = False
+            run = (~same_as_clean[:, start:end]).any(0).nonzero().flatten().tolist()
             if run:
-                values = values[:, run] if len(run) < end - start else values
-                variants.append(Variants(group.site, values, [start + i for i in run]))
-        return variants, torch.cat(same, 1) if same else torch.zeros(
-            len(recording.chunk), 0, dtype=torch.bool
-        )
+                x = x[:, run] if len(run) < end - start else x
+                variants.append(Variants(group.site, x, [start + i for i in run]))
+        return variants, same_as_clean
 
     def add(
-        self, recording: Recording, same: Tensor, scored: Iterable[tuple[Tensor, Tensor, Divergences]]
+        self, recording: Recording, same: Tensor, scored: Sequence[tuple[Tensor, Tensor, Divergences]]
     ) -> None:
         """Put a chunk's scored rows (owner, column, divergences) in their places.
 
@@ -66,13 +78,11 @@ class ScoreBoard:
         """
         index = recording.chunk.index
         chunk = Divergences.zeros(len(index), self._scores.top1_agrees.shape[1])
-        for owner, column, found in scored:
-            for field in fields(Divergences):
-                values = getattr(found, field.name).cpu().double()
-                getattr(chunk, field.name)[owner, column] = values
         exact = Divergences.zeros(1)
         for field in fields(Divergences):
             values = getattr(chunk, field.name)
+            for owner, column, found in scored:
+                values[owner, column] = getattr(found, field.name).cpu().double()
             values[same] = getattr(exact, field.name)
             self._check_finite(values, index)
             getattr(self._scores, field.name)[index] = values
@@ -87,32 +97,26 @@ class ScoreBoard:
         finite = torch.isfinite(values)
         if not finite.all():
             row, column = (int(i) for i in (~finite).nonzero()[0])
-            group = bisect_right(self._ends, column)
+            name, site = self._name(column)
             raise MechdiffError(
-                f"Replacement {column - self._starts[group]} at {self._groups[group].site} makes the logits "
-                f"of prompt {int(index[row])} NaN or infinite; load the model in bfloat16 or float32, or "
-                "look at the map that made the replacement."
+                f"{name} at {site} makes the logits of prompt {int(index[row])} NaN or infinite; load the "
+                "model in bfloat16 or float32, or look at the map that made the replacement."
             )
 
+    def _name(self, column: int) -> tuple[str, Site]:
+        group = bisect_right(self._ends, column)
+        return f"Replacement {column - self._starts[group]}", self._groups[group].site
 
-def _values(group: VariantGroup, recording: Recording, n_variants: int) -> Tensor:
-    clean, index = recording.clean[group.site], recording.chunk.index
-    if isinstance(group.replacements, Tensor):
-        values = group.replacements[index.to(group.replacements.device)]
-    else:
-        values = group.replacements(index, clean)
-        expected = (len(index), n_variants, clean.shape[-1])
-        if tuple(values.shape) != expected:
-            raise MechdiffError(
-                f"The function that makes the variants at {group.site} returned the shape "
-                f"{tuple(values.shape)}, not {expected}; return one vector for each prompt and variant."
-            )
-    values = values.to(device=clean.device, dtype=clean.dtype)
-    finite = torch.isfinite(values).all(-1)
-    if not finite.all():
-        row, variant = (int(i) for i in (~finite).nonzero()[0])
-        raise MechdiffError(
-            f"Replacement {variant} of prompt {int(index[row])} at {group.site} is NaN or beyond the range "
-            f"of {clean.dtype}; look at the map that made it."
-        )
-    return values
+    def _values(self, group: VariantGroup, recording: Recording) -> Tensor:
+        clean, index = recording.clean[group.site], recording.chunk.index
+        if isinstance(group.replacements, Tensor):
+            values = group.replacements[index.to(group.replacements.device)]
+        else:
+            values = group.replacements(index, clean)
+            expected = (len(index), group.n_variants, clean.shape[-1])
+            if tuple(values.shape) != expected:
+                raise MechdiffError(
+                    f"The function that makes the variants at {group.site} returned the shape "
+                    f"{tuple(values.shape)}, not {expected}; return one vector for each prompt and variant."
+                )
+        return values.to(device=clean.device, dtype=clean.dtype)
