@@ -24,8 +24,11 @@ MODES = ("auto", "sweep", "concat", "masked", "naive")
 
 _CROWD = 20
 
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""How far logits may be from the reference, relative to the patch's effect on them."""
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+"""How far logits may be from the reference, relative to the patch's effect on them.
+
+A wrong path is off by about 1. In bfloat16 an exact one was off by 0.1 on an 8B-shaped model of random weights.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ def _unfit(way: Callable[[], Path], trials: Iterable[Trial]) -> str | None:
             disagreement = trial.disagreement(way())
         except Exception as error:  # whatever a model not foreseen may raise, another way may do
             return f"{error}" if isinstance(error, MechdiffError) else f"{type(error).__name__}: {error}"
-        if not disagreement <= _TOLERANCE.get(trial.logits.dtype, 0.1):
+        if not disagreement <= _TOLERANCE.get(trial.logits.dtype, 0.3):
             return f"Its logits are off by {disagreement:.1e} of the effect of a patch."
     return None
 
