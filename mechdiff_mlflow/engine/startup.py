@@ -27,7 +27,8 @@ _CROWD = 20
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
 """How far logits may be from the reference, relative to the patch's effect on them.
 
-A wrong path is off by about 1. In bfloat16 an exact one was off by 0.1 on an 8B-shaped model of random weights.
+A wrong path is off by about 1. An exact one was off by 0.1 in bfloat16, on an 8B-shaped model with random
+weights.
 """
 
 
