@@ -15,6 +15,7 @@ from mechdiff_mlflow.engine.gradients import score_gradients
 from mechdiff_mlflow.engine.heads import AttentionHeads
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
 from mechdiff_mlflow.engine.startup import MODES, choose_path
+from mechdiff_mlflow.engine.sweep import SweepPath
 from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.metrics import NextToken, compare_rows
@@ -36,7 +37,7 @@ class PatchEngine:
         max_rows: Patched tokens that go up the layers together.
         head_rows: Rows of logits in memory together.
         mode: Way of computing patched runs, of `MODES`; "auto" takes the first that agrees with "naive".
-        fused: Compute norms, rotations, gated MLPs and attention with kernels, where there are kernels.
+        fused: Compute norms, rotations and gated MLPs with the engine's kernels, where they give the same.
 
     Raises:
         MechdiffError: The model's modules are not recognised, replacing their outputs does not change the
@@ -69,6 +70,8 @@ class PatchEngine:
         self._path = choose_path(
             self.forward, mode, max_rows=max_rows, head_rows=head_rows, fusion=self._fusion
         )
+        if not isinstance(self._path, SweepPath):
+            self._fusion = Fusion()  # what is captured is what a clean run of the path has
         self.forward.n_prompts = 0
 
     @property

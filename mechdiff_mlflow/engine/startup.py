@@ -97,14 +97,16 @@ def choose_path(
         mode: Which way to take, of `MODES`.
         max_rows: Patched tokens that go up the blocks together.
         head_rows: Rows of logits in memory together.
-        fusion: How "sweep" computes the model faster.
+        fusion: How the model is computed faster by "sweep" and "concat".
 
     Raises:
         MechdiffError: Some hook of the model does not change its logits, or `mode` does not fit the model.
     """
     ways: dict[str, Callable[[], Path]] = {
         "sweep": lambda: SweepPath(forward, max_rows=max_rows, head_rows=head_rows, fusion=fusion),
-        "concat": lambda: SweepPath(forward, max_rows=max_rows, head_rows=head_rows, concat=True),
+        "concat": lambda: SweepPath(
+            forward, max_rows=max_rows, head_rows=head_rows, concat=True, fusion=fusion
+        ),
         "masked": lambda: MaskedPath(forward, max_rows=min(max_rows, head_rows)),
         "naive": lambda: NaivePath(forward),
     }
