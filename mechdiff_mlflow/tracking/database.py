@@ -18,6 +18,7 @@ from mlflow.tracking import MlflowClient
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.locks import file_lock, lock_file
+from mechdiff_mlflow.tracking.redaction import redact
 
 
 def sqlite_path(uri: str) -> Path:
@@ -74,7 +75,7 @@ def open_database(uri: str, shown: str) -> MlflowClient:
             f"The store {shown} needs the Python package {error.name}; install it, or use an MLflow server."
         ) from error
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
-        text = " ".join(str(error).split()).replace(uri, shown)[:300]
+        text = redact(" ".join(str(error).split()).replace(uri, shown))[:300]
         raise MechdiffError(f"The store {shown} cannot be opened: {text}.") from error
 
 
