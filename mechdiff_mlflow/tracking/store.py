@@ -155,10 +155,9 @@ def open_store(tracking_uri: str | None = None) -> Store:
             unusable.
     """
     prepare_process()
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    uri = uri_of(tracking_uri)
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https"):
-        uri = uri.rstrip("/")
         _check_server(uri)
         return Store(uri, MlflowClient(uri))
     if scheme.startswith("databricks"):
@@ -172,6 +171,12 @@ def open_store(tracking_uri: str | None = None) -> Store:
         f"Tracking URI {redact(uri)!r} is a directory or of an unknown kind; MLflow keeps registered maps in "
         "a database, so use sqlite:///mlflow.db or the http:// address of an MLflow server."
     )
+
+
+def uri_of(tracking_uri: str | None = None) -> str:
+    """The URI that counts: the given one, MLFLOW_TRACKING_URI, or `mlflow.db` in the working directory."""
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    return uri.rstrip("/") if uri.startswith(("http://", "https://")) else uri
 
 
 def prepare_process() -> None:
