@@ -18,6 +18,8 @@ from mlflow.server.auth.client import AuthServiceClient
 from team.postgres import Postgres, free_port
 
 ADMIN = "admin"
+NAME = "tracking.example"
+"""What the reverse proxy calls the server."""
 _START_S = 90
 
 
@@ -70,8 +72,9 @@ def team_server(folder: Path, database: Postgres) -> Iterator[Server]:
         "MLFLOW_AUTH_ADMIN_PASSWORD": password,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
     }
-    proxy = ["--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")]
-    with serve(folder, [*proxy, "--app-name", "basic-auth"], environment) as uri:
+    words = ["--app-name", "basic-auth", "--allowed-hosts", f"{NAME}:*,127.0.0.1:*"]
+    words += ["--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")]
+    with serve(folder, words, environment) as uri:
         yield Server(uri, folder, {ADMIN: password})
 
 

@@ -19,7 +19,8 @@ from mlflow.entities import ViewType
 from mlflow.store.db import utils as mlflow_db
 from mlflow.tracking import MlflowClient
 from team.postgres import Postgres, free_port
-from team.server import Server, serve
+from team.server import NAME, Server, serve
+from team.tls_proxy import tls_proxy
 
 from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.tracking import http_check
@@ -27,8 +28,6 @@ from mechdiff_mlflow.tracking.findings import Finding, Level
 from mechdiff_mlflow.tracking.scratch import PREFIX
 from mechdiff_mlflow.tracking.server_check import check_store
 from mechdiff_mlflow.tracking.store import open_store
-
-NAME = "tracking.example"
 
 
 @pytest.fixture(scope="session")
@@ -134,6 +133,22 @@ def test_a_password_may_not_cross_the_network_in_the_clear(careless: str) -> Non
     found = checked(careless.replace("127.0.0.1", NAME))
     assert "encryption" in failed(found)
     assert "readable" in found["encryption"].seen
+
+
+@pytest.mark.usefixtures("by_name", "as_ann")
+def test_a_server_behind_tls_passes_when_its_certificate_is_trusted(
+    team: Server, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tls_proxy(team.uri, NAME, tmp_path_factory.mktemp("tls")) as (port, certificate):
+        uri = f"https://{NAME}:{port}"
+        strange = checked(uri)
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(certificate))
+        found = checked(uri)
+    assert failed(strange) == list(strange) == ["reachable"]
+    assert "is not trusted" in strange["reachable"].seen
+    assert failed(found) == []
+    assert found["encryption"].seen == "https, certificate trusted"
+    assert found["artifact proxy"].level is Level.OK
 
 
 def test_a_loopback_address_of_a_server_that_others_reach_too_fails(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 from click.testing import CliRunner, Result
+from mlflow.server.auth.client import AuthServiceClient
 from mlflow.tracking import MlflowClient
 from team.postgres import Postgres, free_port, postgres
 from team.server import Server
@@ -141,6 +142,19 @@ def test_who_may_only_read_cannot_move_the_alias(team: Server, promoted: Promote
 def test_who_may_only_read_cannot_log_into_the_experiment(promoted: Promoted, toy: Path) -> None:
     said = sentence("fit", "--pair", str(toy), "--layer", "3", "--alpha", "1")
     assert "User 'bob' has no permission for this" in said
+
+
+@pytest.mark.usefixtures("as_bob")
+def test_edit_on_the_map_is_what_moving_its_alias_takes(team: Server, promoted: Promoted) -> None:
+    ann = AuthServiceClient(team.uri_of("ann"))  # who made the map may grant others something on it
+    right = ("bob", "registered_model", "toy-L3-attn_out")
+    ann.grant_user_permission(*right, "EDIT")
+    try:
+        mechdiff("promote", promoted.run, "--alias", "of-bob", code=0)
+    finally:
+        ann.revoke_user_permission(*right)
+    assert _client_of(team, "ann").get_registered_model("toy-L3-attn_out").aliases["of-bob"] == "1"
+    assert "no permission" in sentence("promote", promoted.run, "--alias", "of-bob-2")
 
 
 @pytest.mark.usefixtures("as_bob")
