@@ -56,12 +56,13 @@ class Server:
 
 
 @contextmanager
-def team_server(folder: Path, database: Postgres) -> Iterator[Server]:
+def team_server(folder: Path, database: Postgres, *, auth_cache_ttl_seconds: int = 60) -> Iterator[Server]:
     """PostgreSQL for the runs, another of its databases for the users, artifacts by way of the server."""
     settings = folder / "basic_auth.ini"
     settings.touch(mode=0o600)
     settings.write_text(
-        "[mlflow]\ndefault_permission = READ\nadmin_username = admin\nauth_cache_ttl_seconds = 60\n"
+        "[mlflow]\ndefault_permission = READ\nadmin_username = admin\n"
+        f"auth_cache_ttl_seconds = {auth_cache_ttl_seconds}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
         f"database_uri = {database.create('mlflow_auth')}\n"
     )
