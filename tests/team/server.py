@@ -20,6 +20,7 @@ from team.postgres import Postgres, free_port
 ADMIN = "admin"
 NAME = "tracking.example"
 """What the reverse proxy calls the server."""
+_QUIET = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 _START_S = 90
 
 
@@ -30,12 +31,16 @@ class Server:
     Args:
         uri: Its address, without credentials.
         folder: What it alone may read: artifacts, log, settings.
-        passwords: Of its users by name; empty without auth.
+        passwords: Of its users by name.
+        command: What started it.
+        variables: Names of the environment variables that it got.
     """
 
     uri: str
     folder: Path
-    passwords: dict[str, str] = field(default_factory=dict, repr=False)
+    passwords: dict[str, str] = field(repr=False)
+    command: list[str]
+    variables: set[str]
 
     def login(self, user: str) -> dict[str, str]:
         """The environment in which a user's programs reach the server."""
@@ -76,7 +81,8 @@ def team_server(folder: Path, database: Postgres, *, auth_cache_ttl_seconds: int
     words = ["--app-name", "basic-auth", "--allowed-hosts", f"{NAME}:*,127.0.0.1:*"]
     words += ["--serve-artifacts", "--artifacts-destination", str(folder / "artifacts")]
     with serve(folder, words, environment) as uri:
-        yield Server(uri, folder, {ADMIN: password})
+        command = [*_command(0), *words]
+        yield Server(uri, folder, {ADMIN: password}, command, environment.keys() | _QUIET.keys())
 
 
 @contextmanager
@@ -85,13 +91,11 @@ def serve(folder: Path, words: list[str], environment: Mapping[str, str]) -> Ite
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     own = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    own |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            [*command, "--workers", "1", *words],
+            [*_command(port), *words],
             cwd=folder,
-            env={**own, **environment},
+            env={**own, **_QUIET, **environment},
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -101,6 +105,11 @@ def serve(folder: Path, words: list[str], environment: Mapping[str, str]) -> Ite
         yield uri
     finally:
         _stop(process)
+
+
+def _command(port: int) -> list[str]:
+    host = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    return [sys.executable, "-m", "mlflow", "server", *host]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

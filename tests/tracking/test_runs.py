@@ -58,6 +58,18 @@ def test_a_tree_of_runs(store: Store, tracker: Tracker) -> None:
     assert "mlflow.sharedViewState.mechdiff" in store.client.get_experiment(experiment_id).tags
 
 
+def test_secrets_in_addresses_are_not_stored(store: Store, tracker: Tracker) -> None:
+    address = "https://ann:tell-nobody@host/x"
+    with pytest.raises(ValueError, match="tell-nobody"), tracker.run("run", "r", {"pair": address}) as run:
+        run.add(patch(tags={"from": address, "to": "L3/attn_out"}, description=f"See {address}."))
+        raise ValueError(f"cannot reach {address}")
+    data = store.client.get_run(run.run_id).data
+    assert "tell-nobody" not in str(data.params) + str(data.tags)
+    assert data.params["pair"] == data.tags["from"] == "https://***@host/x"
+    assert data.tags["mechdiff.failure"] == "ValueError: cannot reach https://***@host/x"
+    assert data.tags["to"] == "L3/attn_out"
+
+
 def test_numbers_are_stored_as_they_are_and_once(store: Store, tracker: Tracker) -> None:
     value = 0.1 + 0.2
     with tracker.run("run", "r") as run:
