@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.records import MAX_PARAM_CHARS, PromptSet, RunRecord, param_text
+from mechdiff_mlflow.tracking.redaction import redact
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -23,8 +23,8 @@ from mechdiff_mlflow.tracking import artifacts, flavour
 from mechdiff_mlflow.tracking.artifacts import LongParams
 from mechdiff_mlflow.tracking.interrupts import Interrupts, Killed
 from mechdiff_mlflow.tracking.provenance import provenance_tags
-from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, RunRecord, param_text
+from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, one_attempt
 from mechdiff_mlflow.tracking.view import install_view
 
