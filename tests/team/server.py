@@ -15,7 +15,7 @@ from pathlib import Path
 
 import requests
 from mlflow.server.auth.client import AuthServiceClient
-from team.postgres import Postgres, free_port
+from team.postgres import Postgres, die_with_us, free_port
 
 ADMIN = "admin"
 NAME = "tracking.example"
@@ -99,6 +99,7 @@ def serve(folder: Path, words: list[str], environment: Mapping[str, str]) -> Ite
             stdout=log,
             stderr=log,
             start_new_session=True,
+            preexec_fn=die_with_us(signal.SIGTERM),
         )
     try:
         _wait_until_it_answers(uri, process, folder / "server.log")
