@@ -15,6 +15,7 @@ from mechdiff_mlflow.tracking import store as store_module
 from mechdiff_mlflow.tracking.fetch import CACHE_VARIABLE
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
