@@ -1,4 +1,4 @@
-"""One PostgreSQL and one team server for all tests here; `xdist_group` keeps them in one process."""
+"""One PostgreSQL and one team server for all tests here; the mark `xdist_group` keeps them in one process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,6 @@ from team.server import ADMIN, Server, team_server
 
 from mechdiff_mlflow.tracking import store as store_module
 from mechdiff_mlflow.tracking.fetch import CACHE_VARIABLE
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("team"))
 
 
 @pytest.fixture(scope="session")
