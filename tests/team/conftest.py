@@ -1,4 +1,4 @@
-"""One PostgreSQL and one team server for all tests here; the mark `xdist_group` keeps them in one process."""
+"""One PostgreSQL and one team server for the tests here that a process runs."""
 
 from __future__ import annotations
 

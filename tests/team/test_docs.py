@@ -14,8 +14,6 @@ from team.server import ADMIN, Server
 
 from mechdiff_mlflow.tracking.http_check import check_http
 
-pytestmark = pytest.mark.xdist_group("team")
-
 PAGE = (Path(__file__).parents[2] / "docs" / "team-server.md").read_text(encoding="utf-8")
 ADDRESS = "https://mlflow.example.org"
 

@@ -22,8 +22,6 @@ from mechdiff_mlflow.tracking.runs import Tracker
 from mechdiff_mlflow.tracking.server_check import check_store
 from mechdiff_mlflow.tracking.store import open_store
 
-pytestmark = pytest.mark.xdist_group("team")
-
 BUCKET = "maps"
 KEYS = {"AWS_ACCESS_KEY_ID": "server-only", "AWS_SECRET_ACCESS_KEY": "server-only-secret"}
 

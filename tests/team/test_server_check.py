@@ -29,8 +29,6 @@ from mechdiff_mlflow.tracking.scratch import PREFIX
 from mechdiff_mlflow.tracking.server_check import check_store
 from mechdiff_mlflow.tracking.store import open_store
 
-pytestmark = pytest.mark.xdist_group("team")
-
 
 @pytest.fixture(scope="session")
 def careless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

@@ -21,8 +21,6 @@ from team.server import Server
 
 from mechdiff_mlflow.cli import cli
 
-pytestmark = pytest.mark.xdist_group("team")
-
 ROOT = Path(__file__).parents[2]
 CHAMPION = "toy-L3-attn_out@champion"
 
