@@ -110,7 +110,7 @@ class Pair:
     tuned: Side
     prompts: Mapping[str, PromptSet]
     device: str
-    _tokens: dict[tuple[str, str, int, Position], TokenizedPrompts] = field(default_factory=dict)
+    _tokens: dict[tuple[str, str, Position], TokenizedPrompts] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -146,7 +146,7 @@ class Pair:
         Raises:
             MechdiffError: A template fails, doubles BOS, or leaves no tokens.
         """
-        key = (role, prompts.split, len(prompts), position)
+        key = (role, prompts.digest, position)
         if key not in self._tokens:
             reader = {"own": role, "none": role}.get(self.spec.template, self.spec.template)
             tokenizer = (self.base if reader == "base" else self.tuned).tokenizer
@@ -173,6 +173,11 @@ class Pair:
             )
 
     @property
+    def modules(self) -> ModuleNames | None:
+        """Module names that the spec sets for models that are not recognised."""
+        return _module_names(self.spec)
+
+    @property
     def tokenizers_agree(self) -> bool:
         """Whether both sides must see the same token ids."""
         return (
@@ -187,8 +192,7 @@ class Pair:
         """
         if self.base.model is self.tuned.model:
             return None
-        names = _module_names(self.spec)
-        base, tuned = (Decoder.of(side.model, names).blocks for side in (self.base, self.tuned))
+        base, tuned = (Decoder.of(side.model, self.modules).blocks for side in (self.base, self.tuned))
         if len(base) != len(tuned):
             return None
         for layer, (block, other) in enumerate(zip(base, tuned, strict=True)):
