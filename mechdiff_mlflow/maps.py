@@ -351,6 +351,12 @@ class AffineMap:
         return f"AffineMap({self.weight!r}, alpha={self.alpha:g}, meta={dict(self.meta)!r})"
 
 
+def identity_map(d: int) -> AffineMap:
+    """The map that changes nothing: with it, a patch is raw."""
+    zero = torch.zeros(d, dtype=torch.float64)
+    return AffineMap(zero, zero, Weight.scaled_identity(d))
+
+
 _TENSORS = ("mean_in", "mean_out", "diagonal", "left", "right")
 
 

@@ -257,6 +257,16 @@ def load_pair(
     return Pair(spec, base, tuned, prompts, device)
 
 
+def load_base(pair: Pair) -> nn.Module:
+    """Another copy of the pair's base model, without any adapter, on the pair's device.
+
+    Raises:
+        MechdiffError: It cannot be read any more.
+    """
+    with _quiet_transformers():
+        return _load_model(pair.spec, pair.spec.base.model, pair.spec.base.revision, pair.device)[0]
+
+
 def _existing_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

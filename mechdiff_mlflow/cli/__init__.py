@@ -17,6 +17,7 @@ cli.add_command(winners.promote_command)
 cli.add_command(winners.fetch_command)
 cli.add_command(winners.maps_command)
 cli.add_command(using.steer_command)
+cli.add_command(using.adapter_command)
 cli.add_command(pairs.doctor_command)
 
 __all__ = ["cli", "main"]

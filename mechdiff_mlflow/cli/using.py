@@ -1,21 +1,26 @@
-"""Commands that put a map to use: steer."""
+"""Commands that put a map to use: steer, adapter."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import click
 
+from mechdiff_mlflow.adapters import Form
 from mechdiff_mlflow.attach import Tokens
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.cli.session import settle_threads
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.adapting import make_adapter
 from mechdiff_mlflow.experiments.steering import steer
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.report.adapter import adapter_card
 from mechdiff_mlflow.spec import PairSpec
 from mechdiff_mlflow.tracking.fetch import load_map
 from mechdiff_mlflow.tracking.store import open_store
@@ -86,6 +91,48 @@ def steer_command(**given: Any) -> None:
         show.lines([json.dumps({**about, "continuations": rows}, ensure_ascii=False, indent=2)])
         return
     show.continuations(found, f"{given['map']} at {the_map.meta['site']}, α = {the_map.alpha:g}, {pair.name}")
+
+
+@click.command("adapter")
+@_map
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to make; new or empty.")
+@_pair
+@_alpha
+@click.option(
+    "--form",
+    type=options.Text("form", Form.parse),
+    default="auto",
+    show_default=True,
+    help="peft, a LoRA; hook, the map and a loader; auto: peft where a linear layer gives the activation.",
+)
+@options.reported
+@_mismatch
+@options.models
+@options.store
+def adapter_command(**given: Any) -> None:
+    """Write a map as an adapter of the base model that makes base act as tuned at the map's site.
+
+    Measures KL(base with the adapter ‖ tuned) by loading what it wrote; its README says that and how to load.
+
+    \b
+    Example:
+      mechdiff adapter --map cultural-demo-L26-attn_out@champion --to adapter --alpha 1
+    """
+    folder: Path = given["to"]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MechdiffError(f"{folder} exists and is not an empty directory; name another with --to.")
+    if not folder.absolute().parent.is_dir():
+        raise MechdiffError(f"The directory {folder.absolute().parent} does not exist; create it first.")
+    the_map, pair = _ready(given)
+    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".mechdiff-") as temporary:
+        part = Path(temporary, "adapter")
+        part.mkdir()
+        record = make_adapter(pair, the_map, part, form=given["form"], split=given["split"], n=given["n"])
+        (part / "README.md").write_text(adapter_card(record, the_map, pair), encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    show.adapter(record, folder)
 
 
 def _ready(given: dict[str, Any]) -> tuple[AffineMap, Pair]:

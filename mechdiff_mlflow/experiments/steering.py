@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mechdiff_mlflow.attach import Tokens, attached
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap, Weight
+from mechdiff_mlflow.maps import AffineMap, identity_map
 from mechdiff_mlflow.metrics import next_token_divergences
 from mechdiff_mlflow.pairs import Pair, Side
 from mechdiff_mlflow.prompts import Prompt, PromptSet, TokenizedPrompts
@@ -89,7 +89,7 @@ def steer(
     raw: Sequence[str | None] = [None] * len(texts)
     kl_raw: Sequence[float | None] = [None] * len(texts)
     if the_map.d_in == the_map.d_out:
-        raw, raw_logits = patched(_unmapped(the_map.d_in))
+        raw, raw_logits = patched(identity_map(the_map.d_in))
         kl_raw = _kl(raw_logits, clean_logits)
     columns = (texts, base, clean, raw, mapped, kl_raw, kl_mapped)
     return [Steered(*row) for row in zip(*columns, strict=True)]
@@ -156,11 +156,6 @@ _GREEDY: dict[str, Any] = {
     "output_logits": True,
     "return_dict_in_generate": True,
 }
-
-
-def _unmapped(d: int) -> AffineMap:
-    zero = torch.zeros(d, dtype=torch.float64)
-    return AffineMap(zero, zero, Weight.scaled_identity(d))
 
 
 def _kl(patched: Tensor, clean: Tensor) -> list[float]:

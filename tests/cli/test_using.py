@@ -6,13 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from cli.conftest import Invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechdiff_mlflow import load_map
+from mechdiff_mlflow.adapters import HOOK_FILES
 from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.planted import Plant, plant_in
 
 PROMPTS = ("does subject3 verb2 subject5", "does subject1 verb7 subject2 well well")
 STEER = ("steer", "--max-new-tokens", "4", *(word for text in PROMPTS for word in ("--prompt", text)))
@@ -92,6 +95,62 @@ def test_steer_with_models_that_read_other_tokens(toy: Path, mechdiff: Invoke, m
     assert "use --tokens decision" in mechdiff(*words, code=1).output
     rows = json.loads(mechdiff(*words, "--tokens", "decision", "--json").output)["continuations"]
     assert all(row["kl_mapped"] > 0 for row in rows)
+
+
+def test_a_planted_low_rank_change_becomes_a_lora_of_its_rank_that_is_the_tuned_model(
+    toy: Path, here: Path, mechdiff: Invoke
+) -> None:
+    """Tuned is base with a rank-2 operator behind one projection: the adapter makes up for all of it."""
+    folder = here / "planted"
+    shutil.copytree(toy.parent, folder)
+    tuned = AutoModelForCausalLM.from_pretrained(folder / "base")
+    plant_in(Plant.parse("attn_out:L2:r2:gain3"), tuned.model.layers[2].self_attn)
+    tuned.save_pretrained(folder / "tuned")
+    pair, site = ("--pair", str(folder / "toy.yaml")), ("--layer", "2", "--hook", "attn_out")
+    solver = ("--solver", "reduced_rank", "--ridge", "1e-9", "--k", "2", "--alpha", "1")
+    mechdiff("run", *pair, *site, *solver, "--promote")
+    shown = mechdiff("adapter", "--map", "toy-L2-attn_out@champion", "--to", "lora", *pair).output
+    assert "a PEFT LoRA of rank 2 on model.layers.2.self_attn.o_proj, α = 1" in shown
+    card = (here / "lora" / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if "the adapter, at every token" in line]
+    kl, way = (float(cell.split()[0]) for cell in line.split("|")[2:4])
+    assert kl < 1e-5
+    assert way > 99.9
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    ids = torch.tensor([[0, 8, 20, 9]])
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(base, str(here / "lora")).eval()
+        torch.testing.assert_close(adapted(ids).logits, tuned(ids).logits, atol=2e-2, rtol=0)
+
+
+def test_adapters_of_other_forms(toy: Path, here: Path, mechdiff: Invoke, map_file: Path) -> None:
+    words = ("adapter", "--map", "map.pt", "--pair", str(toy), "--n", "8")
+    mechdiff(*words, "--to", "a")
+    hooked = mechdiff(*words, "--to", "b", "--form", "hook", "--split", "val").output
+    assert "a hook module on model.layers.3.self_attn" in hooked
+    assert "8 val prompts" in (here / "b" / "README.md").read_text()
+    same = [row for row in (here / "a" / "README.md").read_text().splitlines() if row.startswith("| nothing")]
+    assert same
+    assert {path.name for path in (here / "b").iterdir()} == {*HOOK_FILES, "README.md"}
+    assert not list(here.glob(".mechdiff-*"))
+
+
+def test_errors_of_adapter_are_one_sentence(toy: Path, here: Path, mechdiff: Invoke, map_file: Path) -> None:
+    def refusal(*words: str) -> str:
+        found = mechdiff("adapter", "--map", "map.pt", "--pair", str(toy), *words, code=1).output
+        return " ".join(found.split())
+
+    (here / "full").mkdir()
+    (here / "full" / "file").touch()
+    assert "is not an empty directory" in refusal("--to", "full")
+    assert "does not exist" in refusal("--to", "none/below")
+    assert "were asked for and there are" in refusal("--to", "a", "--n", "1000")
+    load_map(map_file).with_meta(site="L3/resid_post").save("post.pt")
+    post = mechdiff(
+        *["adapter", "--map", "post.pt", "--to", "a", "--form", "peft", "--pair"], str(toy), code=1
+    ).output
+    assert "use --form hook" in post
+    assert not (here / "a").exists()
 
 
 def test_errors_of_steer_are_one_sentence(toy: Path, mechdiff: Invoke, map_file: Path) -> None:
