@@ -123,6 +123,32 @@ def test_a_planted_low_rank_change_becomes_a_lora_of_its_rank_that_is_the_tuned_
         torch.testing.assert_close(adapted(ids).logits, tuned(ids).logits, atol=2e-2, rtol=0)
 
 
+def test_a_pair_whose_tuned_side_is_a_peft_adapter_itself(toy: Path, here: Path, mechdiff: Invoke) -> None:
+    folder = here / "lora-pair"
+    shutil.copytree(toy.parent, folder)
+    config = peft.LoraConfig(r=2, target_modules=["o_proj", "q_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    peft.get_peft_model(base, config).save_pretrained(folder / "tuned-lora")
+    spec = toy.read_text().replace("{model: tuned}", "{adapter: tuned-lora}")
+    (folder / "toy.yaml").write_text(spec)
+    pair = ("--pair", str(folder / "toy.yaml"))
+    mechdiff("run", *pair, "--layer", "3", "--hook", "attn_out", "--alpha", "1", "--promote")
+    using = ("--map", "toy-L3-attn_out@champion", *pair)
+    words = ("--prompt", PROMPTS[0], "--max-new-tokens", "4", "--json")
+    (row,) = json.loads(mechdiff("steer", *using, *words).output)["continuations"]
+    assert row["base"] == said(folder / "toy.yaml", "base", PROMPTS[0])
+    assert row["kl_raw"] > 0
+    mechdiff("adapter", *using, "--to", "made")
+    card = (here / "made" / "README.md").read_text()
+    lines = [line.split("|") for line in card.splitlines() if line.startswith("|") and "[" in line]
+    kls = {cells[1].strip(): float(cells[2].split()[0]) for cells in lines}
+    clean = AutoModelForCausalLM.from_pretrained(folder / "base")
+    made = peft.PeftModel.from_pretrained(clean, str(here / "made"))
+    assert made.get_base_model().model.layers[3].self_attn.o_proj.r == {"default": 16}
+    assert kls["the adapter, at every token"] != kls["nothing"]
+
+
 def test_adapters_of_other_forms(toy: Path, here: Path, mechdiff: Invoke, map_file: Path) -> None:
     words = ("adapter", "--map", "map.pt", "--pair", str(toy), "--n", "8")
     mechdiff(*words, "--to", "a")
