@@ -192,7 +192,7 @@ def _use(the_map: AffineMap, uri: str) -> list[str]:
         "",
         "with the_map.attached(base):  # a live transformers model: base acts as tuned there",
         "    base.generate(**inputs)",
-        "with the_map.attached(tuned, source=base):  # the patch that was measured, in tuned",
+        'with the_map.attached(tuned, source=base, tokens="decision"):  # the patch that was measured',
         "    tuned.generate(**inputs)",
         "```",
         "",

@@ -190,6 +190,6 @@ def test_the_card_puts_the_numbers_into_words() -> None:
     assert "(here `mean_only`), is beaten by 74.9 %" in card
     assert "No leak" in card
     assert "mechdiff fetch demo-L3-attn_out@champion -o map.pt" in card
-    assert "the_map.attached(tuned, source=base)" in card
+    assert "the_map.attached(tuned, source=base, " in card
     assert "  -m models:/demo-L3-attn_out@champion" in card
     assert "**Leak:**" in model_card(make_map(), metrics, "x", {**facts, "selection_leak": "true"})
