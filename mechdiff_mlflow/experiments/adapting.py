@@ -60,8 +60,8 @@ class AdapterRecord:
         split: Measured on.
         n: Prompts of it.
         closeness: By what is done to base: `base`, `map at the decision token`, `adapter`, and `ceiling`,
-            tuned's own activation put there at the decision token, the most a map can do there; empty when
-            base and tuned have different vocabularies.
+            tuned's own activation put there at the decision token, the most a map can do at that token;
+            empty when base and tuned have different vocabularies.
     """
 
     folder: Path

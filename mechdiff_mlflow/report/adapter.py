@@ -97,8 +97,9 @@ def _table(record: AdapterRecord) -> list[str]:
         "|---|---|---|---|",
         *(f"| {' | '.join(cells)} |" for cells in closeness_rows(record)),
         "",
-        "The third line is what tuned's own activation does there at the decision token, the most to expect "
-        "of a map at one site: the rest of the way is due to other places.",
+        "The third line puts tuned's own activation there, at the decision token: the most that a map can "
+        "do at that token; the rest of the way is due to other places. The adapter acts on the tokens "
+        "before it too.",
     ]
     return rows
 
