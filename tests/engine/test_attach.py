@@ -385,3 +385,38 @@ def test_calls_that_cannot_be_placed_are_refused(base: nn.Module, tuned: nn.Modu
             tuned(ids)
         with a_map(32).attached(tuned, SITE), pytest.raises(MechdiffError, match="another kind"):
             tuned(ids, attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool))
+
+
+def generated(model: Any, prompts: TokenizedPrompts, **how: Any) -> list[list[int]]:
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    return model.generate(**padded(prompts), **options, **how)[:, -6:].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_generate_needs_neither_cache_nor_batch_to_agree(family: Family) -> None:
+    """Sliding windows, ALiBi and learnt positions: the source's cache goes along with the model's."""
+    base, tuned = (family.build("eager") for _ in range(2))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.mul_(1.1)
+    prompts = tiny.prompts(5, 9, 7)
+    with a_map(tuned.config.get_text_config().hidden_size).attached(tuned, SITE, source=base):
+        together = generated(tuned, prompts)
+        assert generated(tuned, prompts, use_cache=False) == together
+        assert [generated(tuned, prompts[i : i + 1])[0] for i in range(3)] == together
+
+
+@pytest.mark.parametrize("has_source", [True, False])
+def test_other_ways_to_generate(base: nn.Module, tuned: nn.Module, has_source: bool) -> None:
+    """Candidates that are taken back, and a prompt in pieces."""
+    prompts = tiny.prompts(9)
+    with a_map(32).attached(tuned, SITE, source=base if has_source else None):
+        plain = generated(tuned, prompts)
+        assert generated(tuned, prompts, prompt_lookup_num_tokens=3) == plain
+        assert generated(tuned, prompts, assistant_model=base) == plain
+        assert generated(tuned, prompts, prefill_chunk_size=4) == plain
+        if has_source:
+            with pytest.raises(MechdiffError, match="no static cache"):
+                generated(tuned, prompts, cache_implementation="static")
+        else:
+            assert generated(tuned, prompts, cache_implementation="static") == plain
