@@ -192,7 +192,8 @@ class Pair:
         """
         if self.base.model is self.tuned.model:
             return None
-        base, tuned = (Decoder.of(side.model, self.modules).blocks for side in (self.base, self.tuned))
+        names = _module_names(self.spec)
+        base, tuned = (Decoder.of(side.model, names).blocks for side in (self.base, self.tuned))
         if len(base) != len(tuned):
             return None
         for layer, (block, other) in enumerate(zip(base, tuned, strict=True)):
