@@ -110,7 +110,7 @@ class Pair:
     tuned: Side
     prompts: Mapping[str, PromptSet]
     device: str
-    _tokens: dict[tuple[str, str, int, Position], TokenizedPrompts] = field(default_factory=dict)
+    _tokens: dict[tuple[str, str, Position], TokenizedPrompts] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -146,7 +146,7 @@ class Pair:
         Raises:
             MechdiffError: A template fails, doubles BOS, or leaves no tokens.
         """
-        key = (role, prompts.split, len(prompts), position)
+        key = (role, prompts.digest, position)
         if key not in self._tokens:
             reader = {"own": role, "none": role}.get(self.spec.template, self.spec.template)
             tokenizer = (self.base if reader == "base" else self.tuned).tokenizer
@@ -171,6 +171,11 @@ class Pair:
                 f"The tokenizers of {self.name} are the same and base and tuned see different tokens "
                 f"({where}); their special tokens differ, so set template: base in the spec."
             )
+
+    @property
+    def modules(self) -> ModuleNames | None:
+        """Module names that the spec sets for models that are not recognised."""
+        return _module_names(self.spec)
 
     @property
     def tokenizers_agree(self) -> bool:
@@ -251,6 +256,16 @@ def load_pair(
     base = Side("base", model, tokenizer, revision, unadapted, make_engine)
     tuned = Side("tuned", *tuned_parts, contextlib.nullcontext, make_engine)
     return Pair(spec, base, tuned, prompts, device)
+
+
+def load_base(pair: Pair) -> nn.Module:
+    """Another copy of the pair's base model, without any adapter, on the pair's device.
+
+    Raises:
+        MechdiffError: It cannot be read any more.
+    """
+    with _quiet_transformers():
+        return _load_model(pair.spec, pair.spec.base.model, pair.spec.base.revision, pair.device)[0]
 
 
 def _existing_device(name: str) -> str:

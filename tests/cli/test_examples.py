@@ -35,7 +35,7 @@ def test_every_command_says_what_it_does_with_an_example_of_itself(name: str, me
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_every_example_runs(name: str, toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient) -> None:
     """On the toy pair, which has 4 layers: sites are moved, nothing else."""
-    if name in ("promote", "fetch", "patch", "maps", "report", "report-pass", "compare"):
+    if name in ("promote", "fetch", "patch", "maps", "report", "report-pass", "compare", "steer", "adapter"):
         mechdiff("run", "--pair", str(toy), "--layer", "3", "--hook", "attn_out", "--alpha", "1", "--promote")
     if name == "compare":
         (toy.parent / "twin.yaml").write_text(toy.read_text().replace("name: toy", "name: twin"))
