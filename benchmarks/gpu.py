@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import platform
 import statistics
 import sys
@@ -147,25 +148,37 @@ def fits(x: Tensor, y: Tensor) -> list[AffineMap]:
 
 
 class Report:
-    """Lines of markdown, printed as they come."""
+    """Lines of markdown, printed as they come, and the tables in them."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.tables: list[list[Sequence[object]]] = []
 
     def say(self, line: str = "") -> None:
-        """Add one."""
+        """Add a line."""
         print(line, flush=True)
         self.lines.append(line)
 
     def table(self, *head: str) -> None:
         """Begin a table."""
+        self.tables.append([head])
         self.say()
-        self.row(*head)
+        self._cells(head)
         self.say("| " + " | ".join(["---", *["---:"] * (len(head) - 1)]) + " |")
 
     def row(self, *cells: object) -> None:
-        """Add one, numbers to three digits."""
+        """Add a row to the table, numbers to three digits."""
+        self.tables[-1].append(cells)
+        self._cells(cells)
+
+    def _cells(self, cells: Sequence[object]) -> None:
         self.say("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |")
+
+    def write(self, path: Path) -> None:
+        """The lines as markdown, and the tables as JSON beside it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join([*self.lines, ""]), encoding="utf-8")
+        path.with_suffix(".json").write_text(json.dumps(self.tables, indent=1) + "\n", encoding="utf-8")
 
 
 def ceilings(shape: Shape, report: Report) -> float:
@@ -392,8 +405,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         sizes(args, report)
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text("\n".join([*report.lines, ""]), encoding="utf-8")
+        report.write(args.out)
 
 
 if __name__ == "__main__":
