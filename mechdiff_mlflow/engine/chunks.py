@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -38,14 +39,27 @@ class Chunk:
 
 def in_chunks(prompts: TokenizedPrompts, size: int, device: torch.device) -> Iterator[Chunk]:
     """Chunks of at most `size` prompts that share a suffix length, short prompts first."""
-    suffixes = [len(ids) - position for ids, position in zip(prompts.ids, prompts.positions, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda i: (suffixes[i], len(prompts.ids[i])))
-    start = 0
+    order, start = by_length(prompts), 0
     while start < len(order):
-        suffix = suffixes[order[start]]
-        rows = [i for i in order[start : start + size] if suffixes[i] == suffix]
-        yield _padded(prompts, rows, suffix, device)
-        start += len(rows)
+        chunk = cut(prompts, order[start : start + size], device)
+        yield chunk
+        start += len(chunk)
+
+
+def by_length(prompts: TokenizedPrompts) -> list[int]:
+    """Indices of the prompts in the order in which chunks take them."""
+    return sorted(range(len(prompts)), key=lambda i: (_suffix(prompts, i), len(prompts.ids[i])))
+
+
+def cut(prompts: TokenizedPrompts, rows: list[int], device: torch.device) -> Chunk:
+    """The first of some prompts, as many of them as share a suffix length."""
+    suffix = _suffix(prompts, rows[0])
+    alike = list(takewhile(lambda i: _suffix(prompts, i) == suffix, rows))
+    return _padded(prompts, alike, suffix, device)
+
+
+def _suffix(prompts: TokenizedPrompts, i: int) -> int:
+    return len(prompts.ids[i]) - prompts.positions[i]
 
 
 def check_prompts(prompts: TokenizedPrompts, vocabulary: int) -> None:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
-from mechdiff_mlflow.engine.chunks import check_prompts, in_chunks
+from mechdiff_mlflow.engine.chunks import Chunk, check_prompts
+from mechdiff_mlflow.engine.elastic import Bounds, Elastic, Work, does_not_fit, is_out_of_memory
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.gradients import score_gradients
 from mechdiff_mlflow.engine.heads import AttentionHeads
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
-from mechdiff_mlflow.engine.startup import MODES, choose_path
-from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
+from mechdiff_mlflow.engine.startup import MODES, choose_path, path_named
+from mechdiff_mlflow.engine.variants import Path, ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.metrics import NextToken, compare_rows
 from mechdiff_mlflow.prompts import TokenizedPrompts
@@ -25,8 +26,8 @@ class PatchEngine:
     """Captures activations of one causal language model and scores replacements of them.
 
     The engine pads on the left by itself and takes prompts in chunks of similar length, so no result depends
-    on padding or chunk size beyond the rounding of the model's dtype. The model is as before after every
-    call, also after one that fails.
+    on padding or chunk size beyond the rounding of the model's dtype. When memory runs out it says so, takes
+    smaller chunks and goes on. The model is as before after every call, also after one that fails.
 
     Args:
         model: A transformers causal LM (or a PEFT wrapper of one) in eval mode.
@@ -51,9 +52,7 @@ class PatchEngine:
         head_rows: int = 2048,
         mode: str = "auto",
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("max_rows", max_rows), ("head_rows", head_rows)):
-            if value < 1:
-                raise MechdiffError(f"{name} is {value}; give at least 1.")
+        bounds = Bounds(batch_size, max_rows, head_rows)
         if mode not in MODES:
             raise MechdiffError(f"Mode {mode!r} is unknown; use one of {', '.join(MODES)}.")
         if model.training:
@@ -61,8 +60,14 @@ class PatchEngine:
                 "The model is in training mode, where dropout is random; call model.eval() first."
             )
         self.forward = PromptForward(Decoder.of(model, overrides))
-        self._batch_size = batch_size
-        self._path = choose_path(self.forward, mode, max_rows=max_rows, head_rows=head_rows)
+        self._elastic = Elastic(bounds)
+        try:
+            self._path = choose_path(self.forward, mode, bounds)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise does_not_fit("The short prompts of the start-up check do", str(error)) from error
+            raise
+        self._path_bounds = bounds
         self.forward.n_prompts = 0
 
     @property
@@ -79,6 +84,11 @@ class PatchEngine:
     def mode(self) -> str:
         """How patched runs are computed: "sweep", "concat", "masked" or "naive"."""
         return self._path.name
+
+    @property
+    def bounds(self) -> Bounds:
+        """What is held at a time; smaller than asked for once memory has run out."""
+        return self._elastic.bounds
 
     @property
     def n_forwards(self) -> int:
@@ -103,10 +113,13 @@ class PatchEngine:
         """
         self._check(prompts, sites)
         captured = _Captured(len(prompts), sites, torch.device(device))
-        for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
+
+        def record(chunk: Chunk, bounds: Bounds) -> None:
             recording = self.forward.record(chunk, sites)
             recording.check_finite()
             captured.add(recording)
+
+        self._each_chunk(prompts, record)
         return captured.by_site
 
     def score_gradients(
@@ -120,18 +133,21 @@ class PatchEngine:
             MechdiffError: A site, token or position does not exist, or a gradient is not finite.
         """
         self._check(prompts, sites)
-        generator = torch.Generator().manual_seed(seed)
-        rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
-        order = []
-        for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
-            order.append(chunk.index)
-            for site, gradient in score_gradients(self.forward, chunk, sites, generator).items():
+        # One number a prompt, drawn here: tokens then depend on no chunk.
+        drawn = torch.rand(len(prompts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        rows = {site: torch.zeros(len(prompts), self.width, dtype=torch.float64) for site in sites}
+
+        def differentiate(chunk: Chunk, bounds: Bounds) -> None:
+            found = score_gradients(self.forward, chunk, sites, drawn[chunk.index])
+            for site, gradient in found.items():
                 if not bool(torch.isfinite(gradient).all()):
                     raise MechdiffError(
                         f"A gradient at {site} is NaN or infinite; load the model in a wider dtype."
                     )
-                rows[site].append(gradient)
-        return {site: _in_order(chunks, order) for site, chunks in rows.items()}
+                rows[site][chunk.index] = gradient
+
+        self._each_chunk(prompts, differentiate)
+        return rows
 
     def heads(self, layer: int) -> AttentionHeads:
         """The attention heads of a layer.
@@ -139,7 +155,7 @@ class PatchEngine:
         Raises:
             MechdiffError: The layer does not exist, or its heads cannot be told apart.
         """
-        return AttentionHeads(self.forward, layer, self._batch_size)
+        return AttentionHeads(self.forward, layer, self._elastic)
 
     def score(
         self,
@@ -165,23 +181,43 @@ class PatchEngine:
         board = ScoreBoard(groups, len(prompts), self.width)
         captured = _Captured(len(prompts), sites, torch.device("cpu"))
         tops = torch.zeros(len(prompts), dtype=torch.long)
-        done = 0
-        for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
-            recording = self._path.record(chunk, sites)
+
+        def run(chunk: Chunk, bounds: Bounds) -> None:
+            path = self._path_within(bounds)
+            recording = path.record(chunk, sites)
             recording.check_finite()
             next_token = NextToken.of(recording.logits)
             variants, same = board.variants(recording)
             scored = [
                 (rows.owner, rows.column, compare_rows(rows.logits, next_token, rows.owner))
-                for rows in self._path.run(recording, variants)
+                for rows in path.run(recording, variants)
             ]
             board.add(recording, same, scored)
             captured.add(recording)
             tops[chunk.index] = next_token.top.cpu()
-            done += len(chunk)
+
+        self._each_chunk(prompts, run, patched=True, progress=progress)
+        return board.result(captured.by_site, tops)
+
+    def _each_chunk(
+        self,
+        prompts: TokenizedPrompts,
+        work: Work,
+        *,
+        patched: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Call `work` on every chunk; on the same prompts again, in smaller chunks, when memory runs out."""
+        done = 0
+        for n in self._elastic.run(prompts, self.forward.device, work, patched=patched):
+            done += n
             if progress is not None:
                 progress(done)
-        return board.result(captured.by_site, tops)
+
+    def _path_within(self, bounds: Bounds) -> Path:
+        if bounds != self._path_bounds:
+            self._path, self._path_bounds = path_named(self._path.name, self.forward, bounds), bounds
+        return self._path
 
     def _check(self, prompts: TokenizedPrompts, sites: Sequence[Site]) -> None:
         for site in sites:
@@ -208,8 +244,3 @@ class _Captured:
         index = recording.chunk.index.to(self._device)
         for site, x in zip(self._sites, rows, strict=True):
             self.by_site[site][index] = x
-
-
-def _in_order(chunks: list[Tensor], order: list[Tensor]) -> Tensor:
-    """Rows that came chunk by chunk, in the order of the prompts."""
-    return torch.cat(chunks)[torch.argsort(torch.cat(order))]

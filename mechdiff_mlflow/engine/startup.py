@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.engine.chunks import Chunk, in_chunks
+from mechdiff_mlflow.engine.elastic import Bounds, is_out_of_memory
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.masked import MaskedPath
 from mechdiff_mlflow.engine.naive import NaivePath
@@ -86,35 +88,50 @@ class Trial:
         return float((error / effect).max())
 
 
-def choose_path(forward: PromptForward, mode: str, *, max_rows: int, head_rows: int) -> Path:
+def path_named(name: str, forward: PromptForward, bounds: Bounds) -> Path:
+    """A way of computing patched runs.
+
+    Args:
+        name: Of `MODES`, but "auto".
+        forward: Of the model.
+        bounds: What it may hold at a time.
+
+    Raises:
+        UnsupportedError: It cannot do this model.
+    """
+    rows, head_rows = bounds.max_rows, bounds.head_rows
+    ways: dict[str, Callable[[], Path]] = {
+        "sweep": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows),
+        "concat": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows, concat=True),
+        "masked": lambda: MaskedPath(forward, max_rows=min(rows, head_rows)),
+        "naive": lambda: NaivePath(forward),
+    }
+    return ways[name]()
+
+
+def choose_path(forward: PromptForward, mode: str, bounds: Bounds) -> Path:
     """The fastest way of computing patched runs that agrees with the reference on this model.
 
     Args:
         forward: Of the model.
         mode: Which way to take, of `MODES`.
-        max_rows: Patched tokens that go up the blocks together.
-        head_rows: Rows of logits in memory together.
+        bounds: What it may hold at a time.
 
     Raises:
         MechdiffError: Some hook of the model does not change its logits, or `mode` does not fit the model.
     """
-    ways: dict[str, Callable[[], Path]] = {
-        "sweep": lambda: SweepPath(forward, max_rows=max_rows, head_rows=head_rows),
-        "concat": lambda: SweepPath(forward, max_rows=max_rows, head_rows=head_rows, concat=True),
-        "masked": lambda: MaskedPath(forward, max_rows=min(max_rows, head_rows)),
-        "naive": lambda: NaivePath(forward),
-    }
     trials = list(_trials(forward))
     reasons: list[str] = []
-    for name in ways if mode == "auto" else [mode]:
-        reason = _unfit(ways[name], trials)
+    for name in MODES[1:] if mode == "auto" else [mode]:
+        make = partial(path_named, name, forward, bounds)
+        reason = _unfit(make, trials)
         if reason is None:
             if mode == "auto" and name != "sweep":
                 warnings.warn(
                     f"Patches of {_name(forward.decoder)} are computed the slower way {name!r}: {reasons[0]}",
                     stacklevel=4,
                 )
-            return ways[name]()
+            return make()
         reasons.append(reason)
     raise MechdiffError(
         f"Mode {mode!r} does not fit {_name(forward.decoder)} ({reasons[-1].rstrip('.')}); use mode 'auto'."
@@ -127,6 +144,8 @@ def _unfit(way: Callable[[], Path], trials: Iterable[Trial]) -> str | None:
         try:
             disagreement = trial.disagreement(way())
         except Exception as error:  # whatever a model not foreseen may raise, another way may do
+            if is_out_of_memory(error):
+                raise
             return f"{error}" if isinstance(error, MechdiffError) else f"{type(error).__name__}: {error}"
         if not disagreement <= _TOLERANCE.get(trial.logits.dtype, 0.3):
             return f"Its logits are off by {disagreement:.1e} of the effect of a patch."
