@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mechdiff_mlflow.engine import ModuleNames, PatchEngine
+from mechdiff_mlflow.engine import MemoryBudget, ModuleNames, PatchEngine
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.planted import Plant, plant_in
@@ -32,11 +32,13 @@ class EngineOptions:
         batch_size: Prompts a chunk.
         max_rows: Patched rows that go up the layers together.
         head_rows: Rows whose logits exist together.
+        memory_budget: Bytes beside the weights, which the others are lowered to; None bounds nothing more.
     """
 
     batch_size: int = 32
     max_rows: int = 8192
     head_rows: int = 2048
+    memory_budget: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,14 +228,17 @@ def load_pair(
     plant = spec.tuned.plant
     device = _existing_device(device)
 
+    bounds = options or EngineOptions()
+    budget = None if bounds.memory_budget is None else MemoryBudget(bounds.memory_budget)
+
     def make_engine(model: nn.Module) -> PatchEngine:
-        bounds = options or EngineOptions()
         return PatchEngine(
             model,
             overrides=_module_names(spec),
             batch_size=bounds.batch_size,
             max_rows=bounds.max_rows,
             head_rows=bounds.head_rows,
+            budget=budget,
         )
 
     with _quiet_transformers():

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mechdiff_mlflow.engine.budget import parse_bytes
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import Family
 from mechdiff_mlflow.sites import Hook
@@ -257,7 +258,14 @@ models = _stacked(
         type=whole("--batch-size", 32, least=1),
         default="32",
         show_default=True,
-        help="Prompts a chunk.",
+        help="Prompts a chunk, at most; fewer when memory runs out.",
+    ),
+    click.option(
+        "--memory-budget",
+        type=Text("size", lambda text: None if text == "none" else parse_bytes(text)),
+        default="none",
+        show_default=True,
+        help="Memory beside the weights, e.g. 8GiB or 500MB; what is over goes to disk. None: no bound.",
     ),
 )
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mechdiff_mlflow.engine.activations import Activations
 from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
+from mechdiff_mlflow.engine.budget import Load, MemoryBudget, Shape, bounds_within
 from mechdiff_mlflow.engine.chunks import Chunk, check_prompts
 from mechdiff_mlflow.engine.elastic import Bounds, Elastic, Work, does_not_fit, is_out_of_memory
-from mechdiff_mlflow.engine.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.forward import PromptForward
 from mechdiff_mlflow.engine.gradients import score_gradients
 from mechdiff_mlflow.engine.heads import AttentionHeads
+from mechdiff_mlflow.engine.routing import implementation
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
 from mechdiff_mlflow.engine.startup import MODES, choose_path, path_named
 from mechdiff_mlflow.engine.variants import Path, ScoreResult, VariantGroup
@@ -36,6 +39,8 @@ class PatchEngine:
         max_rows: Patched tokens that go up the layers together.
         head_rows: Rows of logits in memory together.
         mode: Way of computing patched runs, of `MODES`; "auto" takes the first that agrees with "naive".
+        budget: Bytes beside the weights, from which smaller bounds follow call by call, and beyond which
+            captured activations go to disk.
 
     Raises:
         MechdiffError: The model's modules are not recognised, replacing their outputs does not change the
@@ -51,6 +56,7 @@ class PatchEngine:
         max_rows: int = 8192,
         head_rows: int = 2048,
         mode: str = "auto",
+        budget: MemoryBudget | None = None,
     ) -> None:
         bounds = Bounds(batch_size, max_rows, head_rows)
         if mode not in MODES:
@@ -68,6 +74,7 @@ class PatchEngine:
                 raise does_not_fit("The short prompts of the start-up check do", str(error)) from error
             raise
         self._path_bounds = bounds
+        self._budget = budget
         self.forward.n_prompts = 0
 
     @property
@@ -97,7 +104,7 @@ class PatchEngine:
 
     def capture(
         self, prompts: TokenizedPrompts, sites: Sequence[Site], *, device: torch.device | str = "cpu"
-    ) -> dict[Site, Tensor]:
+    ) -> Mapping[Site, Tensor]:
         """The model's own activations at `prompts.positions`.
 
         Args:
@@ -106,21 +113,23 @@ class PatchEngine:
             device: Where to keep what was read.
 
         Returns:
-            For each site [N, width] in the model's dtype, in the order of the prompts.
+            For each site [N, width] in the model's dtype, in the order of the prompts. Over the budget each
+            look-up reads a file.
 
         Raises:
-            MechdiffError: A site, token or position does not exist, or an activation is not finite.
+            MechdiffError: A site, token or position does not exist, an activation is not finite, or a prompt
+                does not fit in memory.
         """
         self._check(prompts, sites)
-        captured = _Captured(len(prompts), sites, torch.device(device))
+        captured = Activations(len(prompts), sites, device, self._budget)
 
         def record(chunk: Chunk, bounds: Bounds) -> None:
             recording = self.forward.record(chunk, sites)
             recording.check_finite()
             captured.add(recording)
 
-        self._each_chunk(prompts, record)
-        return captured.by_site
+        self._each_chunk(prompts, record, n_sites=len(sites))
+        return captured
 
     def score_gradients(
         self, prompts: TokenizedPrompts, sites: Sequence[Site], *, seed: int = 0
@@ -146,7 +155,7 @@ class PatchEngine:
                     )
                 rows[site][chunk.index] = gradient
 
-        self._each_chunk(prompts, differentiate)
+        self._each_chunk(prompts, differentiate, n_sites=len(sites))
         return rows
 
     def heads(self, layer: int) -> AttentionHeads:
@@ -179,7 +188,7 @@ class PatchEngine:
         sites = list(dict.fromkeys(group.site for group in groups))
         self._check(prompts, sites)
         board = ScoreBoard(groups, len(prompts), self.width)
-        captured = _Captured(len(prompts), sites, torch.device("cpu"))
+        captured = Activations(len(prompts), sites, "cpu", self._budget)
         tops = torch.zeros(len(prompts), dtype=torch.long)
 
         def run(chunk: Chunk, bounds: Bounds) -> None:
@@ -196,23 +205,40 @@ class PatchEngine:
             captured.add(recording)
             tops[chunk.index] = next_token.top.cpu()
 
-        self._each_chunk(prompts, run, patched=True, progress=progress)
-        return board.result(captured.by_site, tops)
+        self._each_chunk(prompts, run, n_sites=len(sites), n_columns=board.n_columns, progress=progress)
+        return board.result(captured, tops)
 
     def _each_chunk(
         self,
         prompts: TokenizedPrompts,
         work: Work,
         *,
-        patched: bool = False,
+        n_sites: int,
+        n_columns: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """Call `work` on every chunk; on the same prompts again, in smaller chunks, when memory runs out."""
-        done = 0
-        for n in self._elastic.run(prompts, self.forward.device, work, patched=patched):
+        done, at_most = 0, self._affordable(prompts, n_sites, n_columns)
+        run = self._elastic.run(prompts, self.forward.device, work, patched=n_columns > 0, at_most=at_most)
+        for n in run:
             done += n
             if progress is not None:
                 progress(done)
+
+    def _affordable(self, prompts: TokenizedPrompts, n_sites: int, n_columns: int) -> Bounds | None:
+        """The bounds that the budget allows for a call."""
+        if self._budget is None:
+            return None
+        decoder = self.forward.decoder
+        shape = Shape.of(decoder, self.forward.vocabulary, keeps_scores=implementation(decoder) == "eager")
+        load = Load(
+            n_tokens=max(map(len, prompts.ids)),
+            suffix=max(len(ids) - i for ids, i in zip(prompts.ids, prompts.positions, strict=True)),
+            n_sites=n_sites,
+            n_columns=n_columns,
+            tree=self.mode in ("concat", "masked"),
+        )
+        return bounds_within(self._budget.working, self.bounds, shape, load)
 
     def _path_within(self, bounds: Bounds) -> Path:
         if bounds != self._path_bounds:
@@ -223,24 +249,3 @@ class PatchEngine:
         for site in sites:
             self.forward.decoder.check(site)
         check_prompts(prompts, self.forward.vocabulary)
-
-
-class _Captured:
-    """Activations of N prompts, filled chunk by chunk."""
-
-    def __init__(self, n_prompts: int, sites: Sequence[Site], device: torch.device) -> None:
-        self.by_site: dict[Site, Tensor] = {}
-        self._n_prompts, self._sites, self._device = n_prompts, list(dict.fromkeys(sites)), device
-
-    def add(self, recording: Recording) -> None:
-        if not self._sites:
-            return
-        first = recording.clean[self._sites[0]]
-        # One copy between devices, not one a site.
-        rows = torch.stack([recording.clean[site].to(first.device) for site in self._sites]).to(self._device)
-        if not self.by_site:
-            shape = (self._n_prompts, first.shape[-1])
-            self.by_site = {site: rows.new_empty(shape) for site in self._sites}
-        index = recording.chunk.index.to(self._device)
-        for site, x in zip(self._sites, rows, strict=True):
-            self.by_site[site][index] = x

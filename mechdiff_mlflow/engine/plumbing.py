@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -84,7 +84,7 @@ def _hooks_fire_once(engine: PatchEngine, prompts: TokenizedPrompts, sites: Sequ
 
 
 def _padding_and_batch(
-    engine: PatchEngine, prompts: TokenizedPrompts, together: dict[Site, Tensor]
+    engine: PatchEngine, prompts: TokenizedPrompts, together: Mapping[Site, Tensor]
 ) -> PlumbingCheck:
     alone = [
         engine.capture(TokenizedPrompts((ids,), (position,)), list(together))
@@ -100,7 +100,7 @@ def _padding_and_batch(
     )
 
 
-def _sublayers_add_up(engine: PatchEngine, captured: dict[Site, Tensor]) -> PlumbingCheck:
+def _sublayers_add_up(engine: PatchEngine, captured: Mapping[Site, Tensor]) -> PlumbingCheck:
     """A block adds what its sublayers give, times one constant (not 1 in Granite)."""
     worst, scales = 0.0, []
     for i in range(engine.n_layers):

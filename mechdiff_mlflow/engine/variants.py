@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -106,7 +106,7 @@ class ScoreResult:
     """
 
     divergences: tuple[Divergences, ...]
-    clean: dict[Site, Tensor]
+    clean: Mapping[Site, Tensor]
     clean_top: Tensor
 
 

@@ -53,6 +53,8 @@ def refused(result_output: str) -> str:
         (["--position", "first"], "Position 'first' is unknown; use one of decision, last_content"),
         (["--dtype", "int8"], "--dtype 'int8' is unknown"),
         (["--off-span", "random"], "Off-span rule 'random' is unknown"),
+        (["--memory-budget", "lots"], "Memory budget 'lots' is not a size; write e.g. 8GiB or 500MB"),
+        (["--memory-budget", "1KiB"], "tokens needs more than the memory budget leaves for it"),
         (["--seed", "-1"], "--seed '-1' is not a whole number"),
         (["--device", "tpu:9"], "Device 'tpu:9' cannot be used here"),
         (["--layer", "0"], "No drop at L0/resid_post: below noise floor"),
