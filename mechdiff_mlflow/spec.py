@@ -26,12 +26,14 @@ ALPHA_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1
 
 
 class Position(Choice):
-    """Which token of a prompt is read and replaced; KL is always read at the last token."""
+    """Which token of a prompt, or mean of tokens, is read and replaced; KL is always read at the last token."""
 
     DECISION = "decision"
     """The last token of the templated prompt, whose next token is the first of the answer (K=1)."""
     LAST_CONTENT = "last_content"
     """The last non-special token of the user's text."""
+    CONTENT_MEAN = "content_mean"
+    """All tokens of the user's text: their mean is read, and all are moved by the same vector."""
 
 
 @dataclass(frozen=True, slots=True)

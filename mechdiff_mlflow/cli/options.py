@@ -203,7 +203,7 @@ position = click.option(
     type=Text("position", Position.parse),
     default="decision",
     show_default=True,
-    help="Token read and replaced: decision (last of the prompt) or last_content.",
+    help="What is read and replaced: the token decision (last of the prompt) or last_content, or content_mean.",
 )
 
 n_train = click.option(

@@ -25,7 +25,7 @@ class Recording:
 
     Args:
         chunk: The prompts.
-        clean: The model's own activation [n, width] at each site, at the patched position.
+        clean: The model's own activation [n, width] at each site, at the patched position or its mean over a span.
         logits: Next-token logits [n, vocabulary].
     """
 
@@ -101,7 +101,7 @@ class PromptForward:
         clean: dict[Site, Tensor] = {}
 
         def keep(site: Site, hidden: Tensor) -> None:
-            clean[site] = hidden[:, -chunk.suffix].clone()
+            clean[site] = chunk.read(hidden)
 
         with ExitStack() as taps:
             for site in set(sites):

@@ -34,7 +34,8 @@ def score_gradients(
         zeros = hidden.new_zeros(hidden.shape[0], hidden.shape[-1]).requires_grad_()
         added[site] = zeros
         moved = hidden.clone()
-        moved[:, -chunk.suffix] = moved[:, -chunk.suffix] + zeros
+        span = chunk.spanned(moved)
+        span.copy_(span + zeros.unsqueeze(1))
         return moved
 
     with torch.enable_grad(), ExitStack() as taps:

@@ -65,7 +65,7 @@ class AttentionHeads:
             read: list[Tensor] = []
 
             def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-                read.append(args[0][:, -chunk.suffix].clone().cpu())
+                read.append(chunk.read(args[0]).cpu())
 
             handle = self._projection.register_forward_pre_hook(keep)
             try:

@@ -67,13 +67,8 @@ class PatchEngine:
             )
         self.forward = PromptForward(Decoder.of(model, overrides))
         self._elastic = Elastic(bounds)
-        try:
-            self._path = choose_path(self.forward, mode, bounds)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise does_not_fit("The short prompts of the start-up check do", str(error)) from error
-            raise
-        self._path_bounds = bounds
+        self._mode = mode
+        self._paths = {False: self._chosen(bounds, spans=False)}
         self._budget = budget
         self.forward.n_prompts = 0
 
@@ -90,7 +85,7 @@ class PatchEngine:
     @property
     def mode(self) -> str:
         """How patched runs are computed: "sweep", "concat", "masked" or "naive"."""
-        return self._path.name
+        return self._paths[False].name
 
     @property
     def bounds(self) -> Bounds:
@@ -192,7 +187,7 @@ class PatchEngine:
         tops = torch.zeros(len(prompts), dtype=torch.long)
 
         def run(chunk: Chunk, bounds: Bounds) -> None:
-            path = self._path_within(bounds)
+            path = self._path(bounds, spans=chunk.span > 1)
             recording = path.record(chunk, sites)
             recording.check_finite()
             next_token = NextToken.of(recording.logits)
@@ -236,14 +231,25 @@ class PatchEngine:
             suffix=max(len(ids) - i for ids, i in zip(prompts.ids, prompts.positions, strict=True)),
             n_sites=n_sites,
             n_columns=n_columns,
-            tree=self.mode in ("concat", "masked"),
+            tree=self.mode in ("concat", "masked") or bool(prompts.spans),
         )
         return bounds_within(self._budget.working, self.bounds, shape, load)
 
-    def _path_within(self, bounds: Bounds) -> Path:
-        if bounds != self._path_bounds:
-            self._path, self._path_bounds = path_named(self._path.name, self.forward, bounds), bounds
-        return self._path
+    def _path(self, bounds: Bounds, *, spans: bool) -> Path:
+        """How patched runs are computed within some bounds."""
+        if spans not in self._paths:
+            counted = self.forward.n_prompts
+            self._paths[spans] = self._chosen(bounds, spans=spans)
+            self.forward.n_prompts = counted
+        return path_named(self._paths[spans].name, self.forward, bounds)
+
+    def _chosen(self, bounds: Bounds, *, spans: bool) -> Path:
+        try:
+            return choose_path(self.forward, self._mode, bounds, spans=spans)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise does_not_fit("The short prompts of the start-up check do", str(error)) from error
+            raise
 
     def _check(self, prompts: TokenizedPrompts, sites: Sequence[Site]) -> None:
         for site in sites:

@@ -24,6 +24,8 @@ from mechdiff_mlflow.sites import Hook, Site
 
 MODES = ("auto", "sweep", "concat", "masked", "naive")
 
+_WITH_SPANS = ("masked", "naive")
+
 _CROWD = 20
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
@@ -109,24 +111,28 @@ def path_named(name: str, forward: PromptForward, bounds: Bounds) -> Path:
     return ways[name]()
 
 
-def choose_path(forward: PromptForward, mode: str, bounds: Bounds) -> Path:
+def choose_path(forward: PromptForward, mode: str, bounds: Bounds, *, spans: bool = False) -> Path:
     """The fastest way of computing patched runs that agrees with the reference on this model.
 
     Args:
         forward: Of the model.
         mode: Which way to take, of `MODES`.
         bounds: What it may hold at a time.
+        spans: For prompts of which several tokens are moved together, which the sweep cannot do.
 
     Raises:
         MechdiffError: Some hook of the model does not change its logits, or `mode` does not fit the model.
     """
-    trials = list(_trials(forward))
+    modes = MODES[1:] if mode == "auto" else (mode,)
+    if spans:
+        modes = tuple(name for name in modes if name in _WITH_SPANS) or _WITH_SPANS
+    trials = list(_trials(forward, span=2 if spans else 1))
     reasons: list[str] = []
-    for name in MODES[1:] if mode == "auto" else [mode]:
+    for name in modes:
         make = partial(path_named, name, forward, bounds)
         reason = _unfit(make, trials)
         if reason is None:
-            if mode == "auto" and name != "sweep":
+            if mode == "auto" and name != modes[0]:
                 warnings.warn(
                     f"Patches of {_name(forward.decoder)} are computed the slower way {name!r}: {reasons[0]}",
                     stacklevel=4,
@@ -152,20 +158,20 @@ def _unfit(way: Callable[[], Path], trials: Iterable[Trial]) -> str | None:
     return None
 
 
-def _trials(forward: PromptForward) -> Iterable[Trial]:
+def _trials(forward: PromptForward, span: int) -> Iterable[Trial]:
     """Every hook half-way up on a padded chunk, and two more on one that is not, before its last token."""
     decoder = forward.decoder
     n = len(decoder.blocks)
     middle = [Site(n // 2, hook) for hook in Hook]
     others = [Site(0, Hook.MLP_OUT), Site(max(0, n - 2), Hook.RESID_PRE)]
     # A block without a recognised MLP still has its other hooks.
-    yield Trial.of(forward, _chunk(forward, (5, 9), 1), list(filter(decoder.has, middle)))
-    yield Trial.of(forward, _chunk(forward, (7,), 3), list(filter(decoder.has, others)))
+    yield Trial.of(forward, _chunk(forward, (5, 9), span, span), list(filter(decoder.has, middle)))
+    yield Trial.of(forward, _chunk(forward, (7,), 3, span), list(filter(decoder.has, others)))
 
 
-def _chunk(forward: PromptForward, lengths: Sequence[int], suffix: int) -> Chunk:
+def _chunk(forward: PromptForward, lengths: Sequence[int], suffix: int, span: int) -> Chunk:
     ids = tuple(tuple((17 * i + 5 * n) % forward.vocabulary for i in range(n)) for n in lengths)
-    prompts = TokenizedPrompts(ids, tuple(n - suffix for n in lengths))
+    prompts = TokenizedPrompts(ids, tuple(n - suffix for n in lengths), (span,) * len(lengths))
     return next(in_chunks(prompts, len(lengths), forward.device))
 
 

@@ -80,6 +80,21 @@ class Variants:
     columns: Sequence[int]
 
 
+def moved(span: Tensor, value: Tensor, clean: Tensor) -> Tensor:
+    """A span's tokens when their mean is replaced: one token is; several all move by the same vector.
+
+    Of all changes that give the span a certain mean, that is the smallest, and it keeps how its tokens differ.
+
+    Args:
+        span: The tokens' own activations [..., span, width].
+        value: The replacement [..., 1, width].
+        clean: Their own mean [..., 1, width].
+    """
+    if span.shape[-2] == 1:
+        return value.to(span.device)
+    return span + (value - clean).to(span.device)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Logits of patched runs.

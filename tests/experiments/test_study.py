@@ -122,7 +122,7 @@ def test_permutations_choose_as_the_map_does(pair: Pair, alpha_fit: str) -> None
         alone._fitter.record([cell()])
         order = torch.randperm(12, generator=generator)
         x, y = alone._fitter._train[SITE]
-        alone._fitter._train[SITE] = x, y[order]
+        alone._fitter._train[SITE] = x, {SITE: y[SITE][order]}
         (shuffled,) = patched(alone, cell(alpha="0.5,1"))
         means.append(shuffled.kl_mapped)
         per_prompt.append(shuffled.per_prompt["KL_mapped"])
