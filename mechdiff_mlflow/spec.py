@@ -26,7 +26,7 @@ ALPHA_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1
 
 
 class Position(Choice):
-    """Which token of a prompt, or mean of tokens, is read and replaced; KL is always read at the last token."""
+    """Which token or mean of tokens is read and replaced; KL is always read at the last token."""
 
     DECISION = "decision"
     """The last token of the templated prompt, whose next token is the first of the answer (K=1)."""

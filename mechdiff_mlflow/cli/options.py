@@ -203,7 +203,7 @@ position = click.option(
     type=Text("position", Position.parse),
     default="decision",
     show_default=True,
-    help="What is read and replaced: the token decision (last of the prompt) or last_content, or content_mean.",
+    help="Read and replaced: decision (last token of the prompt), last_content or content_mean.",
 )
 
 n_train = click.option(

@@ -39,7 +39,7 @@ class Chunk:
         return len(self.index)
 
     def read(self, hidden: Tensor) -> Tensor:
-        """The activation [n, width] among hidden states [n, length, width]: of one token, or a span's mean."""
+        """Among hidden states [n, length, width] the activation [n, width]: of one token or a span's mean."""
         if self.span == 1:
             return hidden[:, -self.suffix].clone()
         tokens = self.spanned(hidden)

@@ -25,7 +25,7 @@ class Recording:
 
     Args:
         chunk: The prompts.
-        clean: The model's own activation [n, width] at each site, at the patched position or its mean over a span.
+        clean: The model's own activation [n, width] at each site, at the position or mean of its span.
         logits: Next-token logits [n, vocabulary].
     """
 

@@ -68,7 +68,7 @@ class PatchEngine:
         self.forward = PromptForward(Decoder.of(model, overrides))
         self._elastic = Elastic(bounds)
         self._mode = mode
-        self._paths = {False: self._chosen(bounds, spans=False)}
+        self._paths = {False: (self._chosen(bounds, spans=False), bounds)}
         self._budget = budget
         self.forward.n_prompts = 0
 
@@ -85,7 +85,7 @@ class PatchEngine:
     @property
     def mode(self) -> str:
         """How patched runs are computed: "sweep", "concat", "masked" or "naive"."""
-        return self._paths[False].name
+        return self._paths[False][0].name
 
     @property
     def bounds(self) -> Bounds:
@@ -239,9 +239,13 @@ class PatchEngine:
         """How patched runs are computed within some bounds."""
         if spans not in self._paths:
             counted = self.forward.n_prompts
-            self._paths[spans] = self._chosen(bounds, spans=spans)
+            self._paths[spans] = self._chosen(bounds, spans=spans), bounds
             self.forward.n_prompts = counted
-        return path_named(self._paths[spans].name, self.forward, bounds)
+        path, made_for = self._paths[spans]
+        if made_for != bounds:
+            path = path_named(path.name, self.forward, bounds)
+            self._paths[spans] = path, bounds
+        return path
 
     def _chosen(self, bounds: Bounds, *, spans: bool) -> Path:
         try:

@@ -123,7 +123,7 @@ def choose_path(forward: PromptForward, mode: str, bounds: Bounds, *, spans: boo
     Raises:
         MechdiffError: Some hook of the model does not change its logits, or `mode` does not fit the model.
     """
-    modes = MODES[1:] if mode == "auto" else (mode,)
+    modes: tuple[str, ...] = MODES[1:] if mode == "auto" else (mode,)
     if spans:
         modes = tuple(name for name in modes if name in _WITH_SPANS) or _WITH_SPANS
     trials = list(_trials(forward, span=2 if spans else 1))

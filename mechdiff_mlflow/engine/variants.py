@@ -83,7 +83,7 @@ class Variants:
 def moved(span: Tensor, value: Tensor, clean: Tensor) -> Tensor:
     """A span's tokens when their mean is replaced: one token is; several all move by the same vector.
 
-    Of all changes that give the span a certain mean, that is the smallest, and it keeps how its tokens differ.
+    Of all changes that give the span a certain mean that is the smallest, and tokens keep their differences.
 
     Args:
         span: The tokens' own activations [..., span, width].
