@@ -261,6 +261,16 @@ models = _stacked(
         help="Prompts a chunk, at most; fewer when memory runs out.",
     ),
     click.option(
+        "--sequential",
+        is_flag=False,
+        flag_value="yes",
+        type=one_of("--sequential", "auto", "yes", "no"),
+        default="auto",
+        show_default=True,
+        metavar="[auto|yes|no]",
+        help="Hold one of the two models at a time; auto: where both do not fit.",
+    ),
+    click.option(
         "--memory-budget",
         type=Text("size", lambda text: None if text == "none" else parse_bytes(text)),
         default="none",

@@ -27,7 +27,7 @@ AS_MANY = "500-or-all"
 """As the number of prompts: the seed's 500 where there are as many, otherwise all there are."""
 LONE = ("fit", "patch")
 SMALL_MODEL = 50_000_000
-_NOT_SETTINGS = ("tracking_uri", "experiment", "device", "batch_size", "memory_budget", "out")
+_NOT_SETTINGS = ("tracking_uri", "experiment", "device", "batch_size", "memory_budget", "sequential", "out")
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,9 @@ def load_as_asked(spec: PairSpec, options: dict[str, Any]) -> Pair:
         spec,
         dtype=None if options["dtype"] == "spec" else options["dtype"],
         device=options["device"],
-        options=EngineOptions(batch_size=options["batch_size"], memory_budget=options["memory_budget"]),
+        options=EngineOptions(
+            **{name: options[name] for name in ("batch_size", "memory_budget", "sequential")}
+        ),
     )
 
 

@@ -92,6 +92,10 @@ def capture(
     pair: Pair, role: str, prompts: PromptSet, position: Position, sites: list[Site]
 ) -> Mapping[Site, Tensor]:
     """Activations of one model at some sites, [n, d] in the model's dtype; one forward a prompt."""
+    if role == "base" and pair.one_at_a_time:
+        recorded = pair.recorded_base(prompts, position)
+        if recorded.keys() >= set(sites):
+            return recorded
     side = pair.base if role == "base" else pair.tuned
     tokens = pair.tokens(role, prompts, position)
     with side.engine() as engine:
