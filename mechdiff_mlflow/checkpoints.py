@@ -64,6 +64,11 @@ class Checkpoint:
             found = f"{self.place}@{getattr(self._config, '_commit_hash', None) or 'unknown'}"
         return found if self.plant is None else f"{found}+planted:{self.plant}"
 
+    @property
+    def n_layers(self) -> int:
+        """Decoder blocks, as its configuration says."""
+        return int(self._config.get_text_config().num_hidden_layers)
+
     def load(self) -> nn.Module:
         """The model, in eval mode, without gradients.
 

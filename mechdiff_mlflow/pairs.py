@@ -66,6 +66,7 @@ class Side:
         role: `base` or `tuned`.
         tokenizer: Its tokenizer.
         revision: Commit of the hub, or `sha256:` and the digest of local weights; with an adapter, both.
+        n_layers: Decoder blocks.
         load: Loads the model.
         key: What the model is held as; two sides may share one and switch its adapter.
         switch: Context in which the model is this side.
@@ -76,6 +77,7 @@ class Side:
     role: str
     tokenizer: transformers.PreTrainedTokenizerBase
     revision: str
+    n_layers: int
     load: Callable[[], nn.Module]
     key: str
     switch: Callable[[], contextlib.AbstractContextManager[object]]
@@ -154,6 +156,11 @@ class Pair:
     def name(self) -> str:
         """The spec's name."""
         return self.spec.name
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that both models have."""
+        return min(self.base.n_layers, self.tuned.n_layers)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -304,12 +311,22 @@ def load_pair(
         tokenizer, revision = base_weights.tokenizer, base_weights.revision
         if tuned_weights is not None:
             base, tuned = (
-                Side(role, c.tokenizer, c.revision, c.load, role, nullcontext, make_engine, residence)
+                Side(
+                    role,
+                    c.tokenizer,
+                    c.revision,
+                    c.n_layers,
+                    c.load,
+                    role,
+                    nullcontext,
+                    make_engine,
+                    residence,
+                )
                 for role, c in (("base", base_weights), ("tuned", tuned_weights))
             )
         else:
             adapted, of_adapter = load_adapter(spec, residence.model("base", base_weights.load))
-            both, shared = f"{revision}+{of_adapter}", (base_weights.load, "base")
+            both, shared = f"{revision}+{of_adapter}", (base_weights.n_layers, base_weights.load, "base")
             base = Side("base", tokenizer, revision, *shared, adapted.disable_adapter, make_engine, residence)
             tuned = Side("tuned", tokenizer, both, *shared, nullcontext, make_engine, residence)
         if not one_at_a_time:

@@ -62,9 +62,8 @@ _ESSENTIAL = ("same token ids", "hooks and sublayers", "identity patch", _INVARI
 def _checks(pair: Pair) -> dict[str, Callable[[], str]]:
     """By name what says what it saw, or raises."""
     prompts = pair.prompts_of("val").first(min(N_PROMPTS, len(pair.prompts["val"])))
-    with pair.tuned.engine() as engine:
-        middle, n_layers = engine.n_layers // 2, engine.n_layers
-    sites = [Site(middle, hook) for hook in Hook]
+    n_layers = pair.n_layers
+    sites = [Site(n_layers // 2, hook) for hook in Hook]
     return {
         "prompts": lambda: ", ".join(f"{len(p)} {split}" for split, p in pair.prompts.items()) + ", disjoint",
         "templates and BOS": lambda: _templates(pair, prompts),

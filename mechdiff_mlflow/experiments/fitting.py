@@ -38,7 +38,7 @@ class Fitter:
         pair: The models.
         protocol: What all cells share.
         prompts: Fitted on.
-        n_layers: Of the tuned model.
+        n_layers: That both models have.
         stage: Who listens to progress.
     """
 

@@ -161,13 +161,8 @@ class Study:
             return str(engine.mode)
 
     @cached_property
-    def _n_layers(self) -> int:
-        with self.pair.tuned.engine() as engine:
-            return engine.n_layers
-
-    @cached_property
     def _fitter(self) -> Fitter:
-        return Fitter(self.pair, self.protocol, self.train_prompts, self._n_layers, self.stage)
+        return Fitter(self.pair, self.protocol, self.train_prompts, self.pair.n_layers, self.stage)
 
     def _score(self, split: str, requests: dict[Site, dict[str, AffineMap]]) -> dict[Site, SiteRows]:
         """Rows of a split, scored only where they are not known yet."""
