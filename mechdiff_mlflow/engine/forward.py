@@ -61,7 +61,7 @@ class PromptForward:
         self.n_prompts = 0
         self._accepts = _forward_parameters(decoder.model)
         embeddings: Any = decoder.model.get_input_embeddings()  # type: ignore[operator]
-        self.device: torch.device = embeddings.weight.device
+        self.device = _place_of(embeddings)
         self.vocabulary: int = embeddings.weight.shape[0]
         # Some models warn of padding tokens without a mask.
         self._filler = int(text_config(decoder.model).pad_token_id == 0)
@@ -108,6 +108,15 @@ class PromptForward:
                 edit = lambda hidden, site=site: keep(site, hidden)  # noqa: E731
                 taps.enter_context(tapped(self.decoder, site, edit, len(chunk)))
             return Recording(chunk, clean, self(chunk, **more))
+
+
+def _place_of(module: nn.Module) -> torch.device:
+    """Where a module computes; accelerate keeps the weights of an offloaded one elsewhere."""
+    device: torch.device = next(module.parameters()).device
+    hook: Any = getattr(module, "_hf_hook", None)
+    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)
+    return device
 
 
 def _forward_parameters(model: nn.Module) -> frozenset[str]:

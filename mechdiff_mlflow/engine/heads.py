@@ -88,5 +88,8 @@ class AttentionHeads:
         """attn_out [..., width] of heads' z [..., H, head width]."""
         with torch.no_grad():
             weight = next(self._projection.parameters())
-            out: Tensor = self._projection(z.flatten(-2).to(weight))
+            device = self._forward.device if weight.is_meta else weight.device  # offloaded, or here
+            # Quantized weights are no floating numbers; z has the model's dtype already.
+            dtype = weight.dtype if weight.is_floating_point() else z.dtype
+            out: Tensor = self._projection(z.flatten(-2).to(device, dtype))
         return out.cpu()
