@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,8 @@ class Activations(Mapping[Site, Tensor]):
     ) -> None:
         self._n_prompts, self._sites, self._device = n_prompts, list(dict.fromkeys(sites)), device
         self._budget = budget
-        self._rows: dict[Site, Tensor] = {}
+        self._rows: Tensor | None = None  # [N, sites, width]
+        self._under_way = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._n_files = 0
 
@@ -57,25 +59,30 @@ class Activations(Mapping[Site, Tensor]):
         """
         if not self._sites:
             return
-        first = recording.clean[self._sites[0]]
+        device = recording.clean[self._sites[0]].device
         # One copy between devices, not one a site.
-        rows = torch.stack([recording.clean[site].to(first.device) for site in self._sites])  # [s, n, width]
-        if not self._rows and self._folder is None:
+        rows = torch.stack([recording.clean[site].to(device) for site in self._sites], 1)  # [n, sites, width]
+        index = recording.chunk.index
+        if self._rows is None and self._folder is None:
             self._make_room(rows)
-        if self._folder is not None:
-            self._write(recording.chunk.index, rows.cpu())
-            return
-        rows = rows.to(self._device)
-        index = recording.chunk.index.to(rows.device)
-        for site, x in zip(self._sites, rows, strict=True):
-            self._rows[site][index] = x
+        if self._rows is None:
+            self._write(index, rows.cpu())
+        elif self._rows.is_pinned():
+            for i, row in zip(index.tolist(), rows, strict=True):
+                self._rows[i].copy_(row, non_blocking=True)
+            self._under_way = True
+        else:
+            self._rows[index.to(self._rows.device)] = rows.to(self._rows.device)
 
     def __getitem__(self, site: Site) -> Tensor:
         """Rows [N, width] of a site, in the model's dtype, in the order of the prompts."""
-        if self._folder is None:
-            return self._rows[site]
         if site not in self._sites:
             raise KeyError(site)
+        if self._rows is not None:
+            if self._under_way:
+                torch.cuda.synchronize()
+                self._under_way = False
+            return self._rows[:, self._sites.index(site)]
         rows = torch.empty(self._n_prompts, self._width, dtype=self._dtype)
         for path in self._files():
             with safe_open(path, framework="pt") as file:  # maps the file, and reads what is touched
@@ -89,12 +96,12 @@ class Activations(Mapping[Site, Tensor]):
         return len(self._sites)
 
     def _make_room(self, rows: Tensor) -> None:
-        shape = (self._n_prompts, rows.shape[-1])
-        n_bytes = len(self._sites) * shape[0] * shape[1] * rows.element_size()
+        shape = (self._n_prompts, *rows.shape[1:])
+        n_bytes = math.prod(shape) * rows.element_size()
         if self._budget is None or self._budget.reserve(n_bytes):
-            self._rows = {
-                site: torch.empty(shape, dtype=rows.dtype, device=self._device) for site in self._sites
-            }
+            # A copy into pinned memory goes on while the GPU computes.
+            pinned = rows.is_cuda and torch.device(self._device).type == "cpu"
+            self._rows = torch.empty(shape, dtype=rows.dtype, device=self._device, pin_memory=pinned)
             if self._budget is not None:
                 weakref.finalize(self, self._budget.release, n_bytes)
             return
@@ -110,7 +117,7 @@ class Activations(Mapping[Site, Tensor]):
 
     def _write(self, index: Tensor, rows: Tensor) -> None:
         assert self.folder is not None
-        tensors = {str(site): x.clone() for site, x in zip(self._sites, rows, strict=True)}
+        tensors = {str(site): x.clone() for site, x in zip(self._sites, rows.unbind(1), strict=True)}
         try:
             save_file({"index": index, **tensors}, self.folder / f"{self._n_files}.safetensors")
         except (OSError, SafetensorError) as error:

@@ -13,6 +13,7 @@ from mechdiff_mlflow.engine.budget import Load, MemoryBudget, Shape, bounds_with
 from mechdiff_mlflow.engine.chunks import Chunk, check_prompts
 from mechdiff_mlflow.engine.elastic import Bounds, Elastic, Work, does_not_fit, is_out_of_memory
 from mechdiff_mlflow.engine.forward import PromptForward
+from mechdiff_mlflow.engine.fusion import Fusion
 from mechdiff_mlflow.engine.gradients import score_gradients
 from mechdiff_mlflow.engine.heads import AttentionHeads
 from mechdiff_mlflow.engine.routing import implementation
@@ -41,6 +42,7 @@ class PatchEngine:
         mode: Way of computing patched runs, of `MODES`; "auto" takes the first that agrees with "naive".
         budget: Bytes beside the weights, from which smaller bounds follow call by call, and beyond which
             captured activations go to disk.
+        fused: Compute norms, rotations, gated MLPs and attention with kernels, where there are kernels.
 
     Raises:
         MechdiffError: The model's modules are not recognised, replacing their outputs does not change the
@@ -57,6 +59,7 @@ class PatchEngine:
         head_rows: int = 2048,
         mode: str = "auto",
         budget: MemoryBudget | None = None,
+        fused: bool = True,
     ) -> None:
         bounds = Bounds(batch_size, max_rows, head_rows)
         if mode not in MODES:
@@ -66,6 +69,7 @@ class PatchEngine:
                 "The model is in training mode, where dropout is random; call model.eval() first."
             )
         self.forward = PromptForward(Decoder.of(model, overrides))
+        self._fusion = Fusion.of(self.forward.decoder) if fused else Fusion()
         self._elastic = Elastic(bounds)
         self._mode = mode
         self._paths = {False: (self._chosen(bounds, spans=False), bounds)}
@@ -119,7 +123,8 @@ class PatchEngine:
         captured = Activations(len(prompts), sites, device, self._budget)
 
         def record(chunk: Chunk, bounds: Bounds) -> None:
-            recording = self.forward.record(chunk, sites)
+            with self._fusion.applied():
+                recording = self.forward.record(chunk, sites)
             recording.check_finite()
             captured.add(recording)
 
@@ -189,7 +194,7 @@ class PatchEngine:
         def run(chunk: Chunk, bounds: Bounds) -> None:
             path = self._path(bounds, spans=chunk.span > 1)
             recording = path.record(chunk, sites)
-            recording.check_finite()
+            captured.add(recording)
             next_token = NextToken.of(recording.logits)
             variants, same = board.variants(recording)
             scored = [
@@ -197,7 +202,6 @@ class PatchEngine:
                 for rows in path.run(recording, variants)
             ]
             board.add(recording, same, scored)
-            captured.add(recording)
             tops[chunk.index] = next_token.top.cpu()
 
         self._each_chunk(prompts, run, n_sites=len(sites), n_columns=board.n_columns, progress=progress)
@@ -243,13 +247,13 @@ class PatchEngine:
             self.forward.n_prompts = counted
         path, made_for = self._paths[spans]
         if made_for != bounds:
-            path = path_named(path.name, self.forward, bounds)
+            path = path_named(path.name, self.forward, bounds, self._fusion)
             self._paths[spans] = path, bounds
         return path
 
     def _chosen(self, bounds: Bounds, *, spans: bool) -> Path:
         try:
-            return choose_path(self.forward, self._mode, bounds, spans=spans)
+            return choose_path(self.forward, self._mode, bounds, fusion=self._fusion, spans=spans)
         except Exception as error:
             if is_out_of_memory(error):
                 raise does_not_fit("The short prompts of the start-up check do", str(error)) from error

@@ -14,6 +14,7 @@ from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.engine.chunks import Chunk, in_chunks
 from mechdiff_mlflow.engine.elastic import Bounds, is_out_of_memory
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.fusion import Fusion
 from mechdiff_mlflow.engine.masked import MaskedPath
 from mechdiff_mlflow.engine.naive import NaivePath
 from mechdiff_mlflow.engine.sweep import SweepPath
@@ -90,20 +91,21 @@ class Trial:
         return float((error / effect).max())
 
 
-def path_named(name: str, forward: PromptForward, bounds: Bounds) -> Path:
+def path_named(name: str, forward: PromptForward, bounds: Bounds, fusion: Fusion | None = None) -> Path:
     """A way of computing patched runs.
 
     Args:
         name: Of `MODES`, but "auto".
         forward: Of the model.
         bounds: What it may hold at a time.
+        fusion: How "sweep" computes the model faster.
 
     Raises:
         UnsupportedError: It cannot do this model.
     """
     rows, head_rows = bounds.max_rows, bounds.head_rows
     ways: dict[str, Callable[[], Path]] = {
-        "sweep": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows),
+        "sweep": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows, fusion=fusion),
         "concat": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows, concat=True),
         "masked": lambda: MaskedPath(forward, max_rows=min(rows, head_rows)),
         "naive": lambda: NaivePath(forward),
@@ -111,13 +113,21 @@ def path_named(name: str, forward: PromptForward, bounds: Bounds) -> Path:
     return ways[name]()
 
 
-def choose_path(forward: PromptForward, mode: str, bounds: Bounds, *, spans: bool = False) -> Path:
+def choose_path(
+    forward: PromptForward,
+    mode: str,
+    bounds: Bounds,
+    *,
+    fusion: Fusion | None = None,
+    spans: bool = False,
+) -> Path:
     """The fastest way of computing patched runs that agrees with the reference on this model.
 
     Args:
         forward: Of the model.
         mode: Which way to take, of `MODES`.
         bounds: What it may hold at a time.
+        fusion: How "sweep" computes the model faster.
         spans: For prompts of which several tokens are moved together, which the sweep cannot do.
 
     Raises:
@@ -129,7 +139,7 @@ def choose_path(forward: PromptForward, mode: str, bounds: Bounds, *, spans: boo
     trials = list(_trials(forward, span=2 if spans else 1))
     reasons: list[str] = []
     for name in modes:
-        make = partial(path_named, name, forward, bounds)
+        make = partial(path_named, name, forward, bounds, fusion)
         reason = _unfit(make, trials)
         if reason is None:
             if mode == "auto" and name != modes[0]:
