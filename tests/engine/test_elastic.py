@@ -15,6 +15,7 @@ from torch import nn
 from mechdiff_mlflow.engine import PatchEngine, ScoreResult
 from mechdiff_mlflow.engine.elastic import Bounds, is_out_of_memory
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.metrics import compare_rows
 from mechdiff_mlflow.sites import Hook, Site
 
 PROMPTS = tiny.prompts(9, 5, 12, 5, 7, 3, 9, 6)
@@ -80,6 +81,27 @@ def test_scores_are_those_of_a_machine_with_more_memory(mode: str, error: Callab
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_equal_scores(engine.score(PROMPTS, groups(3)), expected)  # the smaller size is kept
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_that_runs_out_between_rows_of_logits(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a path is in the midst of its work, with modules of the model replaced."""
+    model = tiny.llama(n_layers=2, dtype=torch.float64)
+    engine = PatchEngine(model, mode=mode, batch_size=8, head_rows=16)
+    expected = engine.score(PROMPTS, groups(3))
+    before, calls = state(model), [0]
+
+    def compare(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise out_of_device_memory()
+        return compare_rows(*args)
+
+    monkeypatch.setattr("mechdiff_mlflow.engine.patch_engine.compare_rows", compare)
+    with pytest.warns(UserWarning, match="Memory ran out with chunks of 8 prompts"):
+        found = engine.score(PROMPTS, groups(3))
+    assert_equal_scores(found, expected)
+    assert_same(before, state(model))
 
 
 def test_captures_gradients_and_heads_back_off_too() -> None:
