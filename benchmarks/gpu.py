@@ -12,11 +12,13 @@ between synchronised clocks, after a warm-up.
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,8 @@ from mechdiff_mlflow.solvers import PairedSpectrum, fit_spectrum
 
 HOOKS = (Hook.ATTN_OUT, Hook.MLP_OUT, Hook.RESID_POST)
 PER_SITE = 4
+FITTERS = 4
+"""Threads that fit, a site at a time: factorisations of this size leave most of a GPU idle."""
 RANKS = (1, 2, 4, 8, 16, 32, 64, 100, 128, None)
 SOLVERS = ("reduced_rank", "procrustes_scaled")
 
@@ -128,6 +132,20 @@ def mapped(site: Site, maps: Sequence[AffineMap], base: Tensor) -> VariantGroup:
     return VariantGroup(site, replace, n_variants=len(maps))
 
 
+@torch.no_grad()
+def fits(x: Tensor, y: Tensor) -> list[AffineMap]:
+    """Every solver and rank of a site's rows [n, width]; of each solver those of rank 8 and full are kept."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        spectrum = PairedSpectrum.from_rows(x, y)
+        kept = []
+        for solver in SOLVERS:
+            solution = fit_spectrum(solver, spectrum, "update")
+            maps = {k: solution.map(k) for k in RANKS if k is None or k < len(x)}
+            kept += [maps[8], maps[None]]
+        torch.cuda.current_stream().synchronize()
+    return kept
+
+
 class Report:
     """Lines of markdown, printed as they come."""
 
@@ -173,6 +191,7 @@ def ceilings(shape: Shape, report: Report) -> float:
 @contextmanager
 def peak() -> Iterator[Callable[[], float]]:
     """GiB held at most inside the context."""
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     yield lambda: torch.cuda.max_memory_allocated() / 2**30
@@ -199,15 +218,10 @@ def main_tables(args: argparse.Namespace, report: Report) -> None:
 
     def end_to_end() -> None:
         x, y = capture()
-        groups = []
-        for site in sites:
-            spectrum = PairedSpectrum.from_rows(x[site], y[site])
-            maps = {}
-            for solver in SOLVERS:
-                solution = fit_spectrum(solver, spectrum, "update")
-                maps |= {(solver, k): solution.map(k) for k in RANKS if k is None or k < n}
-            groups.append(mapped(site, [maps[s, k] for s in SOLVERS for k in (8, None)], x[site]))
-        tuned.score(prompts, groups)
+        torch.cuda.synchronize()  # the fits have streams of their own
+        with ThreadPoolExecutor(FITTERS) as pool:
+            maps = list(pool.map(lambda site: fits(x[site], y[site]), sites))
+        tuned.score(prompts, [mapped(site, m, x[site]) for site, m in zip(sites, maps, strict=True)])
 
     report.say()
     report.say(
@@ -252,7 +266,8 @@ def main_tables(args: argparse.Namespace, report: Report) -> None:
         atlas_flops / n * 500, None,
     )  # fmt: skip
     line(
-        f"capture + {len(sites)} fits ({', '.join(SOLVERS)}; {len(RANKS)} ranks) + atlas, {n} prompts",
+        f"capture + {len(sites)} fits ({', '.join(SOLVERS)}; {len(RANKS)} ranks; {FITTERS} threads) + atlas, "
+        f"{n} prompts",
         end_to_end, None, None,
     )  # fmt: skip
     naive = naive_seconds(tuned, prompts, late, args.rounds)
@@ -353,7 +368,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=150)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--batch", type=int, default=150, help="prompts a chunk")
-    parser.add_argument("--rows", type=int, default=57600, help="patched rows together")
+    parser.add_argument("--rows", type=int, default=38400, help="patched rows together")
     parser.add_argument("--head-rows", type=int, default=8192, help="rows of logits together")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="capture, site and atlas only")

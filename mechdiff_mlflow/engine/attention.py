@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.engine.fusion import kernels_for
+from mechdiff_mlflow.engine.fusion import gpu_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def split_attention(
         [n, V * suffix, heads, value width]
     """
     n, heads, tokens, _ = query.shape
-    kernels = kernels_for(query) if suffix == 1 and softcap is None and sinks is None else None
+    kernels = gpu_kernels(query) if suffix == 1 and softcap is None and sinks is None else None
     if kernels is not None:
         mask = None if prefix.mask is None else prefix.added_mask(1, torch.float32)[:, 0, 0, :-1].contiguous()
         found: Tensor = kernels.split_attention(

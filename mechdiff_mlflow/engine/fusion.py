@@ -1,8 +1,8 @@
 """A model's norms, rotations and gated MLPs in fewer passes over memory, while the engine runs it.
 
-Between its matrix products a model in half precision reads and writes every number a dozen times. Where there
-are kernels for the device, a module whose output they reproduce is computed by them; any other is left as it
-is, so an architecture that we do not know runs at its own speed. What is swapped is put back in the end.
+Between its matrix products a model reads and writes every number a dozen times. Where there are kernels for
+the device, a module whose output they reproduce is computed by them; any other is left as it is, so an
+architecture that we do not know runs at its own speed. What is swapped is put back in the end.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mechdiff_mlflow.engine import kernels_cpu
 from mechdiff_mlflow.engine.architecture import Decoder
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -29,9 +30,13 @@ _NORMS = ({"offset": 0.0, "late": False}, {"offset": 0.0, "late": True}, {"offse
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def kernels_for(x: Tensor) -> ModuleType | None:
-    """GPU kernels for tensors like `x`, where there are any."""
+def gpu_kernels(x: Tensor) -> ModuleType | None:
+    """Kernels for tensors like `x` on a GPU, where there are any."""
     return _import_kernels() if x.is_cuda and x.dtype in _HALF else None
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    return kernels_cpu if x.device.type == "cpu" and x.dtype == torch.float32 else gpu_kernels(x)
 
 
 @cache
@@ -99,14 +104,14 @@ def _candidates(module: nn.Module) -> Iterator[tuple[Callable[[Tensor], Tensor],
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" in type(module).__name__ and isinstance(weight, Tensor) and isinstance(eps, float):
-        kernels = kernels_for(weight)
+        kernels = _kernels(weight)
         if kernels is not None and weight.dim() == 1:
             for form in _NORMS:
                 yield partial(kernels.rms_norm, weight=weight, eps=eps, **form), len(weight)
     parts = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
     gate, up, down = (part if isinstance(part, nn.Linear) else None for part in parts)
     if gate is not None and up is not None and down is not None and hasattr(module, "act_fn"):
-        kernels = kernels_for(gate.weight)
+        kernels = gpu_kernels(gate.weight)
         if kernels is not None:
             yield lambda x: down(kernels.silu_product(gate(x), up(x))), gate.in_features
 
@@ -114,7 +119,7 @@ def _candidates(module: nn.Module) -> Iterator[tuple[Callable[[Tensor], Tensor],
 def _rotates_halves(home: ModuleType, attention: nn.Module) -> bool:
     """Whether the rotation of a Python module is the one that the kernel computes."""
     weight = next(attention.parameters())
-    kernels = kernels_for(weight)
+    kernels = _kernels(weight)
     if kernels is None:
         return False
     make = partial(torch.randn, device=weight.device, generator=_generator(weight.device))
@@ -128,9 +133,11 @@ def _rotates_halves(home: ModuleType, attention: nn.Module) -> bool:
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Equal but for the last bit of a half-precision number."""
-    scale = expected.float().abs().clamp(min=1e-2)
-    return bool(((found.float() - expected.float()).abs() / scale).max() <= 2**-6)
+    """Equal but for rounding."""
+    eps = torch.finfo(expected.dtype).eps
+    scale = expected.double().abs().clamp(min=1e-2)
+    error = ((found.double() - expected.double()).abs() / scale).max()
+    return bool(error <= eps * (2 if expected.dtype in _HALF else 64))
 
 
 def _generator(device: torch.device) -> torch.Generator:
@@ -163,7 +170,7 @@ def _rotating(homes: Sequence[ModuleType]) -> Iterator[None]:
 
 
 def _rotate(own: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **more: Any) -> Any:
-    kernels = kernels_for(q)
+    kernels = _kernels(q)
     plain = not more and not torch.is_grad_enabled() and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
     if kernels is None or not plain or cos.stride() != sin.stride() or cos.stride(-1) != 1:
         return own(q, k, cos, sin, **more)

@@ -19,6 +19,7 @@ from mechdiff_mlflow.engine.heads import AttentionHeads
 from mechdiff_mlflow.engine.routing import implementation
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
 from mechdiff_mlflow.engine.startup import MODES, choose_path, path_named
+from mechdiff_mlflow.engine.sweep import SweepPath
 from mechdiff_mlflow.engine.variants import Path, ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.metrics import NextToken, compare_rows
@@ -42,7 +43,7 @@ class PatchEngine:
         mode: Way of computing patched runs, of `MODES`; "auto" takes the first that agrees with "naive".
         budget: Bytes beside the weights, from which smaller bounds follow call by call, and beyond which
             captured activations go to disk.
-        fused: Compute norms, rotations, gated MLPs and attention with kernels, where there are kernels.
+        fused: Compute norms, rotations and gated MLPs with the engine's kernels, where they give the same.
 
     Raises:
         MechdiffError: The model's modules are not recognised, replacing their outputs does not change the
@@ -74,6 +75,8 @@ class PatchEngine:
         self._mode = mode
         self._paths = {False: (self._chosen(bounds, spans=False), bounds)}
         self._budget = budget
+        if not isinstance(self._paths[False][0], SweepPath):
+            self._fusion = Fusion()  # what is captured is what a clean run of the path has
         self.forward.n_prompts = 0
 
     @property
@@ -123,7 +126,9 @@ class PatchEngine:
         captured = Activations(len(prompts), sites, device, self._budget)
 
         def record(chunk: Chunk, bounds: Bounds) -> None:
-            with self._fusion.applied():
+            # As the path does that scores such a chunk: both must give the same to the bit.
+            fusion = self._fusion if chunk.span == 1 else Fusion()
+            with fusion.applied():
                 recording = self.forward.record(chunk, sites)
             recording.check_finite()
             captured.add(recording)

@@ -98,7 +98,7 @@ def path_named(name: str, forward: PromptForward, bounds: Bounds, fusion: Fusion
         name: Of `MODES`, but "auto".
         forward: Of the model.
         bounds: What it may hold at a time.
-        fusion: How "sweep" computes the model faster.
+        fusion: How the model is computed faster by "sweep" and "concat".
 
     Raises:
         UnsupportedError: It cannot do this model.
@@ -106,7 +106,7 @@ def path_named(name: str, forward: PromptForward, bounds: Bounds, fusion: Fusion
     rows, head_rows = bounds.max_rows, bounds.head_rows
     ways: dict[str, Callable[[], Path]] = {
         "sweep": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows, fusion=fusion),
-        "concat": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows, concat=True),
+        "concat": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows, concat=True, fusion=fusion),
         "masked": lambda: MaskedPath(forward, max_rows=min(rows, head_rows)),
         "naive": lambda: NaivePath(forward),
     }
@@ -127,7 +127,7 @@ def choose_path(
         forward: Of the model.
         mode: Which way to take, of `MODES`.
         bounds: What it may hold at a time.
-        fusion: How "sweep" computes the model faster.
+        fusion: How the model is computed faster by "sweep" and "concat".
         spans: For prompts of which several tokens are moved together, which the sweep cannot do.
 
     Raises:

@@ -71,7 +71,7 @@ class SweepPath:
         recorder = TapeRecorder(chunk, self._own, first)
         with (
             self._fusion.applied(),
-            routed(self._decoder, recorder.attends),
+            routed(self._decoder, recorder.attends()),
             recorder.listening(self._decoder.blocks),
         ):
             return recorder.tape(self._forward.record(chunk, sorted(needed)))

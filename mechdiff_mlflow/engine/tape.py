@@ -55,13 +55,17 @@ class TapeRecorder:
     """
 
     def __init__(self, chunk: Chunk, own: Sequence[Attend], first: int) -> None:
-        self._chunk, self._first = chunk, first
+        self._chunk, self._own, self._first = chunk, own, first
         self._prefixes: dict[int, Prefix] = {}
         self._entering: dict[int, Tensor] = {}
         self._leaving: dict[int, Tensor] = {}
         self._arguments: dict[int, dict[str, Any]] = {}
         self._output_length: int | None = None
-        self.attends = [partial(self._attend, i, attend) for i, attend in enumerate(own)]
+
+    def attends(self) -> list[Attend]:
+        """What each block's attention is computed with while this listens."""
+        # Not kept in the recorder: in a circle of references a whole chunk would outlive its use.
+        return [partial(self._attend, i, own) for i, own in enumerate(self._own)]
 
     @contextmanager
     def listening(self, blocks: Sequence[Block]) -> Iterator[None]:
@@ -79,7 +83,7 @@ class TapeRecorder:
         Raises:
             UnsupportedError: Some block's attention was not.
         """
-        if self._prefixes.keys() != set(range(self._first, len(self.attends))):
+        if self._prefixes.keys() != set(range(self._first, len(self._own))):
             raise UnsupportedError("Some blocks of the model do not use transformers' attention interface.")
         return Tape(
             self._chunk,

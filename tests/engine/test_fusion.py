@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import os
+import sys
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GemmaConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Olmo2Config, PretrainedConfig
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
+from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.engine.attention import Prefix
 from mechdiff_mlflow.engine.attention import split_attention as plain_split_attention
+from mechdiff_mlflow.engine.fusion import Fusion
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytest.importorskip("triton", reason="Triton is not installed (torch for CUDA brings it)")
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in the environment", allow_module_level=True)
-
 # The interpreter cuts numbers off where a GPU rounds them to bfloat16.
 HALF = [torch.float16, torch.bfloat16] if DEVICE == "cuda" else [torch.float16]
 
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
+    pytest.importorskip("triton", reason="Triton is not installed (torch for CUDA brings it)")
+    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in the environment")
     from mechdiff_mlflow.engine import kernels_triton
 
     return kernels_triton
@@ -99,46 +101,94 @@ def test_split_attention(kernels: ModuleType, dtype: torch.dtype, n_prefix: int,
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="swaps modules that are on a GPU")
-def test_only_what_agrees_is_swapped_and_all_is_put_back() -> None:
-    from transformers import AutoModelForCausalLM
-    from transformers.models.llama import modeling_llama
-
-    from mechdiff_mlflow.engine.architecture import Decoder
-    from mechdiff_mlflow.engine.fusion import Fusion
-
-    sizes = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    for config, fused in ((LlamaConfig(**sizes), 5 + 2), (GemmaConfig(**sizes), 5)):
-        model = AutoModelForCausalLM.from_config(config).to(DEVICE, torch.bfloat16).eval()
-        for p in model.parameters():
-            p.data = p.data + 0.1 * torch.randn_like(p)
-        fusion = Fusion.of(Decoder.of(model))
-        assert len(fusion.forwards) == fused  # norms, and MLPs gated by silu
-        ids = torch.arange(12, device=DEVICE).view(2, 6)
-        rotation = modeling_llama.apply_rotary_pos_emb
-        with torch.no_grad():
-            expected = model(ids).logits
-            with fusion.applied():
-                torch.testing.assert_close(model(ids).logits, expected, rtol=0.03, atol=0.03)
-            with pytest.raises(TypeError), fusion.applied():
-                model(ids, no_such_argument=1)()
-            assert torch.equal(model(ids).logits, expected)
-        assert modeling_llama.apply_rotary_pos_emb is rotation
-        assert not any("forward" in module.__dict__ for module in model.modules())
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="swaps modules that are on a GPU")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("config", "mlps"), [(LlamaConfig, 2), (GemmaConfig, 0), (Olmo2Config, 2)])
+def test_what_agrees_is_swapped_and_all_is_put_back(
+    config: type[PretrainedConfig], mlps: int, device: str
+) -> None:
+    if device != DEVICE and device == "cuda":
+        pytest.skip("needs a GPU")
+    sizes = SIZES if config is not Olmo2Config else {k: v for k, v in SIZES.items() if k != "head_dim"}
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**sizes)).to(device, dtype).eval()
+    for p in model.parameters():
+        p.data = p.data + 0.1 * torch.randn_like(p)
+    decoder = Decoder.of(model)
+    fusion = Fusion.of(decoder)
+    norms = sum("RMSNorm" in type(module).__name__ for module in model.modules())
+    assert norms >= 5
+    assert len(fusion.forwards) == norms + (mlps if device == "cuda" else 0)
+    home = sys.modules[type(decoder.blocks[0].attention).__module__]
+    assert fusion.rotations == [home]
+    ids = torch.arange(12, device=device).view(2, 6)
+    rotation = home.apply_rotary_pos_emb
+    tolerance = 1e-4 if device == "cpu" else 0.05
+    with torch.no_grad():
+        expected = model(ids).logits
+        with fusion.applied():
+            assert home.apply_rotary_pos_emb is not rotation
+            torch.testing.assert_close(model(ids).logits, expected, rtol=tolerance, atol=tolerance)
+        with pytest.raises(TypeError), fusion.applied():
+            model(ids, no_such_argument=1)()
+        assert torch.equal(model(ids).logits, expected)
+    assert home.apply_rotary_pos_emb is rotation
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_engines_that_take_turns_leave_the_shared_rotation_as_it_was() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
+    fusion = Fusion.of(Decoder.of(model))
+    (home,) = fusion.rotations
+    rotation = home.apply_rotary_pos_emb
+    first, second = Fusion(rotations=[home]).applied(), Fusion(rotations=[home]).applied()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert home.apply_rotary_pos_emb is not rotation
+    second.__exit__(None, None, None)
+    assert home.apply_rotary_pos_emb is rotation
+
+
+@pytest.mark.parametrize("scaled", ["weight", "input"])
+def test_a_norm_that_computes_something_else_is_left_alone(scaled: str) -> None:
+    class OddRMSNorm(LlamaRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            twice = 2 * x if scaled == "input" else x
+            return super().forward(twice + 0.01) if scaled == "input" else 1.01 * super().forward(x)
+
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
+    n = len(Fusion.of(Decoder.of(model)).forwards)
+    model.model.norm = OddRMSNorm(32)
+    assert len(Fusion.of(Decoder.of(model)).forwards) == n - 1
+
+
+def test_somebody_elses_forward_is_left_alone() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
+    norm = model.model.norm
+    theirs = lambda x: 2 * type(norm).forward(norm, x)  # noqa: E731
+    norm.forward = theirs
+    fusion = Fusion.of(Decoder.of(model))
+    assert norm not in [module for module, _ in fusion.forwards]
+    with fusion.applied():
+        assert norm.forward is theirs
+    assert norm.forward is theirs
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="MLPs are swapped on a GPU only")
 @pytest.mark.parametrize("activation", ["relu", "gelu_pytorch_tanh"])
 def test_a_gated_mlp_of_another_activation_is_left_alone(activation: str) -> None:
-    from mechdiff_mlflow.engine.fusion import _fused
-
-    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_attention_heads=4, hidden_act=activation)
-    assert _fused(LlamaMLP(config).to(DEVICE, torch.bfloat16)) is None
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, hidden_act=activation))
+    fusion = Fusion.of(Decoder.of(model.to(DEVICE, torch.bfloat16).eval()))
+    assert not any(isinstance(module, LlamaMLP) for module, _ in fusion.forwards)

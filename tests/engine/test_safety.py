@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mechdiff_mlflow.engine import PatchEngine, ScoreResult, VariantGroup
+from mechdiff_mlflow.engine.forward import Recording
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.prompts import TokenizedPrompts
 from mechdiff_mlflow.sites import Hook, Site
@@ -355,3 +357,17 @@ def test_a_model_in_training_mode_is_refused() -> None:
 def test_bad_arguments_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(MechdiffError, match=message):
         PatchEngine(tiny.llama(n_layers=2), **arguments)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_chunk_left_is_gone_before_the_garbage_is_collected(mode: str) -> None:
+    engine = PatchEngine(tiny.llama(), mode=mode, batch_size=2)
+    prompts = tiny.prompts(7, 9, 9, 12)
+    groups = [VariantGroup(SITES[1], torch.randn(4, 2, engine.width))]
+    gc.collect()
+    gc.disable()
+    try:
+        engine.score(prompts, groups)
+        assert [x for x in gc.get_objects() if isinstance(x, Recording)] == []
+    finally:
+        gc.enable()

@@ -135,3 +135,12 @@ def test_spans_that_a_prompt_does_not_have(span: int) -> None:
     bad = TokenizedPrompts(prompts().ids, STARTS, (span, *SPANS[1:]))
     with pytest.raises(MechdiffError, match=f"Prompt 0 has 7 tokens from position 2 on and a span of {span}"):
         PatchEngine(tiny.llama(n_layers=2)).capture(bad, SITES)
+
+
+def test_what_was_captured_is_put_back_to_the_bit() -> None:
+    """Whatever computes the models faster elsewhere."""
+    engine = PatchEngine(tiny.llama(n_layers=2))
+    captured = engine.capture(prompts(), SITES)
+    result = engine.score(prompts(), [VariantGroup(site, captured[site].unsqueeze(1)) for site in SITES])
+    assert all(torch.equal(result.clean[site], captured[site]) for site in SITES)
+    assert all((found.kl_patched_clean == 0).all() for found in result.divergences)
