@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mechdiff_mlflow.attach import attached as attached
     from mechdiff_mlflow.errors import MechdiffError as MechdiffError
     from mechdiff_mlflow.experiments import Protocol as Protocol
     from mechdiff_mlflow.experiments import Study as Study
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AffineMap": "maps",
+    "attached": "attach",
     "MechdiffError": "errors",
     "PairSpec": "spec",
     "Protocol": "experiments",

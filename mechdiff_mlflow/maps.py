@@ -6,16 +6,18 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mechdiff_mlflow import mapfiles
 from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.sites import Site
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | Mapping[str, JSON] | None"
 
@@ -271,6 +273,20 @@ class AffineMap:
                 f"The map claims rank {k} in the {family} family and has rank {rank}; refit it."
             )
 
+    def attached(
+        self, model: nn.Module, site: Site | str | None = None, **options: Any
+    ) -> AbstractContextManager[nn.Module]:
+        """A context in which the live `model` has the mapped activation at `site`; see `attach.attached`.
+
+        Args:
+            model: A transformers causal LM.
+            site: Where; by default where the map was fitted.
+            **options: `alpha`, `tokens`, `source` and the others of `attach.attached`.
+        """
+        from mechdiff_mlflow.attach import attached  # for the caller's ease; nothing here depends on it
+
+        return attached(self, model, site, **options)
+
     def to_bytes(self, suffix: str = ".pt") -> bytes:
         """The content of the file that `save` writes; equal maps give equal bytes."""
         return mapfiles.encode(self._tensors(), self._header(), suffix)
@@ -333,6 +349,12 @@ class AffineMap:
 
     def __repr__(self) -> str:
         return f"AffineMap({self.weight!r}, alpha={self.alpha:g}, meta={dict(self.meta)!r})"
+
+
+def identity_map(d: int) -> AffineMap:
+    """The map that changes nothing: with it, a patch is raw."""
+    zero = torch.zeros(d, dtype=torch.float64)
+    return AffineMap(zero, zero, Weight.scaled_identity(d))
 
 
 _TENSORS = ("mean_in", "mean_out", "diagonal", "left", "right")

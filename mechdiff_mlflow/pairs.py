@@ -25,7 +25,7 @@ from mechdiff_mlflow.checkpoints import (
     module_names,
     quiet_transformers,
 )
-from mechdiff_mlflow.engine import MemoryBudget, PatchEngine
+from mechdiff_mlflow.engine import MemoryBudget, ModuleNames, PatchEngine
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts, tokenize
@@ -149,8 +149,8 @@ class Pair:
     tuned: Side
     prompts: Mapping[str, PromptSet]
     device: str
-    _tokens: dict[tuple[str, str, int, Position], TokenizedPrompts] = field(default_factory=dict)
-    _recorded: dict[tuple[str, int, Position], Mapping[Site, Tensor]] = field(default_factory=dict)
+    _tokens: dict[tuple[str, str, Position], TokenizedPrompts] = field(default_factory=dict)
+    _recorded: dict[tuple[str, Position], Mapping[Site, Tensor]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -192,7 +192,7 @@ class Pair:
         Raises:
             MechdiffError: A template fails, doubles BOS, or leaves no tokens.
         """
-        key = (role, prompts.split, len(prompts), position)
+        key = (role, prompts.digest, position)
         if key not in self._tokens:
             reader = {"own": role, "none": role}.get(self.spec.template, self.spec.template)
             tokenizer = (self.base if reader == "base" else self.tuned).tokenizer
@@ -206,7 +206,7 @@ class Pair:
 
         So that a model of which one is held at a time need not be loaded again for every question.
         """
-        key = (prompts.split, len(prompts), position)
+        key = (prompts.digest, position)
         if key not in self._recorded:
             tokens = self.tokens("base", prompts, position)
             with self.base.engine() as engine:
@@ -231,6 +231,11 @@ class Pair:
                 f"The tokenizers of {self.name} are the same and base and tuned see different tokens "
                 f"({where}); their special tokens differ, so set template: base in the spec."
             )
+
+    @property
+    def modules(self) -> ModuleNames | None:
+        """Module names that the spec sets for models that are not recognised."""
+        return module_names(self.spec)
 
     @property
     def tokenizers_agree(self) -> bool:
@@ -378,6 +383,16 @@ def _engine_maker(spec: PairSpec, bounds: EngineOptions) -> Callable[[nn.Module]
         )
 
     return make_engine
+
+
+def load_base(pair: Pair) -> nn.Module:
+    """Another copy of the pair's base model, without any adapter, on the pair's device.
+
+    Raises:
+        MechdiffError: It cannot be read any more.
+    """
+    base = pair.spec.base
+    return Checkpoint(pair.spec, base.model, base.revision, pair.device).load()
 
 
 def _existing_device(name: str) -> str:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
+from mechdiff_mlflow.experiments.adapting import AdapterRecord
+from mechdiff_mlflow.experiments.steering import Steered
+from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows
 from mechdiff_mlflow.stats import Interval
 from mechdiff_mlflow.tracking.registry import Version
 from mechdiff_mlflow.tracking.store import Store
@@ -70,6 +75,34 @@ def patches(records: Sequence[PatchRecord], study: Study) -> None:
         console.print(
             f"Leak: {', '.join(first.leak)} was chosen on the reported split; these numbers flatter the map."
         )
+
+
+def continuations(rows: Sequence[Steered], title: str) -> None:
+    """Print what the models say, side by side."""
+    heads = ("prompt", "base", "tuned (clean)", "raw patch", "mapped patch", "KL raw", "KL mapped")
+    table = Table(
+        *heads, title=title, caption="greedy; KL(patched ‖ clean) of the first token, nats", show_lines=True
+    )
+    for row in rows:
+        texts = [row.prompt, row.base, row.clean, "n/a" if row.raw is None else row.raw, row.mapped]
+        table.add_row(*map(escape, texts), _number(row.kl_raw), _number(row.kl_mapped))
+    _console().print(table)
+
+
+def adapter(record: AdapterRecord, folder: Path) -> None:
+    """Print what was written and what it achieves."""
+    kind = "a hook module" if record.rank is None else f"a PEFT LoRA of rank {record.rank}"
+    lines(
+        [f"{folder} is {kind} on {record.target}, α = {record.alpha:g}; its README.md says how to load it."]
+    )
+    if not record.closeness:
+        lines(["Not measured: base and tuned have different vocabularies."])
+        return
+    title = f"{record.n} {record.split} prompts, 95 % bootstrap intervals"
+    table = Table(*CLOSENESS_HEADS, title=title)
+    for cells in closeness_rows(record):
+        table.add_row(*cells)
+    _console().print(table)
 
 
 def frame(table: pd.DataFrame) -> None:

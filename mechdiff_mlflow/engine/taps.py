@@ -16,12 +16,20 @@ Edit = Callable[[Tensor], Tensor | None]
 
 
 @contextmanager
-def tapped(decoder: Decoder, site: Site, edit: Edit, n_prompts: int) -> Iterator[None]:
-    """Call `edit` on the activations at `site` in every forward while the context is open."""
+def tapped(decoder: Decoder, site: Site, edit: Edit, n_prompts: int | Callable[[], int]) -> Iterator[None]:
+    """Call `edit` on the activations at `site` in every forward while the context is open.
+
+    Args:
+        decoder: Of the model.
+        site: Where.
+        edit: Reads or replaces.
+        n_prompts: In every forward, or what says it of the running one.
+    """
 
     def edited(hidden: Tensor) -> Tensor | None:
         # OPT flattens prompts and tokens before its MLP.
-        new = edit(hidden.view(n_prompts, -1, hidden.shape[-1]))
+        n = n_prompts if isinstance(n_prompts, int) else n_prompts()
+        new = edit(hidden.view(n, -1, hidden.shape[-1]))
         return None if new is None else new.view(hidden.shape)
 
     def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

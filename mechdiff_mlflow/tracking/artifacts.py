@@ -16,6 +16,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.records import MAX_PARAM_CHARS, PromptSet, RunRecord, param_text
+from mechdiff_mlflow.tracking.redaction import redact
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +32,7 @@ class LongParams(str, Enum):
 
 
 def stored_params(record: RunRecord, policy: LongParams) -> tuple[dict[str, str], dict[str, str]]:
-    """The params as stored, and the texts to add to the run's artifacts.
+    """The params as stored, secrets redacted, and the texts to add to the run's artifacts.
 
     Raises:
         MechdiffError: A param is too long and the policy is to fail.
@@ -39,7 +40,7 @@ def stored_params(record: RunRecord, policy: LongParams) -> tuple[dict[str, str]
     params: dict[str, str] = {}
     texts: dict[str, str] = {}
     for key, value in record.params.items():
-        text = param_text(key, value)
+        text = redact(param_text(key, value))
         if len(text) > MAX_PARAM_CHARS:
             if policy is LongParams.FAIL:
                 raise MechdiffError(

@@ -7,10 +7,14 @@ leave it half-created for good.
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import sqlalchemy
 import sqlalchemy.exc
+from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from mlflow.exceptions import MlflowException
 from mlflow.store.db import utils as mlflow_db
@@ -18,6 +22,68 @@ from mlflow.tracking import MlflowClient
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.locks import file_lock, lock_file
+from mechdiff_mlflow.tracking.redaction import redact
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """How far a store's tables are migrated.
+
+    Args:
+        found: The migration it is at; None when it has no tables yet.
+        head: The one that this MLflow wants.
+        known: Whether this MLflow knows `found`.
+        now: The database's clock in Unix seconds, None when it is this machine's.
+    """
+
+    found: str | None
+    head: str
+    known: bool
+    now: float | None = None
+
+
+def schema_of(uri: str, shown: str) -> Schema:
+    """The state of the store at `uri`, which is only read; `shown` is its URI without secrets.
+
+    Raises:
+        MechdiffError: It cannot be opened, or is no store of MLflow.
+    """
+    head = str(mlflow_db._get_latest_schema_revision())
+    if uri.startswith("sqlite"):
+        path = sqlite_path(uri)
+        try:
+            found = _revision(path)
+            if found is not None:
+                with closing(sqlite3.connect(path)) as database:
+                    (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
+                if verdict != "ok":
+                    raise MechdiffError(f"The store {path} is damaged ({verdict}); restore it from a backup.")
+        except sqlite3.Error as error:
+            raise MechdiffError(_what_is_wrong(path, str(error))) from error
+        return Schema(found, head, _is_known(found))
+    with _database_errors(uri, shown):
+        engine = mlflow_db.create_sqlalchemy_engine(uri)
+        try:
+            found = mlflow_db._get_schema_version(engine)
+            now = None
+            if engine.dialect.name == "postgresql":
+                with engine.connect() as connection:
+                    clock = sqlalchemy.text("SELECT EXTRACT(EPOCH FROM CURRENT_TIMESTAMP)")
+                    now = float(connection.execute(clock).scalar_one())
+        finally:
+            engine.dispose()
+    return Schema(found, head, _is_known(found), now)
+
+
+def _is_known(revision: str | None) -> bool:
+    """Whether this MLflow has that migration."""
+    if revision is None:
+        return True
+    try:
+        ScriptDirectory.from_config(mlflow_db._get_alembic_config("")).get_revision(revision)
+    except CommandError:
+        return False
+    return True
 
 
 def sqlite_path(uri: str) -> Path:
@@ -66,15 +132,21 @@ def open_database(uri: str, shown: str) -> MlflowClient:
     Raises:
         MechdiffError: The database cannot be reached, or its driver is not installed.
     """
+    with _database_errors(uri, shown), file_lock(lock_file(uri, "open")):
+        return MlflowClient(uri)
+
+
+@contextmanager
+def _database_errors(uri: str, shown: str) -> Iterator[None]:
+    """Turns what a database's driver raises into one sentence without secrets."""
     try:
-        with file_lock(lock_file(uri, "open")):
-            return MlflowClient(uri)
+        yield
     except ModuleNotFoundError as error:
         raise MechdiffError(
             f"The store {shown} needs the Python package {error.name}; install it, or use an MLflow server."
         ) from error
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError) as error:
-        text = " ".join(str(error).split()).replace(uri, shown)[:300]
+        text = redact(" ".join(str(error).split()).replace(uri, shown))[:300]
         raise MechdiffError(f"The store {shown} cannot be opened: {text}.") from error
 
 

@@ -15,8 +15,10 @@ def note_failure(reason: str) -> None:
     run_id = os.environ.pop("MLFLOW_RUN_ID", None)
     if not run_id:
         return
+    from mechdiff_mlflow.tracking.redaction import redact
     from mechdiff_mlflow.tracking.store import open_store
 
+    reason = redact(reason)
     try:
         store = open_store()
         with store.errors():

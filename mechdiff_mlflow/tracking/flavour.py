@@ -40,7 +40,7 @@ from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking.card import model_card
 from mechdiff_mlflow.tracking.names import logged_model_name
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, param_text
-from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.store import Store, open_store
 
 FLAVOR_NAME = "mechdiff"
 MAP_FILE = "map.pt"
@@ -70,6 +70,11 @@ class LoggedMap:
     model_id: str
     location: str
     sha256: str
+
+    @property
+    def model_uri(self) -> str:
+        """What `load_map`, `load_model` and MLflow take."""
+        return f"models:/{self.model_id}"
 
 
 def save_model(
@@ -125,28 +130,35 @@ def log_model(
     the_map: AffineMap,
     name: str,
     *,
-    store: Store,
-    run_id: str,
+    store: Store | None = None,
+    run_id: str | None = None,
     experiment_id: str | None = None,
     params: Mapping[str, ParamValue] | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> LoggedMap:
-    """Log `the_map` as a model of run `run_id`; it becomes READY only when its files read back right.
+    """Log `the_map` as a model of a run; it becomes READY only when its files read back right.
+
+    with mlflow.start_run():
+        logged = mechdiff_mlflow.log_model(the_map, "L26-attn_out")
+    mechdiff_mlflow.load_model(logged.model_uri)
 
     Args:
         the_map: What to log.
         name: Of the logged model; characters it cannot have are replaced.
-        store: Where to.
-        run_id: The run that made the map.
+        store: Where to; by default where MLflow tracks to.
+        run_id: The run that made the map; by default the active one.
         experiment_id: Of that run, if known.
         params: Shown on the model's page.
         metrics: For the model card; link them to the model by logging them with `model_id`.
 
     Raises:
-        MechdiffError: The store refuses, or gives back other bytes than were sent.
+        MechdiffError: No run is active or named, the store refuses, or it gives back other bytes than were
+            sent.
     """
+    store = store or open_store(mlflow.get_tracking_uri())
+    run_id = run_id or _active_run()
     client = store.client
-    card = model_card(the_map, metrics or {}, f"runs:/{run_id}")
+    card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params)
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
         logged = client.create_logged_model(
@@ -181,6 +193,15 @@ def log_model(
             client.finalize_logged_model(logged.model_id, "FAILED")
             raise
     return LoggedMap(logged.model_id, logged.artifact_location, sha256)
+
+
+def _active_run() -> str:
+    active = mlflow.active_run()
+    if active is None:
+        raise MechdiffError(
+            "No MLflow run is active to log the map to; open one with mlflow.start_run() or pass run_id."
+        )
+    return str(active.info.run_id)
 
 
 def load_model(model_uri: str | Path) -> AffineMap:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.redaction import redact
 
 _WAIT_S = 300
 
@@ -33,8 +35,12 @@ def file_lock(file: Path) -> Iterator[None]:
 
 
 def lock_file(uri: str, purpose: str) -> Path:
-    """Where the lock of store `uri` lies: beside a SQLite file, else in the temp files."""
+    """Where the lock of store `uri` lies: beside a SQLite file, else in the temp files, one for each user.
+
+    Linux does not let one user open another's file there, whatever its mode (fs.protected_regular).
+    """
     if uri.startswith("sqlite:///"):
         return Path(f"{uri.removeprefix('sqlite:///')}.{purpose}.lock")
-    digest = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"mechdiff-{purpose}-{digest}.lock"
+    user = getattr(os, "getuid", lambda: 0)()  # one user's temp files are their own on Windows
+    digest = hashlib.sha256(redact(uri).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"mechdiff-{purpose}-{user}-{digest}.lock"

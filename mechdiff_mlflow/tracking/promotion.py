@@ -23,17 +23,19 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.tracking import flavour, registry
-from mechdiff_mlflow.tracking.card import model_card
+from mechdiff_mlflow.tracking.card import collection_card, version_card
 from mechdiff_mlflow.tracking.fetch import read_back, verified_map
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.names import check_alias, check_name, registered_name
 from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT, SELECTION_LEAK, Candidate, PromotionPolicy
 from mechdiff_mlflow.tracking.provenance import code_version
+from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS
 from mechdiff_mlflow.tracking.registry import Version
 from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store import Store
 
 _MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # how a logged model's page knows its registered versions
+_NOTE_TAG = "mlflow.note.content"
 _PROVENANCE = (
     *("pair", PAIR_FINGERPRINT, "layer", "hook", "solver", "family", "k", "shrink", "ridge", "off_span"),
     *("position", "split", "n", "seed", "dtype", "null", SELECTION_LEAK),
@@ -241,14 +243,7 @@ def _apply(policy: PromotionPolicy, store: Store, name: str, alias: str, measure
 
 def _registered(store: Store, name: str, measured: _Measured) -> None:
     """Make the registered model unless it is there."""
-    facts = measured.facts
-    site = f"L{facts['layer']}/{facts['hook']}" if {"layer", "hook"} <= facts.keys() else "a site"
-    description = (
-        f"Affine maps from base to tuned activations at {site}"
-        + (f" of the pair `{facts['pair']}`" if "pair" in facts else "")
-        + ". Read the description of a version to see how good it is. Load one with "
-        f'`mechdiff_mlflow.load_map("models:/{name}@champion")`.'
-    )
+    description = collection_card(name, measured.facts)
     try:
         with store.errors():
             store.client.create_registered_model(name, {registry.KIND_TAG: "map"}, description)
@@ -286,7 +281,7 @@ def _create_version(store: Store, name: str, measured: _Measured) -> Version:
             source=f"models:/{measured.logged.model_id}",
             run_id=run.info.run_id,
             tags=tags,
-            description=model_card(measured.the_map, metrics, f"models:/{name}@champion"),
+            description=version_card(measured.the_map, metrics, f"models:/{name}@champion", measured.facts),
             model_id=measured.logged.model_id,
         )
     return registry.get_version(store, name, int(created.version))
@@ -302,7 +297,10 @@ def _verify(store: Store, version: Version) -> None:
             known = json.loads(client.get_logged_model(model_id).tags.get(_MODEL_VERSIONS_TAG, "[]"))
             entry = {"name": version.name, "version": str(version.number)}
             if entry not in known:
-                client.set_logged_model_tags(model_id, {_MODEL_VERSIONS_TAG: json.dumps([*known, entry])})
+                card = client.get_model_version(version.name, str(version.number)).description
+                tags = {_MODEL_VERSIONS_TAG: json.dumps([*known, entry])}
+                # It was logged before it was measured; the version's card has the numbers.
+                client.set_logged_model_tags(model_id, {**tags, _NOTE_TAG: card[:MAX_TAG_CHARS]})
         client.set_model_version_tag(version.name, str(version.number), registry.VERIFIED_TAG, version.sha256)
 
 

@@ -24,6 +24,7 @@ from mechdiff_mlflow.tracking.artifacts import LongParams
 from mechdiff_mlflow.tracking.interrupts import Interrupts, Killed
 from mechdiff_mlflow.tracking.provenance import provenance_tags
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, RunRecord, param_text
+from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, one_attempt
 from mechdiff_mlflow.tracking.view import install_view
 
@@ -200,7 +201,7 @@ class OpenRun:
                 if reason:
                     note = f"**{status}:** {reason}\n\n{description}"
                     tags = {"mechdiff.failure": reason, "mlflow.note.content": note}
-                    client.log_batch(run_id, tags=[RunTag(k, _cut(v)) for k, v in tags.items()])
+                    client.log_batch(run_id, tags=[RunTag(k, _cut(redact(v))) for k, v in tags.items()])
                 client.set_terminated(run_id, status)
         except MechdiffError as another:
             if error is None:
@@ -238,7 +239,7 @@ class OpenRun:
                 run_id,
                 [Metric(key, value, now, step, model_id=model_id) for key, value, step in metrics],
                 [Param(key, text) for key, text in params.items()],
-                [RunTag(key, text) for key, text in tags.items()],
+                [RunTag(key, redact(text)) for key, text in tags.items()],
             )
             models = [LoggedModelInput(model_id)] if model_id and record.map_run else None
             if record.datasets or models:

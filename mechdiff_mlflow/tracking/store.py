@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -21,10 +22,10 @@ from mlflow.utils.rest_utils import http_request
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import database
+from mechdiff_mlflow.tracking.redaction import redact
 
-_USER_INFO = re.compile(r"(://)[^/]*@")
-_SECRET_QUERY = re.compile(r"([?&][^=&]*(?:pass|pwd|secret|token|key|cred|sig)[^=&]*=)[^&]*", re.IGNORECASE)
 _SERVER_ANSWER_S = 5
+_REFUSED = re.compile(r"endpoint (?P<endpoint>\S+) failed with error code (?P<status>401|403)\b")
 
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 # The user's own settings win; these are what MLflow does when nothing is set.
@@ -120,11 +121,14 @@ class Store:
         try:
             yield
         except (MlflowException, requests.RequestException, OSError) as error:
-            text = " ".join(str(error).split()).replace(self.uri, self.shown)
+            text = redact(" ".join(str(error).split()).replace(self.uri, self.shown))
             if "Max retries exceeded" in text or isinstance(error, requests.ConnectionError):
                 raise StoreUnreachable(
                     f"The tracking server {self.shown} stopped answering; start it, then run this again."
                 ) from error
+            if refused := _REFUSED.search(text):
+                what = refused["endpoint"].removeprefix("/api/2.0/mlflow/")
+                raise MechdiffError(_not_allowed(self.uri, int(refused["status"]), what)) from error
             if isinstance(error, OSError):
                 raise MechdiffError(
                     f"The store {self.shown} could not be read or written: {text[:300]}."
@@ -151,10 +155,9 @@ def open_store(tracking_uri: str | None = None) -> Store:
             unusable.
     """
     prepare_process()
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    uri = uri_of(tracking_uri)
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https"):
-        uri = uri.rstrip("/")
         _check_server(uri)
         return Store(uri, MlflowClient(uri))
     if scheme.startswith("databricks"):
@@ -168,6 +171,12 @@ def open_store(tracking_uri: str | None = None) -> Store:
         f"Tracking URI {redact(uri)!r} is a directory or of an unknown kind; MLflow keeps registered maps in "
         "a database, so use sqlite:///mlflow.db or the http:// address of an MLflow server."
     )
+
+
+def uri_of(tracking_uri: str | None = None) -> str:
+    """The URI that counts: the given one, MLFLOW_TRACKING_URI, or `mlflow.db` in the working directory."""
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    return uri.rstrip("/") if uri.startswith(("http://", "https://")) else uri
 
 
 def prepare_process() -> None:
@@ -192,11 +201,6 @@ def one_attempt() -> Iterator[None]:
             os.environ[_RETRIES] = before
 
 
-def redact(uri: str) -> str:
-    """`uri` with user name, password and any secret in the query replaced by ***."""
-    return _SECRET_QUERY.sub(r"\1***", _USER_INFO.sub(r"\1***@", uri))
-
-
 def _check_server(uri: str) -> None:
     try:
         answer = http_request(
@@ -215,10 +219,7 @@ def _check_server(uri: str) -> None:
             "./mlflow.db."
         ) from error
     if answer.status_code in (401, 403):
-        raise MechdiffError(
-            f"The tracking server {redact(uri)} wants to know who you are (HTTP {answer.status_code}); set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
-        )
+        raise MechdiffError(_not_allowed(uri, answer.status_code))
     try:
         is_mlflow = answer.status_code == 200 and isinstance(answer.json(), dict)
     except ValueError:
@@ -228,3 +229,32 @@ def _check_server(uri: str) -> None:
             f"What answers at {redact(uri)} (HTTP {answer.status_code}) is not an MLflow tracking server; "
             "check host, port and path of MLFLOW_TRACKING_URI."
         )
+
+
+def login_name(uri: str) -> str | None:
+    """Who our requests to the server at `uri` say we are; None for nobody, `a token` for a token."""
+    credentials = get_default_host_creds(uri)
+    if credentials.username:
+        return str(credentials.username)
+    return "a token" if credentials.token else urlsplit(uri).username
+
+
+def _not_allowed(uri: str, status: int, what: str = "") -> str:
+    """What to tell somebody whom the server turned away."""
+    name = login_name(uri)
+    if name is None:
+        return (
+            f"The tracking server {redact(uri)} wants to know who you are (HTTP {status}); set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        )
+    if status == HTTPStatus.UNAUTHORIZED:
+        return (
+            f"The tracking server {redact(uri)} does not know user {name!r} with that password (HTTP 401); "
+            "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+        )
+    return (
+        f"User {name!r} has no permission for this on the tracking server {redact(uri)} (HTTP 403"
+        + (f" from {what}" if what else "")
+        + "); ask its administrator for EDIT on the experiment or registered model, or log in as somebody "
+        "else with MLFLOW_TRACKING_USERNAME."
+    )

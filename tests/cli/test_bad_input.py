@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -15,7 +16,7 @@ from cli.conftest import Invoke
 from cli.test_run import SITE, runs_of
 from safetensors.torch import load_file, save_file
 
-from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.checkpoints import Checkpoint
 
 
 def statuses(client: mlflow.MlflowClient) -> set[str]:
@@ -146,17 +147,15 @@ def test_broken_plumbing_stops_a_run_before_any_number(
     toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer that does more than its weights say: activations below the first changed layer differ."""
-    from mechdiff_mlflow import pairs
+    load = Checkpoint.load
 
-    load = pairs._load_model
-
-    def tampered(spec: PairSpec, reference: str, *rest: object) -> tuple[object, ...]:
-        model, *others = load(spec, reference, *rest)
-        if reference == "tuned":
+    def tampered(checkpoint: Checkpoint) -> Any:
+        model: Any = load(checkpoint)
+        if checkpoint.reference == "tuned":
             model.model.layers[1].mlp.down_proj.register_forward_hook(lambda m, a, out: out + 1e-3)
-        return (model, *others)
+        return model
 
-    monkeypatch.setattr(pairs, "_load_model", tampered)
+    monkeypatch.setattr(Checkpoint, "load", tampered)
     line = refused(mechdiff("run", "--pair", str(toy), *SITE, code=1).output)
     assert "Weights agree below layer 2 and activations at L1/mlp_out do not" in line
     (run,) = runs_of(client)["run"]

@@ -35,7 +35,7 @@ def test_every_command_says_what_it_does_with_an_example_of_itself(name: str, me
 @pytest.mark.parametrize("name", sorted(cli.commands))
 def test_every_example_runs(name: str, toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient) -> None:
     """On the toy pair, which has 4 layers: sites are moved, nothing else."""
-    if name in ("promote", "fetch", "patch", "maps", "report", "report-pass", "compare"):
+    if name in ("promote", "fetch", "patch", "maps", "report", "report-pass", "compare", "steer", "adapter"):
         mechdiff("run", "--pair", str(toy), "--layer", "3", "--hook", "attn_out", "--alpha", "1", "--promote")
     if name == "compare":
         (toy.parent / "twin.yaml").write_text(toy.read_text().replace("name: toy", "name: twin"))
@@ -50,7 +50,7 @@ def test_every_example_runs(name: str, toy: Path, mechdiff: Invoke, client: mlfl
             words[1] = runs_of(client)["fit"][0].info.run_id
         pair = (
             []
-            if "--pair" in words or name in ("promote", "fetch", "maps", "doctor", "compare")
+            if "--pair" in words or name in ("promote", "fetch", "maps", "doctor", "compare", "server-check")
             else ["--pair", str(toy)]
         )
         mechdiff(*words, *pair)

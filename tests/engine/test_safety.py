@@ -17,7 +17,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mechdiff_mlflow.engine import PatchEngine, ScoreResult, VariantGroup
+from mechdiff_mlflow.engine.attention import Prefix
 from mechdiff_mlflow.engine.forward import Recording
+from mechdiff_mlflow.engine.tape import TapeRecorder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.prompts import TokenizedPrompts
 from mechdiff_mlflow.sites import Hook, Site
@@ -368,6 +370,7 @@ def test_what_a_chunk_left_is_gone_before_the_garbage_is_collected(mode: str) ->
     gc.disable()
     try:
         engine.score(prompts, groups)
-        assert [x for x in gc.get_objects() if isinstance(x, Recording)] == []
+        kinds = (Recording, TapeRecorder, Prefix)
+        assert [x for x in gc.get_objects() if issubclass(type(x), kinds)] == []
     finally:
         gc.enable()

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.models import validate_serving_input
 
+import mechdiff_mlflow
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking import flavour
@@ -137,6 +138,19 @@ def test_a_logged_map_is_ready_and_belongs_to_its_run(store: Store) -> None:
     assert load_model(f"models:/{logged.model_id}") == the_map
 
 
+def test_a_map_is_logged_to_the_active_run_by_name(store: Store) -> None:
+    mlflow.set_tracking_uri(store.uri)
+    the_map = make_map(alpha=0.3)
+    with mlflow.start_run(experiment_id=store.experiment("demo")) as run:
+        logged = mechdiff_mlflow.log_model(the_map, name="mine")
+    assert flavour.maps_of_run(store, run.info.run_id) == [logged]
+    assert mechdiff_mlflow.load_model(logged.model_uri) == the_map
+    x = torch.randn(3, D)
+    assert np.array_equal(mlflow.pyfunc.load_model(logged.model_uri).predict(x.numpy()), the_map(x).numpy())
+    with pytest.raises(MechdiffError, match="No MLflow run is active"):
+        log_model(the_map, "mine")
+
+
 def test_a_store_that_keeps_other_bytes_is_found_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     run_id = store.client.create_run(store.experiment("demo")).info.run_id
     upload = store.client.log_model_artifacts
@@ -162,5 +176,20 @@ def test_the_card_shows_what_is_known_and_says_what_is_not() -> None:
     assert "α = 0.3" in card
     assert "| drop_pct | 34.25 | 30 to 38 |" in card
     assert "skill_pct |" not in card
+    assert "what the attention of decoder block 3 adds" in card
+    assert "Measure its skill" in card
     assert make_map(alpha=0.3).sha256() in card
     assert "Not measured yet" in model_card(make_map(), {})
+
+
+def test_the_card_puts_the_numbers_into_words() -> None:
+    metrics = {"KL_raw": 2.263, "KL_mapped": 0.566, "drop_pct": 75.0, "skill_pct": 74.9}
+    facts = {"n": 150, "split": "test", "null": "mean_only", "selection_leak": "false"}
+    card = model_card(make_map(), metrics, "models:/demo-L3-attn_out@champion", facts)
+    assert "**drop of 75.0 %** on 150 test prompts" in card
+    assert "(here `mean_only`), is beaten by 74.9 %" in card
+    assert "No leak" in card
+    assert "mechdiff fetch demo-L3-attn_out@champion -o map.pt" in card
+    assert "the_map.attached(tuned, source=base, " in card
+    assert "  -m models:/demo-L3-attn_out@champion" in card
+    assert "**Leak:**" in model_card(make_map(), metrics, "x", {**facts, "selection_leak": "true"})

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,18 @@ def test_a_tree_of_runs(store: Store, tracker: Tracker) -> None:
     experiment_id = store.experiment("demo")
     assert experiment_id != "0"
     assert "mlflow.sharedViewState.mechdiff" in store.client.get_experiment(experiment_id).tags
+
+
+def test_secrets_in_addresses_are_not_stored(store: Store, tracker: Tracker) -> None:
+    address = "https://ann:tell-nobody@host/x"
+    tags = {"from": address, "to": "L3/attn_out"}
+    with suppress(ValueError), tracker.run("run", "r", {"pair": address}, tags=tags) as run:
+        raise ValueError(f"cannot reach {address}")
+    data = store.client.get_run(run.run_id).data
+    assert "tell-nobody" not in str(data.params) + str(data.tags)
+    assert data.params["pair"] == data.tags["from"] == "https://***@host/x"
+    assert data.tags["mechdiff.failure"] == "ValueError: cannot reach https://***@host/x"
+    assert data.tags["to"] == "L3/attn_out"
 
 
 def test_numbers_are_stored_as_they_are_and_once(store: Store, tracker: Tracker) -> None:

@@ -19,8 +19,9 @@ from mlflow.store.db import utils as mlflow_db
 from mlflow.tracking import MlflowClient
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.runs import Tracker
-from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, open_store, redact
+from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, open_store
 
 SECRET = st.text(alphabet="abcdefghijklmnopqrstuvwxyzABC123!$~._-", min_size=6, max_size=12)
 
@@ -36,7 +37,23 @@ def test_redacted_uris_hold_no_secret(password: str, token: str) -> None:
     assert "db.example:5432/x?sslmode=require" in shown
 
 
-@pytest.mark.parametrize("uri", ["sqlite:////a/b.db", "http://localhost:5000/x", "./mlruns"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql://ann:se/cret@db.example/x",  # which SQLAlchemy takes
+        "http://ann:se@cret@host:5000",  # which requests takes
+        "postgresql://db.example/x?user=ann&password=se%2Fcret",
+        "mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3Dse%2Fcret",
+        "could not connect to 'mysql://ann:se/cret@db/x', retrying mysql://ann:cret@db/y?ssl=1",
+    ],
+)
+def test_unusual_secrets_are_redacted_too(uri: str) -> None:
+    assert "cret" not in redact(uri)
+
+
+@pytest.mark.parametrize(
+    "uri", ["sqlite:////a/b@c.db", "http://localhost:5000/x", "./mlruns", "models:/x@champion at http://h:50"]
+)
 def test_uris_without_secrets_stay_as_they_are(uri: str) -> None:
     assert redact(uri) == uri
 

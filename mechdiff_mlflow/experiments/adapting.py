@@ -1,0 +1,198 @@
+"""How close the base model comes to tuned with a map as an adapter, measured on the files as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechdiff_mlflow import adapters, stats
+from mechdiff_mlflow.adapters import Form
+from mechdiff_mlflow.attach import Tokens, attached
+from mechdiff_mlflow.engine.architecture import Decoder
+from mechdiff_mlflow.engine.chunks import in_chunks
+from mechdiff_mlflow.engine.forward import PromptForward
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps import AffineMap, identity_map
+from mechdiff_mlflow.metrics import next_token_divergences
+from mechdiff_mlflow.pairs import Pair, load_base
+from mechdiff_mlflow.prompts import PromptSet
+from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.stats import Interval
+
+_BATCH = 32
+CEILING = "ceiling"
+
+
+@dataclass(frozen=True, slots=True)
+class Closeness:
+    """KL(model ‖ tuned) of next-token distributions over n prompts, in nats.
+
+    Args:
+        kl: Mean with its 95 % interval.
+        closer_pct: 100·(1 − ΣKL/ΣKL of base alone), how much of the way it goes; undefined if that is 0.
+        top1: Fraction of prompts whose most probable token is tuned's.
+    """
+
+    kl: Interval
+    closer_pct: Interval
+    top1: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """An adapter and what it achieves.
+
+    Args:
+        folder: Where its files are.
+        form: `peft` or `hook`.
+        site: Where it acts.
+        target: Path of the module that it changes.
+        rank: r of the LoRA; None for a hook.
+        alpha: α of the map in it.
+        merges: Whether PEFT can merge it into the base's weights, which needs a bias there.
+        split: Measured on.
+        n: Prompts of it.
+        closeness: By what is done to base: `base`, `map at the decision token`, `adapter`, and `ceiling`,
+            tuned's own activation put there at the decision token, the most a map can do at that token;
+            empty when base and tuned have different vocabularies.
+    """
+
+    folder: Path
+    form: Form
+    site: Site
+    target: str
+    rank: int | None
+    alpha: float
+    merges: bool
+    split: str
+    n: int
+    closeness: dict[str, Closeness]
+
+
+def make_adapter(
+    pair: Pair, the_map: AffineMap, folder: Path, *, form: Form, split: str, n: int | None
+) -> AdapterRecord:
+    """Write the map as an adapter of the pair's base model into `folder`, load it from there, measure it.
+
+    Args:
+        pair: Whose base it is for.
+        the_map: With the site that it was fitted at in its meta.
+        folder: An empty directory.
+        form: How to store it.
+        split: To measure on.
+        n: The first n prompts of it; None for all.
+
+    Raises:
+        MechdiffError: The site does not exist, the widths do not fit, PEFT is asked for where it cannot say
+            it or is not installed, or there are too few prompts.
+    """
+    prompts = pair.prompts_of(split, n)
+    site = Site.parse(str(the_map.meta.get("site", "")))
+    with pair.base.switch():
+        decoder = Decoder.of(pair.base.model, pair.modules)
+        decoder.check(site)
+        if (the_map.d_in, the_map.d_out) != (decoder.width, decoder.width):
+            raise MechdiffError(
+                f"A map from {the_map.d_in} to {the_map.d_out} dimensions cannot be an adapter of a model of "
+                f"width {decoder.width}; it takes a base and a tuned model of one width."
+            )
+        found = None if form is Form.HOOK else adapters.last_linear(decoder, site)
+        if found is None and form is Form.PEFT:
+            raise MechdiffError(
+                f"The activation at {site} is no linear layer's output in {type(pair.base.model).__name__}, "
+                "so a LoRA cannot say it; use --form hook."
+            )
+        rank, merges = None, False
+        if found is None:
+            adapters.write_hook(the_map, decoder, site, folder)
+            target = adapters.path_of(decoder.model, decoder.module(site))
+        else:
+            adapters.check_peft()
+            target, linear = found
+            lora = adapters.lora_of(the_map, linear)
+            source = pair.spec.base
+            adapters.write_peft(
+                lora, linear, target, folder, base_model=source.model, revision=source.revision
+            )
+            rank, merges = lora.rank, getattr(linear, "bias", None) is not None
+    closeness = _closeness(pair, the_map, site, folder, prompts)
+    written = Form.HOOK if found is None else Form.PEFT
+    return AdapterRecord(
+        *(folder, written, site, target, rank, the_map.alpha, merges, split, len(prompts), closeness)
+    )
+
+
+def _closeness(
+    pair: Pair, the_map: AffineMap, site: Site, folder: Path, prompts: PromptSet
+) -> dict[str, Closeness]:
+    if not pair.tokenizers_agree:
+        return {}
+    with pair.tuned.switch():
+        tuned = _next_token_logits(pair, "tuned", pair.tuned.model, prompts)
+    with pair.tuned.engine() as engine:
+        theirs = engine.capture(pair.tokens("tuned", prompts, Position.DECISION), [site])[site]
+    with pair.base.switch():
+        base_model = pair.base.model
+        logits = {"base": _next_token_logits(pair, "base", base_model, prompts)}
+        if logits["base"].shape != tuned.shape:
+            return {}
+        options: dict[str, Any] = {"tokens": Tokens.DECISION, "modules": pair.modules}
+        with attached(the_map, base_model, site, **options):
+            logits["map at the decision token"] = _next_token_logits(pair, "base", base_model, prompts)
+        unchanged = identity_map(the_map.d_out)
+        logits[CEILING] = _next_token_logits(
+            *(pair, "base", base_model, prompts),
+            lambda index: attached(unchanged, base_model, site, source=theirs[index], **options),
+        )
+    with _base_with(pair, folder) as adapted:
+        logits["adapter"] = _next_token_logits(pair, "base", adapted, prompts)
+    return _compared(logits, tuned)
+
+
+def _compared(logits: dict[str, Tensor], tuned: Tensor) -> dict[str, Closeness]:
+    apart = {name: next_token_divergences(rows, tuned) for name, rows in logits.items()}
+    kls = {name: found.kl_patched_clean.numpy() for name, found in apart.items()}
+    return {
+        name: Closeness(
+            kl=stats.kl_difference(kl, 0 * kl),
+            closer_pct=stats.drop_pct(kls["base"], kl),
+            top1=float(apart[name].top1_agrees.mean()),
+        )
+        for name, kl in kls.items()
+    }
+
+
+@contextmanager
+def _base_with(pair: Pair, folder: Path) -> Iterator[nn.Module]:
+    """The base with the adapter; of its own where base and tuned share a module that has one already."""
+    is_shared = pair.base.model is pair.tuned.model
+    model = load_base(pair) if is_shared else pair.base.model
+    with nullcontext() if is_shared else pair.base.switch(), adapters.loaded(folder, model) as adapted:
+        yield adapted
+
+
+def _next_token_logits(
+    pair: Pair,
+    role: str,
+    model: nn.Module,
+    prompts: PromptSet,
+    attachment: Callable[[Tensor], AbstractContextManager[object]] = nullcontext,
+) -> Tensor:
+    """[n, vocabulary] in the order of the prompts, float32 on the CPU.
+
+    `attachment` is entered around each chunk, and is told which prompts it has.
+    """
+    forward = PromptForward(Decoder.of(model, pair.modules))
+    index, rows = [], []
+    for chunk in in_chunks(pair.tokens(role, prompts, Position.DECISION), _BATCH, forward.device):
+        with attachment(chunk.index):
+            rows.append(forward(chunk).float().cpu())
+        index.append(chunk.index)
+    return torch.cat(rows)[torch.argsort(torch.cat(index))]

@@ -1,0 +1,162 @@
+"""What the models say to a prompt: base, tuned, and tuned with the base's activation raw and mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechdiff_mlflow.attach import Tokens, attached
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps import AffineMap, identity_map
+from mechdiff_mlflow.metrics import next_token_divergences
+from mechdiff_mlflow.pairs import Pair, Side
+from mechdiff_mlflow.prompts import Prompt, PromptSet, TokenizedPrompts
+from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.spec import Position
+
+
+@dataclass(frozen=True, slots=True)
+class Steered:
+    """Greedy continuations of one prompt.
+
+    Args:
+        prompt: What the user says.
+        base: The base model's own.
+        clean: The tuned model's own.
+        raw: The tuned model's with the base's activation as it is in place of its own; None when the widths
+            differ.
+        mapped: The same with the mapped activation.
+        kl_raw: KL(patched ‖ clean) in nats of the first generated token under the raw patch, None as there.
+        kl_mapped: The same under the mapped one.
+    """
+
+    prompt: str
+    base: str
+    clean: str
+    raw: str | None
+    mapped: str
+    kl_raw: float | None
+    kl_mapped: float
+
+
+def steer(
+    pair: Pair,
+    the_map: AffineMap,
+    texts: Sequence[str],
+    *,
+    tokens: Tokens = Tokens.NEW,
+    max_new_tokens: int = 32,
+) -> list[Steered]:
+    """Continue each prompt greedily four times.
+
+    Args:
+        pair: Base and tuned.
+        the_map: With the site that it was fitted at in its meta.
+        texts: The user's turns.
+        tokens: Whose activations are replaced; more than the decision token needs models that read the same
+            tokens.
+        max_new_tokens: At most so many tokens a continuation.
+
+    Raises:
+        MechdiffError: A prompt is empty, a template fails, the map does not fit, or the models read other
+            tokens and `tokens` is not `decision`.
+    """
+    site = _site_of(the_map)
+    prompts = _prompt_set(texts, pair.spec.system)
+    ids = {role: pair.tokens(role, prompts, Position.DECISION) for role in ("base", "tuned")}
+    source, context = _source(pair, ids, site, tokens)
+    limit = max_new_tokens
+
+    def patched(a_map: AffineMap) -> tuple[list[str], Tensor]:
+        attachment = attached(
+            *(a_map, pair.tuned.model, site),
+            tokens=tokens,
+            source=source,
+            source_context=context,
+            modules=pair.modules,
+        )
+        return _continue(pair.tuned, ids["tuned"], limit, attachment)
+
+    base, _ = _continue(pair.base, ids["base"], limit)
+    clean, clean_logits = _continue(pair.tuned, ids["tuned"], limit)
+    mapped, mapped_logits = patched(the_map)
+    kl_mapped = _kl(mapped_logits, clean_logits)
+    raw: Sequence[str | None] = [None] * len(texts)
+    kl_raw: Sequence[float | None] = [None] * len(texts)
+    if the_map.d_in == the_map.d_out:
+        raw, raw_logits = patched(identity_map(the_map.d_in))
+        kl_raw = _kl(raw_logits, clean_logits)
+    columns = (texts, base, clean, raw, mapped, kl_raw, kl_mapped)
+    return [Steered(*row) for row in zip(*columns, strict=True)]
+
+
+def _site_of(the_map: AffineMap) -> Site:
+    if "site" not in the_map.meta:
+        raise MechdiffError("The map does not say at which site it was fitted; fit it with mechdiff fit.")
+    return Site.parse(str(the_map.meta["site"]))
+
+
+def _prompt_set(texts: Sequence[str], system: str | None) -> PromptSet:
+    if any(not text.strip() for text in texts) or not texts:
+        raise MechdiffError("A prompt is empty; write what the user says.")
+    before = () if system is None else ({"role": "system", "content": system},)
+    return PromptSet("given", tuple(Prompt((*before, {"role": "user", "content": text})) for text in texts))
+
+
+def _source(
+    pair: Pair, ids: dict[str, TokenizedPrompts], site: Site, tokens: Tokens
+) -> tuple[nn.Module | Tensor, Any]:
+    """The base model where it can read along, else its activations at the decision tokens."""
+    if ids["base"] == ids["tuned"] and pair.tokenizers_agree:
+        return pair.base.model, pair.base.switch
+    if tokens is not Tokens.DECISION:
+        raise MechdiffError(
+            f"Base and tuned of {pair.name} read different tokens, so the base cannot follow what is "
+            "generated; use --tokens decision."
+        )
+    with pair.base.engine() as engine:
+        return engine.capture(ids["base"], [site])[site], nullcontext
+
+
+def _continue(
+    side: Side,
+    prompts: TokenizedPrompts,
+    max_new_tokens: int,
+    attachment: AbstractContextManager[object] | None = None,
+) -> tuple[list[str], Tensor]:
+    """Greedy continuations, and the logits of their first tokens [n, vocabulary]."""
+    model: Any = side.model
+    tokenizer = side.tokenizer
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    length = max(map(len, prompts.ids))
+    rows = torch.tensor([[pad] * (length - len(ids)) + list(ids) for ids in prompts.ids])
+    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts.ids])
+    device = model.get_input_embeddings().weight.device
+    with side.switch(), attachment or nullcontext(), torch.no_grad():
+        out = model.generate(
+            input_ids=rows.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            **_GREEDY,
+        )
+    texts = tokenizer.batch_decode(out.sequences[:, length:], skip_special_tokens=True)
+    return [text.strip() for text in texts], out.logits[0]
+
+
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    **dict.fromkeys(("temperature", "top_p", "top_k")),  # set in a checkpoint's defaults, they would warn
+    "output_logits": True,
+    "return_dict_in_generate": True,
+}
+
+
+def _kl(patched: Tensor, clean: Tensor) -> list[float]:
+    return [float(kl) for kl in next_token_divergences(patched, clean).kl_patched_clean]

@@ -1,0 +1,126 @@
+"""The README of an adapter: what it is, how to load it, how close it brings base to tuned."""
+
+from __future__ import annotations
+
+from mechdiff_mlflow.adapters import Form
+from mechdiff_mlflow.experiments.adapting import CEILING, AdapterRecord
+from mechdiff_mlflow.maps import AffineMap, Family
+from mechdiff_mlflow.pairs import Pair
+from mechdiff_mlflow.stats import Interval
+
+CLOSENESS_HEADS = ("base with", "KL(it ‖ tuned), nats", "of the way to tuned, %", "tuned's top token")
+
+_PEFT = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "path/to/this/directory")"""
+_HOOK = """\
+import sys
+sys.path.insert(0, "path/to/this/directory")
+import load_hook  # 40 lines beside this file; torch and safetensors are all it needs
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+handle = load_hook.attach(model)  # handle.remove() takes it away"""
+
+
+def adapter_card(record: AdapterRecord, the_map: AffineMap, pair: Pair) -> str:
+    """Markdown for the directory that `make_adapter` filled."""
+    is_peft = record.form is Form.PEFT
+    what = f"a PEFT LoRA of rank {record.rank}" if is_peft else "a map with a forward hook"
+    header = ["---", "library_name: peft", "---", ""] if is_peft else []
+    lines = [
+        *header,
+        f"# The base of {pair.name}, made to act as tuned at {record.site}",
+        "",
+        f"This is {what} on `{record.target}`. It sends the activation h at {record.site} (what "
+        f"{_HOOKS[record.site.hook.value]}) to α·((h − μ_base)·W + μ_tuned) at every token, α = "
+        f"{record.alpha:g}. The map was fitted by mechdiff on activations of base and tuned at the decision "
+        "token, the last of the prompt; nothing was trained.",
+        "",
+        "## How to load it",
+        "",
+        "```python",
+        (_PEFT if is_peft else _HOOK).format(base=pair.spec.base.model),
+        "```",
+        "",
+        f"The base must be the one it was made for: `{pair.spec.base.model}`, {pair.base.revision}.",
+        *([_about_rank(record, the_map)] if is_peft else []),
+        "",
+        "## How close base comes to tuned",
+        "",
+        *_table(record),
+        "",
+        "## Where it comes from",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in sorted(the_map.meta.items())),
+        f"| sha256 of the map | {the_map.sha256()} |",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+_HOOKS = {
+    "resid_pre": "enters the block",
+    "attn_out": "the attention sublayer adds to the residual stream",
+    "mlp_out": "the MLP sublayer adds to the residual stream",
+    "resid_post": "leaves the block",
+}
+
+
+def _about_rank(record: AdapterRecord, the_map: AffineMap) -> str:
+    exact = "Nothing of the map is lost: its linear part is in lora_A and lora_B, its means in lora_B's bias."
+    scaled = (
+        f" Its rank is that of α·W − I: α = {record.alpha:g} scales every direction, so it is full; α = 1 "
+        "would give the rank of W − I."
+        if record.alpha != 1 and record.rank != the_map.weight_rank(Family.UPDATE)
+        else ""
+    )
+    merging = (
+        "" if record.merges else " The layer has no bias in base, so PEFT cannot merge the adapter into it."
+    )
+    return exact + scaled + merging
+
+
+def _table(record: AdapterRecord) -> list[str]:
+    if not record.closeness:
+        return ["Not measured: base and tuned have different vocabularies, so their outputs do not compare."]
+    rows = [
+        f"Next-token distributions after {record.n} {record.split} prompts, against the tuned model's; 95 % "
+        "bootstrap intervals.",
+        "",
+        f"| {' | '.join(CLOSENESS_HEADS)} |",
+        "|---|---|---|---|",
+        *(f"| {' | '.join(cells)} |" for cells in closeness_rows(record)),
+        "",
+        "The third line puts tuned's own activation there, at the decision token: the most that a map can "
+        "do at that token; the rest of the way is due to other places. The adapter acts on the tokens "
+        "before it too.",
+    ]
+    return rows
+
+
+def closeness_rows(record: AdapterRecord) -> list[tuple[str, str, str, str]]:
+    """A line for each thing done to base, as `CLOSENESS_HEADS` heads them."""
+    names = {
+        "base": "nothing",
+        CEILING: "tuned's own activation there, at the decision token",
+        "adapter": "the adapter, at every token",
+    }
+    rows = []
+    for name, found in record.closeness.items():
+        way = "" if name == "base" else _interval_text(found.closer_pct)
+        rows.append((names.get(name, f"the {name}"), _interval_text(found.kl), way, f"{found.top1:.2f}"))
+    return rows
+
+
+def _interval_text(interval: Interval) -> str:
+    """`0.57 [0.44, 0.71]`, or n/a."""
+    if interval.estimate is None:
+        return "n/a"
+    bounds = "" if interval.low is None else f" [{interval.low:.4g}, {interval.high:.4g}]"
+    return f"{interval.estimate:.4g}{bounds}"
