@@ -167,22 +167,10 @@ def test_widths_that_differ_are_mapped_in_the_content_family_without_a_raw_patch
     toy: Path, here: Path, mechdiff: Invoke, client: mlflow.MlflowClient
 ) -> None:
     spec = damaged(toy, here, one_wider)
-    line = refused(
-        mechdiff(
-            "run",
-            "--pair",
-            spec,
-            *SITE,
-            "--family",
-            "content",
-            "--solver",
-            "reduced_rank",
-            "--k",
-            "3",
-            code=1,
-        ).output
+    mechdiff(
+        *("run", "--pair", spec, *SITE),
+        *("--family", "content", "--solver", "reduced_rank", "--k", "3"),
     )
-    assert "differ in width" in line
     (patch,) = runs_of(client)["patch"]
     assert patch.info.status == "FINISHED"
     assert "skill_pct" in patch.data.metrics
