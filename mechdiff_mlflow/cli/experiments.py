@@ -280,10 +280,14 @@ def _check_same_pair(map_: AffineMap, name: str, fingerprint: str) -> None:
 
 
 def _demand_signal(patches: list[PatchRecord]) -> None:
-    """Fail where a drop could not be told from noise; what was measured is in the run already."""
+    """Fail where an effect could not be told from noise; what was measured is in the run already.
+
+    That is a drop, or between models of different widths, which have no raw patch, a skill.
+    """
     for patch in patches:
-        if "drop_pct" in patch.undefined:
+        name = "drop" if patch.kl_raw is not None else "skill"
+        if f"{name}_pct" in patch.undefined:
             raise MechdiffError(
-                f"No drop at {patch.cell.site}: {patch.undefined['drop_pct']}; choose a "
+                f"No {name} at {patch.cell.site}: {patch.undefined[f'{name}_pct']}; choose a "
                 "site where the models differ, e.g. a later layer."
             )

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from mechdiff_mlflow.engine.budget import parse_bytes
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import Family
 from mechdiff_mlflow.sites import Hook
@@ -202,7 +203,7 @@ position = click.option(
     type=Text("position", Position.parse),
     default="decision",
     show_default=True,
-    help="Token read and replaced: decision (last of the prompt) or last_content.",
+    help="Read and replaced: decision (last token of the prompt), last_content or content_mean.",
 )
 
 n_train = click.option(
@@ -257,7 +258,24 @@ models = _stacked(
         type=whole("--batch-size", 32, least=1),
         default="32",
         show_default=True,
-        help="Prompts a chunk.",
+        help="Prompts a chunk, at most; fewer when memory runs out.",
+    ),
+    click.option(
+        "--sequential",
+        is_flag=False,
+        flag_value="yes",
+        type=one_of("--sequential", "auto", "yes", "no"),
+        default="auto",
+        show_default=True,
+        metavar="[auto|yes|no]",
+        help="Hold one of the two models at a time; auto: where both do not fit.",
+    ),
+    click.option(
+        "--memory-budget",
+        type=Text("size", lambda text: None if text == "none" else parse_bytes(text)),
+        default="none",
+        show_default=True,
+        help="Memory beside the weights, e.g. 8GiB or 500MB; what is over goes to disk. None: no bound.",
     ),
 )
 
