@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -283,4 +284,39 @@ promotion = click.option(
     show_default=True,
     metavar="[ALIAS]",
     help="Register the map under this alias (champion when none is given).",
+)
+
+alias = click.option(
+    "--alias", default="champion", show_default=True, help="Name under which people fetch the map."
+)
+
+why = click.option("--why", default="", help="Reason, for the history of the alias.")
+
+policy = _stacked(
+    click.option(
+        "--policy",
+        type=click.Path(path_type=Path),
+        default=None,
+        help="YAML file of rules, e.g. min_drop_pct: 30 and ci_above_zero: true.",
+    ),
+    click.option("--min-drop", type=number("--min-drop", 30), default=None, help="Least drop in percent."),
+    click.option("--min-skill", type=number("--min-skill", 10), default=None, help="Least skill in percent."),
+    click.option(
+        "--ci-above-zero",
+        is_flag=True,
+        default=None,
+        help="The 95 % interval of the drop must lie above 0.",
+    ),
+    click.option(
+        "--allow-leak",
+        is_flag=True,
+        default=None,
+        help="Also a map that something was chosen for on the split it is reported on.",
+    ),
+    click.option(
+        "--allow-pair-mismatch",
+        is_flag=True,
+        default=None,
+        help="Also a map fitted on another pair than it was measured on, or than the version it replaces.",
+    ),
 )

@@ -27,7 +27,13 @@ from mechdiff_mlflow.tracking.card import model_card
 from mechdiff_mlflow.tracking.fetch import read_back, verified_map
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.names import check_alias, check_name, registered_name
-from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT, SELECTION_LEAK, Candidate, PromotionPolicy
+from mechdiff_mlflow.tracking.policy import (
+    FITTED_ON,
+    PAIR_FINGERPRINT,
+    SELECTION_LEAK,
+    Candidate,
+    PromotionPolicy,
+)
 from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.registry import Version
 from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG
@@ -35,7 +41,19 @@ from mechdiff_mlflow.tracking.store import Store
 
 _MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # how a logged model's page knows its registered versions
 _PROVENANCE = (
-    *("pair", PAIR_FINGERPRINT, "layer", "hook", "solver", "family", "k", "shrink", "ridge", "off_span"),
+    *(
+        "pair",
+        PAIR_FINGERPRINT,
+        FITTED_ON,
+        "layer",
+        "hook",
+        "solver",
+        "family",
+        "k",
+        "shrink",
+        "ridge",
+        "off_span",
+    ),
     *("position", "split", "n", "seed", "dtype", "null", SELECTION_LEAK),
 )
 _METRICS = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor", "rho", "top1_agreement")
@@ -78,15 +96,17 @@ def promote(
             alias is not possible, or the files are not what was logged.
     """
     check_alias(alias)
+    policy = policy or PromotionPolicy()
     measured = _measured(store, run_id)
     name = check_name(name) if name else _name_of(measured)
     with registry.promotion_lock(store):
         _registered(store, name, measured)
-        _apply(policy or PromotionPolicy(), store, name, alias, measured)
+        _apply(policy, store, name, alias, measured)
         version = _existing(store, name, measured) or _create_version(store, name, measured)
         if not version.is_verified:
             _verify(store, version)
-        registry.move_alias(store, registry.registered(store, name), alias, version.number, "promote", why)
+        model = registry.registered(store, name)
+        registry.move_alias(store, model, alias, version.number, "promote", why, str(policy))
     return registry.get_version(store, name, version.number)
 
 

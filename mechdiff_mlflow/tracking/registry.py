@@ -86,6 +86,7 @@ class Move:
         who: The user.
         when_ms: Unix time in ms; 0 when not known.
         why: In the user's words.
+        rules: The policy that a promotion met.
     """
 
     action: str
@@ -94,6 +95,7 @@ class Move:
     who: str = ""
     when_ms: int = 0
     why: str = ""
+    rules: str = ""
 
 
 def list_winners(store: Store) -> list[Version]:
@@ -178,7 +180,13 @@ def promotion_lock(store: Store) -> Iterator[None]:
 
 
 def move_alias(
-    store: Store, model: RegisteredModel, alias: str, target: int | None, action: str, why: str
+    store: Store,
+    model: RegisteredModel,
+    alias: str,
+    target: int | None,
+    action: str,
+    why: str,
+    rules: str = "",
 ) -> None:
     """Announce the move, then make it; the caller holds the lock and has verified the target.
 
@@ -190,7 +198,7 @@ def move_alias(
     if source == target:
         return
     moves = _announced(model, alias)
-    move = Move(action, source, target, _who(), int(time.time() * 1000), why)
+    move = Move(action, source, target, _who(), int(time.time() * 1000), why, rules)
     last = moves[-1] if moves else None
     with store.errors():
         client = store.client

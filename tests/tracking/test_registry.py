@@ -376,6 +376,11 @@ def test_winners_of_every_name_are_listed(store: Store, patched: Patch) -> None:
             {"params": {**PARAMS, "pair_fingerprint": "f2"}},
             "allow_pair_mismatch: .* f2, .* f1",
         ),
+        (
+            PromotionPolicy(),
+            {"tags": {"pair_fingerprint": "f1", "fitted_on_pair": "f0"}},
+            "allow_pair_mismatch: it was measured on pair f1 and fitted on f0",
+        ),
     ],
 )
 def test_a_refusal_names_the_rule_and_leaves_the_alias(
