@@ -48,15 +48,20 @@ def promote_command(run: str, **given: Any) -> None:
 @click.option(
     "--out", "-o", required=True, type=click.Path(path_type=Path), help="File to write, .pt or .safetensors."
 )
+@click.option("--offline", is_flag=True, help="Ask only the cache of this machine, never the store.")
 @options.store
-def fetch_command(name: str, out: Path, tracking_uri: str | None) -> None:
-    """Write the map called NAME@ALIAS (or models:/…, runs:/…) to a file, its hash verified.
+def fetch_command(name: str, out: Path, offline: bool, tracking_uri: str | None) -> None:
+    """Write the map called NAME@ALIAS (or NAME/3, runs:/…, a run's id) to a file, its hash verified.
+
+    When the server does not answer, NAME means what it meant when it was last asked here; a warning says so.
 
     \b
     Example:
       mechdiff fetch cultural-demo-L26-attn_out@champion -o map.pt
     """
-    found = fetch.fetch(open_store(tracking_uri), name, out)
+    found = fetch.fetch(name, out, tracking_uri=tracking_uri, offline=offline)
+    if found.caution:
+        show.warn(found.caution)
     show.lines([f"{out} is the map of {name}, sha256 {found.sha256}"])
 
 

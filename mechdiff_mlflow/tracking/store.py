@@ -42,7 +42,7 @@ _PROCESS_SETTINGS = {
 
 
 class StoreUnreachable(MechdiffError):
-    """The server went away after it had been opened."""
+    """No server answers, or not any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +151,9 @@ def open_store(tracking_uri: str | None = None) -> Store:
             unusable.
     """
     prepare_process()
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    uri = store_uri(tracking_uri)
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https"):
-        uri = uri.rstrip("/")
         _check_server(uri)
         return Store(uri, MlflowClient(uri))
     if scheme.startswith("databricks"):
@@ -168,6 +167,19 @@ def open_store(tracking_uri: str | None = None) -> Store:
         f"Tracking URI {redact(uri)!r} is a directory or of an unknown kind; MLflow keeps registered maps in "
         "a database, so use sqlite:///mlflow.db or the http:// address of an MLflow server."
     )
+
+
+def store_uri(tracking_uri: str | None = None) -> str:
+    """The URI that `open_store` opens, a SQLite file by its absolute path; nothing is opened.
+
+    Raises:
+        MechdiffError: A `sqlite:` URI names no file in an existing directory.
+    """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    scheme = urlsplit(uri).scheme
+    if scheme == "sqlite":
+        return f"sqlite:///{database.sqlite_path(uri)}"
+    return uri.rstrip("/") if scheme in ("http", "https") else uri
 
 
 def prepare_process() -> None:
@@ -197,6 +209,11 @@ def redact(uri: str) -> str:
     return _SECRET_QUERY.sub(r"\1***", _USER_INFO.sub(r"\1***@", uri))
 
 
+def without_user(uri: str) -> str:
+    """`uri` without user name and password."""
+    return _USER_INFO.sub(r"\1", uri)
+
+
 def _check_server(uri: str) -> None:
     try:
         answer = http_request(
@@ -209,7 +226,7 @@ def _check_server(uri: str) -> None:
             raise_on_status=False,
         )
     except (MlflowException, requests.RequestException) as error:
-        raise MechdiffError(
+        raise StoreUnreachable(
             f"No tracking server answers at {redact(uri)}; start one with `mlflow server --port "
             f"{urlsplit(uri).port or 5000}`, or set MLFLOW_TRACKING_URI to one that runs, or unset it to use "
             "./mlflow.db."

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.tracking import fetch as fetching
-from mechdiff_mlflow.tracking import flavour, registry
+from mechdiff_mlflow.tracking import cache, flavour, registry
 from mechdiff_mlflow.tracking.compare import diff
 from mechdiff_mlflow.tracking.fetch import fetch, load_map, resolve
 from mechdiff_mlflow.tracking.policy import PromotionPolicy
@@ -191,8 +190,20 @@ def test_runs_and_logged_models_name_maps_too(store: Store, tracker: Tracker, pa
     [logged] = flavour.maps_of_run(store, patched.fit)
     assert load_map(f"runs:/{patched.fit}", store=store) == make_map()
     assert load_map(f"models:/{logged.model_id}", store=store) == make_map()
-    with pytest.raises(MechdiffError, match="has 0 maps; give the id of a fit run"):
+    with pytest.raises(MechdiffError, match=f"at α=1.0 and .* promote {run_id} to have it so, or name"):
         load_map(f"runs:/{run_id}", store=store)
+    parent = store.client.get_run(patched.fit).data.tags["mlflow.parentRunId"]
+    assert load_map(parent, store=store) == make_map()
+    plain = tracker.log(RunRecord(kind="patch", name="p"))
+    with pytest.raises(MechdiffError, match="has 0 maps; give the id of a fit run"):
+        load_map(f"runs:/{plain}", store=store)
+
+
+def test_a_patch_names_the_map_that_it_measured_as_it_is(store: Store, tracker: Tracker) -> None:
+    params = {**PARAMS, "alpha": 0.5}
+    fit = tracker.log(RunRecord(kind="fit", name="f", params=params, map=make_map(alpha=0.5)))
+    patch = tracker.log(RunRecord(kind="patch", name="p", params=params, map_run=fit))
+    assert load_map(patch, store=store) == make_map(alpha=0.5)
 
 
 def test_changed_files_are_refused_whatever_the_alias_says(store: Store, patched: Patch) -> None:
@@ -243,7 +254,7 @@ def test_fetching_writes_a_copy_and_leaves_the_store_alone(
     before = {f: (f.read_bytes(), f.stat().st_mtime_ns, f.stat().st_nlink) for f in files}
     wanted = make_map().with_alpha(0.3)
     for out in (tmp_path / "a.pt", tmp_path / "a.safetensors"):
-        found = fetch(store, f"{NAME}@champion", out)
+        found = fetch(f"{NAME}@champion", out, store=store)
         assert AffineMap.load(out) == wanted
         assert found.version is not None
         assert str(found.version) == f"{NAME}/1"
@@ -278,7 +289,7 @@ def test_a_damaged_cache_is_replaced(store: Store, patched: Patch, tmp_path: Pat
 )
 def test_fetch_refuses_impossible_places(store: Store, out: str, words: str) -> None:
     with pytest.raises(MechdiffError, match=words):
-        fetch(store, f"{NAME}@champion", out)
+        fetch(f"{NAME}@champion", out, store=store)
 
 
 def test_rollback_goes_back_step_by_step(store: Store, patched: Patch) -> None:
@@ -520,13 +531,13 @@ def test_the_cache_is_where_the_user_says(
     store: Store, patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     promote(store, patched())
-    monkeypatch.delenv(fetching.CACHE_VARIABLE)
+    monkeypatch.delenv(cache.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     load_map(f"{NAME}@champion", store=store)
     digest = resolve(store, f"{NAME}@champion").sha256
     assert (tmp_path / "xdg" / "mechdiff" / "maps" / digest / "MLmodel").is_file()
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(fetching.CACHE_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "file"))
     with pytest.raises(MechdiffError, match=r"cannot be written .* MECHDIFF_CACHE"):
         load_map(f"{NAME}@champion", store=store)
 
