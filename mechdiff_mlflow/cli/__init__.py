@@ -1,6 +1,6 @@
 """The command line: every command reads options, calls one function and prints what it found."""
 
-from mechdiff_mlflow.cli import experiments, models, pairs, reports, winners
+from mechdiff_mlflow.cli import exchange, experiments, models, pairs, reports, winners
 from mechdiff_mlflow.cli.group import cli, main
 
 cli.add_command(experiments.run_command)
@@ -16,6 +16,8 @@ cli.add_command(reports.compare_command)
 cli.add_command(winners.promote_command)
 cli.add_command(winners.fetch_command)
 cli.add_command(winners.maps_command)
+cli.add_command(exchange.import_command)
+cli.add_command(exchange.export_command)
 cli.add_command(pairs.doctor_command)
 
 __all__ = ["cli", "main"]

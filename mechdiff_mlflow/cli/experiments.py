@@ -31,6 +31,12 @@ from mechdiff_mlflow.tracking.store import open_store
 SEED_N = 500
 """Prompts that the seed experiment reports on."""
 
+_pair_mismatch = click.option(
+    "--allow-pair-mismatch",
+    is_flag=True,
+    help="Patch a pair that the map was not fitted on, or that an imported map does not name; recorded.",
+)
+
 
 @click.command("run")
 @options.pair
@@ -112,9 +118,7 @@ def fit_command(**given: Any) -> None:
 @options.seed
 @options.models
 @options.tracking
-@click.option(
-    "--allow-pair-mismatch", is_flag=True, help="Patch a pair that the map was not fitted on; recorded."
-)
+@_pair_mismatch
 def patch_command(**given: Any) -> None:
     """Patch with a map that exists, and report.
 
@@ -219,6 +223,7 @@ def sweep_command(**given: Any) -> None:
 @options.seed
 @options.models
 @options.tracking
+@_pair_mismatch
 def report_pass_command(**given: Any) -> None:
     """Measure the registered winners of a pair again, each with the α kept on its version (RQ2).
 
@@ -240,7 +245,7 @@ def report_pass_command(**given: Any) -> None:
         for version in versions:
             map_ = load_map(version.uri, store=store)
             map_ = map_.with_alpha(float(version.tags.get("alpha", map_.alpha)))
-            _check_same_pair(map_, str(version), pair.fingerprint)
+            _check_same_pair(map_, str(version), pair.fingerprint, allowed=given["allow_pair_mismatch"])
             position = Position(str(map_.meta["position"]))
             study = studies.setdefault(
                 position, Study(pair, replace(protocol, position=position), now.study.stage)

@@ -39,6 +39,9 @@ from mechdiff_mlflow.tracking.registry import Version
 from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store import Store
 
+IMPORTED_FROM = "imported_from"
+"""Tag: which file of the predecessor's a map was imported from."""
+
 _MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # how a logged model's page knows its registered versions
 _PROVENANCE = (
     *(
@@ -54,7 +57,7 @@ _PROVENANCE = (
         "ridge",
         "off_span",
     ),
-    *("position", "split", "n", "seed", "dtype", "null", SELECTION_LEAK),
+    *("position", "split", "n", "seed", "dtype", "null", SELECTION_LEAK, IMPORTED_FROM),
 )
 _METRICS = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor", "rho", "top1_agreement")
 _ALPHA_SAME = 1e-12

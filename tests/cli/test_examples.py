@@ -43,7 +43,17 @@ def test_every_command_says_what_it_does_with_an_example_of_itself(name: str, me
         assert not isinstance(parameter, click.Option) or parameter.help, f"{parameter.name} has no help"
 
 
-WITH_A_CHAMPION = ("promote", "fetch", "patch", "report", "report-pass", "compare")
+WITH_A_CHAMPION = (
+    "promote",
+    "fetch",
+    "patch",
+    "report",
+    "report-pass",
+    "compare",
+    "import",
+    "export",
+    "runs",
+)
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
@@ -53,6 +63,8 @@ def test_every_example_runs(name: str, toy: Path, mechdiff: Invoke, client: mlfl
         for alpha in ("1", "0.9") if name == "maps rollback" else ("1",):
             site = ("--layer", "3", "--hook", "attn_out", "--alpha", alpha)
             mechdiff("run", "--pair", str(toy), *site, "--promote")
+    if name == "import":
+        mechdiff("export", "winners", "--pair", str(toy))
     if name == "compare":
         (toy.parent / "twin.yaml").write_text(toy.read_text().replace("name: toy", "name: twin"))
         twin = ("--pair", str(toy.parent / "twin.yaml"))
