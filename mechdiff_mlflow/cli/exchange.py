@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from mechdiff_mlflow.cli import options, show
-from mechdiff_mlflow.spec import PairSpec
 from mechdiff_mlflow.tracking.exchange import Import, export_manifest, import_manifest
 from mechdiff_mlflow.tracking.store import open_store
 
@@ -40,11 +39,10 @@ def import_command(manifest: Path, **given: Any) -> None:
     Example:
       mechdiff import winners/manifest.json --pair cultural-demo --alias imported
     """
-    pair = given["pair"]
     what = Import(
         manifest=manifest,
         root=given["root"] or manifest.parent,
-        pair=PairSpec.load(pair).name if pair is not None and Path(pair).is_file() else pair,
+        pair=options.pair_name(given["pair"]) if given["pair"] is not None else None,
         position=given["position"],
         alias=given["alias"],
         why=given["why"],
@@ -70,7 +68,5 @@ def export_command(folder: Path, pair: str, alias: str, tracking_uri: str | None
     Example:
       mechdiff export exported --pair cultural-demo --alias champion
     """
-    is_spec = Path(pair).is_file()
-    name = PairSpec.load(pair).name if is_spec else pair
-    versions = export_manifest(open_store(tracking_uri), folder, name, alias)
+    versions = export_manifest(open_store(tracking_uri), folder, options.pair_name(pair), alias)
     show.lines([f"{folder / 'manifest.json'} lists {', '.join(map(str, versions))}"])

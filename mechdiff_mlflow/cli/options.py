@@ -13,7 +13,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import Family
 from mechdiff_mlflow.sites import Hook
 from mechdiff_mlflow.solvers import SOLVERS, OffSpan
-from mechdiff_mlflow.spec import Alpha, Position, Rank
+from mechdiff_mlflow.spec import Alpha, PairSpec, Position, Rank
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -89,6 +89,11 @@ def one_alpha(text: str) -> float:
     if alpha.is_choice:
         raise MechdiffError(f"α={text!r} is a choice of several; pass one number, e.g. 0.3.")
     return alpha.values[0]
+
+
+def pair_name(pair: str) -> str:
+    """The name in a pair spec, or what is no file as it is: nothing of the pair but its name is needed."""
+    return PairSpec.load(pair).name if Path(pair).is_file() else pair
 
 
 def _stacked(*decorators: Decorator[Command]) -> Decorator[Command]:

@@ -15,6 +15,7 @@ from rich.table import Table
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.stats import Interval
 from mechdiff_mlflow.tracking.compare import MapDiff
+from mechdiff_mlflow.tracking.finding import FoundRun
 from mechdiff_mlflow.tracking.registry import Move, Version
 from mechdiff_mlflow.tracking.store import Store
 from mechdiff_mlflow.tracking.view import view_url
@@ -120,6 +121,18 @@ def map_diff(found: MapDiff) -> None:
         table.add_row(escape(key), *(escape(_tag_text(text)) for text in pair))
     for what, cosine in (("cosine of W", found.cosine_weight), ("cosine of W − I", found.cosine_update)):
         table.add_row(what, "", "n/a" if cosine is None else f"{cosine:.6f}")
+    _console().print(table)
+
+
+def found_runs(found: Sequence[FoundRun]) -> None:
+    """Print runs in the order given."""
+    metric = found[0].metric
+    table = Table("pair", "site", "solver", "k", "α", "split", "n", metric, "95 % interval", "leak", "run")
+    for run in found:
+        settings = [run.settings.get(key, "n/a") for key in ("solver", "k", "alpha", "split", "n")]
+        interval = "" if run.low is None or run.high is None else f"{run.low:.4g} to {run.high:.4g}"
+        row = (run.pair, run.site, *settings, _number(run.value), interval, "yes" if run.leak else "no")
+        table.add_row(*map(escape, row), run.run_id)
     _console().print(table)
 
 

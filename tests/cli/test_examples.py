@@ -78,7 +78,8 @@ def test_every_example_runs(name: str, toy: Path, mechdiff: Invoke, client: mlfl
             words[1] = runs_of(client)["fit"][0].info.run_id
         pair = (
             []
-            if "--pair" in words or name.split()[0] in ("promote", "fetch", "maps", "doctor", "compare")
+            if "--pair" in words
+            or name.split()[0] in ("promote", "fetch", "maps", "doctor", "compare", "runs")
             else ["--pair", str(toy)]
         )
         mechdiff(*words, *pair)
