@@ -13,6 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import kills
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking import cache, flavour, registry
@@ -495,6 +496,29 @@ def test_a_promoter_killed_at_any_step_leaves_the_alias_and_is_finished_later(
     for model in store.client.search_logged_models([store.experiment("demo")]):
         if model.status == "READY":
             load_map(f"models:/{model.model_id}", store=store)
+
+
+def test_a_promoter_ended_by_sigkill_is_finished_later(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few of the points of `benchmarks/kills.py`, which kills at all of them."""
+    files = tmp_path / "store" / "mlartifacts"
+    points = kills.points_of(store.uri, files)
+    assert len(points) >= 20
+    wanted = (
+        "create_logged_model",
+        "log_model_artifacts",
+        "create_model_version",
+        "set_registered_model_alias",
+    )
+    chosen = [p for p in points if p.kind == "after" and p.what in wanted]
+    chosen += [p for p in points if p.kind == "file" and p.what in ("map.pt", "MLmodel")]
+    assert len(chosen) >= 6
+    sound: set[str] = set()
+    for seed, point in enumerate(chosen, start=2):
+        left = kills.kill_at(store.uri, files, point, seed, sound)
+        assert left.problems == (), point
+        assert left.moved == kills.moves_the_alias(point, points), point
 
 
 def _promote_all(uri: str, run_ids: list[str], failures: "multiprocessing.Queue[str]") -> None:
