@@ -90,9 +90,10 @@ class Deadly:
             index, self._n = self._n, self._n + 1
             self._note(name)
             self._die("before", index)
-            result = method(*arguments, **options)
-            self._die("after", index)
-            return result
+            try:
+                return method(*arguments, **options)
+            finally:
+                self._die("after", index)  # also when the answer was a refusal
 
         return call
 
