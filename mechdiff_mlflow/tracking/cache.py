@@ -12,9 +12,10 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.store import without_user
+from mechdiff_mlflow.tracking.database import sqlite_path
 
 CACHE_VARIABLE = "MECHDIFF_CACHE"
 
@@ -52,6 +53,14 @@ def entry(sha256: str) -> Path:
     return _root() / "maps" / sha256
 
 
+def place(uri: str) -> str:
+    """A store's URI without user, password and options, a SQLite file by its absolute path."""
+    parts = urlsplit(uri)
+    if parts.scheme == "sqlite":
+        return f"sqlite:///{sqlite_path(uri)}"
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
 def remember(uri: str, name: str, label: str, sha256: str) -> None:
     """Note what `name` means in the store `uri` now; a cache that cannot be written is no reason to fail."""
     path = _answer_path(uri, name)
@@ -74,8 +83,7 @@ def recall(uri: str, name: str) -> Answer | None:
 
 
 def _answer_path(uri: str, name: str) -> Path:
-    # Without the password, which may change and has no business here.
-    key = hashlib.sha256(f"{without_user(uri)}\n{name}".encode()).hexdigest()
+    key = hashlib.sha256(f"{place(uri)}\n{name}".encode()).hexdigest()
     return _root() / "answers" / f"{key}.json"
 
 

@@ -17,7 +17,7 @@ from mechdiff_mlflow.tracking import cache, flavour
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.registry import Version, get_version
 from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG, same_number
-from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, open_store, redact, store_uri
+from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, open_store, uri_of
 
 _REGISTERED = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<number>\d+))")
 _LOGGED = re.compile(r"models:/(?P<model_id>m-[0-9a-f]{32})")
@@ -161,14 +161,15 @@ def _get(
     reference: str, store: Store | None, tracking_uri: str | None, offline: bool
 ) -> tuple[Resolved, AffineMap]:
     """What `reference` names, and the map: from the store, or the cache where that is out of reach."""
-    uri, name = store.uri if store else store_uri(tracking_uri), reference.removeprefix("models:/")
+    uri, name = store.uri if store else uri_of(tracking_uri), reference.removeprefix("models:/")
     if offline:
         answer = cache.recall(uri, name)
         if answer is None:
             raise MechdiffError(
-                f"{name} of {redact(uri)} was never fetched on this machine; fetch it once without --offline."
+                f"{name} of {cache.place(uri)} was never fetched on this machine; fetch it once without "
+                "--offline."
             )
-        return _from_cache(answer, name, f"Offline, {redact(uri)} was not asked")
+        return _from_cache(answer, name, f"Offline, {cache.place(uri)} was not asked")
     try:
         store = store or open_store(tracking_uri)
         found = resolve(store, reference)
@@ -177,7 +178,7 @@ def _get(
         answer = cache.recall(uri, name)
         if answer is None:
             raise
-        return _from_cache(answer, name, f"{redact(uri)} does not answer")
+        return _from_cache(answer, name, f"{cache.place(uri)} does not answer")
     cache.remember(uri, name, found.label, found.sha256)
     return found, the_map
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,25 +33,8 @@ def file_lock(file: Path) -> Iterator[None]:
 
 
 def lock_file(uri: str, purpose: str) -> Path:
-    """Where the lock of store `uri` lies: beside a SQLite file, else in a folder of the user's temp files.
-
-    Raises:
-        MechdiffError: Somebody else made that folder.
-        OSError: It cannot be made.
-    """
+    """Where the lock of store `uri` lies: beside a SQLite file, else in the temp files."""
     if uri.startswith("sqlite:///"):
         return Path(f"{uri.removeprefix('sqlite:///')}.{purpose}.lock")
     digest = hashlib.sha256(uri.encode()).hexdigest()[:16]
-    return _own_folder() / f"{purpose}-{digest}.lock"
-
-
-def _own_folder() -> Path:
-    # Temp files are this machine's own, where a home directory may be on several.
-    user = os.getuid() if hasattr(os, "getuid") else None
-    folder = Path(tempfile.gettempdir()) / (f"mechdiff-{user}" if user is not None else "mechdiff")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or (user is not None and folder.stat().st_uid != user):
-        raise MechdiffError(
-            f"{folder} belongs to somebody else; remove it, or set TMPDIR to your own folder."
-        )
-    return folder
+    return Path(tempfile.gettempdir()) / f"mechdiff-{purpose}-{digest}.lock"

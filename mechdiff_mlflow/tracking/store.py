@@ -151,7 +151,7 @@ def open_store(tracking_uri: str | None = None) -> Store:
             unusable.
     """
     prepare_process()
-    uri = store_uri(tracking_uri)
+    uri = uri_of(tracking_uri)
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https"):
         _check_server(uri)
@@ -169,17 +169,10 @@ def open_store(tracking_uri: str | None = None) -> Store:
     )
 
 
-def store_uri(tracking_uri: str | None = None) -> str:
-    """The URI that `open_store` opens, a SQLite file by its absolute path; nothing is opened.
-
-    Raises:
-        MechdiffError: A `sqlite:` URI names no file in an existing directory.
-    """
+def uri_of(tracking_uri: str | None = None) -> str:
+    """The URI that counts: the given one, MLFLOW_TRACKING_URI, or `mlflow.db` in the working directory."""
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-    scheme = urlsplit(uri).scheme
-    if scheme == "sqlite":
-        return f"sqlite:///{database.sqlite_path(uri)}"
-    return uri.rstrip("/") if scheme in ("http", "https") else uri
+    return uri.rstrip("/") if uri.startswith(("http://", "https://")) else uri
 
 
 def prepare_process() -> None:
@@ -207,11 +200,6 @@ def one_attempt() -> Iterator[None]:
 def redact(uri: str) -> str:
     """`uri` with user name, password and any secret in the query replaced by ***."""
     return _SECRET_QUERY.sub(r"\1***", _USER_INFO.sub(r"\1***@", uri))
-
-
-def without_user(uri: str) -> str:
-    """`uri` without user name and password."""
-    return _USER_INFO.sub(r"\1", uri)
 
 
 def _check_server(uri: str) -> None:

@@ -17,6 +17,8 @@ Reference: Lamport (1974), A new solution of Dijkstra's concurrent programming p
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -173,6 +175,11 @@ def _machine(store: Store) -> str:
     """A name of whoever shares the lock file, which lies beside it."""
     file = lock_file(store.uri, "promotion").with_suffix(".machine")
     with store.errors():
-        if not file.exists():
-            file.write_text(uuid.uuid4().hex, encoding="ascii")
-        return file.read_text(encoding="ascii").strip()
+        known = file.read_text(encoding="ascii") if file.is_file() and not file.is_symlink() else ""
+        if re.fullmatch("[0-9a-f]{32}", known):
+            return known
+        fresh = uuid.uuid4().hex
+        part = file.with_suffix(f".{fresh}")
+        part.write_text(fresh, encoding="ascii")
+        os.replace(part, file)  # whole or not at all
+        return fresh
