@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mechdiff_mlflow.engine.fusion import kernels_for
+
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
@@ -82,6 +84,13 @@ def split_attention(
         [n, V * suffix, heads, value width]
     """
     n, heads, tokens, _ = query.shape
+    kernels = kernels_for(query) if suffix == 1 and softcap is None and sinks is None else None
+    if kernels is not None:
+        mask = None if prefix.mask is None else prefix.added_mask(1, torch.float32)[:, 0, 0, :-1].contiguous()
+        found: Tensor = kernels.split_attention(
+            query, key, value, prefix.keys, prefix.values, mask, scale=scale
+        )
+        return found
     key_heads, n_prefix = key.shape[1], prefix.keys.shape[2]
     groups, variants = heads // key_heads, tokens // suffix
     accumulate = torch.promote_types(query.dtype, torch.float32)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,22 +33,27 @@ class Recording:
     clean: dict[Site, Tensor]
     logits: Tensor
 
-    def check_finite(self) -> None:
+    def finite(self) -> Tensor:
+        """Whether activations and logits are numbers [n, sites + 1], on the logits' device."""
+        device = self.logits.device
+        tensors = (*self.clean.values(), self.logits)
+        return torch.stack([torch.isfinite(x).all(-1).to(device) for x in tensors], 1)
+
+    def check_finite(self, finite: Tensor | None = None) -> None:
         """Raise unless activations and logits are numbers.
+
+        Args:
+            finite: What `finite` said, if it was asked: every answer of a GPU is waited for.
 
         Raises:
             MechdiffError: One is NaN or infinite; names it and the prompt.
         """
-        tensors = {f"The activation at {site}": x for site, x in self.clean.items()}
-        tensors["The next-token logits"] = self.logits
-        device = self.logits.device  # asked once: every answer of a GPU is waited for
-        finite = torch.stack(
-            [torch.isfinite(x).all(-1).to(device) for x in tensors.values()]
-        ).cpu()  # [tensors, n]
+        finite = (self.finite() if finite is None else finite).cpu()
         if not finite.all():
-            which, row = (int(i) for i in (~finite).nonzero()[0])
+            row, which = (int(i) for i in (~finite).nonzero()[0])
+            names = [*(f"The activation at {site}" for site in self.clean), "The next-token logits"]
             raise MechdiffError(
-                f"{list(tensors)[which]} of prompt {int(self.chunk.index[row])} is NaN or infinite; load "
+                f"{names[which]} of prompt {int(self.chunk.index[row])} is NaN or infinite; load "
                 "the model in bfloat16 or float32, or look for broken weights."
             )
 
@@ -63,6 +68,7 @@ class PromptForward:
         embeddings: Any = decoder.model.get_input_embeddings()  # type: ignore[operator]
         self.device: torch.device = embeddings.weight.device
         self.vocabulary: int = embeddings.weight.shape[0]
+        self._head: Any = decoder.model.get_output_embeddings()  # type: ignore[operator]
         # Some models warn of padding tokens without a mask.
         self._filler = int(text_config(decoder.model).pad_token_id == 0)
 
@@ -92,7 +98,7 @@ class PromptForward:
         if "position_ids" in self._accepts:
             kwargs["position_ids"] = positions
         kwargs.setdefault("use_cache", False)
-        with plain_attention(self.decoder):
+        with plain_attention(self.decoder), _contiguous_input(self._head):
             logits: Tensor = self.decoder.model(input_ids=ids, **kwargs).logits
         return logits[:, -1]
 
@@ -108,6 +114,23 @@ class PromptForward:
                 edit = lambda hidden, site=site: keep(site, hidden)  # noqa: E731
                 taps.enter_context(tapped(self.decoder, site, edit, len(chunk)))
             return Recording(chunk, clean, self(chunk, **more))
+
+
+@contextmanager
+def _contiguous_input(head: nn.Module | None) -> Iterator[None]:
+    """Give a linear layer its input without gaps.
+
+    The last token of every prompt is a view with gaps, for which torch multiplies prompt by prompt and reads
+    all weights each time: on a GPU that took as long as two blocks.
+    """
+    if not isinstance(head, nn.Linear):
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _forward_parameters(model: nn.Module) -> frozenset[str]:

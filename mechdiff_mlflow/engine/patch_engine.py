@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.chunks import check_prompts, in_chunks
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.fusion import Fusion
 from mechdiff_mlflow.engine.gradients import score_gradients
 from mechdiff_mlflow.engine.heads import AttentionHeads
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
@@ -35,6 +36,7 @@ class PatchEngine:
         max_rows: Patched tokens that go up the layers together.
         head_rows: Rows of logits in memory together.
         mode: Way of computing patched runs, of `MODES`; "auto" takes the first that agrees with "naive".
+        fused: Compute norms, rotations, gated MLPs and attention with kernels, where there are kernels.
 
     Raises:
         MechdiffError: The model's modules are not recognised, replacing their outputs does not change the
@@ -50,6 +52,7 @@ class PatchEngine:
         max_rows: int = 8192,
         head_rows: int = 2048,
         mode: str = "auto",
+        fused: bool = True,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_rows", max_rows), ("head_rows", head_rows)):
             if value < 1:
@@ -62,7 +65,10 @@ class PatchEngine:
             )
         self.forward = PromptForward(Decoder.of(model, overrides))
         self._batch_size = batch_size
-        self._path = choose_path(self.forward, mode, max_rows=max_rows, head_rows=head_rows)
+        self._fusion = Fusion.of(self.forward.decoder) if fused else Fusion()
+        self._path = choose_path(
+            self.forward, mode, max_rows=max_rows, head_rows=head_rows, fusion=self._fusion
+        )
         self.forward.n_prompts = 0
 
     @property
@@ -104,10 +110,11 @@ class PatchEngine:
         self._check(prompts, sites)
         captured = _Captured(len(prompts), sites, torch.device(device))
         for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
-            recording = self.forward.record(chunk, sites)
+            with self._fusion.applied():
+                recording = self.forward.record(chunk, sites)
             recording.check_finite()
             captured.add(recording)
-        return captured.by_site
+        return captured.by_site()
 
     def score_gradients(
         self, prompts: TokenizedPrompts, sites: Sequence[Site], *, seed: int = 0
@@ -168,7 +175,7 @@ class PatchEngine:
         done = 0
         for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
             recording = self._path.record(chunk, sites)
-            recording.check_finite()
+            captured.add(recording)
             next_token = NextToken.of(recording.logits)
             variants, same = board.variants(recording)
             scored = [
@@ -176,12 +183,11 @@ class PatchEngine:
                 for rows in self._path.run(recording, variants)
             ]
             board.add(recording, same, scored)
-            captured.add(recording)
             tops[chunk.index] = next_token.top.cpu()
             done += len(chunk)
             if progress is not None:
                 progress(done)
-        return board.result(captured.by_site, tops)
+        return board.result(captured.by_site(), tops)
 
     def _check(self, prompts: TokenizedPrompts, sites: Sequence[Site]) -> None:
         for site in sites:
@@ -193,21 +199,34 @@ class _Captured:
     """Activations of N prompts, filled chunk by chunk."""
 
     def __init__(self, n_prompts: int, sites: Sequence[Site], device: torch.device) -> None:
-        self.by_site: dict[Site, Tensor] = {}
         self._n_prompts, self._sites, self._device = n_prompts, list(dict.fromkeys(sites)), device
+        self._rows: Tensor | None = None  # [N, sites, width]
 
     def add(self, recording: Recording) -> None:
         if not self._sites:
             return
-        first = recording.clean[self._sites[0]]
+        device = recording.clean[self._sites[0]].device
         # One copy between devices, not one a site.
-        rows = torch.stack([recording.clean[site].to(first.device) for site in self._sites]).to(self._device)
-        if not self.by_site:
-            shape = (self._n_prompts, first.shape[-1])
-            self.by_site = {site: rows.new_empty(shape) for site in self._sites}
-        index = recording.chunk.index.to(self._device)
-        for site, x in zip(self._sites, rows, strict=True):
-            self.by_site[site][index] = x
+        rows = torch.stack([recording.clean[site].to(device) for site in self._sites], 1)
+        index = recording.chunk.index
+        if self._rows is None:
+            # A copy into pinned memory goes on while the GPU computes.
+            pinned = rows.is_cuda and self._device.type == "cpu"
+            shape = (self._n_prompts, *rows.shape[1:])
+            self._rows = torch.empty(shape, dtype=rows.dtype, device=self._device, pin_memory=pinned)
+        if self._rows.is_pinned():
+            for i, row in zip(index.tolist(), rows, strict=True):
+                self._rows[i].copy_(row, non_blocking=True)
+        else:
+            self._rows[index.to(self._device)] = rows.to(self._device)
+
+    def by_site(self) -> dict[Site, Tensor]:
+        """[N, width] each."""
+        if self._rows is None:
+            return {}
+        if self._rows.is_pinned():
+            torch.cuda.synchronize()
+        return dict(zip(self._sites, self._rows.unbind(1), strict=True))
 
 
 def _in_order(chunks: list[Tensor], order: list[Tensor]) -> Tensor:

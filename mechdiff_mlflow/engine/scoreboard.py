@@ -39,20 +39,24 @@ class ScoreBoard:
         """The vectors to run for a chunk, and which of [n, columns] are clean activations and need no run.
 
         Raises:
-            MechdiffError: Replacements have the wrong shape or are not finite.
+            MechdiffError: The recording is not finite, or replacements have the wrong shape or are not.
         """
-        index, n = recording.chunk.index, len(recording.chunk)
+        index = recording.chunk.index
         values = [self._values(group, recording) for group in self._groups]
         clean = [recording.clean[group.site].unsqueeze(1) for group in self._groups]
-        device = recording.logits.device  # asked once: every answer of a GPU is waited for
-        none = [torch.zeros(n, 0, dtype=torch.bool, device=device)]
-        finite = torch.cat(
-            none + [torch.isfinite(x).all(-1).to(device) for x in values], 1
-        ).cpu()  # [n, columns]
+        device = recording.logits.device
+        finite = [torch.isfinite(x).all(-1).to(device) for x in values]
         same = [(x == y).all(-1).to(device) for x, y in zip(values, clean, strict=True)]
-        same_as_clean = torch.cat(none + same, 1).cpu()
-        if not finite.all():
-            row, column = (int(i) for i in (~finite).nonzero()[0])
+        recorded = recording.finite()
+        # Asked once: every answer of a GPU is waited for.
+        answers = torch.cat([recorded, *finite, *same], 1).cpu()
+        n_columns = self._ends[-1] if self._ends else 0
+        recorded, finite_values, same_as_clean = torch.split(
+            answers, [recorded.shape[1], n_columns, n_columns], 1
+        )
+        recording.check_finite(recorded)
+        if not finite_values.all():
+            row, column = (int(i) for i in (~finite_values).nonzero()[0])
             name, site = self._name(column)
             raise MechdiffError(
                 f"{name} of prompt {int(index[row])} at {site} is NaN or beyond the range of "

@@ -12,6 +12,7 @@ from torch import Tensor
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.engine.chunks import Chunk, in_chunks
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.fusion import Fusion
 from mechdiff_mlflow.engine.masked import MaskedPath
 from mechdiff_mlflow.engine.naive import NaivePath
 from mechdiff_mlflow.engine.sweep import SweepPath
@@ -86,7 +87,9 @@ class Trial:
         return float((error / effect).max())
 
 
-def choose_path(forward: PromptForward, mode: str, *, max_rows: int, head_rows: int) -> Path:
+def choose_path(
+    forward: PromptForward, mode: str, *, max_rows: int, head_rows: int, fusion: Fusion | None = None
+) -> Path:
     """The fastest way of computing patched runs that agrees with the reference on this model.
 
     Args:
@@ -94,12 +97,13 @@ def choose_path(forward: PromptForward, mode: str, *, max_rows: int, head_rows: 
         mode: Which way to take, of `MODES`.
         max_rows: Patched tokens that go up the blocks together.
         head_rows: Rows of logits in memory together.
+        fusion: How "sweep" computes the model faster.
 
     Raises:
         MechdiffError: Some hook of the model does not change its logits, or `mode` does not fit the model.
     """
     ways: dict[str, Callable[[], Path]] = {
-        "sweep": lambda: SweepPath(forward, max_rows=max_rows, head_rows=head_rows),
+        "sweep": lambda: SweepPath(forward, max_rows=max_rows, head_rows=head_rows, fusion=fusion),
         "concat": lambda: SweepPath(forward, max_rows=max_rows, head_rows=head_rows, concat=True),
         "masked": lambda: MaskedPath(forward, max_rows=min(max_rows, head_rows)),
         "naive": lambda: NaivePath(forward),
