@@ -103,11 +103,14 @@ def promote(
     policy = policy or PromotionPolicy()
     measured = _measured(store, run_id)
     name = check_name(name) if name else _name_of(measured)
+    _apply(policy, name, alias, measured, None)  # before anything is made
     with registry.promotion_lock(store):
         _registered(store, name, measured)
 
         def check(model: RegisteredModel) -> None:
-            _apply(policy, store, model, alias, measured)
+            number = registry.holder_of(model, alias)
+            incumbent = None if number is None else registry.get_version(store, name, number)
+            _apply(policy, name, alias, measured, incumbent)
 
         check(registry.registered(store, name))
         version = _existing(store, name, measured) or _create_version(store, name, measured)
@@ -265,12 +268,10 @@ def _name_of(measured: _Measured) -> str:
 
 
 def _apply(
-    policy: PromotionPolicy, store: Store, model: RegisteredModel, alias: str, measured: _Measured
+    policy: PromotionPolicy, name: str, alias: str, measured: _Measured, incumbent: Version | None
 ) -> None:
-    name, number = model.name, registry.holder_of(model, alias)
-    incumbent = None if number is None else registry.get_version(store, name, number).tags
     candidate = Candidate(measured.run.info.run_id, measured.run.data.metrics, measured.facts)
-    refusals = policy.refusals(candidate, incumbent)
+    refusals = policy.refusals(candidate, None if incumbent is None else incumbent.tags)
     if refusals:
         raise MechdiffError(
             f"Run {candidate.run_id} may not become {name}@{alias} by the rule"

@@ -78,7 +78,7 @@ def test_a_policy_file_decides_and_options_go_on_top(
     refusal = mechdiff("promote", weak, "--policy", "policy.yaml", code=1).output
     assert "min_drop_pct: drop_pct is 12, at least 30 is asked for" in refusal
     assert "ci_above_zero: ci/drop_pct_low is -2" in refusal
-    assert client.get_registered_model(NAME).aliases == {}
+    assert client.search_registered_models() == []
     refusal = mechdiff("promote", strong, "--policy", "policy.yaml", "--min-drop", "50", code=1).output
     assert "drop_pct is 40, at least 50" in refusal
     refusal = mechdiff("promote", strong, "--policy", "policy.yaml", "--min-skill", "1", code=1).output
