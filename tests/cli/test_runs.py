@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import mlflow
 import pytest
 from cli.conftest import Invoke
+from click.testing import CliRunner
 
+from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.pairs import load_pair
 from mechdiff_mlflow.spec import PairSpec
 
 DOCS = Path(__file__).parents[2] / "docs" / "winners.md"
 
 
+@pytest.fixture(scope="module")
+def store_of_a_sweep(toy: Path, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of a sweep over two sites, two scales and two ranks."""
+    folder = tmp_path_factory.mktemp("swept")
+    shutil.copy(empty_store, folder / "mlflow.db")
+    words = ["sweep", "--pair", str(toy), "--sites", "L2/attn_out,L3/attn_out", "--alphas", "0.5,1"]
+    words += ["--ranks", "2,full", "--targets", "10", "--tracking-uri", f"sqlite:///{folder / 'mlflow.db'}"]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 0, result.output
+    return folder / "mlflow.db"
+
+
 @pytest.fixture
-def swept(toy: Path, mechdiff: Invoke) -> Path:
-    sites = ("--sites", "L2/attn_out,L3/attn_out", "--alphas", "0.5,1", "--ranks", "2,full")
-    mechdiff("sweep", "--pair", str(toy), *sites, "--targets", "10")
+def swept(toy: Path, here: Path, store_of_a_sweep: Path) -> Path:
+    """The pair, with the runs of the sweep in the store of `here`."""
+    shutil.copy(store_of_a_sweep, here / "mlflow.db")
     return toy
 
 
