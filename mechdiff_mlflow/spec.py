@@ -315,7 +315,7 @@ class PairSpec(_Frozen):
         try:
             return cls(**{**fields, "root": root})
         except (ValidationError, TypeError) as error:
-            raise MechdiffError(f"{source} is not valid: {_explain(error)}.") from None
+            raise MechdiffError(f"{source} is not valid: {explain(error)}.") from None
 
     @classmethod
     def load(cls, pair: str) -> PairSpec:
@@ -349,7 +349,7 @@ def shipped_pairs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _explain(error: ValidationError | TypeError) -> str:
+def explain(error: ValidationError | TypeError) -> str:
     """Pydantic's errors on one line: where, what, and for unknown keys which keys there are."""
     if not isinstance(error, ValidationError):
         return "its keys must be plain words"
