@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / "benchmarks" / ".peers"
 PEERS = ("nnsight==0.8.1", "transformer-lens==4.3.0", "pyvene==0.1.8")
 TOLERANCE_NATS = 1e-5
+COMMAND = [word for word in sys.argv[1:] if word != "--inside"]
 
 
 def install() -> Path:
@@ -279,7 +280,7 @@ def report(arguments: argparse.Namespace, tasks: list[Task], times: Any, agreeme
     versions = {
         p: metadata.version(p) for p in ("torch", "transformers", "nnsight", "transformer-lens", "pyvene")
     }
-    machine = f"{platform.machine()}, {arguments.threads} threads, {cpu_name()}"
+    machine = f"{platform.machine()}, threads: {arguments.threads}, {cpu_name()}"
     rows = []
     for task in tasks:
         ours = statistics.median(times[task.name]["ours"])
@@ -293,7 +294,11 @@ def report(arguments: argparse.Namespace, tasks: list[Task], times: Any, agreeme
         "64 tokens; seconds for the whole task, clean pass included; medians over "
         f"{arguments.rounds} rounds. {machine}.",
         "",
-        "`python benchmarks/peers.py` with " + ", ".join(f"{p} {v}" for p, v in versions.items()) + ".",
+        "`"
+        + " ".join(["python benchmarks/peers.py", *COMMAND])
+        + "` with "
+        + ", ".join(f"{p} {v}" for p, v in versions.items())
+        + ".",
         "",
         "| task | | seconds | × ours |",
         "| --- | --- | ---: | ---: |",
