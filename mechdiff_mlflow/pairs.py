@@ -6,6 +6,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -288,6 +289,8 @@ def _load_model(
     spec: PairSpec, reference: str, revision: str | None, device: str
 ) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase, str]:
     place = spec.locate(reference)
+    if spec.trust_remote_code:
+        warnings.warn(f"Code from {place} runs on this machine: trust_remote_code is on.", stacklevel=3)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": spec.trust_remote_code}
     try:
         # use_safetensors: a .bin checkpoint is a pickle, which runs code when it is read.
@@ -299,7 +302,9 @@ def _load_model(
             **options,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except MechdiffError:
+        raise
+    except Exception as error:  # configurations and weights of strangers fail in every way
         reason = " ".join(str(error).split())[:300]
         raise MechdiffError(
             f"Model {place} of pair {spec.name!r} cannot be loaded ({reason}); correct the id or path, "
@@ -329,7 +334,7 @@ def _load_adapter(spec: PairSpec, model: nn.Module, reference: str, revision: st
     place = spec.locate(reference)
     try:
         adapted = peft.PeftModel.from_pretrained(model, place, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # as above
         reason = " ".join(str(error).split())[:300]
         raise MechdiffError(f"Adapter {place} of pair {spec.name!r} cannot be loaded ({reason}).") from error
     adapted.eval().requires_grad_(False)
