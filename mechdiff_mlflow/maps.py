@@ -329,7 +329,8 @@ class AffineMap:
             weight = Weight(tensors["diagonal"], tensors["left"], tensors.get("right"))
             return cls(tensors["mean_in"], tensors["mean_out"], weight, header["alpha"], header["meta"])
         except (MechdiffError, TypeError, OverflowError) as error:
-            raise MechdiffError(f"{path} is not a map: {error}") from error
+            reason = str(error).rstrip(".")
+            raise MechdiffError(f"{path} is not a map: {reason}; fetch or fit it again.") from error
 
     def _tensors(self) -> dict[str, Tensor]:
         parts = (self.mean_in, self.mean_out, self.weight.diagonal, self.weight.left, self.weight.right)

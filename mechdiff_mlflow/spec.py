@@ -143,7 +143,7 @@ class _Frozen(BaseModel):
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 
 
 class BaseModelSpec(_Frozen):
@@ -245,7 +245,7 @@ class PairSpec(_Frozen):
                 path = untrusted.inside(self.root, reference, what)
             check_folder(path)
             return str(path.resolve())
-        if reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+        if reference.startswith((".", "/", "~")) or reference.count("/") > 1 or os.path.islink(path):
             raise MechdiffError(f"{path} does not exist; correct the path in pair {self.name!r}.")
         return reference
 
