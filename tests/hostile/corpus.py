@@ -809,7 +809,11 @@ def _words() -> list[Case]:
             "planted:" + "9" * 5000,
         ],
     }
-    return [Case(reader, f"{i} {w[:20]!r}", lambda _, w=w: w) for reader, all_ in words.items() for i, w in enumerate(all_)]
+    return [
+        Case(reader, f"{i} {w[:20]!r}", lambda _, w=w: w)
+        for reader, all_ in words.items()
+        for i, w in enumerate(all_)
+    ]
 
 
 CASES: list[Case] = [*_maps(), *_specs(), *_prompts(), *_models(), *_words()]
