@@ -2,8 +2,8 @@
 
     python -m benchmarks.fuzz map-pickle --seconds 60
 
-tests/hostile/test_fuzz.py runs the same targets by hypothesis. This script lets coverage choose the bytes, with
-atheris (`pip install atheris`), which is no dependency of ours. What it finds is written to ./crash-….
+tests/hostile/test_fuzz.py runs the same targets by hypothesis. Here coverage chooses the bytes, with atheris
+(`pip install atheris`), which is no dependency of ours. What it finds is written to ./crash-….
 """
 
 from __future__ import annotations

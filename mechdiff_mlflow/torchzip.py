@@ -1,10 +1,10 @@
 """torch's zip of tensors, made sure of before torch reads it.
 
 `torch.load(weights_only=True)` runs nothing that the file names, but its list of what may be named includes
-`bytearray`, which allocates whatever it is told (1.5 GB from 600 bytes, torch 2.13), and it reads the zip with
-another library than ours, which may see other members. So the members are read here, the pickle is walked
-without doing what it says, each storage must claim what its record has, and torch gets a new zip of what was
-checked.
+`bytearray`, which allocates whatever it is told (1.5 GB from a file of 3 KB, torch 2.13), and it reads the
+zip with another library than ours, which may see other members. So the members are read here, the pickle is
+walked without doing what it says, each storage must claim what its record has, and torch gets a new zip of
+what was checked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every hostile input is refused in one sentence; none runs anything, writes elsewhere or takes the memory."""
+"""Every hostile input is refused in one sentence; none runs anything, writes elsewhere or fills memory."""
 
 from __future__ import annotations
 
