@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from mechdiff_mlflow import torchzip, untrusted
+from mechdiff_mlflow.bundles import Manifest
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap, Weight
 from mechdiff_mlflow.planted import Plant
@@ -30,6 +31,7 @@ from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Alpha, PairSpec, Rank
 from mechdiff_mlflow.tracking.flavour import _flavour_conf
 from mechdiff_mlflow.tracking.names import check_alias, check_name
+from mechdiff_mlflow.tracking.policy import PromotionPolicy
 
 _FOLDER = Path(tempfile.gettempdir())
 
@@ -96,6 +98,16 @@ def mlmodel(data: bytes) -> None:
     _flavour_conf(_FOLDER)
 
 
+def manifest(data: bytes) -> None:
+    """The predecessor's list of winners."""
+    Manifest.load(_written("fuzz.json", data))
+
+
+def policy(data: bytes) -> None:
+    """Rules of promotion."""
+    PromotionPolicy.load(_written("policy.yaml", data))
+
+
 def words(data: bytes) -> None:
     """What users type."""
     text = data.decode("utf-8", "replace")
@@ -106,7 +118,19 @@ def words(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__.replace("_", "-"): target
-    for target in (map_pt, map_pickle, map_walk, map_safetensors, map_header, spec, prompts, mlmodel, words)
+    for target in (
+        map_pt,
+        map_pickle,
+        map_walk,
+        map_safetensors,
+        map_header,
+        spec,
+        prompts,
+        mlmodel,
+        manifest,
+        policy,
+        words,
+    )
 }
 
 
@@ -137,6 +161,8 @@ def seeds(target: str) -> list[bytes]:
         "mlmodel": [
             b"flavors:\n  mechdiff: {sha256: " + b"a" * 64 + b", probe_sha256: " + b"a" * 64 + b"}\n"
         ],
+        "manifest": [b'{"pair": "toy", "winners": {"L1_attn_out": {"path": "a.pt", "alpha": 0.3}}}'],
+        "policy": [b"min_drop_pct: 30\nci_above_zero: true\n"],
         "words": [b"L3/attn_out", b"full", b"0.3,0.7", b"attn_out:L1:r2:alpha0.7", b"champion"],
     }[target]
 

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
-import warnings
+import operator
+import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from mechdiff_mlflow.engine import ModuleNames, PatchEngine
+from mechdiff_mlflow.checkpoints import (
+    Checkpoint,
+    layer_digests,
+    load_adapter,
+    module_names,
+    quiet_transformers,
+)
+from mechdiff_mlflow.engine import MemoryBudget, ModuleNames, PatchEngine
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.planted import Plant, plant_in
 from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts, tokenize
+from mechdiff_mlflow.residence import Residence
+from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import SPLITS, PairSpec, Position
+
+_T = TypeVar("_T")
+
+_FILLED = 0.8
+"""Share of a device's memory that two models may take before one is held at a time."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +47,15 @@ class EngineOptions:
         batch_size: Prompts a chunk.
         max_rows: Patched rows that go up the layers together.
         head_rows: Rows whose logits exist together.
+        memory_budget: Bytes beside the weights, which the others are lowered to; None bounds nothing more.
+        sequential: `yes` holds one model at a time, `no` both; `auto` one where two do not fit.
     """
 
     batch_size: int = 32
     max_rows: int = 8192
     head_rows: int = 2048
+    memory_budget: int | None = None
+    sequential: str = "auto"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,45 +64,65 @@ class Side:
 
     Args:
         role: `base` or `tuned`.
-        model: The causal LM, in eval mode.
         tokenizer: Its tokenizer.
         revision: Commit of the hub, or `sha256:` and the digest of local weights; with an adapter, both.
-        switch: Context in which `model` is this side; two sides may share one module and switch its adapter.
+        n_layers: Decoder blocks.
+        load: Loads the model.
+        key: What the model is held as; two sides may share one and switch its adapter.
+        switch: Context in which the model is this side.
         make_engine: Builds the patch engine, inside `switch`.
+        residence: Where models are held.
     """
 
     role: str
-    model: nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
     revision: str
+    n_layers: int
+    load: Callable[[], nn.Module]
+    key: str
     switch: Callable[[], contextlib.AbstractContextManager[object]]
     make_engine: Callable[[nn.Module], PatchEngine]
+    residence: Residence
+    _digests: list[list[str] | None] = field(default_factory=list)
 
-    @cached_property
-    def _engine(self) -> PatchEngine:
-        return self.make_engine(self.model)
+    @property
+    def model(self) -> nn.Module:
+        """The causal LM in eval mode; loaded, and the other one freed, if only one is held at a time."""
+        return self.residence.model(self.key, self.load)
 
     @contextlib.contextmanager
     def engine(self) -> Iterator[PatchEngine]:
         """The patch engine, while the model is this side."""
-        with self.switch():
-            yield self._engine
+        with self.switch(), self.residence.engine(self.role, self.model, self.make_engine) as engine:
+            if self.residence.one_at_a_time and not self._digests:
+                self._keep_digests(engine)  # while it is here: to load it again costs more
+            yield engine
 
     def unembedding(self) -> Tensor:
         """The matrix from what the last norm leaves to logits, [vocabulary, width], without that norm.
 
         Raises:
-            MechdiffError: The model has no output embeddings of its own.
+            MechdiffError: The model has no output embeddings of its own, or not in memory.
         """
         with self.switch():
             head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
         weight = getattr(head, "weight", None)
-        if not isinstance(weight, Tensor):
+        if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
             raise MechdiffError(
-                f"The {self.role} model {type(self.model).__name__} has no output embeddings, which "
-                "logit_subspace is restricted by; use another solver."
+                f"The {self.role} model has no output embeddings that can be read (it has none, or they are "
+                "offloaded or quantized), which logit_subspace is restricted by; use another solver."
             )
-        return weight.detach()
+        return weight.detach().clone() if self.residence.one_at_a_time else weight.detach()
+
+    def layer_digests(self) -> list[str] | None:
+        """For each decoder block a digest of its weights; None where they are not in memory."""
+        if not self._digests:
+            with self.engine() as engine:
+                self._keep_digests(engine)
+        return self._digests[0]
+
+    def _keep_digests(self, engine: PatchEngine) -> None:
+        self._digests.append(layer_digests([block.module for block in engine.forward.decoder.blocks]))
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -112,11 +150,17 @@ class Pair:
     prompts: Mapping[str, PromptSet]
     device: str
     _tokens: dict[tuple[str, str, Position], TokenizedPrompts] = field(default_factory=dict)
+    _recorded: dict[tuple[str, Position], Mapping[Site, Tensor]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """The spec's name."""
         return self.spec.name
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that both models have."""
+        return min(self.base.n_layers, self.tuned.n_layers)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -126,7 +170,8 @@ class Pair:
             self.tuned.revision,
             self.base.tokenizer_digest,
             self.tuned.tokenizer_digest,
-            f"{self.spec.template} {self.spec.system!r} {self.spec.dtype}",
+            f"{self.spec.template} {self.spec.system!r} {self.spec.dtype}"
+            + (f" {self.spec.quantization}" if self.spec.quantization else ""),
             *(f"{split} {prompts.digest}" for split, prompts in sorted(self.prompts.items())),
         )
 
@@ -156,6 +201,20 @@ class Pair:
             )
         return self._tokens[key]
 
+    def recorded_base(self, prompts: PromptSet, position: Position) -> Mapping[Site, Tensor]:
+        """Every activation of the base model on some prompts, recorded the first time.
+
+        So that a model of which one is held at a time need not be loaded again for every question.
+        """
+        key = (prompts.digest, position)
+        if key not in self._recorded:
+            tokens = self.tokens("base", prompts, position)
+            with self.base.engine() as engine:
+                sites = [Site(layer, hook) for layer in range(engine.n_layers) for hook in Hook]
+                has = engine.forward.decoder.has
+                self._recorded[key] = engine.capture(tokens, [site for site in sites if has(site)])
+        return self._recorded[key]
+
     def check_same_tokens(self, prompts: PromptSet, position: Position) -> None:
         """Make sure that both sides read the same where their tokenizers are the same.
 
@@ -176,7 +235,7 @@ class Pair:
     @property
     def modules(self) -> ModuleNames | None:
         """Module names that the spec sets for models that are not recognised."""
-        return _module_names(self.spec)
+        return module_names(self.spec)
 
     @property
     def tokenizers_agree(self) -> bool:
@@ -189,21 +248,38 @@ class Pair:
     def first_changed_layer(self) -> int | None:
         """The first decoder layer whose weights differ, n_layers when none does.
 
-        None when the weights cannot be compared tensor by tensor: other architectures, or one shared module.
+        None when the weights cannot be compared block by block: other depths, offloaded weights, or one
+        shared module.
         """
-        if self.base.model is self.tuned.model:
+        if self.base.key == self.tuned.key:
             return None
-        names = _module_names(self.spec)
-        base, tuned = (Decoder.of(side.model, names).blocks for side in (self.base, self.tuned))
-        if len(base) != len(tuned):
+        if self.one_at_a_time:
+            base, tuned = self.base.layer_digests(), self.tuned.layer_digests()
+            return None if base is None or tuned is None else _first_difference(base, tuned, operator.eq)
+        names = module_names(self.spec)
+        weights, others = (
+            [block.module.state_dict() for block in Decoder.of(side.model, names).blocks]
+            for side in (self.base, self.tuned)
+        )
+        if any(x.is_meta for block in (*weights, *others) for x in block.values()):
             return None
-        for layer, (block, other) in enumerate(zip(base, tuned, strict=True)):
-            weights, others = block.module.state_dict(), other.module.state_dict()
-            if weights.keys() != others.keys():
-                return None
-            if not all(torch.equal(weights[name], others[name]) for name in weights):
-                return layer
-        return len(base)
+        return _first_difference(weights, others, _same_weights)
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether only the model in use is held in memory."""
+        return self.base.residence.one_at_a_time
+
+
+def _first_difference(a: list[_T], b: list[_T], same: Callable[[_T, _T], bool]) -> int | None:
+    """Index of the first unequal items, their number where there are none; None for lists of two lengths."""
+    if len(a) != len(b):
+        return None
+    return next((i for i, pair in enumerate(zip(a, b, strict=True)) if not same(*pair)), len(a))
+
+
+def _same_weights(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name].to(a[name].device)) for name in a)
 
 
 def load_pair(
@@ -229,34 +305,84 @@ def load_pair(
         if getattr(spec.prompts, split)
     }
     check_disjoint(prompts.values())
-    plant = spec.tuned.plant
     device = _existing_device(device)
+    bounds = options or EngineOptions()
+    base_weights = Checkpoint(spec, spec.base.model, spec.base.revision, device)
+    tuned_weights = _tuned_weights(spec, base_weights)
+    one_at_a_time = tuned_weights is not None and _one_at_a_time(bounds, base_weights, tuned_weights)
+    residence = Residence(one_at_a_time=one_at_a_time)
+    make_engine = _engine_maker(spec, bounds)
+    with quiet_transformers():
+        tokenizer, revision = base_weights.tokenizer, base_weights.revision
+        if tuned_weights is not None:
+            base, tuned = (
+                Side(
+                    role,
+                    c.tokenizer,
+                    c.revision,
+                    c.n_layers,
+                    c.load,
+                    role,
+                    nullcontext,
+                    make_engine,
+                    residence,
+                )
+                for role, c in (("base", base_weights), ("tuned", tuned_weights))
+            )
+        else:
+            adapted, of_adapter = load_adapter(spec, residence.model("base", base_weights.load))
+            both, shared = f"{revision}+{of_adapter}", (base_weights.n_layers, base_weights.load, "base")
+            base = Side("base", tokenizer, revision, *shared, adapted.disable_adapter, make_engine, residence)
+            tuned = Side("tuned", tokenizer, both, *shared, nullcontext, make_engine, residence)
+        if not one_at_a_time:
+            for side in (base, tuned):
+                residence.model(side.key, side.load)
+    return Pair(spec, base, tuned, prompts, device)
+
+
+def _tuned_weights(spec: PairSpec, base: Checkpoint) -> Checkpoint | None:
+    """The tuned side's checkpoint; None for an adapter, which is no model of its own."""
+    if spec.tuned.plant is not None:
+        return replace(base, plant=spec.tuned.plant)
+    if spec.tuned.model is None:
+        return None
+    return Checkpoint(spec, spec.tuned.model, spec.tuned.revision, base.device)
+
+
+def _one_at_a_time(options: EngineOptions, base: Checkpoint, tuned: Checkpoint) -> bool:
+    """Whether that was asked for, or both models leave too little memory on their device."""
+    if options.sequential != "auto":
+        return options.sequential == "yes"
+    if base.spec.device_map is not None:
+        return False  # accelerate finds a place for every layer
+    beside = options.memory_budget or 0
+    return base.n_bytes() + tuned.n_bytes() + beside > _FILLED * _memory_of(base.device)
+
+
+def _memory_of(device: str) -> int:
+    """Bytes that are free on a GPU; of main memory, all of it, since caches give way."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return sys.maxsize
+
+
+def _engine_maker(spec: PairSpec, bounds: EngineOptions) -> Callable[[nn.Module], PatchEngine]:
+    budget = None if bounds.memory_budget is None else MemoryBudget(bounds.memory_budget)
 
     def make_engine(model: nn.Module) -> PatchEngine:
-        bounds = options or EngineOptions()
         return PatchEngine(
             model,
-            overrides=_module_names(spec),
+            overrides=module_names(spec),
             batch_size=bounds.batch_size,
             max_rows=bounds.max_rows,
             head_rows=bounds.head_rows,
+            budget=budget,
         )
 
-    with _quiet_transformers():
-        model, tokenizer, revision = _load_model(spec, spec.base.model, spec.base.revision, device)
-        unadapted: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
-        if plant is not None:
-            tuned_parts = _planted(spec, model, plant), tokenizer, f"{revision}+planted:{plant}"
-        elif spec.tuned.model is not None:
-            tuned_parts = _load_model(spec, spec.tuned.model, spec.tuned.revision, device)
-        else:
-            assert spec.tuned.adapter is not None
-            adapted, adapter_revision = _load_adapter(spec, model, spec.tuned.adapter, spec.tuned.revision)
-            unadapted = adapted.disable_adapter
-            tuned_parts = model, tokenizer, f"{revision}+{adapter_revision}"
-    base = Side("base", model, tokenizer, revision, unadapted, make_engine)
-    tuned = Side("tuned", *tuned_parts, contextlib.nullcontext, make_engine)
-    return Pair(spec, base, tuned, prompts, device)
+    return make_engine
 
 
 def load_base(pair: Pair) -> nn.Module:
@@ -265,8 +391,8 @@ def load_base(pair: Pair) -> nn.Module:
     Raises:
         MechdiffError: It cannot be read any more.
     """
-    with _quiet_transformers():
-        return _load_model(pair.spec, pair.spec.base.model, pair.spec.base.revision, pair.device)[0]
+    base = pair.spec.base
+    return Checkpoint(pair.spec, base.model, base.revision, pair.device).load()
 
 
 def _existing_device(name: str) -> str:
@@ -281,103 +407,5 @@ def _existing_device(name: str) -> str:
     return name
 
 
-def _module_names(spec: PairSpec) -> ModuleNames | None:
-    return ModuleNames(**spec.modules.model_dump()) if spec.modules else None
-
-
-def _load_model(
-    spec: PairSpec, reference: str, revision: str | None, device: str
-) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase, str]:
-    place = spec.locate(reference)
-    if spec.trust_remote_code:
-        warnings.warn(f"Code from {place} runs on this machine: trust_remote_code is on.", stacklevel=3)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": spec.trust_remote_code}
-    try:
-        # use_safetensors: a .bin checkpoint is a pickle, which runs code when it is read.
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            place,
-            dtype=getattr(torch, spec.dtype),
-            device_map=spec.device_map,
-            use_safetensors=True,
-            **options,
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-    except MechdiffError:
-        raise
-    except Exception as error:  # configurations and weights of strangers fail in every way
-        reason = " ".join(str(error).split())[:300]
-        raise MechdiffError(
-            f"Model {place} of pair {spec.name!r} cannot be loaded ({reason}); correct the id or path, "
-            "download it first, or log in to the hub."
-        ) from error
-    if spec.device_map is None:
-        model.to(device)
-    return model.eval().requires_grad_(False), tokenizer, _resolved_revision(place, model)
-
-
-def _planted(spec: PairSpec, base: nn.Module, plant: Plant) -> nn.Module:
-    """A copy of the base with the change in it."""
-    model = copy.deepcopy(base)
-    decoder = Decoder.of(model, _module_names(spec))
-    decoder.check(plant.site)
-    plant_in(plant, decoder.module(plant.site))
-    return model
-
-
-def _load_adapter(spec: PairSpec, model: nn.Module, reference: str, revision: str | None) -> tuple[Any, str]:
-    try:
-        import peft
-    except ImportError:
-        raise MechdiffError(
-            f"Pair {spec.name!r} has a PEFT adapter and peft is not installed; install mechdiff-mlflow[peft]."
-        ) from None
-    place = spec.locate(reference)
-    try:
-        adapted = peft.PeftModel.from_pretrained(model, place, revision=revision)
-    except Exception as error:  # as above
-        reason = " ".join(str(error).split())[:300]
-        raise MechdiffError(f"Adapter {place} of pair {spec.name!r} cannot be loaded ({reason}).") from error
-    adapted.eval().requires_grad_(False)
-    return adapted, _folder_digest(Path(place)) if Path(place).is_dir() else f"{place}@{revision or 'main'}"
-
-
-def _resolved_revision(place: str, model: nn.Module) -> str:
-    if Path(place).is_dir():
-        return _folder_digest(Path(place))
-    commit = getattr(model.config, "_commit_hash", None)
-    return f"{place}@{commit or 'unknown'}"
-
-
-def _folder_digest(folder: Path) -> str:
-    """`sha256:` and 16 hex digits over the configuration and the weights of a local checkpoint."""
-    total = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json"):
-            total.update(f"{path.name} {_file_digest(path)}\n".encode())
-    return f"sha256:{total.hexdigest()[:16]}"
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No bars and notes while weights load: our own progress says what goes on."""
-    log = transformers.utils.logging
-    level = log.get_verbosity()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        log.enable_progress_bar()

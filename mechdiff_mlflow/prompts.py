@@ -38,16 +38,31 @@ class TokenizedPrompts:
         ids: Token ids, one tuple a prompt; the decision token is the last of each.
         positions: For each prompt the index into `ids` of the token whose activations are captured and
             patched; `len(ids) - 1` is the decision token.
+        spans: For each prompt how many tokens from there on are averaged and moved together; empty is one.
     """
 
     ids: tuple[tuple[int, ...], ...]
     positions: tuple[int, ...]
+    spans: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, part: slice) -> TokenizedPrompts:
-        return TokenizedPrompts(self.ids[part], self.positions[part])
+        return TokenizedPrompts(self.ids[part], self.positions[part], self.spans[part])
+
+    def span(self, i: int) -> int:
+        """Tokens of prompt i that are averaged."""
+        return self.spans[i] if self.spans else 1
+
+    def take(self, indices: Iterable[int]) -> TokenizedPrompts:
+        """Some of the prompts, in that order."""
+        some = list(indices)
+        return TokenizedPrompts(
+            tuple(self.ids[i] for i in some),
+            tuple(self.positions[i] for i in some),
+            tuple(self.spans[i] for i in some) if self.spans else (),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,22 +241,28 @@ def tokenize(
 
     Raises:
         MechdiffError: There is no chat template, it fails, it doubles BOS, it gives no tokens, or
-            `last_content` cannot be located.
+            the user's text cannot be located.
     """
     if chat and not getattr(tokenizer, "chat_template", None):
         raise MechdiffError(f"{_name(tokenizer)} has no chat template; set template: none in the pair spec.")
     ids: list[tuple[int, ...]] = []
     positions: list[int] = []
+    spans: list[int] = []
     for number, prompt in enumerate(prompts.prompts, 1):
         where = f"{prompts.split} prompt {number}"
         tokens = _token_ids(tokenizer, prompt, chat, where)
         _check_bos(tokenizer, tokens, where)
         ids.append(tokens)
-        last = len(tokens) - 1
-        positions.append(
-            last if position is Position.DECISION else _last_content(tokenizer, prompt, chat, tokens, where)
-        )
-    return TokenizedPrompts(tuple(ids), tuple(positions))
+        if position is Position.DECISION:
+            positions.append(len(tokens) - 1)
+            continue
+        first, last = _content(tokenizer, prompt, chat, tokens, where)
+        if position is Position.CONTENT_MEAN:
+            positions.append(first)
+            spans.append(last - first + 1)
+        else:
+            positions.append(last)
+    return TokenizedPrompts(tuple(ids), tuple(positions), tuple(spans))
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -288,10 +309,10 @@ def _check_bos(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...], wher
         )
 
 
-def _last_content(
+def _content(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, tokens: tuple[int, ...], where: str
-) -> int:
-    """Index of the last token that holds a character of the user's text."""
+) -> tuple[int, int]:
+    """Indices of the first and the last token that hold a character of the user's text."""
     if not tokenizer.is_fast:
         raise MechdiffError(f"{_name(tokenizer)} is slow and gives no offsets; use --position decision.")
     content = prompt.text.strip()
@@ -306,5 +327,5 @@ def _last_content(
     encoded = tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
     if tuple(encoded["input_ids"]) != tokens or start < 0 or rendered[start:end] != content:
         raise MechdiffError(f"{_name(tokenizer)} hides the user's text of {where}; use --position decision.")
-    offsets = enumerate(encoded["offset_mapping"])
-    return max(index for index, (start, stop) in offsets if start < end and stop > start)
+    held = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > max(a, start)]
+    return held[0], held[-1]

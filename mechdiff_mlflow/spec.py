@@ -28,12 +28,14 @@ ALPHA_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1
 
 
 class Position(Choice):
-    """Which token of a prompt is read and replaced; KL is always read at the last token."""
+    """Which token or mean of tokens is read and replaced; KL is always read at the last token."""
 
     DECISION = "decision"
     """The last token of the templated prompt, whose next token is the first of the answer (K=1)."""
     LAST_CONTENT = "last_content"
     """The last non-special token of the user's text."""
+    CONTENT_MEAN = "content_mean"
+    """All tokens of the user's text: their mean is read, and all are moved by the same vector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +210,8 @@ class PairSpec(_Frozen):
     Args:
         name: Experiment and registered models are called after it.
         dtype: Both models' parameters.
-        device_map: As in transformers, e.g. `auto`; default one device.
+        device_map: As in transformers, e.g. `auto`, or a device for each module; default one device.
+        quantization: Load weights in 8 or 4 bits, by bitsandbytes.
         template: `own` uses each model's tokenizer and chat template, `tuned` or `base` that side's for
             both, `none` no template.
         system: System prompt put before every `text` prompt.
@@ -220,7 +223,8 @@ class PairSpec(_Frozen):
     base: BaseModelSpec
     tuned: TunedModelSpec
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    device_map: str | None = None
+    device_map: str | dict[str, str | int] | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
     template: Literal["own", "tuned", "base", "none"] = "own"
     system: str | None = None
     prompts: PromptFiles
@@ -228,6 +232,12 @@ class PairSpec(_Frozen):
     trust_remote_code: bool = False
     root: Annotated[Path, Field(exclude=True)] = Path()
     """Directory that relative paths start from; set by `load`."""
+
+    @model_validator(mode="after")
+    def _plain_weights(self) -> PairSpec:
+        if self.quantization is not None and self.tuned.planted is not None:
+            raise ValueError("nothing can be planted in quantized weights; remove quantization")
+        return self
 
     def locate(self, reference: str) -> str:
         """An existing path for `reference`, or itself as a Hugging Face id.
@@ -307,7 +317,7 @@ class PairSpec(_Frozen):
         try:
             return cls(**{**fields, "root": root})
         except (ValidationError, TypeError) as error:
-            raise MechdiffError(f"{source} is not valid: {_explain(error)}.") from None
+            raise MechdiffError(f"{source} is not valid: {explain(error)}.") from None
 
     @classmethod
     def load(cls, pair: str) -> PairSpec:
@@ -345,7 +355,7 @@ def shipped_pairs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _explain(error: ValidationError | TypeError) -> str:
+def explain(error: ValidationError | TypeError) -> str:
     """Pydantic's errors on one line: where, what, and for unknown keys which keys there are."""
     if not isinstance(error, ValidationError):
         return "its keys must be plain words"

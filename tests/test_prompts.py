@@ -79,6 +79,16 @@ def test_last_content_is_the_last_token_of_the_user() -> None:
     assert picked == ["?", "tea", "<unk>"]
 
 
+def test_the_span_of_the_content_is_all_tokens_of_the_user() -> None:
+    tok = tokenizer()
+    found = tokenize(tok, prompts("what is tea ?  ", "tea tea", "end"), position=Position.CONTENT_MEAN)
+    spans = zip(found.ids, found.positions, found.spans, strict=True)
+    picked = [words(tok, ids)[p : p + n] for ids, p, n in spans]
+    assert picked == [["what", "is", "tea", "?"], ["tea", "tea"], ["<unk>"]]
+    assert found.take([2, 0]).spans == (1, 4)
+    assert found[1:].spans == (2, 1)
+
+
 def test_without_a_template_the_text_alone_with_bos() -> None:
     tok = tokenizer(None)
     found = tokenize(tok, prompts("what is tea"), chat=False, position=Position.LAST_CONTENT)

@@ -31,6 +31,12 @@ from mechdiff_mlflow.tracking.store import open_store
 SEED_N = 500
 """Prompts that the seed experiment reports on."""
 
+_pair_mismatch = click.option(
+    "--allow-pair-mismatch",
+    is_flag=True,
+    help="Patch a pair that the map was not fitted on, or that an imported map does not name; recorded.",
+)
+
 
 @click.command("run")
 @options.pair
@@ -112,9 +118,7 @@ def fit_command(**given: Any) -> None:
 @options.seed
 @options.models
 @options.tracking
-@click.option(
-    "--allow-pair-mismatch", is_flag=True, help="Patch a pair that the map was not fitted on; recorded."
-)
+@_pair_mismatch
 def patch_command(**given: Any) -> None:
     """Patch with a map that exists, and report.
 
@@ -127,8 +131,7 @@ def patch_command(**given: Any) -> None:
     given["position"] = Position(str(map_.meta["position"]))
     cell = _cell_of(map_, given["map"])
     with session("patch", f"patch {given['map']}", given) as now:
-        if not given["allow_pair_mismatch"]:
-            _check_same_pair(map_, given["map"], now.study.pair.fingerprint)
+        _check_same_pair(map_, given["map"], now.study.pair.fingerprint, allowed=given["allow_pair_mismatch"])
         (patch,) = now.study.patch([(cell, map_, ())])
         now.place(fields.patch_run(patch, now.study, map_name=given["map"]))
         _demand_signal([patch])
@@ -220,6 +223,7 @@ def sweep_command(**given: Any) -> None:
 @options.seed
 @options.models
 @options.tracking
+@_pair_mismatch
 def report_pass_command(**given: Any) -> None:
     """Measure the registered winners of a pair again, each with the α kept on its version (RQ2).
 
@@ -241,7 +245,7 @@ def report_pass_command(**given: Any) -> None:
         for version in versions:
             map_ = load_map(version.uri, store=store)
             map_ = map_.with_alpha(float(version.tags.get("alpha", map_.alpha)))
-            _check_same_pair(map_, str(version), pair.fingerprint)
+            _check_same_pair(map_, str(version), pair.fingerprint, allowed=given["allow_pair_mismatch"])
             position = Position(str(map_.meta["position"]))
             study = studies.setdefault(
                 position, Study(pair, replace(protocol, position=position), now.study.stage)
@@ -262,7 +266,7 @@ def _cell(given: dict[str, Any]) -> Cell:
 def _cell_of(map_: AffineMap, name: str) -> Cell:
     """The cell that a map says it belongs to."""
     meta = map_.meta
-    missing = [key for key in ("site", "solver", "family", "k", "position", "fingerprint") if key not in meta]
+    missing = [key for key in ("site", "solver", "family", "k", "position") if key not in meta]
     if missing:
         raise MechdiffError(
             f"Map {name} does not say its {', '.join(missing)}; fit it again with mechdiff fit."
@@ -271,19 +275,28 @@ def _cell_of(map_: AffineMap, name: str) -> Cell:
     return Cell(site, str(meta["solver"]), str(meta["family"]), rank, Alpha((map_.alpha,)))
 
 
-def _check_same_pair(map_: AffineMap, name: str, fingerprint: str) -> None:
-    if map_.meta["fingerprint"] != fingerprint:
+def _check_same_pair(map_: AffineMap, name: str, fingerprint: str, *, allowed: bool = False) -> None:
+    """Refuse, or where that is allowed say, that a map is of another pair; the run's tags say it too."""
+    fitted_on = map_.meta.get("fingerprint", "unknown")
+    if fitted_on == fingerprint:
+        return
+    if not allowed:
         raise MechdiffError(
-            f"Map {name} was fitted on pair {map_.meta['fingerprint']} and this is {fingerprint} "
+            f"Map {name} was fitted on pair {fitted_on} and this is {fingerprint} "
             "(other weights, tokenizer, template, dtype or prompts); fit again or --allow-pair-mismatch."
         )
+    show.warn(f"map {name} was fitted on pair {fitted_on} and patches {fingerprint}; the run says so")
 
 
 def _demand_signal(patches: list[PatchRecord]) -> None:
-    """Fail where a drop could not be told from noise; what was measured is in the run already."""
+    """Fail where an effect could not be told from noise; what was measured is in the run already.
+
+    That is a drop, or between models of different widths, which have no raw patch, a skill.
+    """
     for patch in patches:
-        if "drop_pct" in patch.undefined:
+        name = "drop" if patch.kl_raw is not None else "skill"
+        if f"{name}_pct" in patch.undefined:
             raise MechdiffError(
-                f"No drop at {patch.cell.site}: {patch.undefined['drop_pct']}; choose a "
+                f"No {name} at {patch.cell.site}: {patch.undefined[f'{name}_pct']}; choose a "
                 "site where the models differ, e.g. a later layer."
             )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from mechdiff_mlflow.engine.budget import parse_bytes
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import Family
 from mechdiff_mlflow.sites import Hook
 from mechdiff_mlflow.solvers import SOLVERS, OffSpan
-from mechdiff_mlflow.spec import Alpha, Position, Rank
+from mechdiff_mlflow.spec import Alpha, PairSpec, Position, Rank
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -88,6 +90,11 @@ def one_alpha(text: str) -> float:
     if alpha.is_choice:
         raise MechdiffError(f"α={text!r} is a choice of several; pass one number, e.g. 0.3.")
     return alpha.values[0]
+
+
+def pair_name(pair: str) -> str:
+    """The name in a pair spec, or what is no file as it is: nothing of the pair but its name is needed."""
+    return PairSpec.load(pair).name if Path(pair).is_file() else pair
 
 
 def _stacked(*decorators: Decorator[Command]) -> Decorator[Command]:
@@ -202,7 +209,7 @@ position = click.option(
     type=Text("position", Position.parse),
     default="decision",
     show_default=True,
-    help="Token read and replaced: decision (last of the prompt) or last_content.",
+    help="Read and replaced: decision (last token of the prompt), last_content or content_mean.",
 )
 
 n_train = click.option(
@@ -257,7 +264,24 @@ models = _stacked(
         type=whole("--batch-size", 32, least=1),
         default="32",
         show_default=True,
-        help="Prompts a chunk.",
+        help="Prompts a chunk, at most; fewer when memory runs out.",
+    ),
+    click.option(
+        "--sequential",
+        is_flag=False,
+        flag_value="yes",
+        type=one_of("--sequential", "auto", "yes", "no"),
+        default="auto",
+        show_default=True,
+        metavar="[auto|yes|no]",
+        help="Hold one of the two models at a time; auto: where both do not fit.",
+    ),
+    click.option(
+        "--memory-budget",
+        type=Text("size", lambda text: None if text == "none" else parse_bytes(text)),
+        default="none",
+        show_default=True,
+        help="Memory beside the weights, e.g. 8GiB or 500MB; what is over goes to disk. None: no bound.",
     ),
 )
 
@@ -283,4 +307,39 @@ promotion = click.option(
     show_default=True,
     metavar="[ALIAS]",
     help="Register the map under this alias (champion when none is given).",
+)
+
+alias = click.option(
+    "--alias", default="champion", show_default=True, help="Name under which people fetch the map."
+)
+
+why = click.option("--why", default="", help="Reason, for the history of the alias.")
+
+policy = _stacked(
+    click.option(
+        "--policy",
+        type=click.Path(path_type=Path),
+        default=None,
+        help="YAML file of rules, e.g. min_drop_pct: 30 and ci_above_zero: true.",
+    ),
+    click.option("--min-drop", type=number("--min-drop", 30), default=None, help="Least drop in percent."),
+    click.option("--min-skill", type=number("--min-skill", 10), default=None, help="Least skill in percent."),
+    click.option(
+        "--ci-above-zero",
+        is_flag=True,
+        default=None,
+        help="The 95 % interval of the drop must lie above 0.",
+    ),
+    click.option(
+        "--allow-leak",
+        is_flag=True,
+        default=None,
+        help="Also a map that something was chosen for on the split it is reported on.",
+    ),
+    click.option(
+        "--allow-pair-mismatch",
+        is_flag=True,
+        default=None,
+        help="Also a map fitted on another pair than it was measured on, or than the version it replaces.",
+    ),
 )

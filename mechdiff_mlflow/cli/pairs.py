@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.progress import bars
-from mechdiff_mlflow.cli.session import settle_threads
+from mechdiff_mlflow.cli.session import load_as_asked, settle_threads
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import examine
-from mechdiff_mlflow.pairs import EngineOptions, load_pair
 from mechdiff_mlflow.spec import PairSpec
 
 
 @click.command("doctor")
 @click.argument("pair", default="cultural-demo")
 @options.models
-def doctor_command(pair: str, dtype: str, device: str, batch_size: int) -> None:
+def doctor_command(pair: str, **given: Any) -> None:
     """Load PAIR and check the plumbing that every number depends on.
 
     \b
@@ -25,12 +26,7 @@ def doctor_command(pair: str, dtype: str, device: str, batch_size: int) -> None:
     """
     spec = PairSpec.load(pair)
     with bars() as stage, stage("loading both models", 1):
-        loaded = load_pair(
-            spec,
-            dtype=None if dtype == "spec" else dtype,
-            device=device,
-            options=EngineOptions(batch_size=batch_size),
-        )
+        loaded = load_as_asked(spec, given)
     settle_threads(loaded)
     show.lines(
         [f"pair {loaded.name}, fingerprint {loaded.fingerprint}, {loaded.spec.dtype} on {loaded.device}"]

@@ -1,7 +1,9 @@
-"""Commands that work from runs alone, without any model: report, compare."""
+"""Commands that work from runs alone, without any model: report, compare, runs."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from mechdiff_mlflow.report.comparison import comparison, matches, needed_runs
 from mechdiff_mlflow.report.document import joined
 from mechdiff_mlflow.report.evidence import Evidence
 from mechdiff_mlflow.report.experiment import caveats, report
+from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.tracking.finding import find_runs
 from mechdiff_mlflow.tracking.parents import report_run
 from mechdiff_mlflow.tracking.results import results_df, tables_of
 from mechdiff_mlflow.tracking.store import Store, open_store
@@ -88,6 +92,34 @@ def compare_command(**given: Any) -> None:
     show.lines([whole.markdown("").partition("## Caveats")[0]])
     show.lines([f"Wrote {path}" for path in written])
     show.where_to_look(now.store, now.run.experiment_id)
+
+
+@click.command("runs")
+@click.option("--pair", default=None, help="Name or spec of a pair; default all.")
+@click.option(
+    "--site",
+    type=options.Text("site", Site.parse),
+    default=None,
+    help="Layer and hook, e.g. L26/attn_out; default all.",
+)
+@click.option("--metric", default="drop_pct", show_default=True, help="Metric to list and sort by.")
+@click.option("--best", is_flag=True, help="Only the best run of each pair and site.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON with all there is to know of each run.")
+@options.store
+def runs_command(**given: Any) -> None:
+    """List the patch runs of a pair and site, the best first, in whichever experiment they are.
+
+    \b
+    Example:
+      mechdiff runs --pair cultural-demo --site L26/attn_out --metric drop_pct --best
+    """
+    pair = options.pair_name(given["pair"]) if given["pair"] is not None else None
+    store = open_store(given["tracking_uri"])
+    found = find_runs(store, pair=pair, site=given["site"], metric=given["metric"], best=given["best"])
+    if given["as_json"]:
+        show.lines([json.dumps([asdict(run) for run in found], indent=2, ensure_ascii=False)])
+    else:
+        show.found_runs(found)
 
 
 def evidence_of(store: Store, pair: str, experiment: str) -> Evidence:

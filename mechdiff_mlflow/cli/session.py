@@ -27,7 +27,7 @@ AS_MANY = "500-or-all"
 """As the number of prompts: the seed's 500 where there are as many, otherwise all there are."""
 LONE = ("fit", "patch")
 SMALL_MODEL = 50_000_000
-_NOT_SETTINGS = ("tracking_uri", "experiment", "device", "batch_size", "out")
+_NOT_SETTINGS = ("tracking_uri", "experiment", "device", "batch_size", "memory_budget", "sequential", "out")
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,23 @@ def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
         protocol = protocol_of(options)
         with bars() as stage:
             with stage("loading both models", 1):
-                pair = load_pair(
-                    spec,
-                    dtype=None if options["dtype"] == "spec" else options["dtype"],
-                    device=options["device"],
-                    options=EngineOptions(batch_size=options["batch_size"]),
-                )
+                pair = load_as_asked(spec, options)
             settle_threads(pair)
             with stage("checking the plumbing", 1):
                 demand_sound(pair)
             yield Session(store, run, Study(pair, protocol, stage), has_parent)
+
+
+def load_as_asked(spec: PairSpec, options: dict[str, Any]) -> Pair:
+    """The pair, loaded as the options that all such commands share say."""
+    return load_pair(
+        spec,
+        dtype=None if options["dtype"] == "spec" else options["dtype"],
+        device=options["device"],
+        options=EngineOptions(
+            **{name: options[name] for name in ("batch_size", "memory_budget", "sequential")}
+        ),
+    )
 
 
 def settle_threads(pair: Pair) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import pandas as pd
 from rich.console import Console
 from rich.markup import escape
@@ -16,7 +18,9 @@ from mechdiff_mlflow.experiments.adapting import AdapterRecord
 from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows
 from mechdiff_mlflow.stats import Interval
-from mechdiff_mlflow.tracking.registry import Version
+from mechdiff_mlflow.tracking.compare import MapDiff
+from mechdiff_mlflow.tracking.finding import FoundRun
+from mechdiff_mlflow.tracking.registry import Move, Version
 from mechdiff_mlflow.tracking.store import Store
 from mechdiff_mlflow.tracking.view import view_url
 
@@ -128,6 +132,42 @@ def winners(versions: Sequence[Version]) -> None:
     _console().print(table)
 
 
+def moves(made: Sequence[Move], name: str, alias: str) -> None:
+    """Print the history of an alias, oldest first."""
+    if not made:
+        lines([f"No version of {name} has ever been @{alias}."])
+        return
+    table = Table("when (UTC)", "who", "action", "from", "to", "rules", "why", title=f"{name}@{alias}")
+    for move in made:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(move.when_ms / 1000)) if move.when_ms else "?"
+        ends = ["none" if number is None else str(number) for number in (move.source, move.target)]
+        row = (when, move.who or "?", move.action, *ends, move.rules, move.why)
+        table.add_row(*map(escape, row))
+    _console().print(table)
+
+
+def map_diff(found: MapDiff) -> None:
+    """Print what two registered maps differ in."""
+    table = Table("", str(found.a), str(found.b))
+    for key, pair in found.facts.items():
+        table.add_row(escape(key), *(escape(_tag_text(text)) for text in pair))
+    for what, cosine in (("cosine of W", found.cosine_weight), ("cosine of W − I", found.cosine_update)):
+        table.add_row(what, "", "n/a" if cosine is None else f"{cosine:.6f}")
+    _console().print(table)
+
+
+def found_runs(found: Sequence[FoundRun]) -> None:
+    """Print runs in the order given."""
+    metric = found[0].metric
+    table = Table("pair", "site", "solver", "k", "α", "split", "n", metric, "95 % interval", "leak", "run")
+    for run in found:
+        settings = [run.settings.get(key, "n/a") for key in ("solver", "k", "alpha", "split", "n")]
+        interval = "" if run.low is None or run.high is None else f"{run.low:.4g} to {run.high:.4g}"
+        row = (run.pair, run.site, *settings, _number(run.value), interval, "yes" if run.leak else "no")
+        table.add_row(*map(escape, row), run.run_id)
+    _console().print(table)
+
+
 def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:
     """Print how to open the experiment in MLflow's UI, and more commands."""
     url = view_url(store, experiment_id)
@@ -141,6 +181,11 @@ def lines(texts: Sequence[str]) -> None:
         _console().print(text, markup=False, soft_wrap=True)
 
 
+def warn(text: str) -> None:
+    """Print what the user must not miss, on standard error."""
+    click.echo(f"Warning: {text}.", err=True)
+
+
 def _number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.4g}"
 
@@ -150,6 +195,16 @@ def _interval(interval: Interval | None, why: str) -> str:
         return f"n/a ({why.partition(':')[0]})"
     bounds = "" if interval.low is None else f" [{interval.low:.1f}, {interval.high:.1f}]"
     return f"{interval.estimate:.1f}{bounds}"
+
+
+def _tag_text(text: str | None) -> str:
+    """A tag as a person reads it: long decimals cut to six digits."""
+    if text is None:
+        return "n/a"
+    try:
+        return f"{float(text):.6g}" if "." in text else text
+    except ValueError:
+        return text
 
 
 def _tag_number(text: str | None) -> str:

@@ -150,12 +150,16 @@ def _ready(given: dict[str, Any]) -> tuple[AffineMap, Pair]:
         raise MechdiffError(
             f"The pair {name} of map {given['map']} does not ship; name its spec with --pair {name}.yaml."
         ) from None
+    if given["sequential"] == "yes":
+        raise MechdiffError("This command needs both models at once; leave out --sequential.")
     with bars() as stage, stage("loading both models", 1):
         pair = load_pair(
             spec,
             dtype=None if given["dtype"] == "spec" else given["dtype"],
             device=given["device"],
-            options=EngineOptions(batch_size=given["batch_size"]),
+            options=EngineOptions(
+                batch_size=given["batch_size"], memory_budget=given["memory_budget"], sequential="no"
+            ),
         )
     settle_threads(pair)
     theirs = the_map.meta.get("fingerprint")

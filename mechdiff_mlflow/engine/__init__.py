@@ -7,6 +7,7 @@ result.divergences[0].kl_patched_clean  # [N, v] nats
 """
 
 from mechdiff_mlflow.engine.architecture import ModuleNames
+from mechdiff_mlflow.engine.budget import MemoryBudget
 from mechdiff_mlflow.engine.patch_engine import PatchEngine
 from mechdiff_mlflow.engine.plumbing import PlumbingCheck, check_plumbing
 from mechdiff_mlflow.engine.startup import MODES
@@ -14,6 +15,7 @@ from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
 
 __all__ = [
     "MODES",
+    "MemoryBudget",
     "ModuleNames",
     "PatchEngine",
     "PlumbingCheck",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Chunk:
         positions: Position of each token in its own prompt [n, length].
         suffix: Tokens from the patched position to the end; 1 for the decision token.
         is_padded: Whether some prompt is shorter than the others.
+        span: Tokens from the patched position on whose mean is the activation.
     """
 
     index: Tensor
@@ -31,21 +33,48 @@ class Chunk:
     positions: Tensor
     suffix: int
     is_padded: bool
+    span: int = 1
 
     def __len__(self) -> int:
         return len(self.index)
 
+    def read(self, hidden: Tensor) -> Tensor:
+        """Among hidden states [n, length, width] the activation [n, width]: of one token or a span's mean."""
+        if self.span == 1:
+            return hidden[:, -self.suffix].clone()
+        tokens = self.spanned(hidden)
+        return tokens.to(torch.promote_types(tokens.dtype, torch.float32)).mean(1).to(tokens.dtype)
+
+    def spanned(self, hidden: Tensor) -> Tensor:
+        """The tokens of the span, [n, span, width]."""
+        start = hidden.shape[1] - self.suffix
+        return hidden[:, start : start + self.span]
+
 
 def in_chunks(prompts: TokenizedPrompts, size: int, device: torch.device) -> Iterator[Chunk]:
-    """Chunks of at most `size` prompts that share a suffix length, short prompts first."""
-    suffixes = [len(ids) - position for ids, position in zip(prompts.ids, prompts.positions, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda i: (suffixes[i], len(prompts.ids[i])))
-    start = 0
+    """Chunks of at most `size` prompts that share a suffix length and a span, short prompts first."""
+    order, start = by_length(prompts), 0
     while start < len(order):
-        suffix = suffixes[order[start]]
-        rows = [i for i in order[start : start + size] if suffixes[i] == suffix]
-        yield _padded(prompts, rows, suffix, device)
-        start += len(rows)
+        chunk = cut(prompts, order[start : start + size], device)
+        yield chunk
+        start += len(chunk)
+
+
+def by_length(prompts: TokenizedPrompts) -> list[int]:
+    """Indices of the prompts in the order in which chunks take them."""
+    return sorted(range(len(prompts)), key=lambda i: (*_suffix(prompts, i), len(prompts.ids[i])))
+
+
+def cut(prompts: TokenizedPrompts, rows: list[int], device: torch.device) -> Chunk:
+    """The first of some prompts, as many of them as share a suffix length and a span."""
+    suffix = _suffix(prompts, rows[0])
+    alike = list(takewhile(lambda i: _suffix(prompts, i) == suffix, rows))
+    return _padded(prompts, alike, *suffix, device)
+
+
+def _suffix(prompts: TokenizedPrompts, i: int) -> tuple[int, int]:
+    """Tokens from the patched position to the end, and how many of them are averaged."""
+    return len(prompts.ids[i]) - prompts.positions[i], prompts.span(i)
 
 
 def check_prompts(prompts: TokenizedPrompts, vocabulary: int) -> None:
@@ -61,6 +90,11 @@ def check_prompts(prompts: TokenizedPrompts, vocabulary: int) -> None:
             raise MechdiffError(
                 f"Prompt {i} has {len(ids)} tokens and no position {position}; check its text."
             )
+        if not 1 <= prompts.span(i) <= len(ids) - position:
+            raise MechdiffError(
+                f"Prompt {i} has {len(ids) - position} tokens from position {position} on and a span of "
+                f"{prompts.span(i)}; check its text."
+            )
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise MechdiffError(
                 f"Prompt {i} has token ids from {min(ids)} to {max(ids)}, but the model's vocabulary is 0 to "
@@ -68,7 +102,9 @@ def check_prompts(prompts: TokenizedPrompts, vocabulary: int) -> None:
             )
 
 
-def _padded(prompts: TokenizedPrompts, rows: list[int], suffix: int, device: torch.device) -> Chunk:
+def _padded(
+    prompts: TokenizedPrompts, rows: list[int], suffix: int, span: int, device: torch.device
+) -> Chunk:
     length = max(len(prompts.ids[i]) for i in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -77,4 +113,6 @@ def _padded(prompts: TokenizedPrompts, rows: list[int], suffix: int, device: tor
         mask[row, length - len(prompts.ids[i]) :] = True
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     padded = not bool(mask.all())
-    return Chunk(torch.tensor(rows), ids.to(device), mask.to(device), positions.to(device), suffix, padded)
+    return Chunk(
+        torch.tensor(rows), ids.to(device), mask.to(device), positions.to(device), suffix, padded, span
+    )

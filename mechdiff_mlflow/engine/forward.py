@@ -25,7 +25,7 @@ class Recording:
 
     Args:
         chunk: The prompts.
-        clean: The model's own activation [n, width] at each site, at the patched position.
+        clean: The model's own activation [n, width] at each site, at the position or mean of its span.
         logits: Next-token logits [n, vocabulary].
     """
 
@@ -66,7 +66,7 @@ class PromptForward:
         self.n_prompts = 0
         self._accepts = _forward_parameters(decoder.model)
         embeddings: Any = decoder.model.get_input_embeddings()  # type: ignore[operator]
-        self.device: torch.device = embeddings.weight.device
+        self.device = _place_of(embeddings)
         self.vocabulary: int = embeddings.weight.shape[0]
         self._head: Any = decoder.model.get_output_embeddings()  # type: ignore[operator]
         # Some models warn of padding tokens without a mask.
@@ -107,13 +107,22 @@ class PromptForward:
         clean: dict[Site, Tensor] = {}
 
         def keep(site: Site, hidden: Tensor) -> None:
-            clean[site] = hidden[:, -chunk.suffix].clone()
+            clean[site] = chunk.read(hidden)
 
         with ExitStack() as taps:
             for site in set(sites):
                 edit = lambda hidden, site=site: keep(site, hidden)  # noqa: E731
                 taps.enter_context(tapped(self.decoder, site, edit, len(chunk)))
             return Recording(chunk, clean, self(chunk, **more))
+
+
+def _place_of(module: nn.Module) -> torch.device:
+    """Where a module computes; accelerate keeps the weights of an offloaded one elsewhere."""
+    device: torch.device = next(module.parameters()).device
+    hook: Any = getattr(module, "_hf_hook", None)
+    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)
+    return device
 
 
 @contextmanager

@@ -16,9 +16,11 @@ from mechdiff_mlflow.sites import Site
 
 
 def score_gradients(
-    forward: PromptForward, chunk: Chunk, sites: Sequence[Site], generator: torch.Generator
+    forward: PromptForward, chunk: Chunk, sites: Sequence[Site], drawn: Tensor
 ) -> dict[Site, Tensor]:
     """∂ log p(t)/∂h at each site and prompt for one next token t ~ p, [n, width] each, float64 on the CPU.
+
+    `drawn` is uniform in [0, 1), [n]: t is the token at that place of the cumulated p.
 
     Over prompts gᵀg/n estimates the mean Fisher information F of the next token in the activation h, and
     KL(patched ‖ clean) is ½·δᵀFδ for a small replacement h + δ.
@@ -32,13 +34,17 @@ def score_gradients(
         zeros = hidden.new_zeros(hidden.shape[0], hidden.shape[-1]).requires_grad_()
         added[site] = zeros
         moved = hidden.clone()
-        moved[:, -chunk.suffix] = moved[:, -chunk.suffix] + zeros
+        span = chunk.spanned(moved)
+        span.copy_(span + zeros.unsqueeze(1))
         return moved
 
     with torch.enable_grad(), ExitStack() as taps:
         for site in sites:
             taps.enter_context(tapped(forward.decoder, site, partial(add, site), len(chunk)))
         log_p = forward.logits(chunk).float().log_softmax(-1)  # [n, vocabulary]
-        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-        gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), [added[site] for site in sites])
+        cumulated = log_p.detach().cpu().double().exp().cumsum(-1)
+        places = drawn.double().unsqueeze(1) * cumulated[:, -1:]
+        tokens = torch.searchsorted(cumulated, places, right=True).clamp(max=log_p.shape[1] - 1)
+        chosen = log_p.gather(1, tokens.to(log_p.device))
+        gradients = torch.autograd.grad(chosen.sum(), [added[site] for site in sites])
     return {site: g.double().cpu() for site, g in zip(sites, gradients, strict=True)}

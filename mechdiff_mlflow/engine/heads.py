@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.architecture import text_config
-from mechdiff_mlflow.engine.chunks import check_prompts, in_chunks
+from mechdiff_mlflow.engine.chunks import Chunk, check_prompts
+from mechdiff_mlflow.engine.elastic import Bounds, Elastic
 from mechdiff_mlflow.engine.forward import PromptForward
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.prompts import TokenizedPrompts
@@ -28,14 +29,14 @@ class AttentionHeads:
     Args:
         forward: Runs the model.
         layer: Which block.
-        batch_size: Prompts in one forward.
+        elastic: How many prompts go into one forward.
 
     Raises:
         MechdiffError: The layer does not exist, its output projection is not recognised, or what it puts out
             is not what the block adds to the residual stream.
     """
 
-    def __init__(self, forward: PromptForward, layer: int, batch_size: int) -> None:
+    def __init__(self, forward: PromptForward, layer: int, elastic: Elastic) -> None:
         forward.decoder.check(Site(layer, Hook.ATTN_OUT))
         block = forward.decoder.blocks[layer]
         attention = block.attention
@@ -48,7 +49,7 @@ class AttentionHeads:
         self.n_heads = int(text_config(forward.decoder.model).num_attention_heads)
         self._projection: nn.Module = getattr(attention, found[0])
         self._forward = forward
-        self._batch_size = batch_size
+        self._elastic = elastic
 
     def capture(self, prompts: TokenizedPrompts) -> Tensor:
         """The z of every head at `prompts.positions`, [N, H, head width] in the model's dtype, on the CPU.
@@ -58,18 +59,24 @@ class AttentionHeads:
         """
         check_prompts(prompts, self._forward.vocabulary)
         rows: list[Tensor] = []
-        order = []
-        for chunk in in_chunks(prompts, self._batch_size, self._forward.device):
+        order: list[Tensor] = []
 
-            def keep(module: nn.Module, args: tuple[Any, ...], suffix: int = chunk.suffix) -> None:
-                rows.append(args[0][:, -suffix].clone().cpu())
+        def record(chunk: Chunk, bounds: Bounds) -> None:
+            read: list[Tensor] = []
+
+            def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+                read.append(chunk.read(args[0]).cpu())
 
             handle = self._projection.register_forward_pre_hook(keep)
             try:
                 self._forward(chunk)
             finally:
                 handle.remove()
+            rows.extend(read)
             order.append(chunk.index)
+
+        for _ in self._elastic.run(prompts, self._forward.device, record, patched=False):
+            pass
         z = torch.cat(rows)[torch.argsort(torch.cat(order))]
         if z.shape[1] % self.n_heads:
             raise MechdiffError(
@@ -81,5 +88,8 @@ class AttentionHeads:
         """attn_out [..., width] of heads' z [..., H, head width]."""
         with torch.no_grad():
             weight = next(self._projection.parameters())
-            out: Tensor = self._projection(z.flatten(-2).to(weight))
+            device = self._forward.device if weight.is_meta else weight.device  # offloaded, or here
+            # Quantized weights are no floating numbers; z has the model's dtype already.
+            dtype = weight.dtype if weight.is_floating_point() else z.dtype
+            out: Tensor = self._projection(z.flatten(-2).to(device, dtype))
         return out.cpu()

@@ -21,7 +21,7 @@ from mechdiff_mlflow.engine.chunks import Chunk
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.routing import UnsupportedError
 from mechdiff_mlflow.engine.taps import tapped
-from mechdiff_mlflow.engine.variants import Rows, Variants, in_parts
+from mechdiff_mlflow.engine.variants import Rows, Variants, in_parts, moved
 from mechdiff_mlflow.sites import Site
 
 
@@ -85,8 +85,13 @@ class MaskedPath:
         with ExitStack() as stack, torch.no_grad():
             first = 0
             for group in part:
-                values = group.values[prompts]
-                replace = partial(_replace, first=first, values=values, suffix=suffix)
+                replace = partial(
+                    _replace,
+                    first=first,
+                    values=group.values[prompts],
+                    clean=recording.clean[group.site][prompts],
+                    chunk=chunk,
+                )
                 stack.enter_context(tapped(decoder, group.site, replace, b))
                 first += len(group.columns)
             out = decoder.model(
@@ -107,9 +112,10 @@ def _seen(mask: Tensor, suffix: int) -> Tensor:
     return mask[:, None, None] & causal
 
 
-def _replace(hidden: Tensor, first: int, values: Tensor, suffix: int) -> Tensor:
+def _replace(hidden: Tensor, first: int, values: Tensor, clean: Tensor, chunk: Chunk) -> Tensor:
     n, tokens, width = hidden.shape
     hidden = hidden.clone()
-    variants = hidden.view(n, tokens // suffix, suffix, width)
-    variants[:, first : first + values.shape[1], 0] = values.to(hidden.device)
+    variants = hidden.view(n, tokens // chunk.suffix, chunk.suffix, width)
+    span = variants[:, first : first + values.shape[1], : chunk.span]  # [n, v, span, width]
+    span.copy_(moved(span, values.unsqueeze(2), clean[:, None, None]))
     return hidden

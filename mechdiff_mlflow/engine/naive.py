@@ -10,7 +10,7 @@ from torch import Tensor
 from mechdiff_mlflow.engine.chunks import Chunk
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.taps import tapped
-from mechdiff_mlflow.engine.variants import Rows, Variants
+from mechdiff_mlflow.engine.variants import Rows, Variants, moved
 from mechdiff_mlflow.sites import Site
 
 
@@ -33,10 +33,12 @@ class NaivePath:
         for group in variants:
             for i, column in enumerate(group.columns):
                 value = group.values[:, i]
+                clean = recording.clean[group.site]
 
-                def replace(hidden: Tensor, value: Tensor = value) -> Tensor:
+                def replace(hidden: Tensor, value: Tensor = value, clean: Tensor = clean) -> Tensor:
                     hidden = hidden.clone()
-                    hidden[:, -chunk.suffix] = value
+                    span = chunk.spanned(hidden)
+                    span.copy_(moved(span, value.unsqueeze(1), clean.unsqueeze(1)))
                     return hidden
 
                 with tapped(self._forward.decoder, group.site, replace, len(chunk)):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mechdiff_mlflow.engine.activations import Activations
 from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
-from mechdiff_mlflow.engine.chunks import check_prompts, in_chunks
-from mechdiff_mlflow.engine.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.budget import Load, MemoryBudget, Shape, bounds_within
+from mechdiff_mlflow.engine.chunks import Chunk, check_prompts
+from mechdiff_mlflow.engine.elastic import Bounds, Elastic, Work, does_not_fit, is_out_of_memory
+from mechdiff_mlflow.engine.forward import PromptForward
 from mechdiff_mlflow.engine.fusion import Fusion
 from mechdiff_mlflow.engine.gradients import score_gradients
 from mechdiff_mlflow.engine.heads import AttentionHeads
+from mechdiff_mlflow.engine.routing import implementation
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
-from mechdiff_mlflow.engine.startup import MODES, choose_path
+from mechdiff_mlflow.engine.startup import MODES, choose_path, path_named
 from mechdiff_mlflow.engine.sweep import SweepPath
-from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
+from mechdiff_mlflow.engine.variants import Path, ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.metrics import NextToken, compare_rows
 from mechdiff_mlflow.prompts import TokenizedPrompts
@@ -27,8 +31,8 @@ class PatchEngine:
     """Captures activations of one causal language model and scores replacements of them.
 
     The engine pads on the left by itself and takes prompts in chunks of similar length, so no result depends
-    on padding or chunk size beyond the rounding of the model's dtype. The model is as before after every
-    call, also after one that fails.
+    on padding or chunk size beyond the rounding of the model's dtype. When memory runs out it says so, takes
+    smaller chunks and goes on. The model is as before after every call, also after one that fails.
 
     Args:
         model: A transformers causal LM (or a PEFT wrapper of one) in eval mode.
@@ -37,6 +41,8 @@ class PatchEngine:
         max_rows: Patched tokens that go up the layers together.
         head_rows: Rows of logits in memory together.
         mode: Way of computing patched runs, of `MODES`; "auto" takes the first that agrees with "naive".
+        budget: Bytes beside the weights, from which smaller bounds follow call by call, and beyond which
+            captured activations go to disk.
         fused: Compute norms, rotations and gated MLPs with the engine's kernels, where they give the same.
 
     Raises:
@@ -53,11 +59,10 @@ class PatchEngine:
         max_rows: int = 8192,
         head_rows: int = 2048,
         mode: str = "auto",
+        budget: MemoryBudget | None = None,
         fused: bool = True,
     ) -> None:
-        for name, value in (("batch_size", batch_size), ("max_rows", max_rows), ("head_rows", head_rows)):
-            if value < 1:
-                raise MechdiffError(f"{name} is {value}; give at least 1.")
+        bounds = Bounds(batch_size, max_rows, head_rows)
         if mode not in MODES:
             raise MechdiffError(f"Mode {mode!r} is unknown; use one of {', '.join(MODES)}.")
         if model.training:
@@ -65,12 +70,12 @@ class PatchEngine:
                 "The model is in training mode, where dropout is random; call model.eval() first."
             )
         self.forward = PromptForward(Decoder.of(model, overrides))
-        self._batch_size = batch_size
         self._fusion = Fusion.of(self.forward.decoder) if fused else Fusion()
-        self._path = choose_path(
-            self.forward, mode, max_rows=max_rows, head_rows=head_rows, fusion=self._fusion
-        )
-        if not isinstance(self._path, SweepPath):
+        self._elastic = Elastic(bounds)
+        self._mode = mode
+        self._paths = {False: (self._chosen(bounds, spans=False), bounds)}
+        self._budget = budget
+        if not isinstance(self._paths[False][0], SweepPath):
             self._fusion = Fusion()  # what is captured is what a clean run of the path has
         self.forward.n_prompts = 0
 
@@ -87,7 +92,12 @@ class PatchEngine:
     @property
     def mode(self) -> str:
         """How patched runs are computed: "sweep", "concat", "masked" or "naive"."""
-        return self._path.name
+        return self._paths[False][0].name
+
+    @property
+    def bounds(self) -> Bounds:
+        """What is held at a time; smaller than asked for once memory has run out."""
+        return self._elastic.bounds
 
     @property
     def n_forwards(self) -> int:
@@ -96,7 +106,7 @@ class PatchEngine:
 
     def capture(
         self, prompts: TokenizedPrompts, sites: Sequence[Site], *, device: torch.device | str = "cpu"
-    ) -> dict[Site, Tensor]:
+    ) -> Mapping[Site, Tensor]:
         """The model's own activations at `prompts.positions`.
 
         Args:
@@ -105,19 +115,26 @@ class PatchEngine:
             device: Where to keep what was read.
 
         Returns:
-            For each site [N, width] in the model's dtype, in the order of the prompts.
+            For each site [N, width] in the model's dtype, in the order of the prompts. Over the budget each
+            look-up reads a file.
 
         Raises:
-            MechdiffError: A site, token or position does not exist, or an activation is not finite.
+            MechdiffError: A site, token or position does not exist, an activation is not finite, or a prompt
+                does not fit in memory.
         """
         self._check(prompts, sites)
-        captured = _Captured(len(prompts), sites, torch.device(device))
-        for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
-            with self._fusion.applied():
+        captured = Activations(len(prompts), sites, device, self._budget)
+
+        def record(chunk: Chunk, bounds: Bounds) -> None:
+            # As the path does that scores such a chunk: both must give the same to the bit.
+            fusion = self._fusion if chunk.span == 1 else Fusion()
+            with fusion.applied():
                 recording = self.forward.record(chunk, sites)
             recording.check_finite()
             captured.add(recording)
-        return captured.by_site()
+
+        self._each_chunk(prompts, record, n_sites=len(sites))
+        return captured
 
     def score_gradients(
         self, prompts: TokenizedPrompts, sites: Sequence[Site], *, seed: int = 0
@@ -130,18 +147,21 @@ class PatchEngine:
             MechdiffError: A site, token or position does not exist, or a gradient is not finite.
         """
         self._check(prompts, sites)
-        generator = torch.Generator().manual_seed(seed)
-        rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
-        order = []
-        for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
-            order.append(chunk.index)
-            for site, gradient in score_gradients(self.forward, chunk, sites, generator).items():
+        # One number a prompt, drawn here: tokens then depend on no chunk.
+        drawn = torch.rand(len(prompts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        rows = {site: torch.zeros(len(prompts), self.width, dtype=torch.float64) for site in sites}
+
+        def differentiate(chunk: Chunk, bounds: Bounds) -> None:
+            found = score_gradients(self.forward, chunk, sites, drawn[chunk.index])
+            for site, gradient in found.items():
                 if not bool(torch.isfinite(gradient).all()):
                     raise MechdiffError(
                         f"A gradient at {site} is NaN or infinite; load the model in a wider dtype."
                     )
-                rows[site].append(gradient)
-        return {site: _in_order(chunks, order) for site, chunks in rows.items()}
+                rows[site][chunk.index] = gradient
+
+        self._each_chunk(prompts, differentiate, n_sites=len(sites))
+        return rows
 
     def heads(self, layer: int) -> AttentionHeads:
         """The attention heads of a layer.
@@ -149,7 +169,7 @@ class PatchEngine:
         Raises:
             MechdiffError: The layer does not exist, or its heads cannot be told apart.
         """
-        return AttentionHeads(self.forward, layer, self._batch_size)
+        return AttentionHeads(self.forward, layer, self._elastic)
 
     def score(
         self,
@@ -173,65 +193,78 @@ class PatchEngine:
         sites = list(dict.fromkeys(group.site for group in groups))
         self._check(prompts, sites)
         board = ScoreBoard(groups, len(prompts), self.width)
-        captured = _Captured(len(prompts), sites, torch.device("cpu"))
+        captured = Activations(len(prompts), sites, "cpu", self._budget)
         tops = torch.zeros(len(prompts), dtype=torch.long)
-        done = 0
-        for chunk in in_chunks(prompts, self._batch_size, self.forward.device):
-            recording = self._path.record(chunk, sites)
+
+        def run(chunk: Chunk, bounds: Bounds) -> None:
+            path = self._path(bounds, spans=chunk.span > 1)
+            recording = path.record(chunk, sites)
             captured.add(recording)
             next_token = NextToken.of(recording.logits)
             variants, same = board.variants(recording)
             scored = [
                 (rows.owner, rows.column, compare_rows(rows.logits, next_token, rows.owner))
-                for rows in self._path.run(recording, variants)
+                for rows in path.run(recording, variants)
             ]
             board.add(recording, same, scored)
             tops[chunk.index] = next_token.top.cpu()
-            done += len(chunk)
+
+        self._each_chunk(prompts, run, n_sites=len(sites), n_columns=board.n_columns, progress=progress)
+        return board.result(captured, tops)
+
+    def _each_chunk(
+        self,
+        prompts: TokenizedPrompts,
+        work: Work,
+        *,
+        n_sites: int,
+        n_columns: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Call `work` on every chunk; on the same prompts again, in smaller chunks, when memory runs out."""
+        done, at_most = 0, self._affordable(prompts, n_sites, n_columns)
+        run = self._elastic.run(prompts, self.forward.device, work, patched=n_columns > 0, at_most=at_most)
+        for n in run:
+            done += n
             if progress is not None:
                 progress(done)
-        return board.result(captured.by_site(), tops)
+
+    def _affordable(self, prompts: TokenizedPrompts, n_sites: int, n_columns: int) -> Bounds | None:
+        """The bounds that the budget allows for a call."""
+        if self._budget is None:
+            return None
+        decoder = self.forward.decoder
+        shape = Shape.of(decoder, self.forward.vocabulary, keeps_scores=implementation(decoder) == "eager")
+        load = Load(
+            n_tokens=max(map(len, prompts.ids)),
+            suffix=max(len(ids) - i for ids, i in zip(prompts.ids, prompts.positions, strict=True)),
+            n_sites=n_sites,
+            n_columns=n_columns,
+            tree=self.mode in ("concat", "masked") or bool(prompts.spans),
+        )
+        return bounds_within(self._budget.working, self.bounds, shape, load)
+
+    def _path(self, bounds: Bounds, *, spans: bool) -> Path:
+        """How patched runs are computed within some bounds."""
+        if spans not in self._paths:
+            counted = self.forward.n_prompts
+            self._paths[spans] = self._chosen(bounds, spans=spans), bounds
+            self.forward.n_prompts = counted
+        path, made_for = self._paths[spans]
+        if made_for != bounds:
+            path = path_named(path.name, self.forward, bounds, self._fusion)
+            self._paths[spans] = path, bounds
+        return path
+
+    def _chosen(self, bounds: Bounds, *, spans: bool) -> Path:
+        try:
+            return choose_path(self.forward, self._mode, bounds, fusion=self._fusion, spans=spans)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise does_not_fit("The short prompts of the start-up check do", str(error)) from error
+            raise
 
     def _check(self, prompts: TokenizedPrompts, sites: Sequence[Site]) -> None:
         for site in sites:
             self.forward.decoder.check(site)
         check_prompts(prompts, self.forward.vocabulary)
-
-
-class _Captured:
-    """Activations of N prompts, filled chunk by chunk."""
-
-    def __init__(self, n_prompts: int, sites: Sequence[Site], device: torch.device) -> None:
-        self._n_prompts, self._sites, self._device = n_prompts, list(dict.fromkeys(sites)), device
-        self._rows: Tensor | None = None  # [N, sites, width]
-
-    def add(self, recording: Recording) -> None:
-        if not self._sites:
-            return
-        device = recording.clean[self._sites[0]].device
-        # One copy between devices, not one a site.
-        rows = torch.stack([recording.clean[site].to(device) for site in self._sites], 1)
-        index = recording.chunk.index
-        if self._rows is None:
-            # A copy into pinned memory goes on while the GPU computes.
-            pinned = rows.is_cuda and self._device.type == "cpu"
-            shape = (self._n_prompts, *rows.shape[1:])
-            self._rows = torch.empty(shape, dtype=rows.dtype, device=self._device, pin_memory=pinned)
-        if self._rows.is_pinned():
-            for i, row in zip(index.tolist(), rows, strict=True):
-                self._rows[i].copy_(row, non_blocking=True)
-        else:
-            self._rows[index.to(self._device)] = rows.to(self._device)
-
-    def by_site(self) -> dict[Site, Tensor]:
-        """[N, width] each."""
-        if self._rows is None:
-            return {}
-        if self._rows.is_pinned():
-            torch.cuda.synchronize()
-        return dict(zip(self._sites, self._rows.unbind(1), strict=True))
-
-
-def _in_order(chunks: list[Tensor], order: list[Tensor]) -> Tensor:
-    """Rows that came chunk by chunk, in the order of the prompts."""
-    return torch.cat(chunks)[torch.argsort(torch.cat(order))]

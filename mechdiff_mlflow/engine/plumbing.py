@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -53,9 +53,7 @@ def check_plumbing(engine: PatchEngine, prompts: TokenizedPrompts, n_prompts: in
     """
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts.ids[i]))
     chosen = [*by_length[: n_prompts // 2], *by_length[n_prompts // 2 :][-(n_prompts - n_prompts // 2) :]]
-    some = TokenizedPrompts(
-        tuple(prompts.ids[i] for i in chosen), tuple(prompts.positions[i] for i in chosen)
-    )
+    some = prompts.take(chosen)
     decoder = engine.forward.decoder
     sites = [Site(i, hook) for i in range(engine.n_layers) for hook in Hook if decoder.has(Site(i, hook))]
     together = engine.capture(some, sites)
@@ -84,12 +82,9 @@ def _hooks_fire_once(engine: PatchEngine, prompts: TokenizedPrompts, sites: Sequ
 
 
 def _padding_and_batch(
-    engine: PatchEngine, prompts: TokenizedPrompts, together: dict[Site, Tensor]
+    engine: PatchEngine, prompts: TokenizedPrompts, together: Mapping[Site, Tensor]
 ) -> PlumbingCheck:
-    alone = [
-        engine.capture(TokenizedPrompts((ids,), (position,)), list(together))
-        for ids, position in zip(prompts.ids, prompts.positions, strict=True)
-    ]
+    alone = [engine.capture(prompts[i : i + 1], list(together)) for i in range(len(prompts))]
     errors = {site: _distance(x, torch.cat([one[site] for one in alone])) for site, x in together.items()}
     worst = max(errors, key=lambda site: errors[site])
     limit = _ROUNDING.get(together[worst].dtype, 0.1)
@@ -100,7 +95,7 @@ def _padding_and_batch(
     )
 
 
-def _sublayers_add_up(engine: PatchEngine, captured: dict[Site, Tensor]) -> PlumbingCheck:
+def _sublayers_add_up(engine: PatchEngine, captured: Mapping[Site, Tensor]) -> PlumbingCheck:
     """A block adds what its sublayers give, times one constant (not 1 in Granite)."""
     worst, scales = 0.0, []
     for i in range(engine.n_layers):

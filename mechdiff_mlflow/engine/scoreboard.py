@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import accumulate
 
@@ -34,6 +34,11 @@ class ScoreBoard:
         self._ends = list(accumulate(group.count(n_prompts, width) for group in groups))
         self._starts = [0, *self._ends[:-1]] if groups else []
         self._scores = Divergences.zeros(n_prompts, self._ends[-1] if groups else 0)
+
+    @property
+    def n_columns(self) -> int:
+        """Patched runs of each prompt."""
+        return self._ends[-1] if self._ends else 0
 
     def variants(self, recording: Recording) -> tuple[list[Variants], Tensor]:
         """The vectors to run for a chunk, and which of [n, columns] are clean activations and need no run.
@@ -91,7 +96,7 @@ class ScoreBoard:
             self._check_finite(values, index)
             getattr(self._scores, field.name)[index] = values
 
-    def result(self, clean: dict[Site, Tensor], clean_top: Tensor) -> ScoreResult:
+    def result(self, clean: Mapping[Site, Tensor], clean_top: Tensor) -> ScoreResult:
         """Everything, group by group."""
         ranges = zip(self._starts, self._ends, strict=True)
         divergences = tuple(self._scores.map(lambda x, s=s, e=e: x[:, s:e]) for s, e in ranges)  # type: ignore[misc]

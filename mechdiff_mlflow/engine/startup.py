@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.engine.chunks import Chunk, in_chunks
+from mechdiff_mlflow.engine.elastic import Bounds, is_out_of_memory
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.fusion import Fusion
 from mechdiff_mlflow.engine.masked import MaskedPath
@@ -22,6 +24,8 @@ from mechdiff_mlflow.prompts import TokenizedPrompts
 from mechdiff_mlflow.sites import Hook, Site
 
 MODES = ("auto", "sweep", "concat", "masked", "naive")
+
+_WITH_SPANS = ("masked", "naive")
 
 _CROWD = 20
 
@@ -87,40 +91,63 @@ class Trial:
         return float((error / effect).max())
 
 
+def path_named(name: str, forward: PromptForward, bounds: Bounds, fusion: Fusion | None = None) -> Path:
+    """A way of computing patched runs.
+
+    Args:
+        name: Of `MODES`, but "auto".
+        forward: Of the model.
+        bounds: What it may hold at a time.
+        fusion: How the model is computed faster by "sweep" and "concat".
+
+    Raises:
+        UnsupportedError: It cannot do this model.
+    """
+    rows, head_rows = bounds.max_rows, bounds.head_rows
+    ways: dict[str, Callable[[], Path]] = {
+        "sweep": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows, fusion=fusion),
+        "concat": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows, concat=True, fusion=fusion),
+        "masked": lambda: MaskedPath(forward, max_rows=min(rows, head_rows)),
+        "naive": lambda: NaivePath(forward),
+    }
+    return ways[name]()
+
+
 def choose_path(
-    forward: PromptForward, mode: str, *, max_rows: int, head_rows: int, fusion: Fusion | None = None
+    forward: PromptForward,
+    mode: str,
+    bounds: Bounds,
+    *,
+    fusion: Fusion | None = None,
+    spans: bool = False,
 ) -> Path:
     """The fastest way of computing patched runs that agrees with the reference on this model.
 
     Args:
         forward: Of the model.
         mode: Which way to take, of `MODES`.
-        max_rows: Patched tokens that go up the blocks together.
-        head_rows: Rows of logits in memory together.
+        bounds: What it may hold at a time.
         fusion: How the model is computed faster by "sweep" and "concat".
+        spans: For prompts of which several tokens are moved together, which the sweep cannot do.
 
     Raises:
         MechdiffError: Some hook of the model does not change its logits, or `mode` does not fit the model.
     """
-    ways: dict[str, Callable[[], Path]] = {
-        "sweep": lambda: SweepPath(forward, max_rows=max_rows, head_rows=head_rows, fusion=fusion),
-        "concat": lambda: SweepPath(
-            forward, max_rows=max_rows, head_rows=head_rows, concat=True, fusion=fusion
-        ),
-        "masked": lambda: MaskedPath(forward, max_rows=min(max_rows, head_rows)),
-        "naive": lambda: NaivePath(forward),
-    }
-    trials = list(_trials(forward))
+    modes: tuple[str, ...] = MODES[1:] if mode == "auto" else (mode,)
+    if spans:
+        modes = tuple(name for name in modes if name in _WITH_SPANS) or _WITH_SPANS
+    trials = list(_trials(forward, span=2 if spans else 1))
     reasons: list[str] = []
-    for name in ways if mode == "auto" else [mode]:
-        reason = _unfit(ways[name], trials)
+    for name in modes:
+        make = partial(path_named, name, forward, bounds, fusion)
+        reason = _unfit(make, trials)
         if reason is None:
-            if mode == "auto" and name != "sweep":
+            if mode == "auto" and name != modes[0]:
                 warnings.warn(
                     f"Patches of {_name(forward.decoder)} are computed the slower way {name!r}: {reasons[0]}",
                     stacklevel=4,
                 )
-            return ways[name]()
+            return make()
         reasons.append(reason)
     raise MechdiffError(
         f"Mode {mode!r} does not fit {_name(forward.decoder)} ({reasons[-1].rstrip('.')}); use mode 'auto'."
@@ -133,26 +160,28 @@ def _unfit(way: Callable[[], Path], trials: Iterable[Trial]) -> str | None:
         try:
             disagreement = trial.disagreement(way())
         except Exception as error:  # whatever a model not foreseen may raise, another way may do
+            if is_out_of_memory(error):
+                raise
             return f"{error}" if isinstance(error, MechdiffError) else f"{type(error).__name__}: {error}"
         if not disagreement <= _TOLERANCE.get(trial.logits.dtype, 0.3):
             return f"Its logits are off by {disagreement:.1e} of the effect of a patch."
     return None
 
 
-def _trials(forward: PromptForward) -> Iterable[Trial]:
+def _trials(forward: PromptForward, span: int) -> Iterable[Trial]:
     """Every hook half-way up on a padded chunk, and two more on one that is not, before its last token."""
     decoder = forward.decoder
     n = len(decoder.blocks)
     middle = [Site(n // 2, hook) for hook in Hook]
     others = [Site(0, Hook.MLP_OUT), Site(max(0, n - 2), Hook.RESID_PRE)]
     # A block without a recognised MLP still has its other hooks.
-    yield Trial.of(forward, _chunk(forward, (5, 9), 1), list(filter(decoder.has, middle)))
-    yield Trial.of(forward, _chunk(forward, (7,), 3), list(filter(decoder.has, others)))
+    yield Trial.of(forward, _chunk(forward, (5, 9), span, span), list(filter(decoder.has, middle)))
+    yield Trial.of(forward, _chunk(forward, (7,), 3, span), list(filter(decoder.has, others)))
 
 
-def _chunk(forward: PromptForward, lengths: Sequence[int], suffix: int) -> Chunk:
+def _chunk(forward: PromptForward, lengths: Sequence[int], suffix: int, span: int) -> Chunk:
     ids = tuple(tuple((17 * i + 5 * n) % forward.vocabulary for i in range(n)) for n in lengths)
-    prompts = TokenizedPrompts(ids, tuple(n - suffix for n in lengths))
+    prompts = TokenizedPrompts(ids, tuple(n - suffix for n in lengths), (span,) * len(lengths))
     return next(in_chunks(prompts, len(lengths), forward.device))
 
 

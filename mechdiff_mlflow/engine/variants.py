@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,6 +80,21 @@ class Variants:
     columns: Sequence[int]
 
 
+def moved(span: Tensor, value: Tensor, clean: Tensor) -> Tensor:
+    """A span's tokens when their mean is replaced: one token is; several all move by the same vector.
+
+    Of all changes that give the span a certain mean that is the smallest, and tokens keep their differences.
+
+    Args:
+        span: The tokens' own activations [..., span, width].
+        value: The replacement [..., 1, width].
+        clean: Their own mean [..., 1, width].
+    """
+    if span.shape[-2] == 1:
+        return value.to(span.device)
+    return span + (value - clean).to(span.device)
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Logits of patched runs.
@@ -106,7 +121,7 @@ class ScoreResult:
     """
 
     divergences: tuple[Divergences, ...]
-    clean: dict[Site, Tensor]
+    clean: Mapping[Site, Tensor]
     clean_top: Tensor
 
 

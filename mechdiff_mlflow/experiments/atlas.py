@@ -63,9 +63,7 @@ def atlas(
         MechdiffError: A hook, the solver or the family is impossible for this pair.
     """
     pair, protocol = study.pair, study.protocol
-    with pair.tuned.engine() as engine:
-        n_layers = engine.n_layers
-    sites = [Site(layer, hook) for layer in range(n_layers) for hook in Hook if hook in hooks]
+    sites = [Site(layer, hook) for layer in range(pair.n_layers) for hook in Hook if hook in hooks]
     rows = score(pair, study.report_prompts, protocol.position, {site: {} for site in sites}, study.stage)
     cells = [
         Cell(site, solver, family, Rank(None), Alpha((alpha,)))

@@ -6,7 +6,7 @@ Every site is factorised once; ranks, scales, rules and shuffles follow from tha
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -38,7 +38,7 @@ class Fitter:
         pair: The models.
         protocol: What all cells share.
         prompts: Fitted on.
-        n_layers: Of the tuned model.
+        n_layers: That both models have.
         stage: Who listens to progress.
     """
 
@@ -47,7 +47,7 @@ class Fitter:
     prompts: PromptSet
     n_layers: int
     stage: Stage
-    _train: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _train: dict[Site, tuple[Mapping[Site, Tensor], Mapping[Site, Tensor]]] = field(default_factory=dict)
     _spectra: dict[Site, PairedSpectrum] = field(default_factory=dict)
     _solutions: dict[Key, tuple[Solution, float]] = field(default_factory=dict)
     _shuffled: dict[Key, list[Solution]] = field(default_factory=dict)
@@ -70,9 +70,7 @@ class Fitter:
             advance(1)
             tuned = scoring.capture(self.pair, "tuned", self.prompts, position, missing)
             advance(1)
-        self._train.update(
-            {site: (base[site].double().cpu(), tuned[site].double().cpu()) for site in missing}
-        )
+        self._train.update({site: (base, tuned) for site in missing})
 
     def elsewhere(self, site: Site) -> Site:
         """The same hook an eighth of the model further on, or back near the end, for the wrong-layer control.
@@ -187,7 +185,8 @@ class Fitter:
 
     def _spectrum(self, site: Site) -> PairedSpectrum:
         if site not in self._spectra:
-            self._spectra[site] = PairedSpectrum.from_rows(*self._train[site])
+            base, tuned = (rows[site].double() for rows in self._train[site])
+            self._spectra[site] = PairedSpectrum.from_rows(base, tuned)
         return self._spectra[site]
 
     def _settings(self, solver: str) -> dict[str, object]:

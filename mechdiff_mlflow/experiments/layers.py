@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
+from torch import Tensor
 
 from mechdiff_mlflow import similarity, stats
 from mechdiff_mlflow.engine import VariantGroup
+from mechdiff_mlflow.engine.variants import Replace
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.rows import Array, capture
 from mechdiff_mlflow.experiments.study import Study
@@ -44,7 +48,7 @@ def layer_profile(study: Study) -> pd.DataFrame:
     bootstrap = stats.Bootstrap(n_resamples=study.protocol.n_resamples, seed=study.protocol.seed)
     for name, (giver, taker) in DIRECTIONS.items():
         side = pair.base if taker == "base" else pair.tuned
-        groups = [VariantGroup(site, own[giver][site].unsqueeze(1)) for site in sites]
+        groups = [VariantGroup(site, _rows_of(own[giver], site), n_variants=1) for site in sites]
         groups += [VariantGroup.identity(site) for site in sites]
         with side.engine() as engine, study.stage(f"patching {taker} from {giver}", len(prompts)) as advance:
             scored = engine.score(pair.tokens(taker, prompts, position), groups, progress=advance).divergences
@@ -57,3 +61,8 @@ def layer_profile(study: Study) -> pd.DataFrame:
         columns[f"floor_{name}"] = [float(floor.mean()) for floor in floors]
     table: pd.DataFrame = pd.DataFrame(columns).astype({"layer": int})
     return table
+
+
+def _rows_of(rows: Mapping[Site, Tensor], site: Site) -> Replace:
+    """A giver's rows, read chunk by chunk: they may lie on disk."""
+    return lambda index, clean: rows[site][index].unsqueeze(1)

@@ -54,14 +54,26 @@ class SiteRows:
     """One site on one split.
 
     Args:
-        base: Base activations, float64 [n, d_base].
-        tuned: Tuned activations, float64 [n, d_tuned].
+        site: Where.
+        base_rows: Base activations [n, d_base] of this site among others, where they are kept.
+        tuned_rows: Tuned activations [n, d_tuned], in the same way.
         patched: By label, what each replacement did.
     """
 
-    base: Tensor
-    tuned: Tensor
+    site: Site
+    base_rows: Mapping[Site, Tensor]
+    tuned_rows: Mapping[Site, Tensor]
     patched: Mapping[str, Patched]
+
+    @property
+    def base(self) -> Tensor:
+        """Base activations, float64 [n, d_base]."""
+        return self.base_rows[self.site].double()
+
+    @property
+    def tuned(self) -> Tensor:
+        """Tuned activations, float64 [n, d_tuned]."""
+        return self.tuned_rows[self.site].double()
 
     def mean_kl(self, labels: Iterable[str]) -> float:
         """Mean KL(patched ‖ clean) in nats over prompts and some replacements."""
@@ -69,7 +81,7 @@ class SiteRows:
 
     def with_rows(self, more: Mapping[str, Patched]) -> SiteRows:
         """These rows and more of the same site and split."""
-        return SiteRows(self.base, self.tuned, {**self.patched, **more})
+        return SiteRows(self.site, self.base_rows, self.tuned_rows, {**self.patched, **more})
 
 
 Replacements = Mapping[Site, Mapping[str, AffineMap]]
@@ -78,8 +90,12 @@ Replacements = Mapping[Site, Mapping[str, AffineMap]]
 
 def capture(
     pair: Pair, role: str, prompts: PromptSet, position: Position, sites: list[Site]
-) -> dict[Site, Tensor]:
+) -> Mapping[Site, Tensor]:
     """Activations of one model at some sites, [n, d] in the model's dtype; one forward a prompt."""
+    if role == "base" and pair.one_at_a_time:
+        recorded = pair.recorded_base(prompts, position)
+        if recorded.keys() >= set(sites):
+            return recorded
     side = pair.base if role == "base" else pair.tuned
     tokens = pair.tokens(role, prompts, position)
     with side.engine() as engine:
@@ -103,13 +119,14 @@ def score(
         groups: list[VariantGroup] = []
         labels: list[tuple[Site, list[str]]] = []
         for site, maps in replacements.items():
-            same_width = base[site].shape[1] == engine.width
+            d_base = base[site].shape[1]
+            same_width = d_base == engine.width
             for label, map_ in maps.items():
-                _check_fits(map_, label, site, base[site].shape[1], engine.width)
+                _check_fits(map_, label, site, d_base, engine.width)
             groups.append(VariantGroup.identity(site))
             labels.append((site, [IDENTITY]))
             if names := [*([RAW] if same_width else []), *maps]:
-                groups.append(_group(site, base[site], same_width, list(maps.values())))
+                groups.append(_group(site, base, same_width, list(maps.values())))
                 labels.append((site, names))
         with stage("patching tuned", len(prompts)) as advance:
             result = engine.score(tokens, groups, progress=advance)
@@ -122,14 +139,14 @@ def score(
                 found.top1_agrees[:, column].double().numpy(),
                 found.delta_logprob[:, column].numpy(),
             )
-    return {site: SiteRows(base[site].double(), result.clean[site].double(), rows[site]) for site in sites}
+    return {site: SiteRows(site, base, result.clean, rows[site]) for site in sites}
 
 
-def _group(site: Site, base: Tensor, raw: bool, maps: list[AffineMap]) -> VariantGroup:
+def _group(site: Site, base: Mapping[Site, Tensor], raw: bool, maps: list[AffineMap]) -> VariantGroup:
     """Replacements made chunk by chunk: all of them at once would be n · v · d numbers."""
 
     def replace(index: Tensor, clean: Tensor) -> Tensor:
-        x = base[index]
+        x = base[site][index]
         units: dict[tuple[int, ...], Tensor] = {}
         mapped = []
         for map_ in maps:  # maps that differ in α alone cost one product

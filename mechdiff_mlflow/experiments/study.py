@@ -74,6 +74,7 @@ class Study:
             MechdiffError: A site, solver, family or rank is impossible for this pair, or an activation is
                 not finite.
         """
+        self._record_base()
         fitter = self._fitter
         fitter.record(cells)
         with self.stage("fitting", len(cells)) as advance:
@@ -106,6 +107,7 @@ class Study:
             MechdiffError: A map does not fit its site, or the identity patch is not one.
         """
         fits = list(fits)
+        self._record_base()
         self._fitter.record([cell for cell, *_ in fits])
         nulls = [self._fitter.nulls(cell) for cell, *_ in fits]
         shuffled = [self._fitter.shuffled(cell) for cell, *_ in fits]
@@ -145,6 +147,13 @@ class Study:
             records.append(record)
         return adjusted(records)
 
+    def _record_base(self) -> None:
+        """Where one model is held at a time, all that will be asked of base while it is in memory."""
+        if self.pair.one_at_a_time:
+            for prompts in self.prompt_sets:
+                self.pair.check_same_tokens(prompts, self.protocol.position)
+                self.pair.recorded_base(prompts, self.protocol.position)
+
     @property
     def engine_mode(self) -> str:
         """Which of the engine's paths patches the tuned model."""
@@ -152,13 +161,8 @@ class Study:
             return str(engine.mode)
 
     @cached_property
-    def _n_layers(self) -> int:
-        with self.pair.tuned.engine() as engine:
-            return engine.n_layers
-
-    @cached_property
     def _fitter(self) -> Fitter:
-        return Fitter(self.pair, self.protocol, self.train_prompts, self._n_layers, self.stage)
+        return Fitter(self.pair, self.protocol, self.train_prompts, self.pair.n_layers, self.stage)
 
     def _score(self, split: str, requests: dict[Site, dict[str, AffineMap]]) -> dict[Site, SiteRows]:
         """Rows of a split, scored only where they are not known yet."""

@@ -15,6 +15,7 @@ from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.spec import Cell
 from mechdiff_mlflow.stats import Correlation, Interval
 from mechdiff_mlflow.tracking import records
+from mechdiff_mlflow.tracking.policy import FITTED_ON
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
 
 NOT_APPLICABLE = "n/a"
@@ -66,6 +67,8 @@ def patch_run(
     caveats = [f"chosen on the reported split: {', '.join(record.leak)}"] if record.leak else []
     if record.n < 100:
         caveats.append(f"n={record.n} is small, intervals under-cover")
+    for fitted_on in fitted_elsewhere(record.map, study).values():
+        caveats.append(f"the map was fitted on another pair, {fitted_on}")
     return RunRecord(
         kind="patch",
         name=f"patch {_name(cell)}",
@@ -78,6 +81,7 @@ def patch_run(
             "selection_leak": str(bool(record.leak)).lower(),
             "mechdiff.map_sha256": record.map.sha256(),
         }
+        | fitted_elsewhere(record.map, study)
         | ({"mechdiff.map": map_name} if map_name else {}),
         datasets=_datasets(study, *study.prompt_sets),
         tables={"per_prompt.json": record.per_prompt},
@@ -91,6 +95,12 @@ def patch_run(
             f"**Caveats:** {'; '.join(caveats) or 'none known'}."
         ),
     )
+
+
+def fitted_elsewhere(map_: AffineMap, study: Study) -> dict[str, str]:
+    """The tag of a patch whose map was fitted on another pair than the study's, or does not say on which."""
+    fitted_on = str(map_.meta.get("fingerprint", "unknown"))
+    return {} if fitted_on == study.pair.fingerprint else {FITTED_ON: fitted_on}
 
 
 def cell_run(fit: FitRecord, patch: PatchRecord, study: Study) -> RunRecord:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec import explain
 
 PAIR_FINGERPRINT = "pair_fingerprint"
+FITTED_ON = "fitted_on_pair"
+"""Fingerprint of the pair that a map was fitted on, where it was measured on another."""
 SELECTION_LEAK = "selection_leak"
+
+_MAX_FILE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +63,35 @@ class PromotionPolicy:
             if least is not None and not math.isfinite(least):
                 raise MechdiffError(f"Rule {rule} is {least}; give a finite number of percent.")
 
+    @classmethod
+    def load(cls, path: str | Path) -> PromotionPolicy:
+        """The policy in a YAML file, its keys being the arguments of this class.
+
+        Raises:
+            MechdiffError: The file cannot be read, is not YAML, or has unknown keys or wrong values.
+        """
+        text = untrusted.read_text(Path(path), _MAX_FILE_BYTES, "Policy")
+        fields = untrusted.parse_yaml(text, f"Policy {path}")
+        try:
+            return cls(**_Rules.model_validate({} if fields is None else fields).model_dump())
+        except (ValidationError, TypeError) as error:
+            known = ", ".join(_Rules.model_fields)
+            raise MechdiffError(
+                f"Policy {path} is not valid: {explain(error)}; its keys are {known}."
+            ) from None
+
+    def with_rules(self, **rules: Any) -> PromotionPolicy:
+        """The same policy with those of `rules` that are not None in place of its own."""
+        return replace(self, **{rule: value for rule, value in rules.items() if value is not None})
+
+    def __str__(self) -> str:
+        """The rules that differ from the defaults: `min_drop_pct 30, ci_above_zero`; else `default`."""
+        plain = asdict(PromotionPolicy())
+        changed = [(rule, value) for rule, value in asdict(self).items() if value != plain[rule]]
+        return (
+            ", ".join(rule if value is True else f"{rule} {value:g}" for rule, value in changed) or "default"
+        )
+
     def refusals(self, candidate: Candidate, incumbent: Mapping[str, str] | None) -> list[str]:
         """Why the candidate may not replace a version with the tags `incumbent`, one line a rule."""
         found = []
@@ -63,6 +102,12 @@ class PromotionPolicy:
             found.append(f"ci_above_zero: {_shown(candidate, 'ci/drop_pct_low')}")
         if not self.allow_leak and candidate.facts.get(SELECTION_LEAK, "").lower() == "true":
             found.append("allow_leak: a choice was made on the split that it is measured on")
+        fitted_on = candidate.facts.get(FITTED_ON)
+        if not self.allow_pair_mismatch and fitted_on is not None:
+            found.append(
+                f"allow_pair_mismatch: it was measured on pair {candidate.facts.get(PAIR_FINGERPRINT)} and "
+                f"fitted on {fitted_on}"
+            )
         theirs = (incumbent or {}).get(PAIR_FINGERPRINT)
         ours = candidate.facts.get(PAIR_FINGERPRINT)
         if not self.allow_pair_mismatch and theirs is not None and ours != theirs:
@@ -70,6 +115,18 @@ class PromotionPolicy:
                 f"allow_pair_mismatch: it is of pair {ours or 'unknown'}, the present version of {theirs}"
             )
         return found
+
+
+class _Rules(BaseModel):
+    """The form of a policy file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    min_drop_pct: float | None = None
+    min_skill_pct: float | None = None
+    ci_above_zero: bool = False
+    allow_leak: bool = False
+    allow_pair_mismatch: bool = False
 
 
 def _shown(candidate: Candidate, metric: str) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlflow.entities import Metric, Run
+from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
@@ -27,18 +28,39 @@ from mechdiff_mlflow.tracking.card import collection_card, version_card
 from mechdiff_mlflow.tracking.fetch import read_back, verified_map
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.names import check_alias, check_name, registered_name
-from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT, SELECTION_LEAK, Candidate, PromotionPolicy
+from mechdiff_mlflow.tracking.policy import (
+    FITTED_ON,
+    PAIR_FINGERPRINT,
+    SELECTION_LEAK,
+    Candidate,
+    PromotionPolicy,
+)
 from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS
 from mechdiff_mlflow.tracking.registry import Version
 from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store import Store
 
+IMPORTED_FROM = "imported_from"
+"""Tag: which file of the predecessor's a map was imported from."""
+
 _MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # how a logged model's page knows its registered versions
 _NOTE_TAG = "mlflow.note.content"
 _PROVENANCE = (
-    *("pair", PAIR_FINGERPRINT, "layer", "hook", "solver", "family", "k", "shrink", "ridge", "off_span"),
-    *("position", "split", "n", "seed", "dtype", "null", SELECTION_LEAK),
+    *(
+        "pair",
+        PAIR_FINGERPRINT,
+        FITTED_ON,
+        "layer",
+        "hook",
+        "solver",
+        "family",
+        "k",
+        "shrink",
+        "ridge",
+        "off_span",
+    ),
+    *("position", "split", "n", "seed", "dtype", "null", SELECTION_LEAK, IMPORTED_FROM),
 )
 _METRICS = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor", "rho", "top1_agreement")
 _ALPHA_SAME = 1e-12
@@ -80,15 +102,25 @@ def promote(
             alias is not possible, or the files are not what was logged.
     """
     check_alias(alias)
+    policy = policy or PromotionPolicy()
     measured = _measured(store, run_id)
     name = check_name(name) if name else _name_of(measured)
+    _apply(policy, name, alias, measured, None)  # before anything is made
     with registry.promotion_lock(store):
         _registered(store, name, measured)
-        _apply(policy or PromotionPolicy(), store, name, alias, measured)
+
+        def check(model: RegisteredModel) -> None:
+            number = registry.holder_of(model, alias)
+            incumbent = None if number is None else registry.get_version(store, name, number)
+            _apply(policy, name, alias, measured, incumbent)
+
+        check(registry.registered(store, name))
         version = _existing(store, name, measured) or _create_version(store, name, measured)
         if not version.is_verified:
             _verify(store, version)
-        registry.move_alias(store, registry.registered(store, name), alias, version.number, "promote", why)
+        registry.move_alias(
+            store, name, alias, version.number, "promote", check=check, why=why, rules=str(policy)
+        )
     return registry.get_version(store, name, version.number)
 
 
@@ -101,15 +133,14 @@ def rollback(store: Store, name: str, alias: str = "champion", *, why: str = "")
         MechdiffError: There is nothing to go back to, or that version's files are not what they were.
     """
     with registry.promotion_lock(store):
-        model = registry.registered(store, name)
-        holders = registry.holders(registry.history(store, name, alias))
-        if len(holders) < 2 or holders[-2] is None:
-            raise MechdiffError(
-                f"Alias {alias!r} of {name} has no earlier version to go back to; see its history."
-            )
-        version = registry.get_version(store, name, holders[-2])
-        verified_map(store, version)
-        registry.move_alias(store, model, alias, version.number, "rollback", why)
+        target = _held_before(registry.registered(store, name), alias)
+        verified_map(store, registry.get_version(store, name, target))
+
+        def check(model: RegisteredModel) -> None:
+            if _held_before(model, alias) != target:
+                raise MechdiffError(f"Alias {alias!r} of {name} was moved meanwhile; see its history.")
+
+        registry.move_alias(store, name, alias, target, "rollback", check=check, why=why)
     return registry.get_version(store, name, alias)
 
 
@@ -121,7 +152,17 @@ def demote(store: Store, name: str, alias: str = "champion", *, why: str = "") -
     """
     with registry.promotion_lock(store):
         registry.get_version(store, name, alias)
-        registry.move_alias(store, registry.registered(store, name), alias, None, "demote", why)
+        registry.move_alias(store, name, alias, None, "demote", check=lambda model: None, why=why)
+
+
+def _held_before(model: RegisteredModel, alias: str) -> int:
+    """Which version had the alias before the last promotion or demotion."""
+    holders = registry.holders(registry.history_of(model, alias))
+    if len(holders) < 2 or holders[-2] is None:
+        raise MechdiffError(
+            f"Alias {alias!r} of {model.name} has no earlier version to go back to; see its history."
+        )
+    return holders[-2]
 
 
 def _measured(store: Store, run_id: str) -> _Measured:
@@ -228,11 +269,11 @@ def _name_of(measured: _Measured) -> str:
     return registered_name(facts["pair"], Site.parse(f"L{facts['layer']}/{facts['hook']}"))
 
 
-def _apply(policy: PromotionPolicy, store: Store, name: str, alias: str, measured: _Measured) -> None:
-    number = registry.holder_of(registry.registered(store, name), alias)
-    incumbent = None if number is None else registry.get_version(store, name, number).tags
+def _apply(
+    policy: PromotionPolicy, name: str, alias: str, measured: _Measured, incumbent: Version | None
+) -> None:
     candidate = Candidate(measured.run.info.run_id, measured.run.data.metrics, measured.facts)
-    refusals = policy.refusals(candidate, incumbent)
+    refusals = policy.refusals(candidate, None if incumbent is None else incumbent.tags)
     if refusals:
         raise MechdiffError(
             f"Run {candidate.run_id} may not become {name}@{alias} by the rule"
@@ -259,10 +300,8 @@ def _registered(store: Store, name: str, measured: _Measured) -> None:
 
 def _existing(store: Store, name: str, measured: _Measured) -> Version | None:
     """The version that an earlier attempt made of the same map by the same run."""
-    for version in registry.list_versions(store, name):
-        if (version.sha256, version.run_id) == (measured.logged.sha256, measured.run.info.run_id):
-            return version
-    return None
+    versions = registry.versions_of_run(store, name, measured.run.info.run_id)
+    return next((v for v in versions if v.sha256 == measured.logged.sha256), None)
 
 
 def _create_version(store: Store, name: str, measured: _Measured) -> Version:

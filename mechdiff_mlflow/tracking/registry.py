@@ -12,7 +12,8 @@ import getpass
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -23,6 +24,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.locks import file_lock, lock_file
 from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.turns import turn
 
 KIND_TAG = "mechdiff.kind"
 SHA256_TAG = "mechdiff.sha256"
@@ -31,6 +33,8 @@ RUN_TAG = "mechdiff.run_id"
 _MOVE_TAG = "mechdiff.move."
 _OURS = f"tags.`{KIND_TAG}` = 'map'"
 _PAGE = 100
+# MLflow says INVALID_PARAMETER_VALUE for an alias that is not there.
+_MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class Move:
         who: The user.
         when_ms: Unix time in ms; 0 when not known.
         why: In the user's words.
+        rules: The policy that a promotion met.
     """
 
     action: str
@@ -94,6 +99,7 @@ class Move:
     who: str = ""
     when_ms: int = 0
     why: str = ""
+    rules: str = ""
 
 
 def list_winners(store: Store) -> list[Version]:
@@ -132,32 +138,47 @@ def list_versions(store: Store, name: str) -> list[Version]:
     with store.errors():
         while True:
             page = store.client.search_model_versions(f"name = '{name}'", max_results=_PAGE, page_token=token)
-            found += [_version(v, aliases) for v in page]
+            found += [
+                _version(v, [a for a, number in aliases.items() if int(number) == int(v.version)])
+                for v in page
+            ]
             token = page.token
             if not token:
                 return sorted(found, key=lambda v: v.number)
 
 
 def get_version(store: Store, name: str, which: int | str) -> Version:
-    """Version number or alias `which` of `name`.
+    """Version number or alias `which` of `name`, in one request.
 
     Raises:
         MechdiffError: There is no such name, alias or version; says which there are.
     """
-    model = registered(store, name)
-    if isinstance(which, str):
-        if which not in model.aliases:
-            known = ", ".join(sorted(model.aliases)) or "none"
-            raise MechdiffError(f"Map {name} has no alias {which!r}; it has {known}.")
-        which = int(model.aliases[which])
+    client = store.client
     try:
         with store.errors():
-            return _version(store.client.get_model_version(name, str(which)), model.aliases)
+            found = (
+                client.get_model_version_by_alias(name, which)
+                if isinstance(which, str)
+                else client.get_model_version(name, str(which))
+            )
+            return _version(found, found.aliases)
     except MechdiffError as error:
-        if not _is_missing(error):
+        cause = error.__cause__
+        if not isinstance(cause, MlflowException) or cause.error_code not in _MISSING:
             raise
+    model = registered(store, name)
+    if isinstance(which, str):
+        known = ", ".join(sorted(model.aliases)) or "none"
+        raise MechdiffError(f"Map {name} has no alias {which!r}; it has {known}.")
     numbers = ", ".join(str(v.number) for v in list_versions(store, name)) or "none"
     raise MechdiffError(f"Map {name} has no version {which}; it has {numbers}.")
+
+
+def versions_of_run(store: Store, name: str, run_id: str) -> list[Version]:
+    """The versions of `name` that `run_id` vouches for, oldest first."""
+    with store.errors():
+        page = store.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    return sorted((_version(found, found.aliases) for found in page), key=lambda v: v.number)
 
 
 def history(store: Store, name: str, alias: str = "champion") -> list[Move]:
@@ -166,7 +187,11 @@ def history(store: Store, name: str, alias: str = "champion") -> list[Move]:
     Raises:
         MechdiffError: No map has that name.
     """
-    model = registered(store, name)
+    return history_of(registered(store, name), alias)
+
+
+def history_of(model: RegisteredModel, alias: str) -> list[Move]:
+    """The moves of an alias, oldest first, by what `model` says."""
     return _happened(_announced(model, alias), holder_of(model, alias))
 
 
@@ -177,37 +202,81 @@ def promotion_lock(store: Store) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def alone(store: Store, name: str) -> Iterator[Callable[[], None]]:
+    """One promoter of `name` at a time on all machines; the caller holds `promotion_lock`.
+
+    Yields what to call right before the alias is moved: it raises when others may have gone on. Who uses a
+    SQLite store sees its lock file, so that nothing more is needed there.
+
+    Raises:
+        MechdiffError: Others kept their turn for ten minutes.
+    """
+    if store.sqlite_path is not None:
+        yield lambda: None
+        return
+    with turn(store, name) as mine:
+        yield mine.demand
+
+
 def move_alias(
-    store: Store, model: RegisteredModel, alias: str, target: int | None, action: str, why: str
+    store: Store,
+    name: str,
+    alias: str,
+    target: int | None,
+    action: str,
+    *,
+    check: Callable[[RegisteredModel], None],
+    why: str = "",
+    rules: str = "",
 ) -> None:
     """Announce the move, then make it; the caller holds the lock and has verified the target.
 
+    Args:
+        store: Where.
+        name: Of the registered map.
+        alias: To move.
+        target: Version that gets it; None to take it away.
+        action: What the history calls the move.
+        check: Looks at the registered map when nobody else can move the alias any more; raises to refuse.
+        why: In the user's words.
+        rules: The policy that was met.
+
     Raises:
-        MechdiffError: The alias is elsewhere afterwards, as another machine moved it in the meantime.
+        MechdiffError: `check` refuses, or the alias is elsewhere afterwards, as another program moved it.
     """
     check_alias(alias)
-    source = holder_of(model, alias)
-    if source == target:
-        return
-    moves = _announced(model, alias)
-    move = Move(action, source, target, _who(), int(time.time() * 1000), why)
-    last = moves[-1] if moves else None
-    with store.errors():
-        client = store.client
-        # After a crash between announcement and move, the announcement is there already.
-        if last is None or (last.action, last.source, last.target) != (action, source, target):
-            text = json.dumps(asdict(move), ensure_ascii=False)
-            client.set_registered_model_tag(model.name, f"{_MOVE_TAG}{alias}.{len(moves):06d}", text)
-        if target is None:
-            client.delete_registered_model_alias(model.name, alias)
-        else:
-            client.set_registered_model_alias(model.name, alias, str(target))
-    now = holder_of(registered(store, model.name), alias)
+    with alone(store, name) as demand_alone:
+        model = registered(store, name)
+        source = holder_of(model, alias)
+        if source == target:
+            return
+        check(model)
+        _announce(store, model, alias, Move(action, source, target, _who(), _now_ms(), why, rules))
+        demand_alone()
+        with store.errors():
+            if target is None:
+                store.client.delete_registered_model_alias(name, alias)
+            else:
+                store.client.set_registered_model_alias(name, alias, str(target))
+        now = holder_of(registered(store, name), alias)
     if now != target:
         raise MechdiffError(
-            f"Alias {alias!r} of {model.name} points at version {now} though it was just moved to {target}: "
-            "somebody else is promoting; agree with them, then try again."
+            f"Alias {alias!r} of {name} points at version {now} though it was just moved to {target}: "
+            "another program is moving it too; see mechdiff maps history, then try again."
         )
+
+
+def _announce(store: Store, model: RegisteredModel, alias: str, move: Move) -> None:
+    moves = _announced(model, alias)
+    last = moves[-1] if moves else None
+    # After a crash between announcement and move, the announcement is there already.
+    if last is None or (last.action, last.source, last.target) != (move.action, move.source, move.target):
+        text = json.dumps(asdict(move), ensure_ascii=False)
+        # The end makes the key its own: what one program writes never overwrites what another did.
+        key = f"{_MOVE_TAG}{alias}.{len(moves):06d}.{uuid.uuid4().hex[:8]}"
+        with store.errors():
+            store.client.set_registered_model_tag(model.name, key, text)
 
 
 def registered(store: Store, name: str) -> RegisteredModel:
@@ -239,14 +308,13 @@ def _our_models(store: Store) -> list[RegisteredModel]:
                 return found
 
 
-def _version(found: ModelVersion, aliases: Mapping[str, str]) -> Version:
-    number = int(found.version)
+def _version(found: ModelVersion, aliases: Iterable[str]) -> Version:
     return Version(
         name=found.name,
-        number=number,
+        number=int(found.version),
         source=found.source,
         run_id=found.run_id or "",
-        aliases=tuple(sorted(alias for alias, v in aliases.items() if int(v) == number)),
+        aliases=tuple(sorted(aliases)),
         tags=dict(found.tags),
         created_ms=found.creation_timestamp,
     )
@@ -298,6 +366,10 @@ def holders(moves: Sequence[Move]) -> list[int | None]:
 def _is_missing(error: MechdiffError) -> bool:
     cause = error.__cause__
     return isinstance(cause, MlflowException) and cause.error_code == "RESOURCE_DOES_NOT_EXIST"
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)
 
 
 def _who() -> str:

@@ -213,7 +213,7 @@ class OpenRun:
         logged = self._params.get(key)
         if logged is None:
             return False
-        if logged != text and not _same_number(logged, text):
+        if logged != text and not same_number(logged, text):
             raise MechdiffError(
                 f"Param {key!r} is {text} but run {self.run_id} was started with {logged}; "
                 f"start it with -P {key}={text}."
@@ -311,7 +311,8 @@ def _unquoted(value: str) -> str:
     return words[0] if len(words) == 1 else value
 
 
-def _same_number(a: str, b: str) -> bool:
+def same_number(a: str, b: str) -> bool:
+    """Whether two params read as the same number."""
     try:
         return float(a) == float(b)
     except ValueError:

@@ -43,7 +43,7 @@ _PROCESS_SETTINGS = {
 
 
 class StoreUnreachable(MechdiffError):
-    """The server went away after it had been opened."""
+    """No server answers, or not any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def _check_server(uri: str) -> None:
             raise_on_status=False,
         )
     except (MlflowException, requests.RequestException) as error:
-        raise MechdiffError(
+        raise StoreUnreachable(
             f"No tracking server answers at {redact(uri)}; start one with `mlflow server --port "
             f"{urlsplit(uri).port or 5000}`, or set MLFLOW_TRACKING_URI to one that runs, or unset it to use "
             "./mlflow.db."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -17,26 +18,55 @@ from mechdiff_mlflow.cli import cli
 PLACE = {"26": "3", "24": "2", "L26": "L3", "L24": "L2", "cultural-demo": "toy", "1,8,32,full": "1,8,full"}
 
 
+def every(group: click.Group, path: str = "") -> Iterator[tuple[str, click.Command]]:
+    """All commands by their words, those of groups too: `maps`, `maps history`."""
+    for name, command in group.commands.items():
+        yield f"{path}{name}", command
+        if isinstance(command, click.Group):
+            yield from every(command, f"{path}{name} ")
+
+
+COMMANDS = dict(every(cli))
+
+
 def examples(name: str) -> list[str]:
-    text = cli.commands[name].help or ""
-    return re.findall(r"^ *mechdiff (.+)$", text, re.MULTILINE)
+    return re.findall(r"^ *mechdiff (.+)$", COMMANDS[name].help or "", re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", sorted(cli.commands))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_says_what_it_does_with_an_example_of_itself(name: str, mechdiff: Invoke) -> None:
     assert examples(name)
-    assert all(shlex.split(example)[0] == name for example in examples(name))
-    shown = mechdiff(name, "--help").output
+    assert all(example.startswith(name) for example in examples(name))
+    shown = mechdiff(*name.split(), "--help").output
     assert "Example:" in shown
-    for parameter in cli.commands[name].params:
+    for parameter in COMMANDS[name].params:
         assert not isinstance(parameter, click.Option) or parameter.help, f"{parameter.name} has no help"
 
 
-@pytest.mark.parametrize("name", sorted(cli.commands))
+WITH_A_CHAMPION = (
+    "promote",
+    "fetch",
+    "patch",
+    "report",
+    "report-pass",
+    "compare",
+    "import",
+    "export",
+    "runs",
+    "steer",
+    "adapter",
+)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_example_runs(name: str, toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient) -> None:
     """On the toy pair, which has 4 layers: sites are moved, nothing else."""
-    if name in ("promote", "fetch", "patch", "maps", "report", "report-pass", "compare", "steer", "adapter"):
-        mechdiff("run", "--pair", str(toy), "--layer", "3", "--hook", "attn_out", "--alpha", "1", "--promote")
+    if name in WITH_A_CHAMPION or name.startswith("maps"):
+        for alpha in ("1", "0.9") if name == "maps rollback" else ("1",):
+            site = ("--layer", "3", "--hook", "attn_out", "--alpha", alpha)
+            mechdiff("run", "--pair", str(toy), *site, "--promote")
+    if name == "import":
+        mechdiff("export", "winners", "--pair", str(toy))
     if name == "compare":
         (toy.parent / "twin.yaml").write_text(toy.read_text().replace("name: toy", "name: twin"))
         twin = ("--pair", str(toy.parent / "twin.yaml"))
@@ -50,7 +80,8 @@ def test_every_example_runs(name: str, toy: Path, mechdiff: Invoke, client: mlfl
             words[1] = runs_of(client)["fit"][0].info.run_id
         pair = (
             []
-            if "--pair" in words or name in ("promote", "fetch", "maps", "doctor", "compare", "server-check")
+            if "--pair" in words
+            or name.split()[0] in ("promote", "fetch", "maps", "doctor", "compare", "runs", "server-check")
             else ["--pair", str(toy)]
         )
         mechdiff(*words, *pair)

@@ -159,7 +159,16 @@ def test_a_map_of_another_pair_is_refused_unless_asked(
     )
     shown = mechdiff("patch", "--map", map_uri, "--pair", str(other), code=1).output
     assert "--allow-pair-mismatch" in shown
-    mechdiff("patch", "--map", map_uri, "--pair", str(other), "--allow-pair-mismatch")
+    shown = mechdiff("patch", "--map", map_uri, "--pair", str(other), "--allow-pair-mismatch").output
+    fit = runs_of(client)["fit"][0]
+    where = client.get_experiment_by_name("other").experiment_id
+    (patch,) = client.search_runs(
+        [where], "tags.`mechdiff.kind` = 'patch' and attributes.status = 'FINISHED'"
+    )
+    fitted_on = fit.data.tags["pair_fingerprint"]
+    assert f"Warning: map {map_uri} was fitted on pair {fitted_on} and patches" in shown
+    assert patch.data.tags["fitted_on_pair"] == fitted_on != patch.data.tags["pair_fingerprint"]
+    assert f"fitted on another pair, {fitted_on}" in patch.data.tags["mlflow.note.content"]
 
 
 def test_runs_of_different_solvers_have_the_same_columns(

@@ -29,7 +29,7 @@ def engine_logits(engine: PatchEngine, prompts: TokenizedPrompts, groups: list[V
     """Patched logits [N, variants, vocabulary] from which the engine scores."""
     n_variants = sum(group.count(len(prompts), engine.width) for group in groups)
     found = None
-    for chunk in in_chunks(prompts, engine._batch_size, engine.forward.device):
+    for chunk in in_chunks(prompts, engine.bounds.batch_size, engine.forward.device):
         recording = engine._path.record(chunk, [group.site for group in groups])
         variants, _ = ScoreBoard(groups, len(prompts), engine.width).variants(recording)
         for rows in engine._path.run(recording, variants):

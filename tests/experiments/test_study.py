@@ -122,7 +122,7 @@ def test_permutations_choose_as_the_map_does(pair: Pair, alpha_fit: str) -> None
         alone._fitter.record([cell()])
         order = torch.randperm(12, generator=generator)
         x, y = alone._fitter._train[SITE]
-        alone._fitter._train[SITE] = x, y[order]
+        alone._fitter._train[SITE] = x, {SITE: y[SITE][order]}
         (shuffled,) = patched(alone, cell(alpha="0.5,1"))
         means.append(shuffled.kl_mapped)
         per_prompt.append(shuffled.per_prompt["KL_mapped"])
@@ -181,3 +181,20 @@ def test_every_output_metric_of_reduced_rank_can_be_asked_for(pair: Pair) -> Non
 def test_bad_protocols(settings: dict[str, object], says: str) -> None:
     with pytest.raises(MechdiffError, match=says):
         Protocol(**settings)  # type: ignore[arg-type]
+
+
+def test_the_mean_over_the_content_goes_through_the_whole_protocol(pair: Pair) -> None:
+    (at_mean,) = patched(Study(pair, Protocol(position=Position.CONTENT_MEAN)), cell())
+    (at_last,) = patched(Study(pair, Protocol(position=Position.DECISION)), cell())
+    assert at_mean.map.meta["position"] == "content_mean"
+    assert at_mean.noise_floor < 1e-10
+    # What leaves the last block at other tokens is read by nobody.
+    assert at_mean.kl_raw == pytest.approx(0, abs=1e-10)
+    assert at_last.kl_raw is not None
+    assert at_last.kl_raw > 0
+    (below,) = patched(
+        Study(pair, Protocol(position=Position.CONTENT_MEAN)), cell(site=Site(2, Hook.RESID_POST))
+    )
+    assert below.drop_pct is not None
+    assert below.kl_raw is not None
+    assert below.kl_raw > 0

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 import yaml
 
+from mechdiff_mlflow.bundles import Manifest, bundle_file, read_bundle
 from mechdiff_mlflow.maps import AffineMap, Weight
 from mechdiff_mlflow.planted import Plant
 from mechdiff_mlflow.prompts import read_prompts
@@ -25,6 +26,7 @@ from mechdiff_mlflow.spec import Alpha, PairSpec, Rank
 from mechdiff_mlflow.tracking.fetch import Resolved
 from mechdiff_mlflow.tracking.flavour import load_verified, save_model
 from mechdiff_mlflow.tracking.names import check_alias, check_name
+from mechdiff_mlflow.tracking.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.results import _table
 
 MARKER = "executed"
@@ -72,12 +74,21 @@ def read_spec(path: str) -> None:
     assert spec.tuned.plant is None
 
 
+def read_a_bundle(path: Path) -> None:
+    """As a manifest would name it."""
+    name = path.relative_to(path.parent) if path.parent.name else path
+    read_bundle(bundle_file(path.parent, str(name)), key="L1_attn_out", alpha=0.3)
+
+
 READERS: dict[str, Callable[[Any], object]] = {
     "map": AffineMap.load,
     "spec": read_spec,
     "prompts": lambda path: read_prompts(path, "val"),
     "model": load_verified,
     "table": _table,
+    "manifest": Manifest.load,
+    "bundle": read_a_bundle,
+    "policy": PromotionPolicy.load,
     "site": Site.parse,
     "hook": Hook.parse,
     "rank": Rank.parse,
@@ -765,6 +776,58 @@ def _models() -> list[Case]:
     return cases
 
 
+def _manifests() -> list[Case]:
+    good = {"pair": "toy", "winners": {"L1_attn_out": {"path": "best/a.pt", "alpha": 0.3}}}
+    text = json.dumps(good)
+
+    def winner(**changes: object) -> str:
+        return json.dumps(
+            {**good, "winners": {"L1_attn_out": {"path": "best/a.pt", "alpha": 0.3, **changes}}}
+        )
+
+    manifests: dict[str, bytes | str] = {
+        "empty": "",
+        "a list": "[]",
+        "no winners": json.dumps({**good, "winners": {}}),
+        "winners a list": json.dumps({**good, "winners": []}),
+        "thousands of winners": json.dumps({**good, "winners": {f"L{i}": {} for i in range(5000)}}),
+        "negative alpha": winner(alpha=-1),
+        "alpha NaN": winner(alpha=float("nan")),
+        "alpha of 9000 digits": text.replace("0.3", "9" * 9000),
+        "path empty": winner(path=""),
+        "path of 5000 characters": winner(path="a" * 5000),
+        "path a list": winner(path=["a"]),
+        "repeated key": text.replace('"pair"', '"pair": "other", "pair"'),
+        "not UTF-8": b"\xff",
+        "half": text[:20],
+        "brackets": "[" * 100_000,
+        "over its size": " " * (2 << 20) + text,
+    }
+    cases = [Case("manifest", name, file("manifest.json", content)) for name, content in manifests.items()]
+    cases += [
+        Case("manifest", "a pipe", _fifo),
+        Case("manifest", "endless", lambda f: _linked(f, "/dev/zero")),
+    ]
+    policies: dict[str, bytes | str] = {
+        "a list": "- 1",
+        "unknown rule": "min_dorp_pct: 3",
+        "rule NaN": "min_drop_pct: .nan",
+        "rule text": "min_drop_pct: much",
+        "repeated rule": "min_drop_pct: 30\nmin_drop_pct: 1",
+        "laughs": "a: &a [x]\nb: [*a, *a]",
+        "python": "min_drop_pct: !!python/object/apply:os.system ['touch executed']",
+        "date that is none": "min_drop_pct: 2001-99-99",
+        "brackets": "[" * 1000,
+        "not UTF-8": b"\xff",
+        "over its size": "#" * 70_000,
+    }
+    cases += [Case("policy", name, file("policy.yaml", content)) for name, content in policies.items()]
+    maps = [case for case in _maps() if case.name.endswith("(pt)") and "metadata" not in case.name]
+    places = ("a pipe", "a link to endless zeros", "a link to the password file", "a link to itself")
+    maps = maps[:70:2] + [case for case in _maps() if case.name in places]
+    return cases + [Case("bundle", case.name, case.write) for case in maps]
+
+
 def _words() -> list[Case]:
     names = [
         "../x",
@@ -816,4 +879,4 @@ def _words() -> list[Case]:
     ]
 
 
-CASES: list[Case] = [*_maps(), *_specs(), *_prompts(), *_models(), *_words()]
+CASES: list[Case] = [*_maps(), *_specs(), *_prompts(), *_models(), *_manifests(), *_words()]

@@ -12,7 +12,7 @@ import torch
 
 from mechdiff_mlflow.maps import AffineMap, Weight
 from mechdiff_mlflow.tracking import store as store_module
-from mechdiff_mlflow.tracking.fetch import CACHE_VARIABLE
+from mechdiff_mlflow.tracking.cache import CACHE_VARIABLE
 from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, Tracker
 from mechdiff_mlflow.tracking.store import Store, open_store
 

@@ -13,10 +13,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import kills
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.tracking import fetch as fetching
-from mechdiff_mlflow.tracking import flavour, registry
+from mechdiff_mlflow.tracking import cache, flavour, registry
 from mechdiff_mlflow.tracking.compare import diff
 from mechdiff_mlflow.tracking.fetch import fetch, load_map, resolve
 from mechdiff_mlflow.tracking.policy import PromotionPolicy
@@ -191,8 +191,20 @@ def test_runs_and_logged_models_name_maps_too(store: Store, tracker: Tracker, pa
     [logged] = flavour.maps_of_run(store, patched.fit)
     assert load_map(f"runs:/{patched.fit}", store=store) == make_map()
     assert load_map(f"models:/{logged.model_id}", store=store) == make_map()
-    with pytest.raises(MechdiffError, match="has 0 maps; give the id of a fit run"):
+    with pytest.raises(MechdiffError, match=f"at α=1.0 and .* promote {run_id} to have it so, or name"):
         load_map(f"runs:/{run_id}", store=store)
+    parent = store.client.get_run(patched.fit).data.tags["mlflow.parentRunId"]
+    assert load_map(parent, store=store) == make_map()
+    plain = tracker.log(RunRecord(kind="patch", name="p"))
+    with pytest.raises(MechdiffError, match="has 0 maps; give the id of a fit run"):
+        load_map(f"runs:/{plain}", store=store)
+
+
+def test_a_patch_names_the_map_that_it_measured_as_it_is(store: Store, tracker: Tracker) -> None:
+    params = {**PARAMS, "alpha": 0.5}
+    fit = tracker.log(RunRecord(kind="fit", name="f", params=params, map=make_map(alpha=0.5)))
+    patch = tracker.log(RunRecord(kind="patch", name="p", params=params, map_run=fit))
+    assert load_map(patch, store=store) == make_map(alpha=0.5)
 
 
 def test_changed_files_are_refused_whatever_the_alias_says(store: Store, patched: Patch) -> None:
@@ -243,7 +255,7 @@ def test_fetching_writes_a_copy_and_leaves_the_store_alone(
     before = {f: (f.read_bytes(), f.stat().st_mtime_ns, f.stat().st_nlink) for f in files}
     wanted = make_map().with_alpha(0.3)
     for out in (tmp_path / "a.pt", tmp_path / "a.safetensors"):
-        found = fetch(store, f"{NAME}@champion", out)
+        found = fetch(f"{NAME}@champion", out, store=store)
         assert AffineMap.load(out) == wanted
         assert found.version is not None
         assert str(found.version) == f"{NAME}/1"
@@ -278,7 +290,7 @@ def test_a_damaged_cache_is_replaced(store: Store, patched: Patch, tmp_path: Pat
 )
 def test_fetch_refuses_impossible_places(store: Store, out: str, words: str) -> None:
     with pytest.raises(MechdiffError, match=words):
-        fetch(store, f"{NAME}@champion", out)
+        fetch(f"{NAME}@champion", out, store=store)
 
 
 def test_rollback_goes_back_step_by_step(store: Store, patched: Patch) -> None:
@@ -375,6 +387,11 @@ def test_winners_of_every_name_are_listed(store: Store, patched: Patch) -> None:
             PromotionPolicy(),
             {"params": {**PARAMS, "pair_fingerprint": "f2"}},
             "allow_pair_mismatch: .* f2, .* f1",
+        ),
+        (
+            PromotionPolicy(),
+            {"tags": {"pair_fingerprint": "f1", "fitted_on_pair": "f0"}},
+            "allow_pair_mismatch: it was measured on pair f1 and fitted on f0",
         ),
     ],
 )
@@ -481,6 +498,29 @@ def test_a_promoter_killed_at_any_step_leaves_the_alias_and_is_finished_later(
             load_map(f"models:/{model.model_id}", store=store)
 
 
+def test_a_promoter_ended_by_sigkill_is_finished_later(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few of the points of `benchmarks/kills.py`, which kills at all of them."""
+    files = tmp_path / "store" / "mlartifacts"
+    points = kills.points_of(store.uri, files)
+    assert len(points) >= 20
+    wanted = (
+        "create_logged_model",
+        "log_model_artifacts",
+        "create_model_version",
+        "set_registered_model_alias",
+    )
+    chosen = [p for p in points if p.kind == "after" and p.what in wanted]
+    chosen += [p for p in points if p.kind == "file" and p.what in ("map.pt", "MLmodel")]
+    assert len(chosen) >= 6
+    sound: set[str] = set()
+    for seed, point in enumerate(chosen, start=2):
+        left = kills.kill_at(store.uri, files, point, seed, sound)
+        assert left.problems == (), point
+        assert left.moved == kills.moves_the_alias(point, points), point
+
+
 def _promote_all(uri: str, run_ids: list[str], failures: "multiprocessing.Queue[str]") -> None:
     try:
         for run_id in run_ids:
@@ -515,13 +555,13 @@ def test_the_cache_is_where_the_user_says(
     store: Store, patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     promote(store, patched())
-    monkeypatch.delenv(fetching.CACHE_VARIABLE)
+    monkeypatch.delenv(cache.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     load_map(f"{NAME}@champion", store=store)
     digest = resolve(store, f"{NAME}@champion").sha256
     assert (tmp_path / "xdg" / "mechdiff" / "maps" / digest / "MLmodel").is_file()
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(fetching.CACHE_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "file"))
     with pytest.raises(MechdiffError, match=r"cannot be written .* MECHDIFF_CACHE"):
         load_map(f"{NAME}@champion", store=store)
 

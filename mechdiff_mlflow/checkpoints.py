@@ -1,0 +1,240 @@
+"""Checkpoints: where a model's weights and tokenizer come from, and how they are loaded and told apart."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from torch import nn
+
+from mechdiff_mlflow.engine import ModuleNames
+from mechdiff_mlflow.engine.architecture import Decoder
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.planted import Plant, plant_in
+from mechdiff_mlflow.spec import PairSpec
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A causal LM on disk or on the hub; its weights are read by `load` alone.
+
+    Args:
+        spec: The pair that it belongs to.
+        reference: Hugging Face id, or path relative to the spec file.
+        asked_revision: Branch, tag or commit.
+        device: Where it is put, unless the spec has a device map.
+        plant: A change that is made to it once loaded.
+    """
+
+    spec: PairSpec
+    reference: str
+    asked_revision: str | None
+    device: str
+    plant: Plant | None = None
+
+    @cached_property
+    def place(self) -> str:
+        """Path, or id."""
+        return self.spec.locate(self.reference)
+
+    @cached_property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        with self._explained():
+            return transformers.AutoTokenizer.from_pretrained(self.place, **self._options)
+
+    @cached_property
+    def revision(self) -> str:
+        """Commit of the hub, or `sha256:` and the digest of local weights; with what is planted."""
+        if Path(self.place).is_dir():
+            found = folder_digest(Path(self.place))
+        else:
+            found = f"{self.place}@{getattr(self._config, '_commit_hash', None) or 'unknown'}"
+        return found if self.plant is None else f"{found}+planted:{self.plant}"
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder blocks, as its configuration says."""
+        return int(self._config.get_text_config().num_hidden_layers)
+
+    def load(self) -> nn.Module:
+        """The model, in eval mode, without gradients.
+
+        Raises:
+            MechdiffError: Something of it is missing or malformed, or a library that it needs.
+        """
+        if self.spec.trust_remote_code:
+            warnings.warn(f"Code from {self.place} runs here: trust_remote_code is on.", stacklevel=2)
+        quantized = self._quantization()
+        device_map: Any = self.spec.device_map
+        if quantized and device_map is None:
+            device_map = {"": self.device}  # such weights cannot be moved later
+        with self._explained(), quiet_transformers():
+            # use_safetensors: a .bin checkpoint is a pickle, which runs code when it is read.
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                self.place,
+                dtype=getattr(torch, self.spec.dtype),
+                device_map=device_map,
+                use_safetensors=True,
+                **quantized,
+                **self._options,
+            )
+        if device_map is None:
+            model.to(self.device)
+        if self.plant is not None:
+            plant_into(model, self.plant, self.spec)
+        loaded: nn.Module = model.eval().requires_grad_(False)
+        return loaded
+
+    def n_bytes(self) -> int:
+        """Of the weights once loaded, from the configuration alone; 0 where it does not say."""
+        try:
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(self._config)
+        except Exception:  # any model's own code; an estimate is not worth an error
+            return 0
+        number = {"8bit": 1.0, "4bit": 0.5}.get(self.spec.quantization or "")
+        number = number or getattr(torch, self.spec.dtype).itemsize
+        return int(number * sum(weight.numel() for weight in model.parameters()))
+
+    @cached_property
+    def _config(self) -> Any:
+        with self._explained():
+            return transformers.AutoConfig.from_pretrained(self.place, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"revision": self.asked_revision, "trust_remote_code": self.spec.trust_remote_code}
+
+    def _quantization(self) -> dict[str, Any]:
+        bits = self.spec.quantization
+        if bits is None:
+            return {}
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise MechdiffError(
+                f"Pair {self.spec.name!r} asks for {bits} weights and bitsandbytes is not installed; install "
+                "mechdiff-mlflow[quantized], or remove quantization from the spec."
+            )
+        if bits == "8bit":
+            config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        else:
+            compute = getattr(torch, self.spec.dtype)
+            config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
+        return {"quantization_config": config}
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return explained(f"Model {self.place} of pair {self.spec.name!r}")
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Errors of loading as one sentence.
+
+    Raises:
+        MechdiffError: In place of what libraries raise.
+    """
+    try:
+        yield
+    except MechdiffError:
+        raise
+    except Exception as error:  # configurations and weights of strangers fail in every way
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, ImportError) or "requires `accelerate`" in reason:
+            remedy = "install what it needs, e.g. mechdiff-mlflow[multigpu] for a device map"
+        elif huggingface_hub.constants.HF_HUB_OFFLINE:
+            remedy = "HF_HUB_OFFLINE is set, so only what is on this machine was tried: download it first"
+        else:
+            remedy = "correct the id or path, download it first, or log in to the hub"
+        raise MechdiffError(f"{what} cannot be loaded ({reason}); {remedy}.") from error
+
+
+def plant_into(model: nn.Module, plant: Plant, spec: PairSpec) -> None:
+    """Make a known change to a model.
+
+    Raises:
+        MechdiffError: The site does not exist, or nothing can be planted there.
+    """
+    decoder = Decoder.of(model, module_names(spec))
+    decoder.check(plant.site)
+    plant_in(plant, decoder.module(plant.site))
+
+
+def load_adapter(spec: PairSpec, model: nn.Module) -> tuple[Any, str]:
+    """The spec's PEFT adapter on a model, and its revision.
+
+    Raises:
+        MechdiffError: peft is not installed, or the adapter is missing or malformed.
+    """
+    try:
+        import peft
+    except ImportError:
+        raise MechdiffError(
+            f"Pair {spec.name!r} has a PEFT adapter and peft is not installed; install mechdiff-mlflow[peft]."
+        ) from None
+    reference, revision = spec.tuned.adapter, spec.tuned.revision
+    assert reference is not None
+    place = spec.locate(reference)
+    with explained(f"Adapter {place} of pair {spec.name!r}"):
+        adapted = peft.PeftModel.from_pretrained(model, place, revision=revision)
+    adapted.eval().requires_grad_(False)
+    return adapted, folder_digest(Path(place)) if Path(place).is_dir() else f"{place}@{revision or 'main'}"
+
+
+def module_names(spec: PairSpec) -> ModuleNames | None:
+    """The spec's names of modules, for models that are not recognised."""
+    return ModuleNames(**spec.modules.model_dump()) if spec.modules else None
+
+
+def folder_digest(folder: Path) -> str:
+    """`sha256:` and 16 hex digits over the configuration and the weights of a local checkpoint."""
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json"):
+            total.update(f"{path.name} {_file_digest(path)}\n".encode())
+    return f"sha256:{total.hexdigest()[:16]}"
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def layer_digests(blocks: list[nn.Module]) -> list[str] | None:
+    """For each decoder block a digest of its weights and their names; None where weights are elsewhere."""
+    digests = []
+    for block in blocks:
+        digest = hashlib.sha256()
+        for name, weight in sorted(block.state_dict().items()):
+            if weight.is_meta:
+                return None
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digests.append(digest.hexdigest())
+    return digests
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and notes while weights load: our own progress says what goes on."""
+    log = transformers.utils.logging
+    level = log.get_verbosity()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        log.enable_progress_bar()

@@ -1,0 +1,158 @@
+"""Chunk by chunk, and less at a time when memory runs out."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mechdiff_mlflow.engine.chunks import Chunk, by_length, cut
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.prompts import TokenizedPrompts
+
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says where it raises no `OutOfMemoryError`: on the CPU, and in cuBLAS."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How much an engine holds at a time.
+
+    Args:
+        batch_size: Prompts in one forward.
+        max_rows: Patched tokens that go up the layers together.
+        head_rows: Rows of logits in memory together.
+
+    Raises:
+        MechdiffError: One is under 1.
+    """
+
+    batch_size: int = 16
+    max_rows: int = 8192
+    head_rows: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_rows", "head_rows"):
+            if getattr(self, name) < 1:
+                raise MechdiffError(f"{name} is {getattr(self, name)}; give at least 1.")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.batch_size} prompts, {self.max_rows} patched tokens and {self.head_rows} rows of logits"
+        )
+
+    def within(self, other: Bounds) -> Bounds:
+        """The smaller of each."""
+        return Bounds(
+            min(self.batch_size, other.batch_size),
+            min(self.max_rows, other.max_rows),
+            min(self.head_rows, other.head_rows),
+        )
+
+    def less(self, n_prompts: int, *, patched: bool) -> Bounds | None:
+        """What to try after these failed on n prompts; None when there is nothing smaller.
+
+        Args:
+            n_prompts: How many were run together.
+            patched: Whether patched tokens were run, or the prompts alone.
+        """
+        smallest = n_prompts == 1 and (not patched or self.max_rows == self.head_rows == 1)
+        if smallest:
+            return None
+        # One prompt alone: the rest is due to patched tokens, and each attempt costs a forward.
+        part = (2 if n_prompts > 1 else 16) if patched else 1
+        rows = max(1, self.max_rows // part), max(1, self.head_rows // part)
+        return Bounds(max(1, n_prompts // 2), *rows)
+
+
+Work = Callable[[Chunk, Bounds], None]
+"""Runs a chunk within bounds; may be called again on the same prompts."""
+
+
+class Elastic:
+    """Runs prompts in chunks, and takes smaller ones from then on when memory runs out.
+
+    Args:
+        bounds: What to begin with.
+    """
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+
+    def run(
+        self,
+        prompts: TokenizedPrompts,
+        device: torch.device,
+        work: Work,
+        *,
+        patched: bool,
+        at_most: Bounds | None = None,
+    ) -> Iterator[int]:
+        """How many prompts each chunk had, once `work` is through with it.
+
+        Where memory runs out, smaller chunks begin again at the same prompt.
+
+        Args:
+            prompts: All prompts.
+            device: Where chunks are put.
+            work: What is done with a chunk.
+            patched: Whether `work` runs patched tokens, whose bounds then shrink too.
+            at_most: Bounds of this run alone.
+
+        Raises:
+            MechdiffError: Not even one prompt fits.
+        """
+        order, start, before = by_length(prompts), 0, None
+        while start < len(order):
+            bounds = self.bounds if at_most is None else self.bounds.within(at_most)
+            chunk = cut(prompts, order[start : start + bounds.batch_size], device)
+            n = len(chunk)
+            try:
+                work(chunk, bounds)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error)
+            else:
+                if before is not None:
+                    warnings.warn(
+                        f"Memory ran out with chunks of {before}; going on with {self.bounds}.", stacklevel=3
+                    )
+                    before = None
+                start += n
+                yield n
+                continue
+            # Only here are the frames gone that held what the failed attempt had computed.
+            del chunk
+            release_memory()
+            before = before or bounds
+            less = bounds.less(n, patched=patched)
+            if less is None:
+                raise does_not_fit(f"One prompt of {len(prompts.ids[order[start]])} tokens does", reason)
+            self.bounds = less
+
+
+def does_not_fit(what: str, reason: str) -> MechdiffError:
+    """The error when nothing smaller can be tried."""
+    first_line = reason.split("\n")[0].rstrip(".")[:150]
+    return MechdiffError(
+        f"{what} not fit in memory beside the model ({first_line}); shorten the prompts, load the model in "
+        "bfloat16 or quantized, or use a device with more memory."
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(what in str(error) for what in _OUT_OF_MEMORY)
+
+
+def release_memory() -> None:
+    """Give back what nobody uses."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

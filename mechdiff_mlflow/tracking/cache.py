@@ -1,0 +1,95 @@
+"""The maps that this machine has fetched, by digest, and what each name meant when it was last asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.database import sqlite_path
+
+CACHE_VARIABLE = "MECHDIFF_CACHE"
+
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a name meant in a store.
+
+    Args:
+        label: What it named, e.g. `NAME/3`.
+        sha256: Digest of the map.
+        asked_ms: When the store said so, Unix time in ms.
+    """
+
+    label: str
+    sha256: str
+    asked_ms: int
+
+    @property
+    def asked(self) -> str:
+        """When the store said so, in UTC."""
+        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.asked_ms / 1000))
+
+
+def entry(sha256: str) -> Path:
+    """The directory for the model whose map has this digest.
+
+    Raises:
+        MechdiffError: It is no digest; what a store says must not name other places.
+    """
+    if _DIGEST.fullmatch(sha256) is None:
+        raise MechdiffError(f"{sha256[:80]!r} is no SHA-256 digest; promote the run again.")
+    return _root() / "maps" / sha256
+
+
+def place(uri: str) -> str:
+    """A store's URI without user, password and options, a SQLite file by its absolute path."""
+    parts = urlsplit(uri)
+    if parts.scheme == "sqlite":
+        return f"sqlite:///{sqlite_path(uri)}"
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def remember(uri: str, name: str, label: str, sha256: str) -> None:
+    """Note what `name` means in the store `uri` now; a cache that cannot be written is no reason to fail."""
+    path = _answer_path(uri, name)
+    answer = Answer(label, sha256, int(time.time() * 1000))
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as folder:
+            part = Path(folder, path.name)
+            part.write_text(json.dumps({"name": name, **asdict(answer)}), encoding="utf-8")
+            os.replace(part, path)
+
+
+def recall(uri: str, name: str) -> Answer | None:
+    """What `name` meant in the store `uri` when it was last asked on this machine; None if it never was."""
+    try:
+        found = json.loads(_answer_path(uri, name).read_text(encoding="utf-8"))
+        return Answer(str(found["label"]), str(found["sha256"]), int(found["asked_ms"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _answer_path(uri: str, name: str) -> Path:
+    key = hashlib.sha256(f"{place(uri)}\n{name}".encode()).hexdigest()
+    return _root() / "answers" / f"{key}.json"
+
+
+def _root() -> Path:
+    if root := os.environ.get(CACHE_VARIABLE):
+        return Path(root)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "mechdiff" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mechdiff"

@@ -1,0 +1,187 @@
+"""Winners of the hand-run predecessor made registered maps, and registered maps made its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mechdiff_mlflow import bundles
+from mechdiff_mlflow.bundles import Manifest
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.tracking import registry
+from mechdiff_mlflow.tracking.fetch import load_map
+from mechdiff_mlflow.tracking.names import check_alias, registered_name
+from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT, PromotionPolicy
+from mechdiff_mlflow.tracking.promotion import IMPORTED_FROM, promote
+from mechdiff_mlflow.tracking.records import RunRecord
+from mechdiff_mlflow.tracking.registry import Version, winners_of
+from mechdiff_mlflow.tracking.runs import Tracker
+from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
+
+_PARAMS = ("solver", "family", "k", "position")
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """What to import, and as what.
+
+    Args:
+        manifest: The file.
+        root: Folder that its paths start from and may not leave.
+        pair: To call the maps after; None for what the manifest says.
+        position: Which token the predecessor read.
+        alias: That every map gets.
+        why: For the history.
+        allow_pair_mismatch: Whether maps of a known pair may be replaced: a bundle does not say its weights.
+        experiment: For the runs; None for the pair's name.
+    """
+
+    manifest: Path
+    root: Path
+    pair: str | None = None
+    position: Position = Position.DECISION
+    alias: str = "champion"
+    why: str = ""
+    allow_pair_mismatch: bool = False
+    experiment: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A winner that is a registered version now.
+
+    Args:
+        key: In the manifest.
+        version: With the alias.
+        is_new: False when this very map had the alias already.
+    """
+
+    key: str
+    version: Version
+    is_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    key: str
+    path: str
+    name: str
+    the_map: AffineMap
+
+
+def import_manifest(store: Store, what: Import) -> list[Imported]:
+    """Register every winner of a manifest; all are read and converted before the store is touched.
+
+    Doing it again changes nothing.
+
+    Raises:
+        MechdiffError: The manifest or a bundle is not what it should be, two winners are of one site, or a
+            map of a known pair has the alias.
+    """
+    check_alias(what.alias)
+    manifest = Manifest.load(what.manifest)
+    pair = what.pair or manifest.pair_name
+    read = [_read(what, manifest, pair, index) for index in range(len(manifest.winners))]
+    _check_one_a_site(read)
+    present = {row.name: _holder(store, row, what.alias) for row in read}
+    fresh = [row for row in read if present[row.name] is None]
+    if fresh:
+        present |= _register(store, what, manifest, pair, fresh)
+    found = ((row, present[row.name]) for row in read)
+    return [Imported(row.key, version, row in fresh) for row, version in found if version is not None]
+
+
+def export_manifest(store: Store, folder: Path, pair: str, alias: str = "champion") -> list[Version]:
+    """Write the maps of a pair that bear `alias` as the predecessor's manifest and bundles; which they were.
+
+    Raises:
+        MechdiffError: There is none, one cannot be read, or the folder is not empty.
+    """
+    versions = winners_of(store, pair, alias)
+    maps = {}
+    for version in versions:
+        the_map = load_map(version.uri, store=store)
+        key = bundles.key_of(the_map)
+        if key in maps:
+            raise MechdiffError(f"Pair {pair!r} has two maps of {key} that are @{alias}; demote one of them.")
+        maps[key] = the_map
+    bundles.write_manifest(folder, pair, maps)
+    return versions
+
+
+def _read(what: Import, manifest: Manifest, pair: str, index: int) -> _Read:
+    winner = manifest.winners[index]
+    path = bundles.bundle_file(what.root, winner.path)
+    the_map = bundles.read_bundle(path, alpha=winner.alpha, key=winner.key, position=what.position)
+    the_map = the_map.with_meta(pair=pair)
+    name = registered_name(pair, Site.parse(str(the_map.meta["site"])))
+    return _Read(winner.key, winner.path, name, the_map)
+
+
+def _check_one_a_site(read: Sequence[_Read]) -> None:
+    first: dict[str, str] = {}
+    for row in read:
+        if row.name in first:
+            raise MechdiffError(
+                f"Winners {first[row.name]} and {row.key} are of one site and would both be {row.name}; "
+                "leave one in the manifest and import the other under another --alias."
+            )
+        first[row.name] = row.key
+
+
+def _holder(store: Store, row: _Read, alias: str) -> Version | None:
+    """The version with the alias, if it is this very map."""
+    try:
+        version = registry.get_version(store, row.name, alias)
+    except StoreUnreachable:
+        raise
+    except MechdiffError:  # no such name or alias yet
+        return None
+    return version if version.is_verified and version.sha256 == row.the_map.sha256() else None
+
+
+def _register(
+    store: Store, what: Import, manifest: Manifest, pair: str, fresh: Sequence[_Read]
+) -> dict[str, Version | None]:
+    policy = PromotionPolicy(allow_pair_mismatch=what.allow_pair_mismatch)
+    versions: dict[str, Version | None] = {}
+    tracker = Tracker(store, what.experiment or pair)
+    title = f"import of {len(fresh)} maps"
+    with tracker.run("import", title, {"pair": pair, "position": str(what.position)}) as run:
+        source = what.manifest.read_text(encoding="utf-8")
+        run.add(RunRecord(kind="import", name=title, texts={bundles.MANIFEST: source}))
+        logged = {row.name: run.log(_record(row, manifest.pair, pair)) for row in fresh}
+        for name, run_id in logged.items():
+            versions[name] = promote(
+                store, run_id, name=name, alias=what.alias, policy=policy, why=what.why or title
+            )
+    return versions
+
+
+def _record(row: _Read, written_pair: str, pair: str) -> RunRecord:
+    meta = row.the_map.meta
+    site = Site.parse(str(meta["site"]))
+    known = {PAIR_FINGERPRINT: str(meta["fingerprint"])} if "fingerprint" in meta else {}
+    source = f"{row.path} (sha256 {meta.get('bundle_sha256', 'unknown')})"
+    return RunRecord(
+        kind="import",
+        name=f"import {site} {meta['solver']} α={row.the_map.alpha:g}",
+        params={
+            "pair": pair,
+            "layer": site.layer,
+            "hook": str(site.hook),
+            "alpha": row.the_map.alpha,
+            **{key: str(meta[key]) for key in _PARAMS if key in meta},
+        },
+        tags={"mechdiff.site": str(site), IMPORTED_FROM: source, **known},
+        map=row.the_map,
+        description=(
+            f"Imported from `{row.path}` of pair `{written_pair}`, α={row.the_map.alpha:g}. Not measured "
+            "here: the predecessor patched every hook but attn_out into the block's output, so its numbers "
+            "are not comparable; measure it with `mechdiff patch --allow-pair-mismatch`."
+        ),
+    )

@@ -1,0 +1,110 @@
+"""Promotion, its policy and the history of an alias, from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow
+import pytest
+from cli.conftest import Invoke
+from tracking.conftest import make_map
+
+from mechdiff_mlflow.tracking.records import RunRecord
+from mechdiff_mlflow.tracking.runs import Tracker
+from mechdiff_mlflow.tracking.store import open_store
+
+NAME = "demo-L3-attn_out"
+
+
+@pytest.fixture
+def measured(here: Path) -> list[str]:
+    """Two maps of one site, measured: weak (drop 12 %, [-2, 20]) and strong (drop 40 %, [35, 44])."""
+    tracker = Tracker(open_store(f"sqlite:///{here / 'mlflow.db'}"), "demo")
+    runs = []
+    for seed, (drop, low, high) in enumerate(((12.0, -2.0, 20.0), (40.0, 35.0, 44.0))):
+        params = {"pair": "demo", "layer": 3, "hook": "attn_out", "k": 2, "alpha": 1.0}
+        metrics = {"drop_pct": drop, "ci/drop_pct_low": low, "ci/drop_pct_high": high}
+        with tracker.run("run", "L3/attn_out") as run:
+            fit = run.log(RunRecord(kind="fit", name="fit", params=params, map=make_map(seed)))
+            patch = RunRecord(kind="patch", name="patch", params=params, metrics=metrics, map_run=fit)
+            runs.append(run.log(patch, under=fit))
+    return runs
+
+
+def test_what_happened_to_an_alias_can_be_seen_and_undone(mechdiff: Invoke, measured: list[str]) -> None:
+    weak, strong = measured
+    assert "@champion has no" not in mechdiff("promote", weak, "--why", "first [look]").output
+    mechdiff("promote", strong, "--ci-above-zero", "--min-drop", "30")
+    history = mechdiff("maps", "history", NAME).output
+    assert "first [look]" in history
+    assert "min_drop_pct 30, ci_above_zero" in history
+    assert "version 1 is @champion again" in mechdiff("maps", "rollback", NAME, "--why", "typo").output
+    mechdiff("maps", "demote", NAME)
+    assert "No map has an alias" in mechdiff("maps").output
+    mechdiff("maps", "rollback", NAME)
+    assert NAME in mechdiff("maps").output
+    history = mechdiff("maps", "history", NAME).output
+    actions = [word for word in history.split() if word in ("promote", "rollback", "demote")]
+    assert actions == ["promote", "promote", "rollback", "demote", "rollback"]
+    assert "has ever been @second" in mechdiff("maps", "history", NAME, "--alias", "second").output
+
+
+def test_two_versions_side_by_side(mechdiff: Invoke, measured: list[str]) -> None:
+    for run in measured:
+        mechdiff("promote", run)
+    shown = mechdiff("maps", "diff", f"{NAME}/1", f"{NAME}@champion").output
+    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.count("│") > 2}
+    assert [cell.strip() for cell in rows["drop_pct"].split("│")[2:4]] == ["12", "40"]
+    assert {"cosine of W", "cosine of W − I"} <= rows.keys()
+    assert "alpha" not in rows
+    assert "no version 3" in mechdiff("maps", "diff", f"{NAME}/3", f"{NAME}/1", code=1).output
+
+
+def test_the_store_may_be_named_before_or_after_the_word(
+    mechdiff: Invoke, measured: list[str], here: Path
+) -> None:
+    mechdiff("promote", measured[0])
+    (here / "mlflow.db").rename(here / "elsewhere.db")
+    uri = f"sqlite:///{here / 'elsewhere.db'}"
+    assert "promote" in mechdiff("maps", "--tracking-uri", uri, "history", NAME).output
+    assert "promote" in mechdiff("maps", "history", NAME, "--tracking-uri", uri).output
+
+
+def test_a_policy_file_decides_and_options_go_on_top(
+    mechdiff: Invoke, measured: list[str], here: Path, client: mlflow.MlflowClient
+) -> None:
+    weak, strong = measured
+    (here / "policy.yaml").write_text("min_drop_pct: 30\nci_above_zero: true\n")
+    refusal = mechdiff("promote", weak, "--policy", "policy.yaml", code=1).output
+    assert "min_drop_pct: drop_pct is 12, at least 30 is asked for" in refusal
+    assert "ci_above_zero: ci/drop_pct_low is -2" in refusal
+    assert client.search_registered_models() == []
+    refusal = mechdiff("promote", strong, "--policy", "policy.yaml", "--min-drop", "50", code=1).output
+    assert "drop_pct is 40, at least 50" in refusal
+    refusal = mechdiff("promote", strong, "--policy", "policy.yaml", "--min-skill", "1", code=1).output
+    assert "min_skill_pct: no skill_pct" in refusal
+    mechdiff("promote", strong, "--policy", "policy.yaml")
+    assert client.get_registered_model(NAME).aliases == {"champion": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("min_drop: 30", "min_drop: unknown key, remove it; its keys are min_drop_pct,"),
+        ("min_drop_pct: thirty", "min_drop_pct: Input should be a valid number"),
+        ("ci_above_zero: 1", "ci_above_zero: Input should be a valid boolean"),
+        ("- 30", "Input should be a valid dictionary"),
+        ("a: [", "is not valid YAML; write one rule a line"),
+        ("!!python/object/apply:os.system [echo]", "is not valid YAML"),
+        ("min_drop_pct: .nan", "min_drop_pct is nan"),
+        ("#" * 70_000, "over 65536 bytes"),
+    ],
+)
+def test_a_wrong_policy_file_is_refused(mechdiff: Invoke, here: Path, text: str, words: str) -> None:
+    (here / "policy.yaml").write_text(text)
+    shown = " ".join(mechdiff("promote", "0" * 32, "--policy", "policy.yaml", code=1).output.split())
+    assert words in shown
+
+
+def test_a_missing_policy_file_is_refused(mechdiff: Invoke) -> None:
+    assert "cannot be read" in mechdiff("promote", "0" * 32, "--policy", "no.yaml", code=1).output

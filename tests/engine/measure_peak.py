@@ -1,0 +1,67 @@
+"""Prints what a large scoring and a large capture hold at their peak beyond what was there, and numbers.
+
+python measure_peak.py BUDGET|none; run by test_budget.py in processes of their own.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import tiny
+import torch
+from transformers import LlamaConfig
+
+from mechdiff_mlflow.engine import MemoryBudget, PatchEngine, VariantGroup
+from mechdiff_mlflow.engine.budget import parse_bytes
+from mechdiff_mlflow.sites import Hook, Site
+
+N_VARIANTS, WIDTH = 24, 64
+SITES = [Site(layer, hook) for layer in range(3) for hook in Hook]
+
+
+def resident_bytes(what: str) -> int:
+    """VmRSS, or since the last reset VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def peak_of(work: Callable[[], torch.Tensor]) -> tuple[int, list[float]]:
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peaks so far
+    before = resident_bytes("VmRSS")
+    numbers = work()
+    return resident_bytes("VmHWM") - before, numbers.tolist()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    config = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=WIDTH,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    budget = None if sys.argv[1] == "none" else MemoryBudget(parse_bytes(sys.argv[1]))
+    engine = PatchEngine(tiny.build(config), batch_size=32, budget=budget)
+    offsets = torch.randn(N_VARIANTS, WIDTH, generator=torch.Generator().manual_seed(0))
+    groups = [VariantGroup(s, lambda i, x: x[:, None] + offsets, N_VARIANTS) for s in SITES]
+    many, few = tiny.prompts(*[3] * 15_000), tiny.prompts(*range(20, 52))
+
+    def score() -> torch.Tensor:
+        return torch.stack([x.kl_patched_clean.mean() for x in engine.score(few, groups).divergences])
+
+    def capture() -> torch.Tensor:
+        captured = engine.capture(many, SITES)
+        return torch.stack([captured[site].double().norm() for site in SITES])
+
+    print(json.dumps({"score": peak_of(score), "capture": peak_of(capture)}))
+
+
+main()

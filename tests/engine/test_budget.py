@@ -1,0 +1,189 @@
+"""The memory budget: what it allows, that it is kept, and that results are the same under it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_elastic import assert_equal_scores
+from test_safety import groups
+
+from mechdiff_mlflow.engine import MemoryBudget, PatchEngine
+from mechdiff_mlflow.engine.budget import Load, Shape, bounds_within, needed, parse_bytes, size
+from mechdiff_mlflow.engine.elastic import Bounds
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.sites import Hook, Site
+
+LLAMA_8B = Shape(
+    n_layers=32,
+    width=4096,
+    inner=14336,
+    heads_width=4096,
+    kv_width=1024,
+    n_heads=32,
+    vocabulary=128_256,
+    number=2,
+    keeps_scores=False,
+)
+SITES = [Site(layer, hook) for layer in range(2) for hook in Hook]
+PROMPTS = tiny.prompts(9, 5, 12, 5, 7, 3, 9, 6)
+
+powers = st.integers(0, 14).map(lambda n: 2**n)
+
+
+@given(
+    budget=st.integers(2**20, 2**40),
+    most=st.builds(Bounds, powers, powers, powers),
+    load=st.builds(Load, st.integers(1, 8192), n_columns=st.integers(0, 5000), tree=st.booleans()),
+)
+def test_bounds_fit_the_budget_and_none_is_larger_than_asked(budget: int, most: Bounds, load: Load) -> None:
+    try:
+        bounds = bounds_within(budget, most, LLAMA_8B, load)
+    except MechdiffError:
+        assert needed(Bounds(1, 1, 1), LLAMA_8B, load).total > budget
+        return
+    assert needed(bounds, LLAMA_8B, load).total <= budget
+    assert bounds == bounds.within(most)
+    if needed(most, LLAMA_8B, load).total <= budget:
+        assert bounds == most
+
+
+def test_what_an_8b_model_needs() -> None:
+    """128 tokens: the recorded keys and values alone are 2 · 2 · 32 · 1024 bytes a token, 16 MiB a prompt."""
+    one = needed(Bounds(1, 1, 1), LLAMA_8B, Load(128, n_columns=1))
+    assert one.chunk > 128 * 32 * 2 * 1024 * 2
+    assert one.head == 128_256 * 6 + 4096 * 2
+    assert needed(Bounds(32, 8192, 2048), LLAMA_8B, Load(128, n_columns=384)).total < 8 * 2**30
+    with pytest.raises(
+        MechdiffError, match=r"One prompt of 128 tokens needs more than .*--memory-budget \d+"
+    ):
+        bounds_within(2**20, Bounds(), LLAMA_8B, Load(128, n_columns=384))
+
+
+def test_the_least_budget_that_is_named_is_enough() -> None:
+    with pytest.raises(MechdiffError) as refused:
+        bounds_within(1, Bounds(), LLAMA_8B, Load(128))
+    named = str(refused.value).split("--memory-budget ")[1].split()[0]
+    assert bounds_within(MemoryBudget(parse_bytes(named)).working, Bounds(), LLAMA_8B, Load(128))
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("8GiB", 2**33), ("500MB", 500_000_000), ("1.5KiB", 1536), ("64 MiB", 2**26), ("4096", 4096)],
+)
+def test_sizes(text: str, n_bytes: int) -> None:
+    assert parse_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1GiB", "8gb", "8 PiB", "0GiB", "1e3MB", "nan"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(MechdiffError, match="is not a size; write"):
+        parse_bytes(text)
+
+
+@given(st.integers(1, 2**50))
+def test_written_sizes_are_read_back_and_never_smaller(n_bytes: int) -> None:
+    assert n_bytes <= parse_bytes(size(n_bytes)) <= 1.1 * n_bytes + 103
+
+
+@pytest.mark.parametrize("mode", ["sweep", "masked", "naive"])
+def test_results_are_the_same_under_any_budget(mode: str) -> None:
+    model = tiny.llama(n_layers=2, dtype=torch.float64)
+    expected = PatchEngine(model, mode=mode).score(PROMPTS, groups(5))
+    for kib in (300, 1000, 10_000):
+        engine = PatchEngine(model, mode=mode, budget=MemoryBudget(kib * 1024))
+        assert_equal_scores(engine.score(PROMPTS, groups(5)), expected)
+        assert engine.bounds == Bounds(), "a budget bounds each call, not what memory allows"
+
+
+def spilled_folders() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("mechdiff-activations-*"))
+
+
+def test_activations_over_the_budget_lie_on_disk_while_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = tiny.llama(n_layers=2)
+    expected = PatchEngine(model).capture(PROMPTS, SITES)
+    budget = MemoryBudget(600 * 1024)
+    budget.reserve(147 * 1024)  # by somebody else
+    engine = PatchEngine(model, budget=budget, batch_size=3)
+    spilled = engine.capture(PROMPTS, SITES)
+    (folder,) = spilled_folders()
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors"}
+    assert list(spilled) == SITES
+    for site in SITES:
+        torch.testing.assert_close(spilled[site], expected[site], rtol=1e-5, atol=1e-5)
+    with pytest.raises(KeyError):
+        spilled[Site(7, Hook.MLP_OUT)]
+    kept = engine.capture(PROMPTS[:1], SITES[:1])
+    assert spilled_folders() == {folder}, "what fits stays in memory"
+    del spilled, kept
+    gc.collect()
+    assert not spilled_folders()
+    assert budget.reserve(3 * 1024), "and is given back"
+
+
+def test_folders_are_gone_after_an_error(tmp_path: Path) -> None:
+    program = (
+        "import tiny, torch\n"
+        "from mechdiff_mlflow.engine import MemoryBudget, PatchEngine\n"
+        "from mechdiff_mlflow.sites import Site\n"
+        "budget = MemoryBudget(2**20); budget.reserve(2**18)\n"
+        "engine = PatchEngine(tiny.llama(n_layers=2), budget=budget)\n"
+        "kept = engine.capture(tiny.prompts(4, 5), [Site.parse('L1/mlp_out')])\n"
+        "assert kept.folder.exists()\n"
+        "raise KeyboardInterrupt"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
+    assert not list(tmp_path.glob("mechdiff-*"))
+
+
+def test_a_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    budget = MemoryBudget(2**20)
+    budget.reserve(2**18)
+    engine = PatchEngine(tiny.llama(n_layers=2), budget=budget)
+    with pytest.raises(
+        MechdiffError, match=r"cannot be written to .*nowhere.*set TMPDIR to a folder with room"
+    ):
+        engine.capture(PROMPTS, SITES)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read as Linux shows them")
+def test_the_peak_stays_within_the_budget() -> None:
+    budget, peaks, numbers = 32 * 2**20, {}, {}
+    for words in ("none", "32MiB"):
+        done = subprocess.run(
+            [sys.executable, "measure_peak.py", words],
+            cwd=Path(__file__).parent,
+            # Otherwise the allocator keeps tens of megabytes that are free, and peaks say little.
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        for use, (peak, found) in json.loads(done.stdout).items():
+            peaks[use, words], numbers[use, words] = peak, torch.tensor(found)
+    for use in ("score", "capture"):
+        torch.testing.assert_close(numbers[use, "32MiB"], numbers[use, "none"], rtol=1e-4, atol=1e-6)
+        assert peaks[use, "32MiB"] <= budget < peaks[use, "none"], peaks
