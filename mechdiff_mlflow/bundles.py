@@ -138,12 +138,16 @@ def bundle_file(root: Path, written: str) -> Path:
             f"Path {written!r} of the manifest may leave {root}; write it relative to that folder, or name "
             "the folder that paths start from with --root."
         )
-    path = (root / written).resolve()
+    try:
+        path = (root / written).resolve()
+        there = path.is_file()
+    except (OSError, RuntimeError):  # a loop of links, too long a name
+        path, there = root, False
     if not path.is_relative_to(root):
         raise MechdiffError(f"Path {written!r} of the manifest is a link that leaves {root}; copy the file.")
-    if not path.is_file():
+    if not there:
         raise MechdiffError(
-            f"There is no file {path}; correct the manifest, or name the folder that its paths start from "
+            f"There is no file {root / written}; correct the manifest, or name the folder that its paths start from "
             "with --root (the seed's start from where its commands were run: --root .)."
         )
     return path

@@ -45,7 +45,10 @@ class Checkpoint:
     @cached_property
     def place(self) -> str:
         """Path, or id."""
-        return self.spec.locate(self.reference)
+        place = self.spec.locate(self.reference)
+        if self.spec.trust_remote_code:
+            warnings.warn(f"Code from {place} runs on this machine: trust_remote_code is on.", stacklevel=2)
+        return place
 
     @cached_property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
@@ -73,8 +76,6 @@ class Checkpoint:
         Raises:
             MechdiffError: Something of it is missing or malformed, or a library that it needs.
         """
-        if self.spec.trust_remote_code:
-            warnings.warn(f"Code from {self.place} runs here: trust_remote_code is on.", stacklevel=2)
         quantized = self._quantization()
         device_map: Any = self.spec.device_map
         if quantized and device_map is None:

@@ -88,6 +88,7 @@ READERS: dict[str, Callable[[Any], object]] = {
     "table": _table,
     "manifest": Manifest.load,
     "bundle": read_a_bundle,
+    "bundle's path": lambda name: bundle_file(Path(), name),
     "policy": PromotionPolicy.load,
     "site": Site.parse,
     "hook": Hook.parse,
@@ -847,6 +848,7 @@ def _words() -> list[Case]:
     ]
     words = {
         "name": names,
+        "bundle's path": ["../x", "/etc/passwd", "a\0", "a" * 1000, "C:\\x", "nothing", f"{ESCAPE}{BIDI}"],
         "alias": ["../x", "a/b", "", "latest", "v1", "a\0", f"a{BIDI}", "a" * 201, "a\n", "a@b"],
         "digest": ["../../..", "/home", "", "0" * 63, "G" * 64, "0" * 64 + "\n", ".", f"{ESCAPE}"],
         "site": [
