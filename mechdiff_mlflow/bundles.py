@@ -147,8 +147,8 @@ def bundle_file(root: Path, written: str) -> Path:
         raise MechdiffError(f"Path {written!r} of the manifest is a link that leaves {root}; copy the file.")
     if not there:
         raise MechdiffError(
-            f"There is no file {root / written}; correct the manifest, or name the folder that its paths start "
-            "from with --root (the seed's start from where its commands were run: --root .)."
+            f"There is no file {root / written}; correct the manifest, or name the folder that its paths "
+            "start from with --root (the seed's start from where its commands were run: --root .)."
         )
     return path
 

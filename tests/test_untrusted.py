@@ -132,4 +132,4 @@ def test_the_threat_model_names_what_there_is() -> None:
     named = set(re.findall(r"`((?:tests|benchmarks|mechdiff_mlflow|docs)/[\w/.-]+)`", page))
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).exists()] == []
-    assert re.findall(r"(\d+) inputs", page) == [str(len(CASES))]
+    assert re.findall(r"(\d+) inputs, ", page) == [str(len(CASES))]
