@@ -11,6 +11,8 @@ Importable only where Triton is; torch's builds for CUDA on Linux bring it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -76,12 +78,18 @@ def _compare_kernel(patched, log_q, owner, top, out, n_rows, n, stride, BLOCK: t
     tl.store(out + 3 * n_rows + row, z - log_z - tl.load(log_q + prompt * n + at))
 
 
+def device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever the tensors' own: inside, that is the one of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def log_softmax_rows(logits: Tensor) -> Tensor:
     """Log-probabilities [r, vocabulary] of logits that lie row by row, in float32."""
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    _log_softmax_kernel[(len(logits),)](
-        logits, out, logits.shape[1], logits.stride(0), BLOCK=_BLOCK, num_warps=4
-    )
+    with device_of(logits):
+        _log_softmax_kernel[(len(logits),)](
+            logits, out, logits.shape[1], logits.stride(0), BLOCK=_BLOCK, num_warps=4
+        )
     return out
 
 
@@ -97,16 +105,17 @@ def compare_rows(patched: Tensor, log_q: Tensor, owner: Tensor, top: Tensor) -> 
         top: The top token of each q [n].
     """
     out = torch.empty(4, len(patched), dtype=torch.float32, device=patched.device)
-    _compare_kernel[(len(patched),)](
-        patched,
-        log_q,
-        owner,
-        top,
-        out,
-        len(patched),
-        patched.shape[1],
-        patched.stride(0),
-        BLOCK=_BLOCK,
-        num_warps=4,
-    )
+    with device_of(patched):
+        _compare_kernel[(len(patched),)](
+            patched,
+            log_q,
+            owner,
+            top,
+            out,
+            len(patched),
+            patched.shape[1],
+            patched.stride(0),
+            BLOCK=_BLOCK,
+            num_warps=4,
+        )
     return out

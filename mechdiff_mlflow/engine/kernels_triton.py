@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mechdiff_mlflow.metrics_triton import device_of
+
 _ELEMENTS = 4096
 _QUERIES, _KEYS = 64, 32
 
@@ -138,9 +140,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, late: bool
     out = torch.empty_like(x)
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
-    _rms_norm_kernel[(x.numel() // width,)](
-        x, weight, out, width, eps, OFFSET=offset, LATE=late, BLOCK=block, num_warps=8 if block > 1024 else 4
-    )
+    warps = 8 if block > 1024 else 4
+    with device_of(x):
+        _rms_norm_kernel[(x.numel() // width,)](
+            x, weight, out, width, eps, OFFSET=offset, LATE=late, BLOCK=block, num_warps=warps
+        )
     return out
 
 
@@ -149,7 +153,8 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     n = gate.numel()
-    _silu_kernel[(triton.cdiv(n, _ELEMENTS),)](gate, up, out, n, BLOCK=_ELEMENTS, num_warps=8)
+    with device_of(gate):
+        _silu_kernel[(triton.cdiv(n, _ELEMENTS),)](gate, up, out, n, BLOCK=_ELEMENTS, num_warps=8)
     return out
 
 
@@ -165,12 +170,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out = torch.empty(n, tokens, heads, width, dtype=x.dtype, device=x.device)
     half = width // 2
     cos_prompt = 0 if cos.shape[0] == 1 else cos.stride(0)
-    _rotate_kernel[(n, tokens)](
-        x, cos, sin, out, heads, tokens, half,
-        x.stride(0), x.stride(1), x.stride(2), cos_prompt, cos.stride(1),
-        HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(half), num_warps=4,
-        enable_fp_fusion=False,  # which would skip the rounding between product and sum
-    )  # fmt: skip
+    with device_of(x):
+        _rotate_kernel[(n, tokens)](
+            x, cos, sin, out, heads, tokens, half,
+            x.stride(0), x.stride(1), x.stride(2), cos_prompt, cos.stride(1),
+            HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(half), num_warps=4,
+            enable_fp_fusion=False,  # which would skip the rounding between product and sum
+        )  # fmt: skip
     return out.transpose(1, 2)
 
 
@@ -204,14 +210,15 @@ def split_attention(
     out = torch.empty(variants, n, heads, value_width, dtype=value.dtype, device=value.device)
     strides = [x.stride(i) for x in (query, key, value, prefix_keys, prefix_values) for i in range(3)]
     mask_prompt = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
-    _split_attention_kernel[(n * key_heads, triton.cdiv(variants * groups, _QUERIES))](
-        query, key, value, prefix_keys, prefix_values, mask, out,
-        scale, n, variants, heads, key_heads, groups, n_prefix, width, value_width,
-        *strides, mask_prompt,
-        HAS_MASK=mask is not None, QUERIES=_QUERIES, KEYS=_KEYS,
-        WIDTH=_block(width), VALUE_WIDTH=_block(value_width),
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
+    with device_of(query):
+        _split_attention_kernel[(n * key_heads, triton.cdiv(variants * groups, _QUERIES))](
+            query, key, value, prefix_keys, prefix_values, mask, out,
+            scale, n, variants, heads, key_heads, groups, n_prefix, width, value_width,
+            *strides, mask_prompt,
+            HAS_MASK=mask is not None, QUERIES=_QUERIES, KEYS=_KEYS,
+            WIDTH=_block(width), VALUE_WIDTH=_block(value_width),
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
     return out.transpose(0, 1)
 
 

@@ -54,7 +54,7 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 def groups(n_variants: int = 2) -> list[VariantGroup]:
     def shifted(index: Tensor, clean: Tensor) -> Tensor:
-        return clean.unsqueeze(1) + torch.arange(1, n_variants + 1)[:, None]
+        return clean.unsqueeze(1) + torch.arange(1, n_variants + 1, device=clean.device)[:, None]
 
     return [VariantGroup(site, shifted, n_variants) for site in SITES]
 
