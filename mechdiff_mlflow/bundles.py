@@ -17,6 +17,7 @@ import json
 import math
 import pickletools
 import re
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from mechdiff_mlflow import mapfiles, untrusted
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import JSON, AffineMap, Weight
 from mechdiff_mlflow.sites import Hook, Site
@@ -91,11 +93,12 @@ class Manifest:
             MechdiffError: The file cannot be read or is not a manifest.
         """
         try:
+            untrusted.size_of(Path(path), sys.maxsize)
             with Path(path).open("rb") as file:
                 content = file.read(_MAX_MANIFEST_BYTES + 1)
             if len(content) > _MAX_MANIFEST_BYTES:
                 raise MechdiffError(f"{path} is over {_MAX_MANIFEST_BYTES} bytes; a manifest is a page.")
-            form = _ManifestForm.model_validate(json.loads(content))
+            form = _ManifestForm.model_validate(untrusted.parse_json(content))
         except OSError as error:
             raise MechdiffError(
                 f"Cannot read the manifest {path} ({error.strerror}); check the path."
@@ -135,13 +138,17 @@ def bundle_file(root: Path, written: str) -> Path:
             f"Path {written!r} of the manifest may leave {root}; write it relative to that folder, or name "
             "the folder that paths start from with --root."
         )
-    path = (root / written).resolve()
+    try:
+        path = (root / written).resolve()
+        there = path.is_file()
+    except (OSError, RuntimeError):  # a loop of links, too long a name
+        path, there = root, False
     if not path.is_relative_to(root):
         raise MechdiffError(f"Path {written!r} of the manifest is a link that leaves {root}; copy the file.")
-    if not path.is_file():
+    if not there:
         raise MechdiffError(
-            f"There is no file {path}; correct the manifest, or name the folder that its paths start from "
-            "with --root (the seed's start from where its commands were run: --root .)."
+            f"There is no file {root / written}; correct the manifest, or name the folder that its paths "
+            "start from with --root (the seed's start from where its commands were run: --root .)."
         )
     return path
 
@@ -277,6 +284,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _check_file(path: Path) -> None:
     """Look at a file before anything in it is believed: sizes, checksums, and what its pickle asks for."""
+    untrusted.size_of(path, mapfiles.MAX_BYTES)
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if len(entries) > _MAX_ENTRIES or any(e.compress_type != zipfile.ZIP_STORED for e in entries):

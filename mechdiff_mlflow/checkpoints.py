@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +22,6 @@ from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.planted import Plant, plant_in
 from mechdiff_mlflow.spec import PairSpec
-
-_FAILURES = (OSError, ValueError, ImportError, KeyError)
-"""What transformers, peft and the hub raise where something is missing or malformed."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,10 @@ class Checkpoint:
     @cached_property
     def place(self) -> str:
         """Path, or id."""
-        return self.spec.locate(self.reference)
+        place = self.spec.locate(self.reference)
+        if self.spec.trust_remote_code:
+            warnings.warn(f"Code from {place} runs on this machine: trust_remote_code is on.", stacklevel=2)
+        return place
 
     @cached_property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
@@ -145,7 +146,9 @@ def explained(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except _FAILURES as error:
+    except MechdiffError:
+        raise
+    except Exception as error:  # configurations and weights of strangers fail in every way
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, ImportError) or "requires `accelerate`" in reason:
             remedy = "install what it needs, e.g. mechdiff-mlflow[multigpu] for a device map"

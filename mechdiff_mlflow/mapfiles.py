@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from mechdiff_mlflow import torchzip, untrusted
 from mechdiff_mlflow.errors import MechdiffError
 
 FORMAT = "mechdiff-map"
 VERSION = 1
+MAX_BYTES = 4 << 30
+"""Of a map's file: one dense float64 map of width 16384 takes half of it."""
 
+_MAX_HEADER = 4 << 20
 _DTYPES = (torch.float64, torch.float32)
 
 
@@ -69,46 +72,59 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix not in _DECODERS:
         raise _unknown_suffix(path.suffix)
     try:
-        content = path.read_bytes()
+        size = untrusted.size_of(path, MAX_BYTES)
+        with path.open("rb") as file:
+            tensors, text = _DECODERS[path.suffix](file, size)
+        header = untrusted.parse_json(text)
+        if header.get("format") != FORMAT:
+            raise ValueError(f"its format is {header.get('format')!r:.80}, not {FORMAT!r}")
     except OSError as error:
         raise MechdiffError(f"Cannot read the map {path} ({error.strerror}); check the path.") from error
-    try:
-        tensors, text = _DECODERS[path.suffix](content)
-        header = json.loads(text)
-        if header.get("format") != FORMAT:
-            raise ValueError(f"its format is {header.get('format')!r}, not {FORMAT!r}")
     except Exception as error:  # the libraries' readers raise many kinds on hostile bytes
         raise _not_a_map(path, error) from error
     if header.get("version") != VERSION:
         raise MechdiffError(
-            f"{path} is a map of format version {header.get('version')}, and this mechdiff reads "
+            f"{path} is a map of format version {header.get('version')!r:.80}, and this mechdiff reads "
             f"version {VERSION}; use the version of mechdiff that wrote it, or fit the map again."
         )
     return tensors, header
 
 
-def _decode_pt(content: bytes) -> tuple[dict[str, Tensor], str]:
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        # Inflated entries could be of any size; torch stores its own plainly.
-        if sum(entry.file_size for entry in archive.infolist()) > len(content):
-            raise ValueError("it unpacks to more than its own size")
-        if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of {damaged} does not match")
-    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+def read_plain_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a small safetensors file, finite float64 or float32.
+
+    Raises:
+        MechdiffError: The file is missing, damaged, or holds others.
+    """
+    try:
+        size = untrusted.size_of(path, MAX_BYTES)
+        with path.open("rb") as file:
+            return _safetensors(file, size)[0]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MechdiffError(f"{path} holds no plain tensors ({reason}); fetch it again.") from error
+
+
+def _decode_pt(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], Any]:
+    loaded = torch.load(torchzip.checked(file, size), map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict):
         raise ValueError(f"it holds a {type(loaded).__name__}")
     text = loaded.pop("metadata")
-    _check_tensors(loaded, limit=len(content))
+    _check_tensors(loaded, limit=size)
     return loaded, text
 
 
-def _decode_safetensors(content: bytes) -> tuple[dict[str, Tensor], str]:
-    # The header is JSON behind its own length; safetensors.torch.load gives the tensors alone.
-    n_header = int.from_bytes(content[:8], "little")
-    text = json.loads(content[8 : 8 + n_header])["__metadata__"]["metadata"]
-    loaded = safetensors.torch.load(content)
-    _check_tensors(loaded, limit=len(content))
-    return loaded, text
+def _decode_safetensors(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], Any]:
+    loaded, header = _safetensors(file, size)
+    return loaded, header["__metadata__"]["metadata"]
+
+
+def _safetensors(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    header = untrusted.safetensors_header(file, size, _MAX_HEADER)
+    file.seek(0)
+    loaded = safetensors.torch.load(file.read(size))
+    _check_tensors(loaded, limit=size)
+    return loaded, header
 
 
 _DECODERS = {".pt": _decode_pt, ".safetensors": _decode_safetensors}

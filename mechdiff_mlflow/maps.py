@@ -320,14 +320,17 @@ class AffineMap:
             <= header.keys()
         ):
             raise MechdiffError(
-                f"{path} holds {', '.join(sorted({*tensors, *header}))}, which are not the parts of a map; "
-                "fetch or fit it again."
+                f"{path} holds {', '.join(sorted({*tensors, *header}))[:200]}, which are not the parts of a "
+                "map; fetch or fit it again."
             )
+        if type(header["alpha"]) not in (int, float) or not isinstance(header["meta"], dict):
+            raise MechdiffError(f"{path} is not a map: its alpha is no number or its meta no JSON object.")
         try:
             weight = Weight(tensors["diagonal"], tensors["left"], tensors.get("right"))
             return cls(tensors["mean_in"], tensors["mean_out"], weight, header["alpha"], header["meta"])
         except (MechdiffError, TypeError, OverflowError) as error:
-            raise MechdiffError(f"{path} is not a map: {error}") from error
+            reason = str(error).rstrip(".")
+            raise MechdiffError(f"{path} is not a map: {reason}; fetch or fit it again.") from error
 
     def _tensors(self) -> dict[str, Tensor]:
         parts = (self.mean_in, self.mean_out, self.weight.diagonal, self.weight.left, self.weight.right)

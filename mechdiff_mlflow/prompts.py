@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
+from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import Position
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 NEAR_DUPLICATE = 0.8
 """Jaccard similarity of word trigrams from which two prompts count as the same question."""
+
+MAX_FILE_BYTES = 256 << 20
+MAX_LINE_BYTES = 1 << 20
 
 _STAND_IN = "\ue000\ue001"
 """Private-use characters, which no text has."""
@@ -120,28 +124,40 @@ def read_prompts(path: Path, split: str, *, system: str | None = None) -> Prompt
         MechdiffError: The file is missing, empty or not UTF-8, or a line (named by number) is malformed.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would cut JSON at U+2028
-    except (OSError, UnicodeDecodeError) as error:
+        size = untrusted.size_of(path, MAX_FILE_BYTES)
+        with path.open("rb") as file:
+            prompts = [
+                Prompt(_messages(line, f"{path}, line {number}", system))
+                for number, line in _lines(file, size)
+                if line.strip()
+            ]
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise MechdiffError(
-            f"Prompt file {path} cannot be read as UTF-8 text ({error}); check the file."
+            f"Prompt file {path} cannot be read as UTF-8 text ({reason}); check the file."
         ) from None
-    prompts = [
-        Prompt(_messages(line, f"{path}, line {number}", system))
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
     if not prompts:
         raise MechdiffError(f'Prompt file {path} is empty; write one {{"text": "…"}} a line.')
     return PromptSet(split, tuple(prompts))
 
 
+def _lines(file: BinaryIO, size: int) -> Iterator[tuple[int, str]]:
+    """Numbered lines, cut at newlines alone: JSON may hold U+2028, and a file of one endless line is none."""
+    number = 0
+    while line := file.readline(min(size, MAX_LINE_BYTES) + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"line {number} has over {MAX_LINE_BYTES} bytes")
+        yield number, line.decode("utf-8")
+
+
 def _messages(line: str, where: str, system: str | None) -> tuple[Message, ...]:
     try:
-        entry = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        entry = untrusted.parse_json(line)
+    except ValueError as error:
         raise MechdiffError(f"{where} is not JSON ({error}); write one object a line.") from None
     text, messages = (entry.get("text"), entry.get("messages")) if isinstance(entry, dict) else (None, None)
-    if isinstance(text, str) and text.strip() and messages is None:
+    if isinstance(text, str) and _is_text(text) and messages is None:
         turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         return (*turns, {"role": "user", "content": text})
     if text is None and isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
@@ -151,7 +167,8 @@ def _messages(line: str, where: str, system: str | None) -> tuple[Message, ...]:
             f"{where} ends with the {messages[-1]['role']}; end messages with the user's turn."
         )
     raise MechdiffError(
-        f'{where} has neither a "text" nor a list of "messages" with role and content; write {{"text": "…"}}.'
+        f'{where} has neither a "text" nor a list of "messages" with role and content, as plain text; '
+        'write {"text": "…"}.'
     )
 
 
@@ -160,8 +177,13 @@ def _is_message(message: object) -> bool:
         isinstance(message, dict)
         and message.get("role") in ("system", "user", "assistant")
         and isinstance(message.get("content"), str)
-        and bool(message["content"].strip())
+        and _is_text(message["content"])
     )
+
+
+def _is_text(text: str) -> bool:
+    """Whether a tokenizer can read it as one: something, without NUL and halves of characters."""
+    return bool(text.strip()) and "\0" not in text and not re.search("[\ud800-\udfff]", text)
 
 
 def check_disjoint(sets: Iterable[PromptSet]) -> None:

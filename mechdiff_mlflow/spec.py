@@ -7,18 +7,20 @@ import os
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.modelfiles import check_folder
 from mechdiff_mlflow.planted import Plant
 from mechdiff_mlflow.sites import Site
 
 SPLITS = ("train", "val", "test")
-MAX_SPEC_BYTES = 1 << 20
+MAX_SPEC_BYTES = 1 << 16
 PLANTED = "planted:"
 
 ALPHA_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
@@ -143,7 +145,7 @@ class _Frozen(BaseModel):
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 
 
 class BaseModelSpec(_Frozen):
@@ -241,12 +243,19 @@ class PairSpec(_Frozen):
         """An existing path for `reference`, or itself as a Hugging Face id.
 
         Raises:
-            MechdiffError: `reference` is written as a path and nothing is there.
+            MechdiffError: `reference` is written as a path and nothing is there, it is relative and leads
+                out of the spec's folder, or what is there is damaged or claims more than it holds.
         """
-        path = self.root / Path(reference).expanduser()
-        if path.exists():
+        path = self.root / _expanded(reference)
+        if untrusted.is_there(path):
+            if not _expanded(reference).is_absolute():
+                what = (
+                    f"Model (relative, so below the spec; an absolute path may be anywhere) of {self.name!r}"
+                )
+                path = untrusted.inside(self.root, reference, what)
+            check_folder(path)
             return str(path.resolve())
-        if reference.startswith((".", "/", "~")) or reference.count("/") > 1:
+        if reference.startswith((".", "/", "~")) or reference.count("/") > 1 or os.path.islink(path):
             raise MechdiffError(f"{path} does not exist; correct the path in pair {self.name!r}.")
         return reference
 
@@ -254,18 +263,19 @@ class PairSpec(_Frozen):
         """The JSONL file of a split.
 
         Raises:
-            MechdiffError: The spec names none, or it is not there.
+            MechdiffError: The spec names none, it is not there, or it is not below the spec's folder.
         """
         name: str | None = getattr(self.prompts, split)
         if name is None:
             raise MechdiffError(
                 f"Pair {self.name!r} has no {split} prompts; add prompts.{split} or use --split val."
             )
-        path = self.root / Path(name).expanduser()
-        if not path.is_file():
+        path = self.root / name
+        if not untrusted.is_there(path):
             raise MechdiffError(
                 f"Prompt file {path} does not exist; correct prompts.{split} of pair {self.name!r}."
             )
+        untrusted.inside(self.root, name, f"prompts.{split} of pair {self.name!r}:")
         return path
 
     def to_yaml(self) -> str:
@@ -299,19 +309,11 @@ class PairSpec(_Frozen):
             raise MechdiffError(
                 f"{source} has {len(text)} characters, over {MAX_SPEC_BYTES}; a spec is a page."
             )
-        try:
-            # Aliases make small texts expand without bound; no spec needs them.
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-                raise MechdiffError(f"{source} uses YAML aliases (*name); write the values out.")
-            fields: Any = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError) as error:
-            where = getattr(error, "problem_mark", None)
-            line = f" at line {where.line + 1}" if where else ""
-            raise MechdiffError(
-                f"{source} is not valid YAML{line}; check its indentation and quotes."
-            ) from None
+        fields = untrusted.parse_yaml(text, source)
         if not isinstance(fields, dict):
             raise MechdiffError(f"{source} is not a mapping; it needs name, base, tuned and prompts.")
+        if "root" in fields:
+            raise MechdiffError(f"{source} is not valid: root: unknown key, remove it.")
         try:
             return cls(**{**fields, "root": root})
         except (ValidationError, TypeError) as error:
@@ -331,16 +333,20 @@ class PairSpec(_Frozen):
             return cls.load("cultural-demo")._with_plant(Plant.parse(pair.removeprefix(PLANTED)))
         shipped = shipped_pairs()
         path = shipped.get(pair, Path(pair))
-        if not path.is_file():
+        if not untrusted.is_there(path):
             raise MechdiffError(
-                f"Pair {pair!r} is neither a YAML file nor a shipped pair ({', '.join(shipped)}), nor of the "
-                "form planted:attn_out:L14:r4:alpha0.7."
+                f"Pair {pair[:200]!r} is neither a YAML file nor a shipped pair ({', '.join(shipped)}), nor "
+                "of the form planted:attn_out:L14:r4:alpha0.7."
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise MechdiffError(f"Pair spec {path} cannot be read ({error}); check the file.") from None
+        text = untrusted.read_text(path, MAX_SPEC_BYTES, "Pair spec")
         return cls.parse(text, root=path.resolve().parent, source=f"Pair spec {os.fspath(path)}")
+
+
+def _expanded(reference: str) -> Path:
+    try:
+        return Path(reference).expanduser()
+    except RuntimeError:  # ~ of nobody
+        return Path(reference)
 
 
 def shipped_pairs() -> dict[str, Path]:
@@ -355,11 +361,12 @@ def explain(error: ValidationError | TypeError) -> str:
         return "its keys must be plain words"
     parts = []
     for item in error.errors():
-        where = ".".join(str(step) for step in item["loc"]) or "spec"
+        where = ".".join(str(step)[:80] for step in item["loc"]) or "spec"
         what = (
             "unknown key, remove it"
             if item["type"] == "extra_forbidden"
             else item["msg"].removeprefix("Value error, ")
         )
         parts.append(f"{where}: {what}")
-    return "; ".join(parts)
+    more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
+    return "; ".join(parts[:5]) + more

@@ -47,6 +47,13 @@ class Resolved:
     version: Version | None = None
     caution: str = ""
 
+    def __post_init__(self) -> None:
+        # It names a directory of the cache, and comes from the store: `../..` would be removed as damaged.
+        if re.fullmatch("[0-9a-f]{64}", self.sha256) is None:
+            raise MechdiffError(
+                f"{self.label} has the SHA-256 {self.sha256!r:.80}, which is none; promote its run again."
+            )
+
 
 def resolve(store: Store, reference: str) -> Resolved:
     """What `reference` names: `NAME@champion`, `models:/NAME/3`, `models:/m-…`, `runs:/RUN`, a run's id.

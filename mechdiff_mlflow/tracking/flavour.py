@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from mlflow.models.utils import _save_example
 from mlflow.types.schema import ParamSchema, ParamSpec, Schema, TensorSpec
 
 import mechdiff_mlflow
+from mechdiff_mlflow import mapfiles, untrusted
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking.card import model_card
@@ -49,6 +51,7 @@ CARD_FILE = "README.md"
 SHA256_TAG = "mechdiff.sha256"
 NEEDED_FILES = (MLMODEL_FILE_NAME, MAP_FILE, PROBE_FILE)
 
+_MAX_MLMODEL = 1 << 20
 _PROBE_ROWS = 4
 # Float32 products of some thousand terms differ this much, at most, between machines.
 _PROBE_TOLERANCE = 1e-4
@@ -233,6 +236,7 @@ def load_verified(root: Path) -> AffineMap:
             raise MechdiffError(
                 f"{root} has no {name}: it is no saved map, or an incomplete one; log it again."
             )
+        untrusted.inside(root, name, "Model file")
     conf = _flavour_conf(root)
     for name, expected in ((MAP_FILE, conf["sha256"]), (PROBE_FILE, conf["probe_sha256"])):
         if (found := digest(root / name)) != expected:
@@ -241,7 +245,7 @@ def load_verified(root: Path) -> AffineMap:
                 "fetch or log the map again."
             )
     the_map = AffineMap.load(root / MAP_FILE)
-    _check_probe(the_map, safetensors.torch.load_file(str(root / PROBE_FILE)))
+    _check_probe(the_map, mapfiles.read_plain_tensors(root / PROBE_FILE))
     return the_map
 
 
@@ -305,6 +309,8 @@ def _probe(the_map: AffineMap) -> dict[str, torch.Tensor]:
 
 
 def _check_probe(the_map: AffineMap, probe: Mapping[str, torch.Tensor]) -> None:
+    if probe.keys() != {"x", "y"} or probe["x"].numel() == 0:
+        raise MechdiffError(f"{PROBE_FILE} has no rows x and y; fetch or log the map again.")
     got = the_map(probe["x"])
     off = float((got - probe["y"]).abs().max()) if got.shape == probe["y"].shape else float("inf")
     allowed = _PROBE_TOLERANCE * max(float(probe["y"].abs().max()), 1.0)
@@ -316,10 +322,15 @@ def _check_probe(the_map: AffineMap, probe: Mapping[str, torch.Tensor]) -> None:
 
 
 def _flavour_conf(root: Path) -> dict[str, Any]:
+    """What MLmodel says of the map; read here, since MLflow's reader follows aliases without bound."""
+    path = root / MLMODEL_FILE_NAME
     try:
-        conf = Model.load(str(root / MLMODEL_FILE_NAME)).flavors[FLAVOR_NAME]
-        conf["sha256"], conf["probe_sha256"]
-    except (KeyError, TypeError, AttributeError, yaml.YAMLError, MlflowException) as error:
+        fields = untrusted.parse_yaml(untrusted.read_text(path, _MAX_MLMODEL, "File"), str(path))
+        conf = fields["flavors"][FLAVOR_NAME]
+        digests = conf["sha256"], conf["probe_sha256"]
+        if not all(re.fullmatch("[0-9a-f]{64}", text) for text in digests):
+            raise ValueError("its digests are none")
+    except (MechdiffError, KeyError, TypeError, ValueError) as error:
         raise MechdiffError(f"{root} is an MLflow model but not a map of mechdiff; name another.") from error
     return dict(conf)
 
@@ -345,4 +356,8 @@ def _write_environment(root: Path) -> None:
 
 def digest(path: Path) -> str:
     """Hex SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()

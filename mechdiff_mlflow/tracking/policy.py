@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import explain
 
@@ -70,18 +70,8 @@ class PromotionPolicy:
         Raises:
             MechdiffError: The file cannot be read, is not YAML, or has unknown keys or wrong values.
         """
-        try:
-            if Path(path).stat().st_size > _MAX_FILE_BYTES:
-                raise MechdiffError(
-                    f"Policy {path} is over {_MAX_FILE_BYTES} bytes; a policy is a few lines."
-                )
-            fields: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise MechdiffError(f"Policy {path} cannot be read ({error}); check the file.") from None
-        except (yaml.YAMLError, RecursionError):
-            raise MechdiffError(
-                f"Policy {path} is not valid YAML; write one rule a line, e.g. min_drop_pct: 30."
-            ) from None
+        text = untrusted.read_text(Path(path), _MAX_FILE_BYTES, "Policy")
+        fields = untrusted.parse_yaml(text, f"Policy {path}")
         try:
             return cls(**_Rules.model_validate({} if fields is None else fields).model_dump())
         except (ValidationError, TypeError) as error:

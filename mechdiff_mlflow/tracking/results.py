@@ -13,9 +13,12 @@ from typing import Any
 import pandas as pd
 from mlflow.entities import Run
 
+from mechdiff_mlflow import untrusted
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.store import Store
 
 _PAGE = 1000
+_MAX_TABLE = 256 << 20
 # Not what Python reads as numbers: 1_000, nan and 007 stay text.
 _INTEGER = r"-?(?:0|[1-9]\d{0,17})"
 _DECIMAL = r"-?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][+-]?\d+)?"
@@ -58,8 +61,17 @@ def tables_of(store: Store, run_ids: Iterable[str], path: str) -> dict[str, pd.D
         with store.errors(), tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
             if any(item.path == path for item in store.client.list_artifacts(run_id)):
                 local = store.client.download_artifacts(run_id, path, folder)
-                found[run_id] = pd.DataFrame(**json.loads(Path(local).read_text(encoding="utf-8")))
+                found[run_id] = _table(Path(local))
     return found
+
+
+def _table(path: Path) -> pd.DataFrame:
+    try:
+        content = json.loads(untrusted.read_text(path, _MAX_TABLE, "Table"))
+        table: pd.DataFrame = pd.DataFrame(content["data"], columns=content["columns"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise MechdiffError(f"{path.name} is not a table that was logged; run that step again.") from error
+    return table
 
 
 def _search(store: Store, experiment_id: str, where: str) -> list[Run]:

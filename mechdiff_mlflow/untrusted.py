@@ -1,0 +1,172 @@
+"""Bytes from elsewhere: read within bounds, parsed without surprises, and paths that stay where they belong.
+
+docs/threat-model.md says which files these are and what is checked where.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+from mechdiff_mlflow.errors import MechdiffError
+
+MAX_DEPTH = 32
+"""How deeply YAML may be nested; a spec needs three levels."""
+
+
+def size_of(path: Path, limit: int) -> int:
+    """Bytes of the regular file `path`.
+
+    Raises:
+        OSError: It cannot be reached, or is a device, a pipe or a directory, which could block or never end.
+        ValueError: It has more than `limit` bytes.
+    """
+    try:
+        status = os.stat(path)
+    except ValueError:  # NUL in the name
+        raise OSError(errno.EINVAL, "its name is not possible") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file")
+    if status.st_size > limit:
+        raise ValueError(f"it has {status.st_size} bytes, over {limit}")
+    return status.st_size
+
+
+def read_text(path: Path, limit: int, what: str) -> str:
+    """The UTF-8 text of a regular file of at most `limit` bytes; `what` is what errors call it.
+
+    Raises:
+        MechdiffError: It is not one.
+    """
+    try:
+        size = size_of(path, limit)
+        with path.open("rb") as file:
+            return file.read(size).decode("utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MechdiffError(f"{what} {path} cannot be read ({reason}); check the file.") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, as the standard has it: no repeated keys, NaN or Infinity.
+
+    Raises:
+        ValueError: It is none, or is nested or has numbers beyond reason.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text of plain data; `source` is what errors call it.
+
+    Aliases make small texts expand without bound when they are printed or copied, so there are none.
+
+    Raises:
+        MechdiffError: It is no YAML, or has aliases, repeated keys, tags of other languages, or is nested
+            more than `MAX_DEPTH` deep.
+    """
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent):
+                raise MechdiffError(f"{source} uses YAML aliases (*name); write the values out.")
+            if depth > MAX_DEPTH:
+                raise MechdiffError(f"{source} is nested more than {MAX_DEPTH} deep; write it flatter.")
+        return yaml.load(text, Loader=_DistinctKeys)
+    except MechdiffError:
+        raise
+    except Exception as error:  # constructors raise many kinds: of dates, of numbers, of unhashable keys
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        hint = str(error) if isinstance(error, _RepeatedKey) else "check its indentation and quotes"
+        raise MechdiffError(f"{source} is not valid YAML{line}; {hint}.") from None
+
+
+def is_there(path: Path) -> bool:
+    """Whether something is at `path`; names that no file can have name nothing."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def inside(root: Path, name: str, what: str) -> Path:
+    """The path that `name`, written in a file of `root`, means; `..` and symbolic links are followed.
+
+    Raises:
+        MechdiffError: It lies outside of `root`; `what` is what errors call it.
+    """
+    try:
+        path = (root / name).resolve()
+        within = path.is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError):  # loops of links, NUL
+        within = False
+    if not within:
+        raise MechdiffError(f"{what} {name!r} lies outside of {root}; put it there.")
+    return path
+
+
+def safetensors_header(file: BinaryIO, size: int, limit: int) -> dict[str, Any]:
+    """The header at the start of a safetensors file of `size` bytes, which must describe all of it.
+
+    Args:
+        file: At its start; left behind the header.
+        size: Of the whole file.
+        limit: On the header, in bytes.
+
+    Raises:
+        ValueError: The header is longer than that or than the file, is not JSON, or claims other shapes or
+            sizes than the file holds.
+    """
+    n_header = int.from_bytes(file.read(8), "little")
+    if size < 8 or n_header > min(limit, size - 8):
+        raise ValueError(f"its header claims {n_header} bytes of {size}, at most {limit} are read")
+    header = parse_json(file.read(n_header))
+    if not isinstance(header, dict):
+        raise ValueError("its header is not an object")
+    ends = [0]
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        begin, end = entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (begin, end, *entry["shape"])):
+            raise ValueError(f"{name[:80]!r} has sizes that are not whole numbers")
+        ends.append(end)
+    if max(ends) != size - 8 - n_header:
+        raise ValueError(f"its tensors claim {max(ends)} bytes and it holds {size - 8 - n_header}")
+    return header
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:80]!r} stands there twice")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+class _RepeatedKey(ValueError):
+    pass
+
+
+class _DistinctKeys(yaml.SafeLoader):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) != len(names):
+            raise _RepeatedKey("a key stands there twice, remove one")
+        return super().construct_mapping(node, deep)
