@@ -18,9 +18,9 @@ from mechdiff_mlflow.report.evidence import Evidence
 from mechdiff_mlflow.report.experiment import caveats, report
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import PairSpec
-from mechdiff_mlflow.tracking.finding import find_runs
 from mechdiff_mlflow.tracking.parents import report_run
 from mechdiff_mlflow.tracking.results import results_df, tables_of
+from mechdiff_mlflow.tracking.search import find_runs
 from mechdiff_mlflow.tracking.store import Store, open_store
 
 TABLES = {"least_ranks.json": "sweep", "atlas.json": "atlas", "layers.json": "layers", "heads.json": "heads"}

@@ -9,7 +9,7 @@ import click
 
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.findings import Finding, Level
+from mechdiff_mlflow.tracking.check_result import Finding, Level
 from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.server_check import check_store
 from mechdiff_mlflow.tracking.store import uri_of

@@ -19,8 +19,8 @@ from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows
 from mechdiff_mlflow.stats import Interval
 from mechdiff_mlflow.tracking.compare import MapDiff
-from mechdiff_mlflow.tracking.finding import FoundRun
 from mechdiff_mlflow.tracking.registry import Move, Version
+from mechdiff_mlflow.tracking.search import FoundRun
 from mechdiff_mlflow.tracking.store import Store
 from mechdiff_mlflow.tracking.view import view_url
 

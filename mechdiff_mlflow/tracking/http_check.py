@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
-from mechdiff_mlflow.tracking.findings import Finding, Level
+from mechdiff_mlflow.tracking.check_result import Finding, Level
 from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.store import login_name
 

@@ -11,7 +11,7 @@ import mlflow
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import database, http_check
-from mechdiff_mlflow.tracking.findings import Finding, Level
+from mechdiff_mlflow.tracking.check_result import Finding, Level
 from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.scratch import Scratch
 from mechdiff_mlflow.tracking.store import Store, one_attempt, open_store, prepare_process, uri_of

@@ -14,8 +14,8 @@ from moto.server import ThreadedMotoServer
 from team.server import serve
 
 from mechdiff_mlflow.maps import AffineMap, Weight
+from mechdiff_mlflow.tracking.check_result import Level
 from mechdiff_mlflow.tracking.fetch import fetch
-from mechdiff_mlflow.tracking.findings import Level
 from mechdiff_mlflow.tracking.promotion import promote
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.runs import Tracker

@@ -24,7 +24,7 @@ from team.tls_proxy import tls_proxy
 
 from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.tracking import http_check
-from mechdiff_mlflow.tracking.findings import Finding, Level
+from mechdiff_mlflow.tracking.check_result import Finding, Level
 from mechdiff_mlflow.tracking.scratch import PREFIX
 from mechdiff_mlflow.tracking.server_check import check_store
 from mechdiff_mlflow.tracking.store import open_store
