@@ -14,6 +14,7 @@ Elsewhere (after a norm, a mixture of experts, a whole block) the map itself is 
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -189,12 +190,8 @@ def loaded(folder: Path, model: nn.Module) -> Iterator[nn.Module]:
         finally:
             adapted.unload()
         return
-    spec = util.spec_from_file_location("load_hook", folder / HOOK_FILES[-1])
-    assert spec is not None
-    assert spec.loader is not None
-    loader = util.module_from_spec(spec)
-    spec.loader.exec_module(loader)
-    handle = loader.attach(model)
+    loader = runpy.run_path(str(folder / HOOK_FILES[-1]))  # not imported: no __pycache__ beside it
+    handle = loader["attach"](model)
     try:
         yield model
     finally:

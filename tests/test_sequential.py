@@ -17,6 +17,7 @@ from cli.conftest import Invoke, client, empty_store, here, mechdiff  # noqa: F4
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.atlas import atlas
 from mechdiff_mlflow.experiments.doctor import demand_sound, examine
@@ -61,7 +62,7 @@ def test_a_run_gives_the_same_numbers_with_one_model_in_memory(toy: Path, loads:
     loads.clear()
     del study, pair
     gc.collect()
-    with pytest.raises(AssertionError, match="two models in memory"):
+    with pytest.raises(MechdiffError, match="two models in memory"):
         load(toy, "no")  # so the fixture would notice
     assert record.drop_pct is not None
 

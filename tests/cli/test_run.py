@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import mlflow
@@ -152,8 +153,10 @@ def test_a_map_of_another_pair_is_refused_unless_asked(
     map_uri = f"runs:/{runs_of(client)['fit'][0].info.run_id}"
     other = here / "other.yaml"
     other.write_text(toy.read_text().replace("name: toy", "name: other\nsystem: does subject1 well"))
-    for part in ("base", "tuned", "train.jsonl", "val.jsonl", "test.jsonl"):
-        (here / part).symlink_to(toy.parent / part)
+    for part in ("base", "tuned"):
+        shutil.copytree(toy.parent / part, here / part)
+    for part in ("train.jsonl", "val.jsonl", "test.jsonl"):
+        shutil.copy(toy.parent / part, here)
     other.write_text(
         toy.read_text().replace("name: toy", "name: other").replace("dtype: float32", "") + "dtype: float64\n"
     )

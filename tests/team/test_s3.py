@@ -68,7 +68,7 @@ def test_maps_go_to_s3_and_come_back_by_way_of_the_server(on_s3: OnS3, tmp_path:
     record = RunRecord(kind="fit", name="fit", params=params, metrics=metrics, map=a_map)
     version = promote(store, Tracker(store, "demo").log(record))
 
-    found = fetch(store, "demo-L3-attn_out@champion", tmp_path / "map.pt")
+    found = fetch("demo-L3-attn_out@champion", tmp_path / "map.pt", store=store)
     fetched = (tmp_path / "map.pt").read_bytes()
     assert hashlib.sha256(fetched).hexdigest() == found.sha256 == version.sha256
     assert [body for key, body in on_s3.objects().items() if key.endswith("/map.pt")] == [fetched]
