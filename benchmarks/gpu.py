@@ -369,7 +369,7 @@ def scaling(engine: PatchEngine, shape: Shape, args: argparse.Namespace, report:
 def sizes(args: argparse.Namespace, report: Report) -> None:
     """Layers and vocabulary, on models of their own."""
     n, tokens = args.prompts, args.tokens
-    report.table("model", "atlas, seconds", "peak GiB", "MFU, TFLOP/s")
+    report.table("model", "atlas, seconds", "peak GiB", "TFLOP/s")
     shapes = [Shape(layers=layers) for layers in (4, 8, 16)]
     shapes += [Shape(layers=8, vocabulary=v) for v in (16032, 64128, 256512)]
     for shape in shapes:
