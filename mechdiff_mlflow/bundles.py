@@ -11,7 +11,6 @@ in. The α of the manifest counts, not the one in the bundle: it is what the num
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -29,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from mechdiff_mlflow import mapfiles, untrusted
+from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import JSON, AffineMap, Weight
 from mechdiff_mlflow.sites import Hook, Site
@@ -388,7 +388,7 @@ def _meta(path: Path, bundle: Mapping[str, Any], key: str, position: Position) -
         "family": "content",
         "k": _rank(bundle),
         "position": str(position),
-        "bundle_sha256": _digest(path),
+        "bundle_sha256": file_sha256(path),
     }
     asked = bundle.get("pca_q") or 0
     if str(asked) not in ("0", meta["k"]):
@@ -429,11 +429,3 @@ def _own_meta(path: Path, bundle: Mapping[str, Any]) -> dict[str, JSON]:
         return dict(own)
     except (TypeError, ValueError, RecursionError) as error:
         raise MechdiffError(f"{_OWN!r} of bundle {path} is not JSON; export the map again.") from error
-
-
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()

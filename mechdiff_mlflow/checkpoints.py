@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 
+from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.engine import ModuleNames
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
@@ -201,16 +202,8 @@ def folder_digest(folder: Path) -> str:
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json"):
-            total.update(f"{path.name} {_file_digest(path)}\n".encode())
+            total.update(f"{path.name} {file_sha256(path)}\n".encode())
     return f"sha256:{total.hexdigest()[:16]}"
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def layer_digests(blocks: list[nn.Module]) -> list[str] | None:

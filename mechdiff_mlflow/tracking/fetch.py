@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking import cache, flavour
@@ -287,7 +288,7 @@ def _checked(root: Path, found: Resolved) -> AffineMap:
 
 
 def _check_digest(file: Path, found: Resolved) -> None:
-    digest = flavour.digest(file)
+    digest = file_sha256(file)
     if digest != found.sha256:
         raise MechdiffError(
             f"The files of {found.label} have the SHA-256 {digest[:12]}… but {found.sha256[:12]}… was "

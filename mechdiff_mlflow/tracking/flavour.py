@@ -14,7 +14,6 @@ MLflow checks nothing when it loads a model; we check both digests and the probe
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import re
 import tempfile
@@ -37,6 +36,7 @@ from mlflow.types.schema import ParamSchema, ParamSpec, Schema, TensorSpec
 
 import mechdiff_mlflow
 from mechdiff_mlflow import mapfiles, untrusted
+from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking.card import model_card
@@ -114,9 +114,9 @@ def save_model(
     model.add_flavor(
         FLAVOR_NAME,
         data=MAP_FILE,
-        sha256=digest(root / MAP_FILE),
+        sha256=file_sha256(root / MAP_FILE),
         probe=PROBE_FILE,
-        probe_sha256=digest(root / PROBE_FILE),
+        probe_sha256=file_sha256(root / PROBE_FILE),
         d_in=the_map.d_in,
         d_out=the_map.d_out,
         alpha=the_map.alpha,
@@ -185,8 +185,8 @@ def log_model(
                 client.log_model_artifacts(logged.model_id, str(sent))
                 download(store, logged.artifact_location, back)
                 load_verified(back)
-                sha256 = digest(back / MAP_FILE)
-                if sha256 != digest(sent / MAP_FILE):
+                sha256 = file_sha256(back / MAP_FILE)
+                if sha256 != file_sha256(sent / MAP_FILE):
                     raise MechdiffError(
                         f"The store {store.shown} gave back another {MAP_FILE} than was sent; check its disk."
                     )
@@ -239,7 +239,7 @@ def load_verified(root: Path) -> AffineMap:
         untrusted.inside(root, name, "Model file")
     conf = _flavour_conf(root)
     for name, expected in ((MAP_FILE, conf["sha256"]), (PROBE_FILE, conf["probe_sha256"])):
-        if (found := digest(root / name)) != expected:
+        if (found := file_sha256(root / name)) != expected:
             raise MechdiffError(
                 f"{name} has changed since it was saved (SHA-256 {found[:12]}…, not {str(expected)[:12]}…); "
                 "fetch or log the map again."
@@ -352,12 +352,3 @@ def _write_environment(root: Path) -> None:
     }
     for name, content in (("python_env.yaml", python_env), ("conda.yaml", conda)):
         (root / name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-
-
-def digest(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()

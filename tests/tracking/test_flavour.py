@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mlflow.models import validate_serving_input
 
 import mechdiff_mlflow
+from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking import flavour
@@ -90,7 +91,7 @@ def test_no_single_bit_of_the_map_can_change(
 def test_a_map_that_computes_something_else_is_refused_even_with_its_digest(saved: Path) -> None:
     make_map(alpha=0.3001).save(saved / "map.pt")
     conf = yaml.safe_load((saved / "MLmodel").read_text())
-    conf["flavors"]["mechdiff"]["sha256"] = flavour.digest(saved / "map.pt")
+    conf["flavors"]["mechdiff"]["sha256"] = file_sha256(saved / "map.pt")
     (saved / "MLmodel").write_text(yaml.safe_dump(conf))
     with pytest.raises(MechdiffError, match="computes something else than when it was saved"):
         load_verified(saved)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import kills
+from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking import cache, flavour, registry
@@ -259,7 +260,7 @@ def test_fetching_writes_a_copy_and_leaves_the_store_alone(
         assert AffineMap.load(out) == wanted
         assert found.version is not None
         assert str(found.version) == f"{NAME}/1"
-    assert flavour.digest(tmp_path / "a.pt") == found.sha256
+    assert file_sha256(tmp_path / "a.pt") == found.sha256
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pt", "a.safetensors", "cache", "store"]
     (tmp_path / "a.pt").write_bytes(b"mine")
     assert load_map(f"{NAME}@champion", store=store) == wanted
