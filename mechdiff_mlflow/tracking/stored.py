@@ -1,0 +1,72 @@
+"""Files at one artifact location of a store: sent, and made sure of, with a request each and no other.
+
+MLflow's client asks the server where a model's files belong, though it said so when it made the model, and
+lists a directory before it downloads a file of it. Nothing here is shared between two locations, so each
+thread may have its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
+
+from mechdiff_mlflow.digests import file_sha256
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.store import Store
+
+
+class StoredFiles:
+    """The files at a location.
+
+    Args:
+        store: Whose they are.
+        location: Their URI, as the store gave it for a run or a model.
+    """
+
+    def __init__(self, store: Store, location: str) -> None:
+        self._store = store
+        # As MLflow's client does: there a location says which login belongs to it.
+        uri = add_databricks_profile_info_to_artifact_uri(location, store.uri)
+        self._files = get_artifact_repository(uri, tracking_uri=store.uri)
+
+    def send(self, folder: Path) -> None:
+        """Put everything in `folder` there, under the same names."""
+        self._files.log_artifacts(str(folder))
+
+    def read_back(self, names: Iterable[str], folder: Path) -> Path:
+        """A directory that holds the files `names` as they are stored.
+
+        That is where they lie, if the store keeps files on this machine; never change them there. Otherwise
+        they are fetched into `folder`.
+        """
+        if isinstance(self._files, LocalArtifactRepository):
+            return Path(self._files.artifact_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            # What every kind of store implements; `download_artifacts` lists the directory first.
+            self._files._download_file(name, str(folder / name))
+        return folder
+
+    def demand(self, sent: Mapping[str, str], folder: Path) -> Path:
+        """Make sure that the stored files are the ones that were sent; where they can be read.
+
+        Args:
+            sent: Hex SHA-256 by name.
+            folder: For files that have to be fetched.
+
+        Raises:
+            MechdiffError: One is missing or has other bytes.
+        """
+        back = self.read_back(sent, folder)
+        for name, expected in sent.items():
+            found = file_sha256(back / name) if (back / name).is_file() else "none"
+            if found != expected:
+                raise MechdiffError(
+                    f"The store {self._store.shown} gave back another {name} than was sent (SHA-256 "
+                    f"{found[:12]}, not {expected[:12]}); check its disk."
+                )
+        return back
