@@ -65,7 +65,7 @@ class Shape:
         """Weights of one block's MLP."""
         return 3 * self.width * self.mlp_width
 
-    def model(self, seed: int) -> Any:
+    def model(self, seed: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Any:
         """One with random weights."""
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(
@@ -78,8 +78,8 @@ class Shape:
             max_position_embeddings=4096,
             rope_theta=500000.0,
         )
-        with torch.device("cuda"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         return model.eval().requires_grad_(False)
 
     def clean_flops(self, n_prompts: int, n_tokens: int) -> float:
