@@ -95,6 +95,10 @@ class Activations(Mapping[Site, Tensor]):
     def __len__(self) -> int:
         return len(self._sites)
 
+    def of(self, sites: Sequence[Site]) -> Mapping[Site, Tensor]:
+        """Of some sites, on the CPU."""
+        return _Some(self, sites)
+
     def _make_room(self, rows: Tensor) -> None:
         shape = (self._n_prompts, *rows.shape[1:])
         n_bytes = math.prod(shape) * rows.element_size()
@@ -123,6 +127,22 @@ class Activations(Mapping[Site, Tensor]):
         except (OSError, SafetensorError) as error:
             raise _unwritable(error) from error
         self._n_files += 1
+
+
+class _Some(Mapping[Site, Tensor]):
+    def __init__(self, rows: Activations, sites: Sequence[Site]) -> None:
+        self._all, self._sites = rows, sites
+
+    def __getitem__(self, site: Site) -> Tensor:
+        if site not in self._sites:
+            raise KeyError(site)
+        return self._all[site].cpu()
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
 
 
 def _unwritable(error: Exception) -> MechdiffError:
