@@ -16,7 +16,7 @@ class Residence:
     """Holds models and their engines by name.
 
     Args:
-        one_at_a_time: Free the model in memory before another is loaded.
+        one_at_a_time: Free the model in memory, with all clean runs of it, before another is loaded.
     """
 
     def __init__(self, *, one_at_a_time: bool) -> None:
@@ -30,6 +30,8 @@ class Residence:
         if name not in self._models:
             if self.one_at_a_time and self._models:
                 assert not self._busy, f"{name} is asked for while {self._busy} is at work"
+                for engine in self._engines.values():
+                    engine.give_up()
                 self._engines.clear()
                 self._models.clear()
                 release_memory()

@@ -36,6 +36,11 @@ class MemoryBudget:
         self._left = total - self.working
         self._spared = self._left // 2
 
+    @property
+    def kept(self) -> int:
+        """Bytes that are reserved now."""
+        return self.total - self.working - self._left
+
     def reserve(self, n_bytes: int, *, sparing: bool = False) -> bool:
         """Whether so many bytes may be kept; they then count until released.
 

@@ -173,6 +173,10 @@ class PatchEngine:
         """Whether this engine made a recording, and so can score it."""
         return recorded in self._recorded
 
+    def give_up(self) -> int:
+        """Keep none of its clean runs any more; says of how many prompts some were kept."""
+        return sum(recorded.give_up() for recorded in list(self._recorded))
+
     def complete(self, recorded: Recorded) -> None:
         """Run the prompts that were not run yet.
 
