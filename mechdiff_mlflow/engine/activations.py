@@ -42,7 +42,7 @@ class Activations(Mapping[Site, Tensor]):
         self._n_prompts, self._sites, self._device = n_prompts, list(dict.fromkeys(sites)), device
         self._budget = budget
         self._rows: Tensor | None = None  # [N, sites, width]
-        self._under_way = False
+        self._under_way: torch.device | None = None  # the GPU from which copies go on
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._n_files = 0
 
@@ -70,7 +70,7 @@ class Activations(Mapping[Site, Tensor]):
         elif self._rows.is_pinned():
             for i, row in zip(index.tolist(), rows, strict=True):
                 self._rows[i].copy_(row, non_blocking=True)
-            self._under_way = True
+            self._under_way = rows.device
         else:
             self._rows[index.to(self._rows.device)] = rows.to(self._rows.device)
 
@@ -79,9 +79,9 @@ class Activations(Mapping[Site, Tensor]):
         if site not in self._sites:
             raise KeyError(site)
         if self._rows is not None:
-            if self._under_way:
-                torch.cuda.synchronize()
-                self._under_way = False
+            if self._under_way is not None:
+                torch.cuda.synchronize(self._under_way)
+                self._under_way = None
             return self._rows[:, self._sites.index(site)]
         rows = torch.empty(self._n_prompts, self._width, dtype=self._dtype)
         for path in self._files():
