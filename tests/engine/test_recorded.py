@@ -157,6 +157,16 @@ def kept_bytes(mode: str) -> int:
     return budget.kept - before - sum(recorded.activations[site].nbytes for site in SITES)
 
 
+def test_what_is_kept_of_a_prompt_is_what_the_docs_say() -> None:
+    budget, n_tokens, n = MemoryBudget(2**30), 60, 3
+    engine = PatchEngine(tiny.llama(n_layers=2), budget=budget)
+    recorded = engine.record(tiny.prompts(*[n_tokens] * n), SITES)
+    found = (budget.kept - sum(recorded.activations[site].nbytes for site in SITES)) / n
+    keys, width, layers = 2 * 8, 32, 2
+    said = 4 * (2 * n_tokens * keys * layers + 2 * width * layers + len(SITES) * width + tiny.VOCABULARY)
+    assert found == pytest.approx(said, rel=0.1)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_of_what_does_not_fit_a_part_is_kept(mode: str) -> None:
     model = tiny.llama(n_layers=2)
