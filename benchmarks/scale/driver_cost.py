@@ -1,0 +1,134 @@
+"""Seconds of what is not the engine: factorisations, maps, controls, statistics and tracking."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from benchmarks.scale.engine_cost import RESULTS
+from benchmarks.scale.probe import Probe
+
+PROBED = RESULTS / "scale-probe.json"
+PROBED_N, PROBED_D = 1000, 4096
+"""Of the controls that `probe` builds; its statistics are of as many prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimedFit:
+    """A site's factorisation, and one solver's factors and maps of ten ranks."""
+
+    device: str
+    threads: int
+    n: int
+    d: int
+    seconds: float
+
+    @property
+    def terms(self) -> tuple[float, float]:
+        """What thin factorisations of n × d are made of, with r = min(n, d)."""
+        r = min(self.n, self.d)
+        return (float(r * self.n * self.d), float(r**3))
+
+
+@dataclass(frozen=True, slots=True)
+class FitCost:
+    """Seconds = a·r·n·d + b·r³, of one device; r = min(n, d)."""
+
+    each: tuple[float, float]
+
+    @classmethod
+    def fitted(cls, runs: Sequence[TimedFit]) -> FitCost:
+        """The non-negative numbers with the least squared relative errors."""
+        matrix = np.array([[term / run.seconds for term in run.terms] for run in runs])
+        scale = matrix.max(0)
+        found, _ = nnls(matrix / scale, np.ones(len(runs)))
+        a, b = (found / scale).tolist()
+        return cls((a, b))
+
+    def seconds(self, n: int, d: int) -> float:
+        """Of one site."""
+        terms = TimedFit("", 0, n, d, 1.0).terms
+        return sum(each * term for each, term in zip(self.each, terms, strict=True))
+
+
+def measured_fits(solver: str = "procrustes_scaled", path: Path = RESULTS / "width.json") -> list[TimedFit]:
+    """Those of `benchmarks.width`; of a size timed twice the second, the first warmed up."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[tuple[str, int, int, int], TimedFit] = {}
+    for row in rows:
+        if row["kind"] == "fit":
+            # The maps were timed for two solvers together.
+            seconds = row["spectrum_s"] + row[f"{solver}_s"] + row["maps_s"] / 2
+            key = (row["device"], row["threads"], row["n"], row["width"])
+            found[key] = TimedFit(*key, seconds)
+    return list(found.values())
+
+
+@dataclass(frozen=True, slots=True)
+class DriverCost:
+    """What the driver and the CPUs beside a GPU do.
+
+    Args:
+        gpu_fit: Of one site, on one GPU.
+        cpu_fit: Of one site, on `cpu_threads` threads together.
+        cpu_threads: Of `cpu_fit`.
+        single_fit: Of one site, on one thread.
+        product_flops: Of float64 products on all threads, FLOP/s.
+        probe: Of the statistics and controls.
+        run_ms: Of tracking one cell, by store.
+    """
+
+    gpu_fit: FitCost
+    cpu_fit: FitCost
+    cpu_threads: int
+    single_fit: FitCost
+    product_flops: float
+    probe: Probe
+    run_ms: dict[str, float]
+
+    @classmethod
+    def measured(cls) -> DriverCost:
+        """From the result files."""
+        runs = measured_fits()
+        threads = max(run.threads for run in runs)
+        by_kind = {
+            name: FitCost.fitted([run for run in runs if (run.device, run.threads) == key])
+            for name, key in (("gpu", ("cuda", 0)), ("cpu", ("cpu", threads)), ("single", ("cpu", 1)))
+        }
+        rows: list[dict[str, Any]] = json.loads((RESULTS / "width.json").read_text(encoding="utf-8"))
+        product = max(row["flops"] for row in rows if row["kind"] == "product")
+        probe = Probe.load_from(PROBED)
+        return cls(
+            by_kind["gpu"], by_kind["cpu"], threads, by_kind["single"], product, probe, tracking_ms(probe)
+        )
+
+    @property
+    def thread_gain(self) -> float:
+        """How many times sooner a factorisation is done on all threads than on one."""
+        return self.single_fit.seconds(1000, 4096) / self.cpu_fit.seconds(1000, 4096)
+
+    def controls_s(self, n: int, d: int) -> float:
+        """One site's controls on one thread: their products and the QR grow as r·n·d."""
+        r = min(n, d)
+        return self.probe.controls_s * r * n * d / (PROBED_N**2 * PROBED_D)
+
+    def statistics_s(self, n_test: int) -> float:
+        """One cell's on one thread, in proportion to its prompts."""
+        return self.probe.statistics_s * n_test / PROBED_N
+
+
+def tracking_ms(probe: Probe, folder: Path = RESULTS) -> dict[str, float]:
+    """Milliseconds a run by store, from what was measured: this probe's SQLite, and a team's server."""
+    found = {"SQLite, one writer": probe.ms_per_cell}
+    text = (folder / "team-server.md").read_text(encoding="utf-8")
+    # | auth_cache_ttl_seconds | people at once | ms a run of one person | runs a second in all |
+    for people, rate in re.findall(r"\| 60 \| (\d+) \| \d+ \| ([\d.]+) \|", text):
+        found[f"server on PostgreSQL, {people} at once"] = 1000 / float(rate)
+    return found
