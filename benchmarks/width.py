@@ -2,16 +2,17 @@
 
     python -m benchmarks.width --out benchmarks/results/width.json
 
-A 70B model does not fit on one GPU, some of its blocks do. On one GPU, random weights, bfloat16: the clean pass
-and the atlas of few blocks of both widths, at 64 and 256 tokens a prompt, with the best matrix product of the
-same minute. In float64, on the CPU with several numbers of threads and on the GPU: the factorisation of a site,
-two fits, their maps of ten ranks, and the product that applies a dense map. What is not reached within
-`--limit` seconds is left out.
+A 70B model does not fit on one GPU, some of its blocks do. On one GPU, random weights, bfloat16: the clean
+pass and the atlas of few blocks of both widths, at 64 and 256 tokens a prompt, and the best matrix product of
+the same minute. In float64, on the CPU with several numbers of threads and on the GPU: the factorisation of
+a site, two fits, their maps of ten ranks, and the product that applies a dense map. What is not reached
+within `--limit` seconds is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -75,11 +76,13 @@ def fit_row(device: str, threads: int, n: int, d: int) -> dict[str, float]:
             solution.map(rank)
     mark()
     names = ("spectrum_s", *(f"{solver}_s" for solver in SOLVERS), "maps_s")
-    return dict(zip(names, (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
+    return dict(zip(names, (b - a for a, b in itertools.pairwise(marks)), strict=True))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--limit", type=float, default=1200, help="seconds after which no size is begun")
     parser.add_argument("--out", type=Path, help="write the JSON there too")
     args = parser.parse_args()

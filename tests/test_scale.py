@@ -1,4 +1,4 @@
-"""The model of a 70B sweep: counts by hand and against real tensors, closed forms, and what it did not see."""
+"""The model of a 70B sweep: counts by hand and of real tensors, closed forms, and runs it did not see."""
 
 from __future__ import annotations
 
@@ -118,7 +118,9 @@ def test_rows_of_a_site_are_those_that_a_study_scores(toy: Path) -> None:
     study = Study(load_pair(PairSpec.load(str(toy))), Protocol())
     site, alphas = Site(3, Hook.RESID_POST), (0.5, 0.7, 1.0)
     cells = [
-        Cell(site, "procrustes_scaled", "update", Rank(k), Alpha((alpha,))) for k in (1, 4) for alpha in alphas
+        Cell(site, "procrustes_scaled", "update", Rank(k), Alpha((alpha,)))
+        for k in (1, 4)
+        for alpha in alphas
     ]
     study.patch([fit.to_patch for fit in study.fit(cells)])
     work = Workload(SMALL, n_train=40, ranks=(1, 4), alphas=alphas)
@@ -131,7 +133,9 @@ def test_a_70b_model_has_the_weights_and_needs_the_gpus_that_it_is_known_for() -
     assert sizes.weights_bytes(LLAMA_70B) == pytest.approx(141e9, rel=0.01)
     assert sizes.weights_bytes(LLAMA_8B) == pytest.approx(16e9, rel=0.01)
     needed = {
-        (gpu.name, models): sizes.gpus_needed(LLAMA_70B, gpu, models) for gpu in sizes.GPUS for models in (1, 2)
+        (gpu.name, models): sizes.gpus_needed(LLAMA_70B, gpu, models)
+        for gpu in sizes.GPUS
+        for models in (1, 2)
     }
     assert needed == {("80 GB", 1): 2, ("80 GB", 2): 4, ("141 GB", 1): 1, ("141 GB", 2): 2}
     # Sxx, Syy and Sxy are smaller than bfloat16 rows from six prompts a dimension on.
@@ -159,18 +163,22 @@ def test_every_task_is_done_once_whatever_fails() -> None:
         found = simulate([stage], Faults(mtbf_s=200.0, reload_s=30.0), seed)
         assert found.done == {"work": 40}
         assert found.slot_busy_s == pytest.approx(stage.work_s)
-        assert found.makespan_s >= calm.makespan_s - 100  # another order may end more evenly by a task at most
+        assert found.makespan_s >= calm.makespan_s - 100  # another order may end more evenly
         assert found.failures >= found.lost
         lost += found.lost
     assert lost > 100
-    assert simulate([stage], Faults(cv=0.1, mtbf_s=200.0), 3) == simulate([stage], Faults(cv=0.1, mtbf_s=200.0), 3)
+    assert simulate([stage], Faults(cv=0.1, mtbf_s=200.0), 3) == simulate(
+        [stage], Faults(cv=0.1, mtbf_s=200.0), 3
+    )
 
 
 def test_a_task_that_is_repeated_until_it_survives_takes_what_theory_says() -> None:
     """E[T] = (1/λ + R)·(e^{λs} − 1) for Poisson failures; Daly (2006), A higher order estimate."""
     mtbf, reload_s, task = 100.0, 20.0, 80.0
     stage = Stage("work", (task,), 1, on_slots=True)
-    found = [simulate([stage], Faults(mtbf_s=mtbf, reload_s=reload_s), seed).makespan_s for seed in range(3000)]
+    found = [
+        simulate([stage], Faults(mtbf_s=mtbf, reload_s=reload_s), seed).makespan_s for seed in range(3000)
+    ]
     expected = (mtbf + reload_s) * math.expm1(task / mtbf)
     assert sum(found) / len(found) == pytest.approx(expected, rel=0.08)
 

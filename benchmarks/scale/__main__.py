@@ -31,7 +31,9 @@ def filled(page: str, blocks: dict[str, str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--probe", action="store_true", help="count and time a cell on this machine first")
     parser.add_argument("--out", type=Path, help="write all tables there")
     parser.add_argument("--page", type=Path, help="fill this page's blocks, and draw its figure")

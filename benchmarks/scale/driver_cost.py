@@ -16,6 +16,8 @@ from benchmarks.scale.engine_cost import RESULTS
 from benchmarks.scale.probe import Probe
 
 PROBED = RESULTS / "scale-probe.json"
+TRACKED_SERVER = "tracking cost, `mlflow server`, 1 worker, on PostgreSQL"
+
 PROBED_N, PROBED_D = 1000, 4096
 """Of the controls that `probe` builds; its statistics are of as many prompts."""
 
@@ -110,6 +112,16 @@ class DriverCost:
         )
 
     @property
+    def alone_ms(self) -> float:
+        """A run's, written by one writer to a server on PostgreSQL."""
+        return self.run_ms.get(TRACKED_SERVER, self.run_ms["a team's server, 1 at once"])
+
+    @property
+    def together_ms(self) -> float:
+        """A run's share of the time of several writers, at the most that was measured."""
+        return min(self.alone_ms, self.run_ms["a team's server, 2 at once"])
+
+    @property
     def thread_gain(self) -> float:
         """How many times sooner a factorisation is done on all threads than on one."""
         return self.single_fit.seconds(1000, 4096) / self.cpu_fit.seconds(1000, 4096)
@@ -125,10 +137,15 @@ class DriverCost:
 
 
 def tracking_ms(probe: Probe, folder: Path = RESULTS) -> dict[str, float]:
-    """Milliseconds a run by store, from what was measured: this probe's SQLite, and a team's server."""
-    found = {"SQLite, one writer": probe.ms_per_cell}
+    """Milliseconds a run by store: this probe's, a team's server, and `benchmarks.tracking_cost` if it ran."""
+    found = {"SQLite, a toy's cells": probe.ms_per_cell}
     text = (folder / "team-server.md").read_text(encoding="utf-8")
     # | auth_cache_ttl_seconds | people at once | ms a run of one person | runs a second in all |
     for people, rate in re.findall(r"\| 60 \| (\d+) \| \d+ \| ([\d.]+) \|", text):
-        found[f"server on PostgreSQL, {people} at once"] = 1000 / float(rate)
+        found[f"a team's server, {people} at once"] = 1000 / float(rate)
+    costs = folder / "tracking-cost.md"
+    if costs.exists():
+        # | store | way | ms a cell | …
+        rows = re.findall(r"^\| ([^|]+) \| ours \| (\d+) \|", costs.read_text(encoding="utf-8"), re.MULTILINE)
+        found |= {f"tracking cost, {store}": float(ms) for store, ms in rows}
     return found

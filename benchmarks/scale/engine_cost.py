@@ -2,8 +2,8 @@
 
     seconds = FLOP / best measured rate + a · numbers passed between kernels + b · logits + c · chunks scored
 
-The first term is what matrix products must take; the other three are what else a GPU does. Their counts follow
-from the shape of the model, so that a wider or deeper model is predicted by what it does.
+The first term is what matrix products must take; the other three are what else a GPU does. Their counts
+follow from the shape of the model, so that a wider or deeper model is predicted by what it does.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def patch_work(shape: Shape, n: int, variants: Sequence[tuple[Site, int]], chunk
     rows = n * sum(count for _, count in variants)
     flops = sum(n * count * _variant_flops(shape, site) for site, count in variants)
     passages = sum(n * count * _blocks_passed(shape, site) for site, count in variants)
-    return Work(flops, passages * _handed_on(shape), rows * shape.vocabulary, math.ceil(n / chunk) if rows else 0)
+    return Work(
+        flops, passages * _handed_on(shape), rows * shape.vocabulary, math.ceil(n / chunk) if rows else 0
+    )
 
 
 def _handed_on(shape: Shape) -> int:

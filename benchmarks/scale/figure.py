@@ -21,7 +21,7 @@ PARTS = {
 def draw(model: Model, path: Path) -> None:
     """Write the PNG."""
     plt.switch_backend("agg")
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), constrained_layout=True)
     at = range(len(SLOTS))
     for axis, (work, way) in zip(axes, ways(model), strict=True):
         runs = [simulate(model.plan(work, n, way), Faults(cv=model.scatter)).stage_s for n in SLOTS]

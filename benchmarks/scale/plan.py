@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ class Placement:
         return self.gpu.n_bytes - weights / self.n_gpus
 
     def load_s(self, work: Workload) -> float:
-        """Reading weights: both once; or, one at a time, tuned, base, tuned for the checks and base, tuned."""
+        """Reading weights: both once; or, one at a time, tuned, base, tuned to check and base, tuned."""
         return (5 if self.sequential else 2) * sizes.weights_bytes(work.shape) / READ_RATE
 
 
@@ -79,7 +80,9 @@ def stages(
     fit = driver.gpu_fit if way.fit_on_slots else driver.cpu_fit
     builds = n_sites if way.controls_once else driver.probe.control_builds_per_cell * work.n_cells
     controls_s = builds * driver.controls_s(n, d) / driver.thread_gain
-    recording = [2 * engine.seconds(clean_work(work.shape, size, work.tokens)) for size in shards(work, n_slots)]
+    recording = [
+        2 * engine.seconds(clean_work(work.shape, size, work.tokens)) for size in shards(work, n_slots)
+    ]
     return [
         Stage("load", (placement.load_s(work),) * n_slots, n_slots, on_slots=True),
         Stage("record", tuple(recording), n_slots, on_slots=True),
@@ -87,27 +90,35 @@ def stages(
         Stage("controls", (controls_s,), 1),
         _scoring("score val", work, work.n_val, work.val_rows, 0, n_slots, placement, engine, driver),
         _scoring(
-            "score test", work, work.n_test, work.test_rows, len(work.alphas), n_slots, placement, engine, driver
+            "score test",
+            work,
+            work.n_test,
+            work.test_rows,
+            len(work.alphas),
+            n_slots,
+            placement,
+            engine,
+            driver,
         ),
-        Stage(
-            "statistics", (driver.statistics_s(work.n_test),) * work.n_cells, way.statistics_workers
-        ),
+        Stage("statistics", (driver.statistics_s(work.n_test),) * work.n_cells, way.statistics_workers),
         Stage("track", (tracking_s(work, way),) * work.n_cells, 1),
     ]
 
 
 def tracking_s(work: Workload, way: Way) -> float:
-    """One cell's: what was measured with small maps, and its map's bytes, sent and read back to be checked."""
+    """One cell's: what was measured with small maps, and its map's bytes, sent and read back."""
     return way.run_ms / 1000 + 2 * sizes.maps_bytes(work) / work.n_cells / STORE_RATE
 
 
-def shards(work: Workload, n_slots: int, n: int | None = None, chunk: int = sizes.MOST.batch_size) -> list[int]:
-    """Prompts of each task: whole chunks, dealt as evenly as they go; all prompts of the sweep unless given."""
+def shards(
+    work: Workload, n_slots: int, n: int | None = None, chunk: int = sizes.MOST.batch_size
+) -> list[int]:
+    """Prompts of each task: whole chunks, dealt as evenly as they go; of all splits unless given."""
     n = work.n_prompts if n is None else n
     n_chunks = math.ceil(n / chunk)
     n_tasks = min(n_chunks, TASKS_A_SLOT * n_slots)
     cuts = [round(i * n_chunks / n_tasks) * chunk for i in range(n_tasks + 1)]
-    return [min(b, n) - min(a, n) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [min(b, n) - min(a, n) for a, b in itertools.pairwise(cuts)]
 
 
 def _scoring(
@@ -146,7 +157,7 @@ def mapping_flops(work: Workload, n_map_sets: int) -> float:
 
 
 def week(plan: list[Stage], faults: Faults, seed: int = 0) -> tuple[int, list[Outcome]]:
-    """Sweeps finished in seven days, one after another with the pair kept in memory, and all that were begun."""
+    """Sweeps finished in seven days, the pair kept in memory between them, and all that were begun."""
     outcomes = [simulate(plan, faults, seed)]
     resident = [stage for stage in plan if stage.name != "load"]
     while sum(outcome.makespan_s for outcome in outcomes) <= WEEK_S:

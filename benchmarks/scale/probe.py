@@ -2,9 +2,9 @@
 
     python -m benchmarks.scale --probe
 
-Two sweeps of a toy pair into SQLite: the difference of the table counts over the difference of the cells is what a
-cell adds, the rest is what a sweep adds. Then, on random rows of a real width, the statistics of one cell and
-the controls of one site; CPU seconds of one thread.
+Two sweeps of a toy pair into SQLite: the difference of the table counts over the difference of the cells is
+what a cell adds, the rest is what a sweep adds. Then, on random rows of a real width, the statistics of one
+cell and the controls of one site; CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from mechdiff_mlflow.spec import Alpha, Cell, Rank
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 
-from toy import write_pair  # noqa: E402
+import itertools
+
+from toy import write_pair
 
 GROWS = {"map.pt", "probe.safetensors", "per_prompt.json", "input_example.json", "serving_input_example.json"}
 """Artifacts of a cell whose size follows from the pair and the prompts; the others are as they are."""
@@ -179,7 +181,7 @@ def _ms_between_cells(folder: Path) -> float:
     with closing(sqlite3.connect(folder / "mlflow.db")) as database:
         starts = [row[0] for row in database.execute("SELECT start_time FROM runs ORDER BY start_time")]
     cells = starts[-8:]
-    return statistics.median(b - a for a, b in zip(cells, cells[1:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(cells))
 
 
 def cpu_seconds(work: Callable[[], object], rounds: int) -> float:
@@ -206,7 +208,9 @@ def statistics_of_a_cell(n: int, d: int) -> Callable[[], object]:
     rows = SiteRows(where, {where: x}, {where: y}, scored)
     left, right = (torch.from_numpy(numbers.standard_normal(shape)) for shape in ((d, 8), (8, d)))
     map_ = AffineMap(left.new_zeros(d), left.new_zeros(d), Weight.low_rank(left, right, 1.0))
-    prompts = PromptSet("test", tuple(Prompt(({"role": "user", "content": f"prompt {i}"},)) for i in range(n)))
+    prompts = PromptSet(
+        "test", tuple(Prompt(({"role": "user", "content": f"prompt {i}"},)) for i in range(n))
+    )
     return lambda: summarise(
         Cell(where, "reduced_rank", "update", Rank(8), Alpha((1.0,))),
         map_,

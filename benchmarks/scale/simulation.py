@@ -77,11 +77,6 @@ class Outcome:
         """Of the whole."""
         return sum(self.stage_s.values())
 
-    @property
-    def longest(self) -> str:
-        """The stage that takes most of it."""
-        return max(self.stage_s, key=lambda name: self.stage_s[name])
-
 
 @dataclass
 class _Fleet:

@@ -90,7 +90,7 @@ class Workload:
 
     @property
     def val_rows(self) -> int:
-        """Patched runs of a val prompt at a site: identity, raw, controls. A fixed α leaves no map to choose."""
+        """Patched runs of a val prompt at a site: identity, raw, controls; a fixed α leaves no choice."""
         return 2 + self.control_rows
 
     @property
@@ -195,7 +195,7 @@ def journal_bytes(work: Workload) -> float:
 
 
 def traffic_bytes(work: Workload, nodes: int) -> dict[str, float]:
-    """Through the object store, if every tensor travels once a node and maps of all ranks share their factors."""
+    """Through the object store, if a tensor travels once a node and maps of all ranks share their factors."""
     d, r = work.shape.width, work.span
     a_site = DOUBLE * 2 * d * r + controls_bytes(work)
     base_rows = rows_bytes(work, work.n_val + work.n_test) / 2
