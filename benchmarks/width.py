@@ -5,8 +5,8 @@
 A 70B model does not fit on one GPU, some of its blocks do. On one GPU, random weights, bfloat16: the clean
 pass and the atlas of few blocks of both widths, at 64 and 256 tokens a prompt, and the best matrix product of
 the same minute. In float64, on the CPU with several numbers of threads and on the GPU: the factorisation of
-a site, two fits, their maps of ten ranks, and the product that applies a dense map. What is not reached
-within `--limit` seconds is left out.
+a site, two fits, their maps of ten ranks, its controls, and the product that applies a dense map. Fits that
+are not reached within `--limit` seconds are left out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 
 from benchmarks.fits import RANKS, site
 from benchmarks.gpu import HOOKS, PER_SITE, Shape, noisy, prompts_of, seconds
+from mechdiff_mlflow import controls
 from mechdiff_mlflow.engine import PatchEngine
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.solvers import PairedSpectrum, fit_spectrum
@@ -37,8 +39,12 @@ FITS = (
     *(("cpu", 16, n, d) for n, d in ((450, 4096), (1000, 4096), (2000, 8192))),
     *(("cpu", threads, n, 4096) for threads in (4, 1) for n in (450, 1000)),
     *(("cpu", 16, n, d) for n, d in ((1000, 8192), (4000, 4096))),
+    *(("cuda", 0, n, 8192) for n in (8000, 12288)),
 )
-"""Device, threads, prompts, width; the first on the GPU is a warm-up."""
+"""Device, threads, prompts, width; the first on the GPU is a warm-up, the last goes by way of the moments."""
+
+CONTROLS = ((16, 1000, 4096), (1, 1000, 4096), (16, 2000, 8192), (4, 1000, 4096))
+"""Threads, prompts, width."""
 
 
 def engine_rows(keep: Callable[..., None]) -> None:
@@ -79,6 +85,20 @@ def fit_row(device: str, threads: int, n: int, d: int) -> dict[str, float]:
     return dict(zip(names, (b - a for a, b in itertools.pairwise(marks)), strict=True))
 
 
+def controls_s(n: int, d: int) -> float:
+    """Median of three, of all controls of a site."""
+    spectrum = PairedSpectrum.from_rows(*site(n, d, "cpu"))
+    other = fit_spectrum("procrustes_scaled", spectrum, "update").map()
+    names = controls.applicable_controls(spectrum, other=other)
+    found = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        for name in names:
+            controls.control_map(name, spectrum, other=other)
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,6 +124,9 @@ def main() -> None:
             break
         torch.set_num_threads(threads or 16)
         keep("fit", device=device, threads=threads, n=n, width=d, **fit_row(device, threads, n, d))
+    for threads, n, d in CONTROLS:
+        torch.set_num_threads(threads)
+        keep("controls", threads=threads, n=n, width=d, seconds=controls_s(n, d))
     for threads in (16, 4, 1):
         torch.set_num_threads(threads)
         x, w = (torch.randn(s, 4096, dtype=torch.float64) for s in (1000, 4096))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,18 @@ def test_bytes_of_a_stored_map_are_those_of_its_file(n: int, d: int, rank: int |
     stored = len(made.to_bytes())
     expected = sizes.map_bytes(d, rank or n - 1)
     assert expected < stored < expected + 2 * overhead
+
+
+def test_a_pickled_map_of_low_rank_carries_the_factors_of_every_rank() -> None:
+    torch.manual_seed(0)
+    n, d = 40, 256
+    solution = fit_spectrum(
+        "procrustes_scaled", PairedSpectrum.from_rows(torch.randn(n, d), torch.randn(n, d))
+    )
+    low, full = (len(pickle.dumps(solution.map(k))) for k in (1, None))
+    work = Workload(replace(SMALL, layers=1, width=d), n, ranks=(1,), alphas=(1.0,), hooks=(Hook.ATTN_OUT,))
+    assert low == pytest.approx(full, rel=0.1)
+    assert low == pytest.approx(sizes.pickled_maps_bytes(work), rel=0.2)
 
 
 @pytest.mark.parametrize("n", [10, 40])
@@ -194,9 +207,8 @@ def test_tasks_that_no_slot_lives_through_are_refused() -> None:
 
 
 def test_shards_are_whole_chunks_of_all_prompts() -> None:
-    work = Workload(LLAMA_70B, n_train=8000)
     for n_slots in (1, 3, 64, 1000):
-        found = shards(work, n_slots)
+        found = shards(n_slots, 10_000)
         assert sum(found) == 10_000
         assert len(found) == min(4 * n_slots, math.ceil(10_000 / 32))
         assert all(size % 32 == 0 for size in found[:-1])
@@ -227,8 +239,9 @@ def test_a_week_ends_with_the_week() -> None:
 @pytest.mark.slow
 def test_a_cell_leaves_in_mlflow_what_the_committed_probe_says(tmp_path: Path) -> None:
     found, committed = tracked_sweeps(tmp_path), Probe.load_from(PROBED)
-    assert found["rows_per_cell"] == committed.rows_per_cell, "run python -m benchmarks.scale --probe again"
-    assert found["files_per_cell"] == committed.files_per_cell
+    now, then = (sum(rows.values()) for rows in (found["rows_per_cell"], committed.rows_per_cell))
+    assert now == pytest.approx(then, rel=0.2), "run python -m benchmarks.scale --probe again"
+    assert found["files_per_cell"] == pytest.approx(committed.files_per_cell, rel=0.2)
     assert committed.rows_per_cell["runs"] == committed.rows_per_cell["logged_models"] == 1
 
 

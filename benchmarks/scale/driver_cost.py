@@ -18,8 +18,8 @@ from benchmarks.scale.probe import Probe
 PROBED = RESULTS / "scale-probe.json"
 TRACKED_SERVER = "tracking cost, `mlflow server`, 1 worker, on PostgreSQL"
 
-PROBED_N, PROBED_D = 1000, 4096
-"""Of the controls that `probe` builds; its statistics are of as many prompts."""
+PROBED_N = 1000
+"""Prompts of the statistics that `probe` times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +65,20 @@ def measured_fits(solver: str = "procrustes_scaled", path: Path = RESULTS / "wid
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
     found: dict[tuple[str, int, int, int], TimedFit] = {}
     for row in rows:
-        if row["kind"] == "fit":
+        # More rows than that go by way of the moments: another algorithm, which the sweeps here do not reach.
+        if row["kind"] == "fit" and row["n"] < 1.5 * row["width"]:
             # The maps were timed for two solvers together.
             seconds = row["spectrum_s"] + row[f"{solver}_s"] + row["maps_s"] / 2
             key = (row["device"], row["threads"], row["n"], row["width"])
             found[key] = TimedFit(*key, seconds)
     return list(found.values())
+
+
+def measured_controls(threads: int = 16, path: Path = RESULTS / "width.json") -> dict[tuple[int, int], float]:
+    """Seconds of building all controls of a site, by prompts and width."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    built = [row for row in rows if row["kind"] == "controls" and row["threads"] == threads]
+    return {(row["n"], row["width"]): row["seconds"] for row in built}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +90,9 @@ class DriverCost:
         cpu_fit: Of one site, on `cpu_threads` threads together.
         cpu_threads: Of `cpu_fit`.
         single_fit: Of one site, on one thread.
+        controls_each: Of r·n·d of one site, all its controls, on all threads; r = min(n, d).
         product_flops: Of float64 products on all threads, FLOP/s.
-        probe: Of the statistics and controls.
+        probe: Of the statistics.
         run_ms: Of tracking one cell, by store.
     """
 
@@ -91,6 +100,7 @@ class DriverCost:
     cpu_fit: FitCost
     cpu_threads: int
     single_fit: FitCost
+    controls_each: float
     product_flops: float
     probe: Probe
     run_ms: dict[str, float]
@@ -106,9 +116,19 @@ class DriverCost:
         }
         rows: list[dict[str, Any]] = json.loads((RESULTS / "width.json").read_text(encoding="utf-8"))
         product = max(row["flops"] for row in rows if row["kind"] == "product")
+        # The larger of the sizes, which is the sweep's own.
+        (n, d), seconds = max(measured_controls(threads).items())
+        each = seconds / (n**2 * d)
         probe = Probe.load_from(PROBED)
         return cls(
-            by_kind["gpu"], by_kind["cpu"], threads, by_kind["single"], product, probe, tracking_ms(probe)
+            by_kind["gpu"],
+            by_kind["cpu"],
+            threads,
+            by_kind["single"],
+            each,
+            product,
+            probe,
+            tracking_ms(probe),
         )
 
     @property
@@ -121,15 +141,9 @@ class DriverCost:
         """A run's share of the time of several writers, at the most that was measured."""
         return min(self.alone_ms, self.run_ms["a team's server, 2 at once"])
 
-    @property
-    def thread_gain(self) -> float:
-        """How many times sooner a factorisation is done on all threads than on one."""
-        return self.single_fit.seconds(1000, 4096) / self.cpu_fit.seconds(1000, 4096)
-
     def controls_s(self, n: int, d: int) -> float:
-        """One site's controls on one thread: their products and the QR grow as r·n·d."""
-        r = min(n, d)
-        return self.probe.controls_s * r * n * d / (PROBED_N**2 * PROBED_D)
+        """One site's controls on all threads: their products and the QR grow as r·n·d."""
+        return self.controls_each * min(n, d) * n * d
 
     def statistics_s(self, n_test: int) -> float:
         """One cell's on one thread, in proportion to its prompts."""
@@ -137,7 +151,7 @@ class DriverCost:
 
 
 def tracking_ms(probe: Probe, folder: Path = RESULTS) -> dict[str, float]:
-    """Milliseconds a run by store: this probe's, a team's server, and `benchmarks.tracking_cost` if it ran."""
+    """Milliseconds a run by store: the probe's, a team's server, `benchmarks.tracking_cost` if it ran."""
     found = {"SQLite, a toy's cells": probe.ms_per_cell}
     text = (folder / "team-server.md").read_text(encoding="utf-8")
     # | auth_cache_ttl_seconds | people at once | ms a run of one person | runs a second in all |
@@ -146,6 +160,7 @@ def tracking_ms(probe: Probe, folder: Path = RESULTS) -> dict[str, float]:
     costs = folder / "tracking-cost.md"
     if costs.exists():
         # | store | way | ms a cell | …
-        rows = re.findall(r"^\| ([^|]+) \| ours \| (\d+) \|", costs.read_text(encoding="utf-8"), re.MULTILINE)
+        text = costs.read_text(encoding="utf-8")
+        rows = re.findall(r"^\| ([^|]+) \| ours \| (\d+) \|", text, re.MULTILINE)
         found |= {f"tracking cost, {store}": float(ms) for store, ms in rows}
     return found

@@ -32,6 +32,8 @@ def draw(model: Model, path: Path) -> None:
             below = [a + b for a, b in zip(below, hours, strict=True)]
         axis.set(title=f"{way.name}, {work.n_train:,} train prompts", xlabel="slots", ylabel="hours")
         axis.set_xticks(list(at), [str(n) for n in SLOTS])
-    axes[-1].legend(fontsize=8)
+    figure.legend(
+        *axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(PARTS), fontsize=8
+    )
     figure.savefig(path, dpi=80, metadata={"Software": None})
     plt.close(figure)

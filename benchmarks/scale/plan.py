@@ -79,9 +79,10 @@ def stages(
     n, d, n_sites = work.n_train, work.shape.width, len(work.sites)
     fit = driver.gpu_fit if way.fit_on_slots else driver.cpu_fit
     builds = n_sites if way.controls_once else driver.probe.control_builds_per_cell * work.n_cells
-    controls_s = builds * driver.controls_s(n, d) / driver.thread_gain
+    controls_s = builds * driver.controls_s(n, d)
     recording = [
-        2 * engine.seconds(clean_work(work.shape, size, work.tokens)) for size in shards(work, n_slots)
+        2 * engine.seconds(clean_work(work.shape, size, work.tokens))
+        for size in shards(n_slots, work.n_train)
     ]
     return [
         Stage("load", (placement.load_s(work),) * n_slots, n_slots, on_slots=True),
@@ -110,11 +111,8 @@ def tracking_s(work: Workload, way: Way) -> float:
     return way.run_ms / 1000 + 2 * sizes.maps_bytes(work) / work.n_cells / STORE_RATE
 
 
-def shards(
-    work: Workload, n_slots: int, n: int | None = None, chunk: int = sizes.MOST.batch_size
-) -> list[int]:
-    """Prompts of each task: whole chunks, dealt as evenly as they go; of all splits unless given."""
-    n = work.n_prompts if n is None else n
+def shards(n_slots: int, n: int, chunk: int = sizes.MOST.batch_size) -> list[int]:
+    """Prompts of each task: whole chunks, dealt as evenly as they go."""
     n_chunks = math.ceil(n / chunk)
     n_tasks = min(n_chunks, TASKS_A_SLOT * n_slots)
     cuts = [round(i * n_chunks / n_tasks) * chunk for i in range(n_tasks + 1)]
@@ -132,12 +130,13 @@ def _scoring(
     engine: EngineCost,
     driver: DriverCost,
 ) -> Stage:
-    """Patched runs of a split; base rows come from the recording, tuned is run once more."""
+    """Patched runs of a split, and a clean run of both models for what they start from."""
     variants = [(site, rows) for site in work.sites]
     chunk = sizes.bounds_beside(work, placement.free_bytes(work), rows * len(work.sites)).batch_size
     seconds = []
-    for size in shards(work, n_slots, n, chunk):
-        done = clean_work(work.shape, size, work.tokens) + patch_work(work.shape, size, variants, chunk)
+    for size in shards(n_slots, n, chunk):
+        clean = clean_work(work.shape, size, work.tokens).times(2)
+        done = clean + patch_work(work.shape, size, variants, chunk)
         mapping = size * len(work.sites) * mapping_flops(work, n_map_sets) / driver.product_flops
         seconds.append(engine.seconds(done) + mapping)
     return Stage(name, tuple(seconds), n_slots, on_slots=True)

@@ -4,7 +4,7 @@
 
 Two sweeps of a toy pair into SQLite: the difference of the table counts over the difference of the cells is
 what a cell adds, the rest is what a sweep adds. Then, on random rows of a real width, the statistics of one
-cell and the controls of one site; CPU seconds of one thread.
+cell; CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from click.testing import CliRunner
 
-from benchmarks.fits import site as site_rows
 from mechdiff_mlflow import controls
 from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, SiteRows
@@ -34,7 +33,6 @@ from mechdiff_mlflow.experiments.summary import summarise
 from mechdiff_mlflow.maps import AffineMap, Weight
 from mechdiff_mlflow.prompts import Prompt, PromptSet
 from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.solvers import PairedSpectrum, fit_spectrum
 from mechdiff_mlflow.spec import Alpha, Cell, Rank
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
@@ -67,7 +65,6 @@ class Probe:
         database_bytes_per_cell: Growth of the SQLite file.
         ms_per_cell: From one cell's run to the next, SQLite.
         statistics_s: CPU seconds of one cell's statistics, 1000 prompts of width 8192.
-        controls_s: CPU seconds of building a site's controls once, 1000 rows of width 4096.
         load: Load average before, of so many cores.
         cores: Of the machine.
     """
@@ -81,7 +78,6 @@ class Probe:
     database_bytes_per_cell: float
     ms_per_cell: float
     statistics_s: float
-    controls_s: float
     load: float
     cores: int
 
@@ -104,7 +100,6 @@ def probe() -> Probe:
     return Probe(
         **tracked,
         statistics_s=cpu_seconds(statistics_of_a_cell(1000, 8192), 3),
-        controls_s=cpu_seconds(controls_of_a_site(1000, 4096), 3),
         load=load,
         cores=os.cpu_count() or 1,
     )
@@ -224,11 +219,3 @@ def statistics_of_a_cell(n: int, d: int) -> Callable[[], object]:
         n_resamples=2000,
         seconds=0.0,
     )
-
-
-def controls_of_a_site(n: int, d: int) -> Callable[[], object]:
-    """What `Fitter.nulls` builds."""
-    spectrum = PairedSpectrum.from_rows(*site_rows(n, d, "cpu"))
-    other = fit_spectrum("procrustes_scaled", spectrum, "update").map()
-    names = controls.applicable_controls(spectrum, other=other)
-    return lambda: [controls.control_map(name, spectrum, other=other) for name in names]

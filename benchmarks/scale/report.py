@@ -5,12 +5,13 @@ m measured, f fitted to measured runs, x extrapolated beyond them, c counted fro
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
 from benchmarks.scale import sizes
-from benchmarks.scale.driver_cost import DriverCost, FitCost, measured_fits
+from benchmarks.scale.driver_cost import DriverCost, FitCost, measured_controls, measured_fits
 from benchmarks.scale.engine_cost import (
     EngineCost,
     Timed,
@@ -24,6 +25,7 @@ from benchmarks.scale.simulation import Faults, Outcome, Stage, simulate
 from benchmarks.scale.sizes import GPUS, LLAMA_70B, Workload, with_tokens
 
 SLOTS = (1, 2, 4, 8, 16, 64)
+WRAP = 115
 DRIVER_BYTES = 1e12
 MTBF_HOURS = (24 * 30, 24, 4)
 RESTART_S = 60.0
@@ -116,7 +118,7 @@ def validation(model: Model) -> str:
         f"to all, {100 * model.scatter:.1f} %, is what the simulation varies tasks by."
     )
     head = ("run", "predicted from", "measured, s (m)", "predicted, s (x)", "error")
-    return table(head, rows) + "\n\n" + summary
+    return table(head, rows) + "\n\n" + textwrap.fill(summary, WRAP)
 
 
 def _prompts(run: Timed) -> int:
@@ -146,9 +148,20 @@ def fits(model: Model) -> str:
         for work in (FEWER, ALL_PROMPTS):
             if not any((r.device, r.threads, r.n, r.d) == (*key, work.n_train, 8192) for r in runs):
                 rows.append((name, f"{work.n_train} × 8192", "", cost.seconds(work.n_train, 8192), ""))
-    return table(
-        ("where", "prompts × width", "measured, s (m)", "model, s (f; x where alone)", "error"), rows
+    for n, d in measured_controls():
+        found = driver.controls_s(n, d)
+        seconds = measured_controls()[n, d]
+        rows.append(("controls, 16 threads", f"{n} × {d}", seconds, found, _percent(found / seconds - 1)))
+    rows.append(("controls, 16 threads", "8000 × 8192", "", driver.controls_s(8000, 8192), ""))
+    gpu = [run for run in runs if run.device == "cuda"]
+    (largest,) = [run for run in gpu if run.n == ALL_PROMPTS.n_train]
+    unseen = FitCost.fitted([run for run in gpu if run is not largest]).seconds(largest.n, largest.d)
+    note = (
+        f"From the other runs on the GPU, {largest.n} × {largest.d} would take {unseen:.1f} s; it took "
+        f"{largest.seconds:.1f} ({_percent(unseen / largest.seconds - 1)})."
     )
+    head = ("where", "prompts × width", "measured, s (m)", "model, s (f; x where alone)", "error")
+    return table(head, rows) + "\n\n" + note
 
 
 def pair(model: Model) -> str:
@@ -204,7 +217,8 @@ def n_bytes(model: Model) -> str:
                     sizes.sites_that_fit(work, DRIVER_BYTES, controls_once=True)
                 ),
                 "object store: recordings to the driver": _gb(traffic["recordings to the driver"]),
-                "object store: maps to 4 nodes": _gb(traffic["maps and base rows to the nodes"]),
+                "object store: maps to 4 nodes": _gb(traffic["maps to the nodes"]),
+                "the same maps, pickled one by one as views": _gb(sizes.pickled_maps_bytes(work)),
                 "object store: scores to the driver": _gb(traffic["scores to the driver"]),
                 "journal on disk": _gb(sizes.journal_bytes(work)),
                 "a stored map of rank 8 / full": " / ".join(
@@ -223,7 +237,7 @@ def gpu_work(model: Model) -> str:
     for tokens in (64, 256):
         work = with_tokens(ALL_PROMPTS, tokens)
         calls = {
-            "record 10,000 prompts, both models": clean_work(work.shape, 10_000, tokens).times(2),
+            "clean runs of 10,000 prompts, both models": clean_work(work.shape, 10_000, tokens).times(2),
             "atlas: raw and identity at 320 sites, 1,000 prompts": clean_work(work.shape, 1000, tokens)
             + patch_work(work.shape, 1000, [(s, 2) for s in work.sites], 2),
             f"score val, {work.val_rows} runs a site": clean_work(work.shape, 1000, tokens)
@@ -252,7 +266,8 @@ def makespan(model: Model) -> str:
     )
     tracked = ", ".join(f"{name} {ms:.0f}" for name, ms in model.driver.run_ms.items())
     used = f"{model.as_it_is.run_ms:.0f} as it is, {model.mended.run_ms:.0f} mended"
-    return table(head, rows) + f"\n\nMilliseconds a run (m): {tracked}. Used: {used}."
+    note = f"Milliseconds a run (m): {tracked}. Used: {used}."
+    return table(head, rows) + "\n\n" + textwrap.fill(note, WRAP)
 
 
 def ways(model: Model) -> tuple[tuple[Workload, Way], ...]:

@@ -198,12 +198,16 @@ def traffic_bytes(work: Workload, nodes: int) -> dict[str, float]:
     """Through the object store, if a tensor travels once a node and maps of all ranks share their factors."""
     d, r = work.shape.width, work.span
     a_site = DOUBLE * 2 * d * r + controls_bytes(work)
-    base_rows = rows_bytes(work, work.n_val + work.n_test) / 2
     return {
         "recordings to the driver": train_bytes(work) + rows_bytes(work, work.n_val + work.n_test),
-        "maps and base rows to the nodes": nodes * len(work.sites) * a_site + base_rows,
+        "maps to the nodes": nodes * len(work.sites) * a_site,
         "scores to the driver": scores_bytes(work),
     }
+
+
+def pickled_maps_bytes(work: Workload) -> float:
+    """All cells' maps as pickle writes them: of a map of rank k, which is a view, the factors of every rank."""
+    return float(work.n_cells * DOUBLE * 2 * work.shape.width * work.span)
 
 
 def sites_that_fit(work: Workload, n_bytes: float, *, controls_once: bool) -> int:
