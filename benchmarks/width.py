@@ -16,6 +16,7 @@ import itertools
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=1200, help="seconds after which no size is begun")
     parser.add_argument("--out", type=Path, help="write the JSON there too")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("Error: there is no CUDA device here; run this on a machine with one.")
     torch.set_grad_enabled(False)
     started = time.perf_counter()
     rows: list[dict[str, object]] = []

@@ -206,7 +206,7 @@ def traffic_bytes(work: Workload, nodes: int) -> dict[str, float]:
 
 
 def pickled_maps_bytes(work: Workload) -> float:
-    """All cells' maps as pickle writes them: of a map of rank k, which is a view, the factors of every rank."""
+    """All cells' maps as pickle writes them: of a map of rank k, a view, the factors of every rank."""
     return float(work.n_cells * DOUBLE * 2 * work.shape.width * work.span)
 
 
