@@ -18,8 +18,10 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.database import sqlite_path
 
 CACHE_VARIABLE = "MECHDIFF_CACHE"
+STAGING_VARIABLE = "MECHDIFF_STAGING"
 
 _DIGEST = re.compile("[0-9a-f]{64}")
+_RUN_ID = re.compile("[0-9A-Za-z_-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,17 @@ def place(uri: str) -> str:
     if parts.scheme == "sqlite":
         return f"sqlite:///{sqlite_path(uri)}"
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def staging(run_id: str) -> Path:
+    """The directory for what a run has computed and not logged yet; `MECHDIFF_STAGING` sets its parent.
+
+    Raises:
+        MechdiffError: It is no run id; what a store says must not name other places.
+    """
+    if _RUN_ID.fullmatch(run_id) is None:
+        raise MechdiffError(f"{run_id[:80]!r} is no run id; check the tracking server.")
+    return Path(os.environ.get(STAGING_VARIABLE) or _root() / "staging") / run_id
 
 
 def remember(uri: str, name: str, label: str, sha256: str) -> None:
