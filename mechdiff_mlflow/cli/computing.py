@@ -68,6 +68,12 @@ def _usable(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _computing(spec: PairSpec, options: dict[str, Any], stage: Stage) -> Iterator[Workers]:
+    if options["engine"] == "ray":
+        with stage("starting workers", 1):
+            workers = _of_a_cluster(spec, options)
+        with workers:
+            yield workers
+        return
     with stage("loading both models", 1):
         pair = load_as_asked(spec, options)
     settle_threads(pair)
@@ -76,8 +82,24 @@ def _computing(spec: PairSpec, options: dict[str, Any], stage: Stage) -> Iterato
     yield LocalWorkers(pair)
 
 
-def load_as_asked(spec: PairSpec, options: dict[str, Any]) -> Pair:
-    """The pair, loaded as the options that all such commands share say."""
+def _of_a_cluster(spec: PairSpec, options: dict[str, Any]) -> Workers:
+    """Workers that load the pair and check its plumbing each for itself; this process holds no model."""
+    from mechdiff_mlflow.experiments.workers.ray_workers import RayWorkers  # Ray is an extra
+
+    workers = RayWorkers(
+        load_as_asked(spec, options, lazily=True),
+        options["workers"],
+        address=options["address"],
+        device=options["device"],
+        gpus_per_worker=options["gpus_per_worker"],
+    )
+    first = workers.loaded[0]
+    _settle_threads(first.n_parameters, first.device)
+    return workers
+
+
+def load_as_asked(spec: PairSpec, options: dict[str, Any], *, lazily: bool = False) -> Pair:
+    """The pair, loaded as the options that all such commands share say; see `load_pair`."""
     return load_pair(
         spec,
         dtype=None if options["dtype"] == "spec" else options["dtype"],
@@ -85,6 +107,7 @@ def load_as_asked(spec: PairSpec, options: dict[str, Any]) -> Pair:
         options=EngineOptions(
             **{name: options[name] for name in ("batch_size", "memory_budget", "sequential")}
         ),
+        lazily=lazily,
     )
 
 
@@ -94,6 +117,9 @@ def settle_threads(pair: Pair) -> None:
     Its matrices are too small to share: two threads gain a third on an idle machine, and cost six times the
     wall clock on a busy one, where each waits for the other at every layer.
     """
-    n_params = sum(weight.numel() for weight in pair.tuned.model.parameters())
-    if pair.device == "cpu" and n_params < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
+    _settle_threads(sum(weight.numel() for weight in pair.tuned.model.parameters()), pair.device)
+
+
+def _settle_threads(n_parameters: int, device: str) -> None:
+    if device == "cpu" and n_parameters < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

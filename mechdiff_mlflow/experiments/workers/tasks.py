@@ -25,6 +25,8 @@ from mechdiff_mlflow.spec import Position
 Tensors: TypeAlias = Mapping[str, Tensor]
 """By name; the first dimension of each is the task's prompts, in order."""
 
+_NONE: Replacements = {}
+
 AnyTask = TypeVar("AnyTask", bound="Task")
 
 
@@ -56,7 +58,7 @@ class Task:
     @property
     def maps(self) -> Replacements:
         """The maps that it needs."""
-        return {}
+        return _NONE
 
     @property
     def about(self) -> str:
@@ -66,6 +68,10 @@ class Task:
     def run(self, pair: Pair) -> Tensors:
         """Do it."""
         raise NotImplementedError
+
+    def with_maps(self: AnyTask, maps: Replacements) -> AnyTask:
+        """The same with other maps, where it has any: they may travel apart from it."""
+        return self
 
     def of(self: AnyTask, prompts: PromptSet) -> AnyTask:
         """The same for other prompts."""
@@ -119,6 +125,10 @@ class Score(Task):
     def maps(self) -> Replacements:
         """All that is tried."""
         return self.replacements
+
+    def with_maps(self, maps: Replacements) -> Score:
+        """These maps scored in place of its own."""
+        return replace(self, replacements=maps)
 
     @property
     def about(self) -> str:

@@ -1,0 +1,136 @@
+"""A Ray cluster: one of our own on this machine, or one that is there.
+
+Whoever can connect to a Ray cluster can run any code as its user. Ours listens on loopback alone, and takes a
+token that this process makes and only its children know; of others a token is demanded too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import ipaddress
+import logging
+import os
+import re
+import secrets
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from mechdiff_mlflow.errors import MechdiffError
+
+OWN = "own"
+
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Ray takes the address of the machine's network for a node's, on Linux, unless it is to have no cluster."""
+
+
+@contextlib.contextmanager
+def connected(address: str, n_workers: int) -> Iterator[Any]:
+    """The module `ray`, connected; a cluster of our own goes when the context ends.
+
+    Args:
+        address: `own`, `auto` or `host:port`.
+        n_workers: CPUs that a cluster of our own has.
+
+    Raises:
+        MechdiffError: Ray is not installed, there is no cluster at the address, or it refuses the token.
+    """
+    if address not in (OWN, "auto") and not re.fullmatch(r"\[?[0-9A-Za-z_.:-]+\]?:[0-9]{1,5}", address):
+        raise MechdiffError(
+            f"Address {address[:200]!r} is none of a Ray cluster; pass own, auto, or e.g. 10.0.0.1:6379."
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise MechdiffError(
+            "--engine ray needs Ray, which is not installed; pip install 'mechdiff-mlflow[ray]'."
+        )
+    if "ray" in sys.modules and importlib.import_module("ray").is_initialized():
+        yield importlib.import_module("ray")  # the caller's connection, and the caller's to close
+        return
+    own = address == OWN
+    with _environment(_of_our_own() if own else _of_others()):
+        ray = importlib.import_module("ray")
+        try:
+            with _terminable():
+                _start(ray, n_workers) if own else _join(ray, address)
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def _start(ray: Any, n_workers: int) -> None:
+    context = ray.init(num_cpus=n_workers, include_dashboard=False, **_silent())
+    node = context.address_info["node_ip_address"]
+    if not ipaddress.ip_address(node).is_loopback:
+        raise MechdiffError(
+            f"Ray was imported before mechdiff could tell it to stay on this machine and listens on {node}; "
+            "start a cluster yourself and pass its --address."
+        )
+
+
+def _join(ray: Any, address: str) -> None:
+    if os.environ["RAY_AUTH_MODE"] != "token":
+        warnings.warn(
+            "RAY_AUTH_MODE is not token: whoever reaches the cluster can run code on it.", stacklevel=2
+        )
+    try:
+        ray.init(address=address, **_silent())
+    except Exception as error:  # of several kinds, by what is wrong and by version
+        reason = " ".join(str(error).split())[:200]
+        raise MechdiffError(
+            f"There is no Ray cluster at {address} that lets us in ({reason}); check that it runs, with "
+            "RAY_AUTH_MODE=token on its nodes and here, and the same token (ray get-auth-token) on all."
+        ) from None
+
+
+def _silent() -> dict[str, Any]:
+    return {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+
+
+def _of_our_own() -> Mapping[str, str]:
+    return {**_QUIET, **_LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
+
+
+def _of_others() -> Mapping[str, str]:
+    return {**_QUIET, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+
+
+@lru_cache(maxsize=1)
+def _token() -> str:
+    """One a process: Ray reads it once."""
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """These variables for Ray and its processes, and afterwards what was there."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Keep who handles SIGTERM: Ray's own handler would end a run without saying how."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
