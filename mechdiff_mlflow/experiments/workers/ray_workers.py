@@ -242,7 +242,7 @@ class RayWorkers(Workers):
         if deaths[index] >= MOST_DEATHS:
             raise MechdiffError(
                 f"{jobs[index].what} killed {MOST_DEATHS} workers one after the other ({reason}); it may "
-                "need more memory than they have: lower --batch-size or set --memory-budget, then start again."
+                "need more memory than they have: lower --batch-size or --memory-budget, then start again."
             )
         left.appendleft(index)
 
