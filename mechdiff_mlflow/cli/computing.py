@@ -19,7 +19,7 @@ from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers, Workers
 from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec import PairSpec
-from mechdiff_mlflow.tracking.cache import STAGING_VARIABLE
+from mechdiff_mlflow.tracking.cache import STAGING_VARIABLE, forget_old_staging
 from mechdiff_mlflow.tracking.provenance import code_version
 
 SMALL_MODEL = 50_000_000
@@ -47,6 +47,7 @@ def _usable(folder: Path) -> Iterator[Path]:
     Raises:
         MechdiffError: It was asked for and cannot be made.
     """
+    forget_old_staging()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

@@ -36,6 +36,7 @@ class Recipe:
         options: Memory bounds of the engines.
         fingerprint: Of the driver's pair.
         source: Digest of the driver's code.
+        asks_for_token: Whether the cluster must be one that not everybody can use.
     """
 
     spec: PairSpec
@@ -43,6 +44,7 @@ class Recipe:
     options: EngineOptions
     fingerprint: str
     source: str
+    asks_for_token: bool
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,15 @@ class PairWorker:
 
         def loaded() -> Loaded:
             host = platform.node() or "a worker"
+            if recipe.asks_for_token and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+                raise MechdiffError(
+                    "The Ray cluster asks for no token, so whoever reaches it can run code on it; start its "
+                    "nodes with RAY_AUTH_MODE=token, or set RAY_AUTH_MODE=disabled here to use it as it is."
+                )
             if source_sha256() != recipe.source:
                 raise MechdiffError(
-                    f"{host} has other code of mechdiff than the driver; install one version on all nodes."
+                    f"{host} has other code of mechdiff than the driver began with; install one version on "
+                    "all nodes, and leave it as it is until the command has ended."
                 )
             # The spec has the dtype in force already.
             pair = load_pair(recipe.spec, device=recipe.device, options=recipe.options)

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -26,7 +27,10 @@ from mechdiff_mlflow.errors import MechdiffError
 
 OWN = "own"
 
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
+"""The latter keeps reports of nodes off the driver's output: who died and why, our own errors say."""
+_RETRIES = "RAY_NUM_REDIS_GET_RETRIES"
+_KNOCK_S = 10.0
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray takes the address of the machine's network for a node's, on Linux, unless it is to have no cluster."""
 
@@ -54,7 +58,9 @@ def connected(address: str, n_workers: int) -> Iterator[Any]:
         yield importlib.import_module("ray")  # the caller's connection, and the caller's to close
         return
     own = address == OWN
-    with _environment(_of_our_own() if own else _of_others()):
+    if not own and address != "auto":
+        _knock(address)
+    with _environment(_of_our_own() if own else _of_others(address)):
         ray = importlib.import_module("ray")
         try:
             with _terminable():
@@ -75,7 +81,7 @@ def _start(ray: Any, n_workers: int) -> None:
 
 
 def _join(ray: Any, address: str) -> None:
-    if os.environ["RAY_AUTH_MODE"] != "token":
+    if os.environ["RAY_AUTH_MODE"].lower() != "token":
         warnings.warn(
             "RAY_AUTH_MODE is not token: whoever reaches the cluster can run code on it.", stacklevel=2
         )
@@ -97,8 +103,39 @@ def _of_our_own() -> Mapping[str, str]:
     return {**_QUIET, **_LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
 
 
-def _of_others() -> Mapping[str, str]:
-    return {**_QUIET, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "token")}
+def _of_others(address: str) -> Mapping[str, str]:
+    given = {name: os.environ[name] for name in ("RAY_AUTH_MODE", _RETRIES) if name in os.environ}
+    return {
+        **_QUIET,
+        **({} if address == "auto" or not _is_loopback(_host_and_port(address)[0]) else _LOOPBACK),
+        **{"RAY_AUTH_MODE": "token", _RETRIES: "3", **given},
+    }
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def _knock(address: str) -> None:
+    """Ray itself would try for minutes.
+
+    Raises:
+        MechdiffError: Nobody listens at the address.
+    """
+    try:
+        socket.create_connection(_host_and_port(address), timeout=_KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        raise MechdiffError(
+            f"Nobody listens at {address} ({error}); pass the --address that ray start printed on the head."
+        ) from None
 
 
 @lru_cache(maxsize=1)

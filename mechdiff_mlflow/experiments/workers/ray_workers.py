@@ -6,6 +6,7 @@ prompts, so it does not matter who computed what, or how often.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -84,7 +85,10 @@ class RayWorkers(Workers):
             if device == "auto":
                 device = "cuda" if self._num_gpus else "cpu"
             self._recipe = self._ray.put(
-                Recipe(pair.spec, device, pair.options, pair.fingerprint, source_sha256())
+                Recipe(
+                    *(pair.spec, device, pair.options, pair.fingerprint, source_sha256()),
+                    asks_for_token=os.environ.get("RAY_AUTH_MODE", "").lower() == "token",
+                )
             )
             self._settle()
         except BaseException:
