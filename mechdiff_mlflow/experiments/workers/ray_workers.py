@@ -232,14 +232,9 @@ class RayWorkers(Workers):
         """Replace a worker that died, and put what it held first in line again."""
         self._replace(hand)
         if hand not in held:
-            if hand.loaded is not None:
-                return
-            self._failed_starts.append(reason)
-            if len(self._failed_starts) >= MOST_DEATHS:
-                raise MechdiffError(
-                    f"{MOST_DEATHS} workers died one after the other while they loaded {self.pair.name} "
-                    f"({reason}); look at their memory, and that mechdiff is installed on every node."
-                )
+            if hand.loaded is None:
+                self._failed_starts.append(reason)
+                self._consider_starts()
             return
         index = held.pop(hand)
         deaths[index] += 1
@@ -250,8 +245,23 @@ class RayWorkers(Workers):
             )
         left.appendleft(index)
 
+    def _consider_starts(self) -> None:
+        """Whether there is any sense in starting more workers."""
+        if len(self._failed_starts) < MOST_DEATHS:
+            return
+        what = f"{MOST_DEATHS} workers died one after the other while they loaded {self.pair.name}"
+        reason = self._failed_starts[-1]
+        if not self.loaded:
+            raise MechdiffError(
+                f"{what} ({reason}); look at their memory, and that mechdiff is installed on every node."
+            )
+        if len(self._failed_starts) == MOST_DEATHS:
+            warnings.warn(f"{what} ({reason}); going on with those that are there.", stacklevel=2)
+
     def _fill(self) -> None:
-        while len(self._hands) < self._n_workers:
+        if not self._hands:
+            self._failed_starts.clear()  # nobody is left: try again
+        while len(self._hands) < self._n_workers and len(self._failed_starts) < MOST_DEATHS:
             self._hands.append(new_hand(self._ray, self._recipe, num_gpus=self._num_gpus))
 
     def _replace(self, hand: Hand) -> None:
