@@ -13,11 +13,10 @@ from torch import Tensor
 
 from mechdiff_mlflow import controls, solvers
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments import rows as scoring
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.protocol import Protocol
+from mechdiff_mlflow.experiments.workers import Workers
 from mechdiff_mlflow.maps import JSON, AffineMap
-from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum, Solution
@@ -35,17 +34,15 @@ class Fitter:
     """The train split of a pair under one protocol.
 
     Args:
-        pair: The models.
+        workers: Who runs the models.
         protocol: What all cells share.
         prompts: Fitted on.
-        n_layers: That both models have.
         stage: Who listens to progress.
     """
 
-    pair: Pair
+    workers: Workers
     protocol: Protocol
     prompts: PromptSet
-    n_layers: int
     stage: Stage
     _train: dict[Site, tuple[Mapping[Site, Tensor], Mapping[Site, Tensor]]] = field(default_factory=dict)
     _spectra: dict[Site, PairedSpectrum] = field(default_factory=dict)
@@ -64,11 +61,11 @@ class Fitter:
         if not missing:
             return
         position = self.protocol.position
-        self.pair.check_same_tokens(self.prompts, position)
+        self.workers.pair.check_same_tokens(self.prompts, position)
         with self.stage("recording train", 2) as advance:
-            base = scoring.capture(self.pair, "base", self.prompts, position, missing)
+            base = self.workers.capture("base", self.prompts, position, missing)
             advance(1)
-            tuned = scoring.capture(self.pair, "tuned", self.prompts, position, missing)
+            tuned = self.workers.capture("tuned", self.prompts, position, missing)
             advance(1)
         self._train.update({site: (base, tuned) for site in missing})
 
@@ -77,10 +74,11 @@ class Fitter:
 
         Never round to the first layer: what enters it is the same for all prompts.
         """
-        if self.n_layers == 1:
+        n_layers = self.workers.pair.n_layers
+        if n_layers == 1:
             return site
-        step = max(1, self.n_layers // 8)
-        return replace(site, layer=site.layer + (step if site.layer + step < self.n_layers else -step))
+        step = max(1, n_layers // 8)
+        return replace(site, layer=site.layer + (step if site.layer + step < n_layers else -step))
 
     def alphas(self, cell: Cell) -> tuple[float, ...]:
         """The scales that a cell's map may have, α of the identity among them where that was asked for."""
@@ -207,9 +205,9 @@ class Fitter:
     def _output_directions(self, width: int) -> Tensor:
         """Top directions of the unembedding, [q, d]."""
         if self._basis is None:
-            matrices = [self.pair.tuned.unembedding()]
+            matrices = [self.workers.unembedding("tuned")]
             if self.protocol.unembedding == "joint":
-                matrices.append(self.pair.base.unembedding())
+                matrices.append(self.workers.unembedding("base"))
             if any(matrix.shape[1] != width for matrix in matrices):
                 raise MechdiffError(
                     f"The unembeddings read {' and '.join(str(m.shape[1]) for m in matrices)} dimensions and "
@@ -223,11 +221,10 @@ class Fitter:
     def _fisher(self, site: Site) -> Tensor:
         """Gradients of sampled log-probabilities in the tuned activations of the train prompts, [n, d]."""
         if site not in self._gradients:
-            tokens = self.pair.tokens("tuned", self.prompts, self.protocol.position)
-            with self.pair.tuned.engine() as engine:
-                # All sites at once: one backward pass however many there are.
-                missing = sorted(self._train.keys() - self._gradients.keys())
-                self._gradients.update(engine.score_gradients(tokens, missing, seed=self.protocol.seed))
+            # All sites at once: one backward pass however many there are.
+            missing = sorted(self._train.keys() - self._gradients.keys())
+            position, seed = self.protocol.position, self.protocol.seed
+            self._gradients.update(self.workers.gradients(self.prompts, position, missing, seed))
         return self._gradients[site]
 
 
