@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mechdiff_mlflow.engine import VariantGroup
 from mechdiff_mlflow.engine.variants import Replace
-from mechdiff_mlflow.experiments.rows import capture, patchable
+from mechdiff_mlflow.experiments.rows import capture_to_patch, patchable
 from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.sites import Site
@@ -36,7 +36,7 @@ def swap(
         MechdiffError: A site does not exist, or an activation is not finite.
     """
     giver = "tuned" if taker == "base" else "base"
-    given = _recorded(pair, giver, prompts, position, list(sites))
+    given = capture_to_patch(pair, giver, prompts, position, list(sites))
     groups = [VariantGroup(site, _rows_of(given, site), n_variants=1) for site in sites]
     groups += [VariantGroup.identity(site) for site in sites]
     with patchable(pair, taker, prompts, position) as (engine, recorded):
@@ -48,18 +48,6 @@ def swap(
         "floor": kls[:, len(sites) :],
         **{f"{role}/{site}": rows[role][site] for role in rows for site in sites},
     }
-
-
-def _recorded(
-    pair: Pair, role: str, prompts: PromptSet, position: Position, sites: list[Site]
-) -> Mapping[Site, Tensor]:
-    """Activations of a model that may be patched afterwards on the same prompts."""
-    if pair.one_at_a_time:  # its clean run would not outlast the other model
-        return capture(pair, role, prompts, position, sites)
-    with patchable(pair, role, prompts, position) as (engine, recorded):
-        to_patch = recorded(sites)
-        engine.complete(to_patch)
-        return to_patch.activations
 
 
 def _rows_of(rows: Mapping[Site, Tensor], site: Site) -> Replace:
