@@ -49,6 +49,7 @@ class Fitter:
     _solutions: dict[Key, tuple[Solution, float]] = field(default_factory=dict)
     _shuffled: dict[Key, list[Solution]] = field(default_factory=dict)
     _gradients: dict[Site, Tensor] = field(default_factory=dict)
+    _controls: dict[Site, Offers] = field(default_factory=dict)
     _basis: Tensor | None = None
 
     def record(self, cells: Sequence[Cell]) -> None:
@@ -113,16 +114,26 @@ class Fitter:
 
     def nulls(self, cell: Cell) -> Offers:
         """Every control at every scale that the map may have, and unscaled: the same freedom."""
-        spectrum = self._spectrum(cell.site)
-        other = self._solution(replace(cell, site=self.elsewhere(cell.site)), 1.0).map()
         nulls = {}
-        for name in controls.applicable_controls(spectrum, other=other):
-            made = controls.control_map(name, spectrum, seed=self.protocol.seed, other=other)
-            # The wrong layer's map is the only control that the solver has a part in.
-            title = f"{name} {cell.solver} {cell.family}" if name == "wrong_layer" else name
-            scales = (1.0,) if name == "zero" else sorted({1.0, *self.alphas(cell)})
+        for title, made in self._controls_of(cell).items():
+            scales = (1.0,) if title == "zero" else sorted({1.0, *self.alphas(cell)})
             nulls.update({f"{title} α={alpha:g}": made.with_alpha(alpha) for alpha in scales})
         return nulls
+
+    def _controls_of(self, cell: Cell) -> Offers:
+        """The site's controls, unscaled, each made once: all cells of a site share them, and their memory."""
+        known = self._controls.setdefault(cell.site, {})
+        spectrum = self._spectrum(cell.site)
+        # The wrong layer's map is the only control that the solver has a part in.
+        wrong_layer = f"wrong_layer {cell.solver} {cell.family}"
+        if wrong_layer not in known:
+            other = self._solution(replace(cell, site=self.elsewhere(cell.site)), 1.0).map()
+            for name in controls.applicable_controls(spectrum, other=other):
+                title = wrong_layer if name == "wrong_layer" else name
+                if title not in known:
+                    known[title] = controls.control_map(name, spectrum, seed=self.protocol.seed, other=other)
+        mine = {title: made for title, made in known.items() if not title.startswith("wrong_layer")}
+        return mine | ({wrong_layer: known[wrong_layer]} if wrong_layer in known else {})
 
     def seconds(self, cell: Cell) -> float:
         """What the factorisations took that all ranks of the cell's site, solver and family share."""
