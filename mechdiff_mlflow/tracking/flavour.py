@@ -107,25 +107,38 @@ def save_model(
     root.mkdir(parents=True, exist_ok=True)
     if any(root.iterdir()):
         raise MechdiffError(f"Directory {root} is not empty; save the model into a new one.")
-    content = the_map.to_bytes()
-    text = card or model_card(the_map, {}, sha256=_sha256(content))
-    _write(root, the_map, content, mlflow_model or Model(), text)
+    encoded = _Encoded.of(the_map)
+    text = card or model_card(the_map, {}, sha256=encoded.sha256)
+    _write(root, the_map, encoded, mlflow_model or Model(), text)
 
 
-def _write(root: Path, the_map: AffineMap, content: bytes, model: Model, card: str) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A map's `.pt` form and its digest; made once, since a full-rank map of an 8B model has 30 MB."""
+
+    content: bytes
+    sha256: str
+
+    @classmethod
+    def of(cls, the_map: AffineMap) -> _Encoded:
+        content = the_map.to_bytes()
+        return cls(content, _sha256(content))
+
+
+def _write(root: Path, the_map: AffineMap, encoded: _Encoded, model: Model, card: str) -> dict[str, str]:
     """Write the files of a model into `root`; the SHA-256 of those that loading needs.
 
     Args:
         root: An existing, empty directory.
         the_map: What they are of.
-        content: Its `.pt` form, which is large and made once.
+        encoded: The same.
         model: MLflow's record of it.
         card: The model card.
     """
     probe = _probe(the_map)
     rows = safetensors.torch.save(probe)
-    digests = {MAP_FILE: _sha256(content), PROBE_FILE: _sha256(rows)}
-    (root / MAP_FILE).write_bytes(content)
+    digests = {MAP_FILE: encoded.sha256, PROBE_FILE: _sha256(rows)}
+    (root / MAP_FILE).write_bytes(encoded.content)
     (root / PROBE_FILE).write_bytes(rows)
     (root / CARD_FILE).write_text(card, encoding="utf-8")
     for name, text in _environment():
@@ -184,8 +197,8 @@ def log_model(
     store = store or open_store(mlflow.get_tracking_uri())
     run_id = run_id or _active_run()
     client = store.client
-    content = the_map.to_bytes()
-    sha256 = _sha256(content)
+    encoded = _Encoded.of(the_map)
+    sha256 = encoded.sha256
     card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params, sha256=sha256)
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
@@ -209,7 +222,7 @@ def log_model(
                     model_uuid=logged.model_id,
                     model_id=logged.model_id,
                 )
-                digests = _write(sent, the_map, content, record, card)
+                digests = _write(sent, the_map, encoded, record, card)
                 files = StoredFiles(store, logged.artifact_location)
                 files.send(sent)
                 back = files.demand(digests, Path(folder, "back"))
