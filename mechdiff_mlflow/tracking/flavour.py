@@ -15,12 +15,11 @@ MLflow checks nothing when it loads a model; we check both digests and the probe
 from __future__ import annotations
 
 import hashlib
-import platform
 import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -42,6 +41,7 @@ from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking.card import model_card
+from mechdiff_mlflow.tracking.environment import environment_files
 from mechdiff_mlflow.tracking.names import logged_model_name
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, param_text
 from mechdiff_mlflow.tracking.store import Store, open_store
@@ -141,7 +141,7 @@ def _write(root: Path, the_map: AffineMap, encoded: _Encoded, model: Model, card
     (root / MAP_FILE).write_bytes(encoded.content)
     (root / PROBE_FILE).write_bytes(rows)
     (root / CARD_FILE).write_text(card, encoding="utf-8")
-    for name, text in _environment():
+    for name, text in environment_files():
         (root / name).write_text(text, encoding="utf-8")
 
     model.signature = _signature(the_map)
@@ -389,29 +389,6 @@ def _flavour_conf(root: Path) -> dict[str, Any]:
     except (MechdiffError, KeyError, TypeError, ValueError) as error:
         raise MechdiffError(f"{root} is an MLflow model but not a map of mechdiff; name another.") from error
     return dict(conf)
-
-
-@lru_cache(maxsize=1)
-def _environment() -> tuple[tuple[str, str], ...]:
-    """Names and texts of the files that say what a map needs to be served; the same for every map."""
-    python = platform.python_version()
-    requirements = [
-        f"mechdiff-mlflow=={mechdiff_mlflow.__version__}",
-        f"mlflow=={mlflow.__version__}",
-        f"torch=={torch.__version__.split('+')[0]}",
-        f"numpy=={np.__version__}",
-    ]
-    python_env = {"python": python, "dependencies": ["-r requirements.txt"]}
-    conda = {
-        "name": "mechdiff-map",
-        "channels": ["conda-forge"],
-        "dependencies": [f"python={python}", "pip", {"pip": requirements}],
-    }
-    return (
-        ("requirements.txt", "\n".join(requirements) + "\n"),
-        ("python_env.yaml", yaml.safe_dump(python_env, sort_keys=False)),
-        ("conda.yaml", yaml.safe_dump(conda, sort_keys=False)),
-    )
 
 
 def _sha256(content: bytes) -> str:
