@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,3 +107,18 @@ def test_an_address_where_nobody_listens_is_said_at_once(monkeypatch: pytest.Mon
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(MechdiffError, match=f"Nobody listens at {address}"), connected(address, 1):
             pass
+
+
+def test_a_worker_needs_no_mlflow() -> None:
+    code = (
+        "import sys, mechdiff_mlflow.experiments.workers.actor\n"
+        "print(*sorted({'mlflow', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == ""
