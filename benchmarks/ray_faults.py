@@ -39,9 +39,11 @@ from mechdiff_mlflow.tracking.store import Store, open_store
 
 N_NODES = 4
 N_KILLS = 8
+PAUSE_S = (0.3, 3.0)
 SWEEP = (
-    *("sweep", "--pair", "cultural-demo", "--sites", "L26/attn_out:0.3,L24/resid_post:0.7"),
-    *("--ranks", "1,4,8,16,32,full", "--permutations", "5", "--batch-size", "8"),
+    *("sweep", "--pair", "cultural-demo"),
+    *("--sites", "L26/attn_out:0.3,L24/resid_post:0.7,L25/mlp_out:1,L27/resid_post:1"),
+    *("--ranks", "1,4,8,16,32,full", "--targets", "30", "--permutations", "10", "--batch-size", "8"),
 )
 
 
@@ -74,7 +76,7 @@ def main() -> None:
         for name in ("here", "here again"):
             seconds[name] = sweep(uri, name)
         deeds = Deeds()
-        with cluster() as nodes, harm(nodes, options.kills, options.seed, seconds["here"], deeds):
+        with cluster() as nodes, harm(nodes, options.kills, options.seed, deeds):
             seconds["ray"] = sweep(
                 uri, "ray", "--engine", "ray", "--address", nodes.address, "--workers", "4"
             )
@@ -108,7 +110,7 @@ def cluster() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def harm(nodes: Any, n_kills: int, seed: int, seconds: float, deeds: Deeds) -> Iterator[None]:
+def harm(nodes: Any, n_kills: int, seed: int, deeds: Deeds) -> Iterator[None]:
     """Kill workers at random times while the body runs, and take a node away half-way."""
     done = threading.Event()
     dice = random.Random(seed)
@@ -118,7 +120,7 @@ def harm(nodes: Any, n_kills: int, seed: int, seconds: float, deeds: Deeds) -> I
             pass
         started = time.perf_counter()
         for number in range(n_kills):
-            done.wait(dice.uniform(0.1, 0.4 * seconds / n_kills))
+            done.wait(dice.uniform(*PAUSE_S))
             while not (found := workers_of(nodes)) and not done.wait(0.2):
                 pass
             if done.is_set():
