@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -50,3 +51,36 @@ class Residence:
             yield weakref.proxy(engine) if self.one_at_a_time else engine
         finally:
             self._busy.pop()
+
+
+class Adapted:
+    """Loads a model with a PEFT adapter in it, which can be switched off.
+
+    Args:
+        name: What it is held as.
+        load: Loads the model alone.
+        adapt: Puts the adapter into it, and gives peft's wrapper of it.
+        residence: Where it is held.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[], nn.Module],
+        adapt: Callable[[nn.Module], Any],
+        residence: Residence,
+    ) -> None:
+        self.name = name
+        self._load, self._adapt, self._residence = load, adapt, residence
+        self._wrapper: Any = None
+
+    def __call__(self) -> nn.Module:
+        model = self._load()
+        self._wrapper = self._adapt(model)
+        return model
+
+    def disabled(self) -> contextlib.AbstractContextManager[object]:
+        """A context in which the model is itself alone; loaded if it is not there."""
+        self._residence.model(self.name, self)
+        context: contextlib.AbstractContextManager[object] = self._wrapper.disable_adapter()
+        return context

@@ -23,7 +23,7 @@ class LocalWorkers(Workers):
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Tensors]]:
         """In order."""
         for index, task in enumerate(tasks):
-            yield index, task.run(self.pair)
+            yield index, task.done(self.pair)
 
     def setting(self) -> Setting:
         """Of this process."""
