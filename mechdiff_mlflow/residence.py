@@ -75,6 +75,7 @@ class Adapted:
         self._wrapper: Any = None
 
     def __call__(self) -> nn.Module:
+        """The model with the adapter in it."""
         model = self._load()
         self._wrapper = self._adapt(model)
         return model
