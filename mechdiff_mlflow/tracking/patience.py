@@ -42,6 +42,7 @@ _NO_ANSWER = (
     "was successful but the response body was not in a valid JSON format",  # cut off
 )
 _INTERNAL = ("too many 500 error responses", "failed with error code 500")
+_TWICE = ("UniqueViolation", "UNIQUE constraint", "Duplicate entry")
 _LATER = (408, 429, 502, 503, 504)
 _LOST = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
@@ -174,7 +175,14 @@ def is_away(error: BaseException) -> bool:
 
 def is_passing(error: BaseException) -> bool:
     """Whether it may be otherwise when asked again."""
-    return is_away(error) or _is_broken(error)
+    return is_away(error) or _is_broken(error) or _is_collision(error)
+
+
+def _is_collision(error: BaseException) -> bool:
+    """Whether two writers made the same row at once; MLflow looks before it makes one, and finds it then."""
+    if not isinstance(error, MlflowException) or error.error_code == "RESOURCE_ALREADY_EXISTS":
+        return False
+    return any(words in str(error) for words in _TWICE)
 
 
 def _is_broken(error: BaseException) -> bool:
