@@ -15,12 +15,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from faults.commands import Command, Place, error_of, mechdiff
-from faults.deadly import Point
-from faults.snapshot import PARENT_TAG, Snapshot, active_runs, parents, snapshot
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from toy import write_pair
+
+from faults.commands import Command, Place, error_of, mechdiff
+from faults.deadly import Point
+from faults.snapshot import PARENT_TAG, Snapshot, active_runs, parents, snapshot
 
 SWEEP = ("sweep", "--sites", "L2/attn_out,L3/resid_post", "--ranks", "1,2,4,full", "--targets", "30")
 """Eight cells on the toy pair; `--pair` and `--experiment` are added."""
@@ -215,6 +216,10 @@ def only_parent(uri: str, experiment: str = "toy") -> Run:
 def with_environment(place: Place, **more: str) -> Place:
     """The same place, commands in it with more environment variables."""
     return replace(place, environment={**place.environment, **more})
+
+
+def _said(output: str) -> str:
+    return error_of(output) or output[-500:]
 
 
 def _seen(runs: list[Run], children: list[Run], unfinished: list[Run]) -> str:

@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.proxy.note(Seen(self.command, self.path, fault, status))
         self._answer(status, headers, content, half=fault is Fault.TRUNCATE_ANSWER)
 
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = handle_any  # noqa: N815
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = handle_any
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""

@@ -3,25 +3,25 @@
 Nothing here opens a store or a model: what is forked has only modules in common.
 """
 
+import importlib
 import os
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MPLBACKEND", "agg")
 
-import matplotlib
+# The command line, and what it imports late.
+for _name in (
+    "mechdiff_mlflow.cli",
+    "matplotlib.pyplot",
+    "mlflow.pyfunc",
+    "mlflow.store.artifact.artifact_repository_registry",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "plotly.graph_objects",
+    "plotly.io",
+    "scipy.stats",
+    "transformers.models.llama.modeling_llama",
+):
+    importlib.import_module(_name)
 
-matplotlib.use("agg")
-
-import matplotlib.pyplot
-import mlflow.pyfunc
-import mlflow.store.artifact.artifact_repository_registry
-import mlflow.store.model_registry.sqlalchemy_store
-import mlflow.store.tracking.sqlalchemy_store
-import plotly.graph_objects
-import plotly.io
-import scipy.stats
-import torch
-import transformers.models.llama.modeling_llama
-
-import mechdiff_mlflow.cli
-
-torch.set_num_threads(1)
+importlib.import_module("torch").set_num_threads(1)
