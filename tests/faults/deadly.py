@@ -73,9 +73,9 @@ class Steps:
             die()
 
 
-def die() -> None:
-    """As if the machine had lost power for this process."""
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(pid: int | None = None) -> None:
+    """End a process, by default this one, without a chance to do anything more."""
+    os.kill(pid or os.getpid(), signal.SIGKILL)
 
 
 def arm(steps: Steps, artifacts: Path | None) -> None:

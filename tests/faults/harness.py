@@ -21,7 +21,7 @@ from toy import write_pair
 
 from faults.commands import Command, Place, error_of, mechdiff
 from faults.deadly import Point
-from faults.snapshot import PARENT_TAG, Snapshot, active_runs, parents, snapshot
+from faults.snapshot import PARENT_TAG, Difference, Snapshot, active_runs, parents, snapshot
 
 SWEEP = ("sweep", "--sites", "L2/attn_out,L3/resid_post", "--ranks", "1,2,4,full", "--targets", "30")
 """Eight cells on the toy pair; `--pair` and `--experiment` are added."""
@@ -44,15 +44,26 @@ class Outcome:
         seen: What the store held then: `nothing`, `computing` (a parent alone), `logging` (some children),
             `done`.
         left_running: How many runs the kill left RUNNING.
-        problems: What is wrong after resuming; empty is good.
+        failure: What resuming said instead of finishing; empty is good.
+        differences: What the store then holds otherwise than after an undisturbed run; empty is good.
         resume_s: How long resuming took.
     """
 
     how: str
     seen: str
     left_running: int
-    problems: tuple[str, ...]
+    failure: str
+    differences: tuple[Difference, ...]
     resume_s: float
+
+    @property
+    def problems(self) -> list[str]:
+        """All that is wrong, to be read."""
+        return [*filter(None, [self.failure]), *map(str, self.differences)]
+
+    def count(self, *kinds: str) -> int:
+        """How many differences are of these kinds."""
+        return sum(difference.kind in kinds for difference in self.differences)
 
 
 @dataclass(frozen=True)
@@ -136,7 +147,7 @@ def resumed(
     seen = _seen(runs, children, unfinished)
     running = sum(run.info.status == "RUNNING" for run in runs)
     start = time.monotonic()
-    problems = []
+    failure = ""
     if unfinished:
         words: tuple[str, ...] = ("resume", unfinished[-1].info.run_id)
     elif runs:
@@ -147,12 +158,10 @@ def resumed(
         again = Command(place, *words)
         code = again.wait()
         if code != 0 or "Traceback" in again.output:
-            problems.append(
-                f"mechdiff {words[0]} ended with {code}: {error_of(again.output) or again.output}"
-            )
+            failure = f"mechdiff {words[0]} ended with {code}: {_said(again.output)}"
     seconds = time.monotonic() - start
-    problems += snapshot(place.uri, experiment).differences(right)
-    return Outcome(how, seen, running, tuple(problems), seconds)
+    different = snapshot(place.uri, experiment).differences(right)
+    return Outcome(how, seen, running, failure, tuple(different), seconds)
 
 
 def steps_of(world: World, command: Sequence[str], place: Place, experiment: str = "toy") -> list[Point]:

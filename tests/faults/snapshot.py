@@ -60,6 +60,25 @@ class RunShot:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """One thing that is not as in an undisturbed run.
+
+    Args:
+        kind: `lost` or `duplicate` for a run, `running` for one that still is; `status`, `parent`, `inputs`,
+            `models`, `param`, `tag`, `metric` or `artifact` for what a run holds; `key`.
+        run: What it is called.
+        text: What is wrong.
+    """
+
+    kind: str
+    run: str
+    text: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.run} {self.text}".rstrip()
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """The active runs of a store.
 
@@ -80,21 +99,22 @@ class Snapshot:
         """How many runs have each status."""
         return Counter(run.status for run in self.runs.values())
 
-    def differences(self, other: Snapshot, *, keys: bool = True) -> list[str]:
-        """What is wrong with this snapshot, `other` being that of an undisturbed run; empty is good.
+    def differences(self, right: Snapshot, *, keys: bool = True) -> list[Difference]:
+        """What is wrong with this snapshot; empty is good.
 
         Args:
-            other: What is right.
+            right: That of an undisturbed run.
             keys: Whether children must have keys, each its own.
         """
-        found = [f"lost: {name}" for name in other.runs if name not in self.runs]
-        found += [f"not in an undisturbed run: {name}" for name in self.runs if name not in other.runs]
+        found = [Difference("lost", name) for name in right.runs if name not in self.runs]
+        found += [Difference("duplicate", name) for name in self.runs if name not in right.runs]
+        found += [Difference("running", name) for name, run in self.runs.items() if run.status == "RUNNING"]
         for name, run in self.runs.items():
-            if name in other.runs:
-                found += [f"{name}: {problem}" for problem in _unlike(run, other.runs[name])]
+            if name in right.runs:
+                found += [Difference(kind, name, text) for kind, text in _unlike(run, right.runs[name])]
         if keys:
-            found += [f"without {KEY_TAG}: {name}" for name in self.unkeyed]
-            found += [f"key of several runs: {key}" for key in self.twice]
+            found += [Difference("key", name, f"has no {KEY_TAG}") for name in self.unkeyed]
+            found += [Difference("key", key, "is that of several runs") for key in self.twice]
         return found
 
 
@@ -156,20 +176,19 @@ def parents(client: MlflowClient, experiment: str | None = None) -> list[Run]:
     return sorted(tops, key=lambda run: int(run.info.start_time))
 
 
-def _unlike(run: RunShot, right: RunShot) -> Iterator[str]:
-    if run.status != right.status:
-        yield f"{run.status}, not {right.status}"
-    for what in ("parent", "inputs", "models"):
-        if getattr(run, what) != getattr(right, what):
-            yield f"{what} {getattr(run, what)}, not {getattr(right, what)}"
-    for what in ("params", "tags", "artifacts"):
-        mine, theirs = getattr(run, what), getattr(right, what)
+def _unlike(run: RunShot, right: RunShot) -> Iterator[tuple[str, str]]:
+    """Kind and text of what one run has otherwise than it should."""
+    for kind in ("status", "parent", "inputs", "models"):
+        if getattr(run, kind) != getattr(right, kind):
+            yield kind, f"{getattr(run, kind)}, not {getattr(right, kind)}"
+    for kind in ("params", "tags", "artifacts"):
+        mine, theirs = getattr(run, kind), getattr(right, kind)
         for key in sorted({*mine, *theirs}):
             if mine.get(key) != theirs.get(key):
-                yield f"{what[:-1]} {key} {str(mine.get(key))[:80]!r}, not {str(theirs.get(key))[:80]!r}"
+                yield kind[:-1], f"{key}: {str(mine.get(key))[:80]!r}, not {str(theirs.get(key))[:80]!r}"
     if run.metrics != right.metrics:
         more, fewer = Counter(run.metrics), Counter(right.metrics)
-        yield f"metrics {[*(more - fewer)][:3]} too many, {[*(fewer - more)][:3]} missing"
+        yield "metric", f"{[*(more - fewer)][:3]} too many, {[*(fewer - more)][:3]} missing"
 
 
 def _names(runs: list[Run]) -> dict[str, str]:
