@@ -110,6 +110,10 @@ class Command:
             raise TimeoutError(f"{' '.join(self.words)} ran over {timeout_s:g} s:\n{self.output[-3000:]}")
         return self._process.exitcode
 
+    def leave(self, seconds: float) -> None:
+        """Let it run for some seconds, or to its end."""
+        self._process.join(seconds)
+
     def wait_for(self, condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
         """Return as soon as `condition` holds, or the command has ended.
 

@@ -130,7 +130,7 @@ def killed_after(
 ) -> Command:
     """`command`, ended from outside after some seconds."""
     doomed = Command(place, *world.words(command, experiment))
-    doomed._process.join(seconds)
+    doomed.leave(seconds)
     doomed.kill()
     doomed.wait()
     return doomed
