@@ -26,11 +26,15 @@ class Interrupts:
 
     By default Python dies of SIGTERM without running any `finally`, which leaves runs RUNNING for ever. Only
     the main thread can handle signals; elsewhere this does nothing.
+
+    Args:
+        hurry: Set when a signal comes, so that what is deferred does not wait for anything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hurry: threading.Event | None = None) -> None:
         self._depth = 0
         self._pending: int | None = None
+        self._hurry = hurry or threading.Event()
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -39,6 +43,7 @@ class Interrupts:
             yield
             return
         former: dict[int, Any] = {}
+        self._hurry.clear()
         try:
             for signum in _SIGNALS:
                 # A signal that someone ignores on purpose, as nohup does with SIGHUP, stays ignored.
@@ -63,6 +68,7 @@ class Interrupts:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         again = self._pending == signum
+        self._hurry.set()
         if self._depth and not (again and signum == signal.SIGINT):
             self._pending = signum
         else:

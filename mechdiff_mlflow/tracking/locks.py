@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,3 +46,27 @@ def lock_file(uri: str, purpose: str) -> Path:
     user = getattr(os, "getuid", lambda: 0)()  # one user's temp files are their own on Windows
     digest = hashlib.sha256(redact(uri).encode()).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"mechdiff-{purpose}-{user}-{digest}.lock"
+
+
+def run_lock_file(uri: str, run_id: str) -> Path:
+    """Where the lock lies that a run's owner holds while it is at work."""
+    if uri.startswith("sqlite:///"):
+        return Path(f"{uri.removeprefix('sqlite:///')}.running", f"{run_id}.lock")
+    return lock_file(uri, f"run-{run_id}")
+
+
+def machine_of(lock: Path) -> str:
+    """A name of whoever shares a lock file, kept in a file beside it.
+
+    Raises:
+        OSError: That file cannot be read or made.
+    """
+    file = lock.with_suffix(".machine")
+    known = file.read_text(encoding="ascii") if file.is_file() and not file.is_symlink() else ""
+    if re.fullmatch("[0-9a-f]{32}", known):
+        return known
+    fresh = uuid.uuid4().hex
+    part = file.with_suffix(f".{fresh}")
+    part.write_text(fresh, encoding="ascii")
+    os.replace(part, file)  # whole or not at all
+    return fresh

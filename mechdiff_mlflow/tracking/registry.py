@@ -24,7 +24,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.locks import file_lock, lock_file
 from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.store import Store
-from mechdiff_mlflow.tracking.turns import turn
+from mechdiff_mlflow.tracking.turns import MapBoard, promoting_machine, turn
 
 KIND_TAG = "mechdiff.kind"
 SHA256_TAG = "mechdiff.sha256"
@@ -215,7 +215,7 @@ def alone(store: Store, name: str) -> Iterator[Callable[[], None]]:
     if store.sqlite_path is not None:
         yield lambda: None
         return
-    with turn(store, name) as mine:
+    with turn(MapBoard(store, name), promoting_machine(store)) as mine:
         yield mine.demand
 
 

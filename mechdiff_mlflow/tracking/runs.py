@@ -1,37 +1,56 @@
-"""Runs: one tree per command, written so that none is left RUNNING and nothing is logged twice.
+"""Runs: one tree per command, written so that none is left RUNNING and nothing is there twice.
 
-A child costs one `create_run`, one `log_batch`, one upload and one status update, and is complete or FAILED.
+Every run below a parent has a key (see `keys`), by which it is looked up before it is made again: after a
+lost answer, and after a killed process when the parent is resumed. What it holds is a function of what was
+computed, and stamped with the time at which it began, so that writing it again changes nothing; FINISHED
+comes last, once the store has been seen to hold what was sent. Who may write is decided by a lease (see
+`lease`).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-import shlex
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
-from mlflow.entities import LoggedModelInput, Metric, Param, RunTag
-from mlflow.entities import Run as MlflowRun
-from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
+from mlflow.entities import Run, RunTag, ViewType
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking import artifacts, flavour
 from mechdiff_mlflow.tracking.artifacts import LongParams
-from mechdiff_mlflow.tracking.interrupts import Interrupts, Killed
-from mechdiff_mlflow.tracking.provenance import provenance_tags
-from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, RunRecord, param_text
+from mechdiff_mlflow.tracking.endings import (
+    RUN_ID_VARIABLE,
+    cut,
+    enclosing_run,
+    ending,
+    params_of,
+    same_number,
+)
+from mechdiff_mlflow.tracking.interrupts import Interrupts
+from mechdiff_mlflow.tracking.keys import KEY_TAG, ROOT_TAG, check_same, key_of
+from mechdiff_mlflow.tracking.lease import Lease, taken_over
+from mechdiff_mlflow.tracking.provenance import code_version, provenance_tags
+from mechdiff_mlflow.tracking.records import ParamValue, RunRecord, param_text
 from mechdiff_mlflow.tracking.redaction import redact
-from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, one_attempt
+from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
 from mechdiff_mlflow.tracking.view import install_view
+from mechdiff_mlflow.tracking.writing import MAP_RUN_TAG, RecordWriter
+
+__all__ = ["MAP_RUN_TAG", "RUN_ID_VARIABLE", "OpenRun", "Tracker", "same_number"]
+
+EPOCH_TAG = "mechdiff.epoch"
+"""Tag of a run below a parent: which owner of the parent wrote it last."""
+
+_WRITERS = 8
+"""Threads that log at once to a server; a SQLite file takes one writer at a time."""
+_PAGE = 1000
 
 _log = logging.getLogger(__name__)
-
-MAP_RUN_TAG = "mechdiff.map_run"
-RUN_ID_VARIABLE = "MLFLOW_RUN_ID"
 
 
 class Tracker:
@@ -42,13 +61,22 @@ class Tracker:
         experiment: Name of the experiment, made if there is none. The run that an enclosing `mlflow run`
             made brings its own, and its children go there too.
         long_params: What to do with a param longer than MLflow keeps.
+        resume: Id of an unfinished run to go on with, instead of making one.
     """
 
-    def __init__(self, store: Store, experiment: str, *, long_params: LongParams = LongParams.FAIL) -> None:
+    def __init__(
+        self,
+        store: Store,
+        experiment: str,
+        *,
+        long_params: LongParams = LongParams.FAIL,
+        resume: str | None = None,
+    ) -> None:
         self.store = store
         self.experiment = experiment
         self.long_params = long_params
-        self.interrupts = Interrupts()
+        self.interrupts = Interrupts(store.patience.hurry)
+        self._resume = resume
 
     @contextmanager
     def run(
@@ -64,9 +92,9 @@ class Tracker:
 
         The experiment gets the shared view of `view.py`.
 
-        Inside `mlflow run` it is the run that MLflow made (once); else a new one. It ends FINISHED; FAILED
-        when the body raises; KILLED on SIGTERM, SIGHUP or Ctrl-C. The reason becomes a tag and goes into the
-        description.
+        Inside `mlflow run` it is the run that MLflow made (once); else a new one, or the one that is resumed.
+        It ends FINISHED; FAILED when the body raises; KILLED on SIGTERM, SIGHUP or Ctrl-C. The reason becomes
+        a tag and goes into the description.
 
         Args:
             kind: `run`, `sweep`, `atlas`, `report`, `fit`, `patch`, …
@@ -76,17 +104,22 @@ class Tracker:
             description: Markdown, until `add` brings a better one.
 
         Raises:
-            MechdiffError: The store refuses, or MLFLOW_RUN_ID names a run that cannot be continued.
+            MechdiffError: The store refuses, MLFLOW_RUN_ID names a run that cannot be continued, or another
+                process is at work on the run that is resumed.
         """
         record = RunRecord(
             kind=kind, name=name, params=params or {}, tags=tags or {}, description=description
         )
-        with self.interrupts.active():
+        with self.interrupts.active(), ExitStack() as stack:
             open_run = None
             failure: BaseException | None = None
             try:
+                if self._resume is not None:  # may take a minute, and has made nothing yet
+                    open_run = stack.enter_context(self._resumed(self._resume))
+                else:
+                    with self.interrupts.deferred():
+                        open_run = stack.enter_context(self._new(record))
                 with self.interrupts.deferred():
-                    open_run = self._attach(record) or self._create(record)
                     open_run.add(record)
                     install_view(self.store, open_run.experiment_id)
                 yield open_run
@@ -104,49 +137,66 @@ class Tracker:
             run.add(record)
         return run.run_id
 
-    def _create(self, record: RunRecord) -> OpenRun:
-        experiment_id = self.store.experiment(self.experiment)
-        with self.store.errors():
-            run = self.store.client.create_run(
-                experiment_id,
-                start_time=record.started_ms,
-                tags={**provenance_tags(), "mechdiff.kind": record.kind},
-                run_name=record.name,
-            )
-        return OpenRun(self, run, {})
+    @contextmanager
+    def _new(self, record: RunRecord) -> Iterator[OpenRun]:
+        """A run that was just made, by us or by `mlflow run`."""
+        lease = Lease(self.store)
+        run = self._attach(record, lease) or self._create(record, lease)
+        with lease.kept(run.info.run_id):
+            yield OpenRun(self, run, lease)
 
-    def _attach(self, record: RunRecord) -> OpenRun | None:
+    @contextmanager
+    def _resumed(self, run_id: str) -> Iterator[OpenRun]:
+        """A run that another process left."""
+        with self.store.errors():
+            run = self.store.client.get_run(run_id)
+        with taken_over(self.store, run) as lease:
+            yield OpenRun(self, self._restarted(run, lease), lease, resumed=True)
+
+    def _create(self, record: RunRecord, lease: Lease) -> Run:
+        experiment_id = self.store.experiment(self.experiment)
+        key = uuid.uuid4().hex
+        tags = {**provenance_tags(), "mechdiff.kind": record.kind, KEY_TAG: key, **lease.holder.tag}
+        return _once(self.store, experiment_id, f"tags.`{KEY_TAG}` = '{key}'", record, tags)
+
+    def _attach(self, record: RunRecord, lease: Lease) -> Run | None:
         # Taken out of the environment: a second run of this process, or of one it starts, is another run.
         run_id = os.environ.pop(RUN_ID_VARIABLE, None)
         if not run_id:
             return None
         with self.store.errors():
             run = self.store.client.get_run(run_id)
-        if run.info.status not in ("RUNNING", "SCHEDULED"):
-            raise MechdiffError(
-                f"{RUN_ID_VARIABLE} names run {run_id}, which is {run.info.status} already; unset it "
-                "to start a new run."
-            )
-        tags = {key: value for key, value in provenance_tags().items() if key not in run.data.tags}
-        tags |= {"mechdiff.kind": record.kind}
-        if _is_generated(run.info.run_name or ""):
-            tags["mlflow.runName"] = record.name
-        with self.store.errors():
+            tags = {**enclosing_run(run, record, provenance_tags()), **lease.holder.tag}
             self.store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        return OpenRun(self, run, {key: _unquoted(value) for key, value in run.data.params.items()})
+        return run
+
+    def _restarted(self, run: Run, lease: Lease) -> Run:
+        """An unfinished run, RUNNING again."""
+        client, run_id = self.store.client, run.info.run_id
+        with self.store.errors():
+            tags = {**provenance_tags(), "mechdiff.resumed": str(lease.holder.epoch - 1)}
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            client.update_run(run_id, status="RUNNING")
+            if "mechdiff.failure" in run.data.tags:
+                client.delete_tag(run_id, "mechdiff.failure")
+        return run
 
 
 class OpenRun:
     """A run in progress; made by `Tracker.run`."""
 
-    def __init__(self, tracker: Tracker, run: MlflowRun, params: dict[str, str]) -> None:
+    def __init__(self, tracker: Tracker, run: Run, lease: Lease, *, resumed: bool = False) -> None:
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
-        self._tracker = tracker
+        self.is_resumed = resumed
+        self._run, self._lease, self._tracker = run, lease, tracker
         self._store = tracker.store
-        self._params = params
+        self._writer = RecordWriter(tracker.store, tracker.long_params)
+        self._params: dict[str, str] = params_of(run)
         self._description = ""
-        self._model_ids: dict[str, str] = {}
+        self._logged: dict[str, str] = {}
+        """Runs below this one that this process has written or begun to, by key."""
+        self._left = {child.data.tags[KEY_TAG]: child for child in self._below()} if resumed else {}
 
     def add(self, record: RunRecord) -> None:
         """Put what `record` holds into this run; its kind and name stay as they are.
@@ -158,7 +208,8 @@ class OpenRun:
         """
         fresh = {k: v for k, v in record.params.items() if not self._has_param(k, param_text(k, v))}
         with self._tracker.interrupts.deferred():
-            self._write(self.run_id, replace(record, params=fresh))
+            self._lease.demand()
+            self._writer.write(self._run, replace(record, params=fresh), again=self.is_resumed)
         self._params |= {key: param_text(key, value) for key, value in fresh.items()}
         self._description = record.description or self._description
 
@@ -166,42 +217,134 @@ class OpenRun:
         """Write one finished run below this one, or below `under`, one of its children; the new run's id.
 
         Raises:
-            MechdiffError: The record or the store refuses; the child is then FAILED with the reason.
+            MechdiffError: The record or the store refuses; the child is then FAILED with the reason. Or
+                another process owns this run by now.
         """
-        client = self._store.client
-        tags = {
-            **provenance_tags(),
-            "mlflow.parentRunId": under or self.run_id,
-            "mechdiff.kind": record.kind,
-        }
         with self._tracker.interrupts.deferred():
-            with self._store.errors():
-                child = client.create_run(self.experiment_id, record.started_ms, tags, record.name)
-            child_id: str = child.info.run_id
+            return self._log(self._begun(record), record, under or self.run_id)
+
+    def log_all(
+        self, records: Iterable[RunRecord], progress: Callable[[int], None] | None = None
+    ) -> list[str]:
+        """Write finished runs below this one, several at once where the store takes that; ids in order.
+
+        Args:
+            records: Of the runs.
+            progress: Called after each with 1.
+
+        Raises:
+            MechdiffError: As `log`; those that were begun are brought to their end first.
+        """
+        records = list(records)
+        tokens = [self._begun(record) for record in records]
+        n_writers = 1 if self._store.sqlite_path is not None else _WRITERS
+        with ThreadPoolExecutor(n_writers, thread_name_prefix="mechdiff-log") as pool:
+            futures = [
+                pool.submit(self._log, key, record, self.run_id)
+                for key, record in zip(tokens, records, strict=True)
+            ]
+            ids = []
             try:
-                self._write(child_id, record)
-                with self._store.errors():
-                    client.set_terminated(child_id, "FINISHED", record.ended_ms)
-            except BaseException as error:
-                self._finish(child_id, error, record.description)
+                for future in futures:
+                    ids.append(future.result())
+                    if progress is not None:
+                        progress(1)
+            except BaseException:
+                for future in futures:
+                    future.cancel()
                 raise
-        return child_id
+        return ids
 
     def end(self, error: BaseException | None) -> None:
         """Set the final status, by what ended the run; `Tracker.run` calls this."""
+        if error is None and (self.is_resumed or self._store.patience.was_tested):
+            self._tidy()
         self._finish(self.run_id, error, self._description)
+
+    def _begun(self, record: RunRecord) -> str:
+        """The key of a record that is about to be logged."""
+        key = key_of(record, code_version())
+        assert key not in self._logged, f"{record.name} is logged twice below {self.run_id}"
+        self._logged[key] = ""
+        return key
+
+    def _log(self, key: str, record: RunRecord, parent: str) -> str:
+        self._lease.demand()
+        left = self._left.get(key)
+        if left is not None and left.info.status == "FINISHED":
+            check_same(left.info.run_id, record, left.data.metrics)
+            self._logged[key] = left.info.run_id
+            return str(left.info.run_id)
+        run = self._child(key, record, parent) if left is None else self._taken(left)
+        run_id: str = run.info.run_id
+        self._logged[key] = run_id
+        try:
+            self._writer.write(run, record, again=left is not None)
+            self._lease.demand()
+            with self._store.errors():
+                self._store.client.set_terminated(run_id, "FINISHED", record.ended_ms)
+        except BaseException as error:
+            self._finish(run_id, error, record.description)
+            raise
+        return run_id
+
+    def _child(self, key: str, record: RunRecord, parent: str) -> Run:
+        tags = {
+            **provenance_tags(),
+            "mlflow.parentRunId": parent,
+            "mechdiff.kind": record.kind,
+            KEY_TAG: key,
+            ROOT_TAG: self.run_id,
+            EPOCH_TAG: str(self._lease.holder.epoch),
+        }
+        where = f"tags.`{ROOT_TAG}` = '{self.run_id}' and tags.`{KEY_TAG}` = '{key}'"
+        return _once(self._store, self.experiment_id, where, record, tags)
+
+    def _taken(self, left: Run) -> Run:
+        """A child that an earlier owner left unfinished, RUNNING again and marked as ours."""
+        client, run_id = self._store.client, left.info.run_id
+        with self._store.errors():
+            tags = {**provenance_tags(), EPOCH_TAG: str(self._lease.holder.epoch)}
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            if left.info.status != "RUNNING":
+                client.update_run(run_id, status="RUNNING")
+            if "mechdiff.failure" in left.data.tags:
+                client.delete_tag(run_id, "mechdiff.failure")
+        return left
+
+    def _below(self) -> list[Run]:
+        """All that is below this run and not deleted, unfinished ones first, then the oldest first."""
+        found = _search(self._store, self.experiment_id, f"tags.`{ROOT_TAG}` = '{self.run_id}'")
+        return sorted(
+            (run for run in found if KEY_TAG in run.data.tags),
+            key=lambda run: (run.info.status == "FINISHED", run.info.start_time, run.info.run_id),
+        )
+
+    def _tidy(self) -> None:
+        """Delete what a request that arrived late made a second time, and end what nobody will go on with."""
+        ours = set(self._logged.values())
+        with self._store.errors():
+            for run in self._below():
+                run_id = run.info.run_id
+                if run_id in ours:
+                    continue
+                if run.data.tags[KEY_TAG] in self._logged:
+                    self._store.client.delete_run(run_id)
+                elif run.info.status == "RUNNING":
+                    self._store.client.set_terminated(run_id, "KILLED")
 
     def _finish(self, run_id: str, error: BaseException | None, description: str) -> None:
         client = self._store.client
-        status, reason = _ending(error)
-        # A server that was waited for in vain gets one more chance, not another half minute.
-        patience = one_attempt() if isinstance(error, StoreUnreachable) else nullcontext()
+        status, reason = ending(error)
+        # A server that was waited for in vain gets one more chance, not another while.
+        in_vain = isinstance(error, StoreUnreachable)
+        patience = self._store.patience.one_attempt() if in_vain else nullcontext()
         try:
             with patience, self._store.errors():
                 if reason:
                     note = f"**{status}:** {reason}\n\n{description}"
                     tags = {"mechdiff.failure": reason, "mlflow.note.content": note}
-                    client.log_batch(run_id, tags=[RunTag(k, _cut(redact(v))) for k, v in tags.items()])
+                    client.log_batch(run_id, tags=[RunTag(k, cut(redact(v))) for k, v in tags.items()])
                 client.set_terminated(run_id, status)
         except MechdiffError as another:
             if error is None:
@@ -220,110 +363,28 @@ class OpenRun:
             )
         return True
 
-    def _write(self, run_id: str, record: RunRecord) -> None:
-        """Everything but the status, the cheap checks before the first call."""
-        params, files = artifacts.stored_params(record, self._tracker.long_params)
-        metrics, undefined = _finite(record)
-        tags = {**record.tags, **{f"mechdiff.undefined.{key}": why for key, why in undefined.items()}}
-        if record.map_run is not None:
-            tags[MAP_RUN_TAG] = record.map_run
-        if record.description:
-            tags["mlflow.note.content"] = record.description
-        if record.tables:
-            tags["mlflow.loggedArtifacts"] = artifacts.table_tag(record)
-        client = self._store.client
-        with self._store.errors():
-            model_id = self._model_of(run_id, record)
-            now = record.ended_ms or int(time.time() * 1000)
-            client.log_batch(
-                run_id,
-                [Metric(key, value, now, step, model_id=model_id) for key, value, step in metrics],
-                [Param(key, text) for key, text in params.items()],
-                [RunTag(key, redact(text)) for key, text in tags.items()],
+
+def _once(store: Store, experiment_id: str, where: str, record: RunRecord, tags: dict[str, str]) -> Run:
+    """A new run, made exactly once: the one that `where` finds after an answer was lost."""
+
+    def find() -> Run | None:
+        return next(iter(_search(store, experiment_id, where)), None)
+
+    started_ms = record.started_ms or int(time.time() * 1000)
+    create = partial(store.client.create_run, experiment_id, started_ms, tags, record.name)
+    with store.errors():
+        return store.patience.once(create, find)
+
+
+def _search(store: Store, experiment_id: str, where: str) -> list[Run]:
+    runs: list[Run] = []
+    token = None
+    with store.errors():
+        while True:
+            page = store.client.search_runs(
+                [experiment_id], where, ViewType.ACTIVE_ONLY, max_results=_PAGE, page_token=token
             )
-            models = [LoggedModelInput(model_id)] if model_id and record.map_run else None
-            if record.datasets or models:
-                client.log_inputs(run_id, [artifacts.dataset_input(p) for p in record.datasets], models)
-            artifacts.upload(lambda folder: client.log_artifacts(run_id, folder), record, files)
-
-    def _model_of(self, run_id: str, record: RunRecord) -> str | None:
-        if record.map is not None:
-            logged = flavour.log_model(
-                record.map,
-                record.name,
-                store=self._store,
-                run_id=run_id,
-                experiment_id=self.experiment_id,
-                params=record.params,
-                metrics=record.metrics,
-            )
-            self._model_ids[run_id] = logged.model_id
-            return logged.model_id
-        if record.map_run is None:
-            return None
-        if record.map_run not in self._model_ids:
-            fitted = flavour.maps_of_run(self._store, record.map_run)
-            if not fitted:
-                raise MechdiffError(f"Run {record.map_run} has no map to evaluate; give the id of a fit run.")
-            self._model_ids[record.map_run] = fitted[-1].model_id
-        return self._model_ids[record.map_run]
-
-
-def _finite(record: RunRecord) -> tuple[list[tuple[str, float, int]], dict[str, str]]:
-    """Metrics as (key, value, step), and why the others have no value (MLflow would store inf as 1.8e308)."""
-    points = [(key, float(value), 0) for key, value in record.metrics.items()]
-    points += [
-        (key, float(v), step) for key, curve in record.stepped_metrics.items() for step, v in curve.items()
-    ]
-    undefined = {key: str(value) for key, value, _ in points if not math.isfinite(value)}
-    return [point for point in points if math.isfinite(point[1])], {**undefined, **record.undefined}
-
-
-def _ending(error: BaseException | None) -> tuple[str, str]:
-    """The status and reason that an exception ends a run with."""
-    if error is None:
-        return "FINISHED", ""
-    if isinstance(error, Killed):
-        return "KILLED", f"Ended by {error.signal_name}."
-    if isinstance(error, KeyboardInterrupt):
-        return "KILLED", "Ended by Ctrl-C."
-    if isinstance(error, GeneratorExit):
-        return "KILLED", "The program stopped before the run was over."
-    if isinstance(error, SystemExit):
-        return ("FAILED", f"Exit code {error.code}.") if error.code else ("FINISHED", "")
-    if isinstance(error, MechdiffError):
-        return "FAILED", str(error)
-    return "FAILED", f"{type(error).__name__}: {error}"
-
-
-def _cut(text: str) -> str:
-    """A failure's text, cut visibly where MLflow would refuse it."""
-    mark = " … (cut)"
-    return text if len(text) <= MAX_TAG_CHARS else text[: MAX_TAG_CHARS - len(mark)] + mark
-
-
-def _unquoted(value: str) -> str:
-    """A param as typed: `mlflow run` logs it quoted for the shell."""
-    try:
-        words = shlex.split(value)
-    except ValueError:
-        return value
-    return words[0] if len(words) == 1 else value
-
-
-def same_number(a: str, b: str) -> bool:
-    """Whether two params read as the same number."""
-    try:
-        return float(a) == float(b)
-    except ValueError:
-        return False
-
-
-def _is_generated(name: str) -> bool:
-    """Whether MLflow made the run's name up, as in `dapper-owl-42`."""
-    words = name.split("-")
-    return (
-        len(words) == 3
-        and words[0] in {word.lower() for word in _GENERATOR_PREDICATES}
-        and words[1] in {word.lower() for word in _GENERATOR_NOUNS}
-    )
+            runs += page
+            token = page.token
+            if not token:
+                return runs

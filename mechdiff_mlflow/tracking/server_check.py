@@ -14,7 +14,7 @@ from mechdiff_mlflow.tracking import database, http_check
 from mechdiff_mlflow.tracking.check_result import Finding, Level
 from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.scratch import Scratch
-from mechdiff_mlflow.tracking.store import Store, one_attempt, open_store, prepare_process, uri_of
+from mechdiff_mlflow.tracking.store import Store, open_store, prepare_process, uri_of
 
 _PROXY = "mlflow server --serve-artifacts --artifacts-destination PLACE, then new experiments"
 
@@ -31,11 +31,10 @@ def check_store(tracking_uri: str | None = None) -> list[Finding]:
     prepare_process()
     uri = uri_of(tracking_uri)
     scheme = urlsplit(uri).scheme.split("+")[0]
-    with one_attempt():
-        if scheme in ("http", "https"):
-            return list(_server(uri))
-        if scheme in ("sqlite", "postgresql", "mysql", "mssql"):
-            return list(_database(uri))
+    if scheme in ("http", "https"):
+        return list(_server(uri))
+    if scheme in ("sqlite", "postgresql", "mysql", "mssql"):
+        return list(_database(uri))
     raise MechdiffError(
         f"{redact(uri)!r} is neither an MLflow server nor a database; give server-check its http:// address."
     )
@@ -105,7 +104,12 @@ def _database_encryption(uri: str) -> Finding:
     return Finding("encryption", Level.WARN, f"the URI does not insist on TLS to {parts.hostname}", remedy)
 
 
-def _round_trips(store: Store) -> Iterator[Finding]:
+def _round_trips(store: Store) -> list[Finding]:
+    with store.patience.one_attempt():  # what does not answer at once is a finding
+        return list(_tries(store))
+
+
+def _tries(store: Store) -> Iterator[Finding]:
     scratch = Scratch(store)
     mine = "ask the server's administrator" if store.is_server else "check the permissions of the store"
     try:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,18 +23,16 @@ from mlflow.utils.rest_utils import http_request
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import database
+from mechdiff_mlflow.tracking.patience import Patience, PatientClient, is_away
 from mechdiff_mlflow.tracking.redaction import redact
 
 _SERVER_ANSWER_S = 5
 _REFUSED = re.compile(r"endpoint (?P<endpoint>\S+) failed with error code (?P<status>401|403)\b")
 
-_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 # The user's own settings win; these are what MLflow does when nothing is set.
 _PROCESS_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    # Seven retries take four minutes; four ride out the restart of a server in half a minute.
-    _RETRIES: "4",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # MLflow would cut long values with only a warning in the log.
@@ -52,13 +51,19 @@ class Store:
 
     Args:
         uri: Its absolute URI, secrets included: print `shown` instead.
-        client: The one MLflow client that our code uses on it.
+        client: The one MLflow client that our code uses on it; asks again while the store is away.
         sqlite_path: The database file of a SQLite store.
+        patience: For how long.
     """
 
     uri: str
-    client: MlflowClient = field(repr=False)
+    client: MlflowClient | PatientClient = field(repr=False)
     sqlite_path: Path | None = None
+    patience: Patience = field(default_factory=Patience, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.client, PatientClient):
+            object.__setattr__(self, "client", PatientClient(self.client, self.patience))
 
     @property
     def shown(self) -> str:
@@ -88,7 +93,8 @@ class Store:
             found = self.client.get_experiment_by_name(name)
             if found is None:
                 try:
-                    return str(self.client.create_experiment(name, self._artifact_root(name)))
+                    create = partial(self.client.create_experiment, name, self._artifact_root(name))
+                    return str(self.patience.once(create, lambda: self._id_of(name)))
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_ALREADY_EXISTS":
                         raise
@@ -100,6 +106,10 @@ class Store:
                 f"`mlflow experiments restore{which}` or name another with --experiment."
             )
         return str(found.experiment_id)
+
+    def _id_of(self, name: str) -> str | None:
+        found = self.client.get_experiment_by_name(name)
+        return None if found is None or found.lifecycle_stage == "deleted" else str(found.experiment_id)
 
     def experiment_id(self, name: str) -> str:
         """The id of the existing experiment `name`.
@@ -122,7 +132,7 @@ class Store:
             yield
         except (MlflowException, requests.RequestException, OSError) as error:
             text = redact(" ".join(str(error).split()).replace(self.uri, self.shown))
-            if "Max retries exceeded" in text or isinstance(error, requests.ConnectionError):
+            if self.is_server and is_away(error):
                 raise StoreUnreachable(
                     f"The tracking server {self.shown} stopped answering; start it, then run this again."
                 ) from error
@@ -185,20 +195,6 @@ def prepare_process() -> None:
         os.environ.setdefault(name, value)
     for chatty in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-
-
-@contextmanager
-def one_attempt() -> Iterator[None]:
-    """Requests in here are not tried again when they fail."""
-    before = os.environ.get(_RETRIES)
-    os.environ[_RETRIES] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_RETRIES]
-        else:
-            os.environ[_RETRIES] = before
 
 
 def _check_server(uri: str) -> None:

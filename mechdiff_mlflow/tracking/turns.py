@@ -1,15 +1,16 @@
-"""Turns between promoters on different machines, kept in the tags of the registered map.
+"""Turns between processes on different machines, kept in the tags of what they are about.
 
-MLflow's registry has no compare-and-set, so moving an alias (read it, announce the move, make it) must not
-happen twice at once. Tags are single registers that everybody reads and only their owner writes, which is
-what Lamport's bakery algorithm needs: draw a number above all that are seen, wait until no lower one is left.
+MLflow has no compare-and-set, so moving an alias (read it, announce the move, make it) or taking over a
+run must not happen twice at once. Tags are single registers that everybody reads and only their owner writes,
+which is what Lamport's bakery algorithm needs: draw a number above all that are seen, wait until no lower one
+is left.
 
-What holds: of promoters that keep running, one at a time is in its turn, in the order of the numbers. A
+What holds: of processes that keep running, one at a time is in its turn, in the order of the numbers. A
 ticket that has not changed for `LEASE_S` seconds of an observer's clock counts as left behind by a dead
-promoter; one of the observer's own machine does at once, as there the lock file tells. A promoter that was
-stopped for half of that does not go on. What remains is a stop of a promoter between its last look at the
-clock and the arrival of its one request that moves the alias; both promoters then read back, and whoever
-finds the alias elsewhere says so.
+process; one of the observer's own machine does at once, as there the lock file tells. A process that was
+stopped for half of that does not go on. What remains is a stop between its last look at the clock and the
+arrival of its one request: of two promoters both then read back, and whoever finds the alias elsewhere says
+so; of two owners of a run see `lease`.
 
 Reference: Lamport (1974), A new solution of Dijkstra's concurrent programming problem.
 """
@@ -17,16 +18,15 @@ Reference: Lamport (1974), A new solution of Dijkstra's concurrent programming p
 from __future__ import annotations
 
 import json
-import os
-import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.locks import lock_file
+from mechdiff_mlflow.tracking.locks import lock_file, machine_of
 from mechdiff_mlflow.tracking.store import Store
 
 TURN_TAG = "mechdiff.turn."
@@ -36,9 +36,71 @@ _POLL_S = 0.1
 _SLOWEST_POLL_S = 2.0
 
 
+class Board(Protocol):
+    """Tags that everybody reads; each key is written by one."""
+
+    what: str
+    """For messages: `promotions of demo-L3-attn_out`."""
+
+    def read(self) -> Mapping[str, str]:
+        """All tags."""
+
+    def write(self, key: str, text: str) -> None:
+        """Set a tag."""
+
+    def delete(self, key: str) -> None:
+        """Take a tag away."""
+
+
+class MapBoard:
+    """The tags of a registered map."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name, self.what = store, name, f"promotions of {name}"
+
+    def read(self) -> Mapping[str, str]:
+        """All tags."""
+        with self._store.errors():
+            tags: Mapping[str, str] = self._store.client.get_registered_model(self._name).tags
+        return tags
+
+    def write(self, key: str, text: str) -> None:
+        """Set a tag."""
+        with self._store.errors():
+            self._store.client.set_registered_model_tag(self._name, key, text)
+
+    def delete(self, key: str) -> None:
+        """Take a tag away."""
+        with self._store.errors():
+            self._store.client.delete_registered_model_tag(self._name, key)
+
+
+class RunBoard:
+    """The tags of a run."""
+
+    def __init__(self, store: Store, run_id: str) -> None:
+        self._store, self._run_id, self.what = store, run_id, f"attempts to take over run {run_id}"
+
+    def read(self) -> Mapping[str, str]:
+        """All tags."""
+        with self._store.errors():
+            tags: Mapping[str, str] = self._store.client.get_run(self._run_id).data.tags
+        return tags
+
+    def write(self, key: str, text: str) -> None:
+        """Set a tag."""
+        with self._store.errors():
+            self._store.client.set_tag(self._run_id, key, text)
+
+    def delete(self, key: str) -> None:
+        """Take a tag away."""
+        with self._store.errors():
+            self._store.client.delete_tag(self._run_id, key)
+
+
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A promoter's place in the queue.
+    """A process's place in the queue.
 
     Args:
         number: Drawn; 0 while it is being drawn.
@@ -52,28 +114,28 @@ class Ticket:
 
 
 class Turn:
-    """A promoter's turn at one registered map; made by `turn`."""
+    """A process's turn at what a board belongs to; made by `turn`."""
 
-    def __init__(self, store: Store, name: str, machine: str) -> None:
-        self._store, self._name = store, name
+    def __init__(self, board: Board, machine: str) -> None:
+        self._board = board
         self._token = uuid.uuid4().hex[:16]
         self._ticket = Ticket(0, machine)
         self._written_s = 0.0
 
     def demand(self) -> None:
-        """Make sure that nobody can have taken this promoter for dead.
+        """Make sure that nobody can have taken this process for dead.
 
         Raises:
             MechdiffError: It was stopped for too long.
         """
         if time.monotonic() - self._written_s > LEASE_S / 2:
             raise MechdiffError(
-                f"This promotion stood still for over {LEASE_S / 2:g} s, so others may have moved on; run it "
+                f"This program stood still for over {LEASE_S / 2:g} s, so others may have moved on; run it "
                 "again."
             )
 
     def wait(self) -> None:
-        """Queue until it is this promoter's turn.
+        """Queue until it is this process's turn.
 
         Raises:
             MechdiffError: Others kept it for ten minutes.
@@ -84,8 +146,8 @@ class Turn:
         while ahead := self._ahead(seen):
             if time.monotonic() > until:
                 raise MechdiffError(
-                    f"{len(ahead)} other promotions of {self._name} have been ahead for {_WAIT_S:g} s; try "
-                    "again later."
+                    f"{len(ahead)} other {self._board.what} have been ahead for {_WAIT_S:g} s; try again "
+                    "later."
                 )
             time.sleep(min(_POLL_S * (1 + len(ahead)), _SLOWEST_POLL_S))
 
@@ -99,7 +161,7 @@ class Turn:
         self._write(replace(self._ticket, number=1 + max(numbers, default=0)))
 
     def _ahead(self, seen: dict[str, tuple[Ticket, float]]) -> list[str]:
-        """Tokens of the promoters that come first; those that died are taken out."""
+        """Tokens of the processes that come first; those that died are taken out."""
         now = time.monotonic()
         tickets = self._tickets()
         if self._token not in tickets or now - self._written_s > LEASE_S / 2:
@@ -122,36 +184,32 @@ class Turn:
         return ahead
 
     def _again(self) -> None:
-        """Queue anew: somebody took this promoter for dead, or could have."""
+        """Queue anew: somebody took this process for dead, or could have."""
         self._delete(self._token)
         self._token = uuid.uuid4().hex[:16]
         self._draw()
 
     def _write(self, ticket: Ticket) -> None:
         before = time.monotonic()
-        with self._store.errors():
-            self._store.client.set_registered_model_tag(
-                self._name, TURN_TAG + self._token, json.dumps(asdict(ticket))
-            )
+        self._board.write(TURN_TAG + self._token, json.dumps(asdict(ticket)))
         self._ticket, self._written_s = ticket, before
 
     def _delete(self, token: str) -> None:
-        with suppress(MechdiffError), self._store.errors():  # somebody else took it out
-            self._store.client.delete_registered_model_tag(self._name, TURN_TAG + token)
+        with suppress(MechdiffError):  # somebody else took it out
+            self._board.delete(TURN_TAG + token)
 
     def _tickets(self) -> dict[str, Ticket]:
-        with self._store.errors():
-            return tickets_in(self._store.client.get_registered_model(self._name).tags)
+        return tickets_in(self._board.read())
 
 
 @contextmanager
-def turn(store: Store, name: str) -> Iterator[Turn]:
-    """This promoter's turn at the registered map `name`; the caller holds the lock of its machine.
+def turn(board: Board, machine: str) -> Iterator[Turn]:
+    """This process's turn at what `board` belongs to; the caller holds the lock of its `machine`.
 
     Raises:
         MechdiffError: Others kept it for ten minutes, or the store refuses.
     """
-    mine = Turn(store, name, _machine(store))
+    mine = Turn(board, machine)
     try:
         mine.wait()
         yield mine
@@ -171,15 +229,7 @@ def tickets_in(tags: Mapping[str, str]) -> dict[str, Ticket]:
     return found
 
 
-def _machine(store: Store) -> str:
-    """A name of whoever shares the lock file, which lies beside it."""
-    file = lock_file(store.uri, "promotion").with_suffix(".machine")
+def promoting_machine(store: Store) -> str:
+    """The name of whoever shares the lock file of promotions."""
     with store.errors():
-        known = file.read_text(encoding="ascii") if file.is_file() and not file.is_symlink() else ""
-        if re.fullmatch("[0-9a-f]{32}", known):
-            return known
-        fresh = uuid.uuid4().hex
-        part = file.with_suffix(f".{fresh}")
-        part.write_text(fresh, encoding="ascii")
-        os.replace(part, file)  # whole or not at all
-        return fresh
+        return machine_of(lock_file(store.uri, "promotion"))

@@ -16,7 +16,7 @@ import pytest
 from mlflow.entities import Param, Run
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking import runs
+from mechdiff_mlflow.tracking import writing
 from mechdiff_mlflow.tracking.artifacts import LongParams
 from mechdiff_mlflow.tracking.records import PromptSet, RunRecord, prompt_digest
 from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, Tracker
@@ -208,7 +208,7 @@ def test_a_child_that_cannot_be_written_is_failed_and_so_is_its_parent(
 def test_a_signal_waits_for_the_child_being_written(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload = runs.artifacts.upload
+    upload = writing.artifacts.upload
 
     def upload_during_sigterm(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -216,7 +216,7 @@ def test_a_signal_waits_for_the_child_being_written(
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught, tracker.run("run", "parent") as run:  # noqa: PT012
-        monkeypatch.setattr(runs.artifacts, "upload", upload_during_sigterm)
+        monkeypatch.setattr(writing.artifacts, "upload", upload_during_sigterm)
         run.log(patch("child", texts={"a.txt": "whole"}))
         pytest.fail("the signal was lost")
     assert caught.value.code == 128 + signal.SIGTERM

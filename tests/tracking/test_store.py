@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+import requests
 from alembic import command
 from alembic.script import ScriptDirectory
 from hypothesis import given
@@ -19,6 +20,7 @@ from mlflow.store.db import utils as mlflow_db
 from mlflow.tracking import MlflowClient
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.patience import Patience
 from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.runs import Tracker
 from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, open_store
@@ -278,20 +280,20 @@ def test_a_directory_without_write_permission_is_named(tmp_path: Path) -> None:
 def test_a_server_that_goes_away_is_asked_again_but_not_for_ever(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The run fails with one sentence; ending it costs one attempt, not another round of retries."""
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    attempts: list[str] = []
+    """The run fails with one sentence; ending it costs one attempt, not another round of waiting."""
+    attempts: list[float] = []
     with _answering(200, b'{"run": {"info": {"run_id": "r", "experiment_id": "1"}, "data": {}}}') as uri:
-        gone = Store(uri, MlflowClient(uri))
+        gone = Store(uri, MlflowClient(uri), patience=Patience(1.0))
 
-    def count(*_: object, **__: object) -> None:
-        attempts.append(os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"])
-        gone.client.get_run("r")
+    def refuse(*_: object, **__: object) -> None:
+        attempts.append(time.monotonic())
+        raise requests.ConnectionError("refused")
 
+    before = time.monotonic()
     with pytest.raises(StoreUnreachable, match="stopped answering; start it"), gone.errors():
         gone.client.get_run("r")
-    monkeypatch.setattr(store.client, "set_terminated", count)
+    assert time.monotonic() - before >= 1.0
+    monkeypatch.setattr(store.client._client, "set_terminated", refuse)
     with pytest.raises(StoreUnreachable), Tracker(store, "demo").run("run", "r"), gone.errors():
         gone.client.get_run("r")
-    assert attempts == ["0"]
-    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+    assert len(attempts) == 1

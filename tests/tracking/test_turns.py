@@ -12,7 +12,7 @@ import pytest
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import turns
 from mechdiff_mlflow.tracking.store import Store, open_store
-from mechdiff_mlflow.tracking.turns import TURN_TAG, Ticket, Turn, tickets_in
+from mechdiff_mlflow.tracking.turns import TURN_TAG, MapBoard, Ticket, Turn, tickets_in
 
 NAME = "demo"
 
@@ -41,7 +41,7 @@ def test_machines_come_one_after_the_other(queue: Store, tmp_path: Path) -> None
         try:
             store = open_store(queue.uri)
             for _ in range(3):
-                turn = Turn(store, NAME, name)
+                turn = Turn(MapBoard(store, NAME), name)
                 turn.wait()
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
@@ -68,7 +68,7 @@ def test_a_dead_promoter_of_the_own_machine_is_passed_at_once(queue: Store) -> N
     put(queue, "dead", Ticket(1, "here"))
     put(queue, "drawing", Ticket(0, "here"))
     before = time.monotonic()
-    turn = Turn(queue, NAME, "here")
+    turn = Turn(MapBoard(queue, NAME), "here")
     turn.wait()
     assert time.monotonic() - before < turns.LEASE_S / 4
     turn.leave()
@@ -82,7 +82,7 @@ def test_a_dead_promoter_elsewhere_is_passed_when_its_lease_is_over(
     monkeypatch.setattr(turns, "LEASE_S", 2.0)
     put(queue, "dead", left)
     before = time.monotonic()
-    turn = Turn(queue, NAME, "here")
+    turn = Turn(MapBoard(queue, NAME), "here")
     turn.wait()
     assert time.monotonic() - before >= 2.0
     turn.leave()
@@ -106,7 +106,7 @@ def test_a_promoter_that_lives_is_waited_for(queue: Store, monkeypatch: pytest.M
     thread.start()
     try:
         with pytest.raises(MechdiffError, match="other promotions of demo have been ahead for 3 s"):
-            Turn(queue, NAME, "here").wait()
+            Turn(MapBoard(queue, NAME), "here").wait()
     finally:
         stop.set()
         thread.join()
@@ -116,7 +116,7 @@ def test_a_promoter_that_lives_is_waited_for(queue: Store, monkeypatch: pytest.M
 def test_who_was_taken_for_dead_queues_anew_and_who_stood_still_stops(
     queue: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turn = Turn(queue, NAME, "here")
+    turn = Turn(MapBoard(queue, NAME), "here")
     turn._draw()
     [first] = tickets(queue)
     queue.client.delete_registered_model_tag(NAME, TURN_TAG + first)
