@@ -1,6 +1,16 @@
 """The command line: every command reads options, calls one function and prints what it found."""
 
-from mechdiff_mlflow.cli import exchange, experiments, models, pairs, reports, servers, using, winners
+from mechdiff_mlflow.cli import (
+    exchange,
+    experiments,
+    models,
+    pairs,
+    recovery,
+    reports,
+    servers,
+    using,
+    winners,
+)
 from mechdiff_mlflow.cli.group import cli, main
 
 cli.add_command(experiments.run_command)
@@ -14,6 +24,7 @@ cli.add_command(models.heads_command)
 cli.add_command(reports.report_command)
 cli.add_command(reports.compare_command)
 cli.add_command(reports.runs_command)
+cli.add_command(recovery.resume_command)
 cli.add_command(winners.promote_command)
 cli.add_command(winners.fetch_command)
 cli.add_command(winners.maps_command)

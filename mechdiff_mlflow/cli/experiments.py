@@ -188,8 +188,11 @@ def sweep_command(**given: Any) -> None:
     with session("sweep", f"sweep of {len(cells)} cells", given) as now:
         fits = now.study.fit(cells)
         patches = now.study.patch([fit.to_patch for fit in fits])
-        for fit, patch in zip(fits, patches, strict=True):
-            now.run.log(fields.cell_run(fit, patch, now.study))
+        cells_and_patches = zip(fits, patches, strict=True)
+        with now.study.stage("logging runs", len(fits)) as advance:
+            now.run.log_all(
+                [fields.cell_run(fit, patch, now.study) for fit, patch in cells_and_patches], advance
+            )
         found = least_ranks(patches, given["targets"], seed=given["seed"])
         with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
             figures = curve_figures([of_record(patch) for patch in patches])

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mechdiff_mlflow.cli import options, show
+from mechdiff_mlflow.cli.recovery import list_stuck
 from mechdiff_mlflow.cli.session import tracked
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.report.comparison import comparison, matches, needed_runs
@@ -105,6 +106,11 @@ def compare_command(**given: Any) -> None:
 @click.option("--metric", default="drop_pct", show_default=True, help="Metric to list and sort by.")
 @click.option("--best", is_flag=True, help="Only the best run of each pair and site.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON with all there is to know of each run.")
+@click.option("--stuck", is_flag=True, help="Instead, runs that are RUNNING although their process is dead.")
+@click.option(
+    "--repair", is_flag=True, help="With --stuck: set them KILLED; watches other machines' a minute."
+)
+@click.option("--id", multiple=True, help="With --repair: also this run, of which no owner is known.")
 @options.store
 def runs_command(**given: Any) -> None:
     """List the patch runs of a pair and site, the best first, in whichever experiment they are.
@@ -112,7 +118,13 @@ def runs_command(**given: Any) -> None:
     \b
     Example:
       mechdiff runs --pair cultural-demo --site L26/attn_out --metric drop_pct --best
+      mechdiff runs --stuck --repair
     """
+    if given["stuck"]:
+        list_stuck(given)
+        return
+    if given["repair"] or given["id"]:
+        raise MechdiffError("--repair and --id are for stuck runs; add --stuck.")
     pair = options.pair_name(given["pair"]) if given["pair"] is not None else None
     store = open_store(given["tracking_uri"])
     found = find_runs(store, pair=pair, site=given["site"], metric=given["metric"], best=given["best"])

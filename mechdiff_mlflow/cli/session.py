@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,19 +14,22 @@ import click
 import torch
 
 from mechdiff_mlflow.cli.progress import bars
+from mechdiff_mlflow.cli.recovery import resumption
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.doctor import demand_sound
 from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
+from mechdiff_mlflow.tracking.recovery import Command
 from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import Store, open_store
-from mechdiff_mlflow.tracking.view import install_view
 
 AS_MANY = "500-or-all"
 """As the number of prompts: the seed's 500 where there are as many, otherwise all there are."""
 LONE = ("fit", "patch")
 SMALL_MODEL = 50_000_000
+_NOT_RESUMED = ("tracking_uri",)
 _NOT_SETTINGS = ("tracking_uri", "experiment", "device", "batch_size", "memory_budget", "sequential", "out")
 
 
@@ -49,11 +52,16 @@ class Session:
 
 def command_line(options: dict[str, Any]) -> str:
     """What to type to run the current command again, defaults written out; no store, which may be secret."""
+    return shlex.join(["mechdiff", *_words(options, set(_NOT_SETTINGS) - {"out"})])
+
+
+def _words(options: dict[str, Any], leave_out: Container[str]) -> list[str]:
+    """The current command and its parameters as typed."""
     context = click.get_current_context()
-    words = ["mechdiff", context.info_name or ""]
+    words = [context.info_name or ""]
     for parameter in context.command.params:
         name = parameter.name or ""
-        if name in _NOT_SETTINGS and name != "out":
+        if name in leave_out:
             continue
         value = options.get(name)
         if isinstance(parameter, click.Argument):
@@ -61,8 +69,15 @@ def command_line(options: dict[str, Any]) -> str:
         elif isinstance(parameter, click.Option) and parameter.is_flag:
             words += [parameter.opts[0]] if value else []
         elif parameter.opts:
-            words += [parameter.opts[0], str(_text(name, value))]
-    return shlex.join(words)
+            words += [parameter.opts[0], _typed(name, value)]
+    return words
+
+
+def _typed(name: str, value: Any) -> str:
+    """A value as it is typed; what is left to its default has a word of its own."""
+    if value is None and name == "experiment":
+        return ""
+    return "none" if value is None and name == "memory_budget" else str(_text(name, value))
 
 
 @dataclass(frozen=True)
@@ -93,16 +108,20 @@ def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
     """
     spec = PairSpec.load(options["pair"])
     store = open_store(options["tracking_uri"])
-    tracker = Tracker(store, options["experiment"] or spec.name)
+    resumed = resumption()
+    tracker = Tracker(
+        store, options["experiment"] or spec.name, resume=None if resumed is None else resumed.run_id
+    )
     # A lone fit or patch is one run, whose params are what was resolved; what was asked would contradict it.
-    has_parent = kind not in LONE or RUN_ID_VARIABLE in os.environ
-    tags = {"mechdiff.command": command_line(options)}
+    has_parent = kind not in LONE or RUN_ID_VARIABLE in os.environ if resumed is None else resumed.has_parent
+    again = Command.here(_words(options, _NOT_RESUMED), has_parent=has_parent)
+    tags = {"mechdiff.command": command_line(options), **again.tag}
     with tracker.run(kind, name, asked(options) if has_parent else {}, tags=tags) as run:
-        install_view(store, run.experiment_id)
         protocol = protocol_of(options)
         with bars() as stage:
             with stage("loading both models", 1):
                 pair = load_as_asked(spec, options)
+            run.pin(PAIR_FINGERPRINT, pair.fingerprint, "the pair")
             settle_threads(pair)
             with stage("checking the plumbing", 1):
                 demand_sound(pair)

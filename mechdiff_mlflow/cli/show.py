@@ -19,6 +19,7 @@ from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows
 from mechdiff_mlflow.stats import Interval
 from mechdiff_mlflow.tracking.compare import MapDiff
+from mechdiff_mlflow.tracking.recovery import Stuck
 from mechdiff_mlflow.tracking.registry import Move, Version
 from mechdiff_mlflow.tracking.search import FoundRun
 from mechdiff_mlflow.tracking.store import Store
@@ -165,6 +166,17 @@ def found_runs(found: Sequence[FoundRun]) -> None:
         interval = "" if run.low is None or run.high is None else f"{run.low:.4g} to {run.high:.4g}"
         row = (run.pair, run.site, *settings, _number(run.value), interval, "yes" if run.leak else "no")
         table.add_row(*map(escape, row), run.run_id)
+    _console().print(table)
+
+
+def stuck(found: Sequence[Stuck], verdicts: Sequence[str], now_s: float) -> None:
+    """Print runs that stay RUNNING."""
+    table = Table("run", "name", "experiment", "for", "written by", "verdict")
+    for one, verdict in zip(found, verdicts, strict=True):
+        minutes = max(0, now_s - one.started_ms / 1000) / 60
+        age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+        row = (one.run_id, one.name, one.experiment, age, str(one.owner or "not said"), verdict)
+        table.add_row(*map(escape, row))
     _console().print(table)
 
 

@@ -174,11 +174,7 @@ def taken_over(store: Store, run: Run) -> Iterator[Lease]:
     with ExitStack() as stack:
         lock = _lock(store, run_id)
         last = holder_in(run.data.tags)
-        try:
-            with store.errors():
-                lock.acquire(timeout=0)
-        except Timeout as error:
-            raise _alive(run_id, last) from error
+        _acquire(store, lock, run_id, last)
         stack.callback(_release, lock)
         lease = Lease(store)
         if last is not None and last.machine and last.machine != lease.holder.machine:
@@ -254,15 +250,19 @@ def _lock(store: Store, run_id: str) -> FileLock:
     return FileLock(file, thread_local=False)
 
 
+def _acquire(store: Store, lock: FileLock, run_id: str, holder: Holder | None) -> None:
+    with store.errors():
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:  # which is an OSError, too
+            raise _alive(run_id, holder) from error
+
+
 @contextmanager
 def _locked(store: Store, run_id: str) -> Iterator[None]:
     """Hold the lock of a run that nobody else knows yet."""
     lock = _lock(store, run_id)
-    try:
-        with store.errors():
-            lock.acquire(timeout=0)
-    except Timeout as error:
-        raise _alive(run_id, None) from error
+    _acquire(store, lock, run_id, None)
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from mlflow.entities import Metric, Run
@@ -287,7 +288,9 @@ def _registered(store: Store, name: str, measured: _Measured) -> None:
     description = collection_card(name, measured.facts)
     try:
         with store.errors():
-            store.client.create_registered_model(name, {registry.KIND_TAG: "map"}, description)
+            store.patience.run(
+                partial(store.client.create_registered_model, name, {registry.KIND_TAG: "map"}, description)
+            )
     except MechdiffError as error:
         cause = error.__cause__
         if not isinstance(cause, MlflowException) or cause.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -314,16 +317,22 @@ def _create_version(store: Store, name: str, measured: _Measured) -> Version:
         registry.RUN_TAG: run.info.run_id,
         registry.KIND_TAG: "map",
     }
+    create = partial(
+        store.client.create_model_version,
+        name,
+        source=f"models:/{measured.logged.model_id}",
+        run_id=run.info.run_id,
+        tags=tags,
+        description=version_card(measured.the_map, metrics, f"models:/{name}@champion", measured.facts),
+        model_id=measured.logged.model_id,
+    )
     with store.errors(), _default_store(store):
-        created = store.client.create_model_version(
-            name,
-            source=f"models:/{measured.logged.model_id}",
-            run_id=run.info.run_id,
-            tags=tags,
-            description=version_card(measured.the_map, metrics, f"models:/{name}@champion", measured.facts),
-            model_id=measured.logged.model_id,
+        # Promoters of a map come one after the other: what is found now was made by an earlier attempt.
+        made = store.patience.once(
+            lambda: int(create().version),
+            lambda: None if (found := _existing(store, name, measured)) is None else found.number,
         )
-    return registry.get_version(store, name, int(created.version))
+    return registry.get_version(store, name, made)
 
 
 def _verify(store: Store, version: Version) -> None:

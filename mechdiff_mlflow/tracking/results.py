@@ -16,6 +16,7 @@ from mlflow.entities import Run
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.stored import check_read
 
 _PAGE = 1000
 _MAX_TABLE = 256 << 20
@@ -54,14 +55,15 @@ def tables_of(store: Store, run_ids: Iterable[str], path: str) -> dict[str, pd.D
     """The table at `path` among the artifacts of each run that has it.
 
     Raises:
-        MechdiffError: The store cannot be read.
+        MechdiffError: The store cannot be read, or a table is not what was logged.
     """
     found: dict[str, pd.DataFrame] = {}
     for run_id in run_ids:
         with store.errors(), tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
             if any(item.path == path for item in store.client.list_artifacts(run_id)):
-                local = store.client.download_artifacts(run_id, path, folder)
-                found[run_id] = _table(Path(local))
+                local = Path(store.client.download_artifacts(run_id, path, folder))
+                check_read(local, path, run_id, store.client.get_run(run_id).data.tags)
+                found[run_id] = _table(local)
     return found
 
 

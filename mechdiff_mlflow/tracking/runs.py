@@ -213,6 +213,26 @@ class OpenRun:
         self._params |= {key: param_text(key, value) for key, value in fresh.items()}
         self._description = record.description or self._description
 
+    def pin(self, key: str, text: str, what: str) -> None:
+        """Set a tag that must be the same whenever the run is resumed.
+
+        Args:
+            key: Of the tag.
+            text: Its text.
+            what: What it stands for, in a message.
+
+        Raises:
+            MechdiffError: The run has it with another text.
+        """
+        there = self._run.data.tags.get(key, text)
+        if there != text:
+            raise MechdiffError(
+                f"Run {self.run_id} was begun with {key} {there} and now it is {text}: {what} has changed "
+                "since, so begin anew instead of resuming."
+            )
+        with self._store.errors():
+            self._store.client.set_tag(self.run_id, key, text)
+
     def log(self, record: RunRecord, *, under: str | None = None) -> str:
         """Write one finished run below this one, or below `under`, one of its children; the new run's id.
 

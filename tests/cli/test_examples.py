@@ -15,6 +15,7 @@ from cli.test_run import runs_of
 
 from mechdiff_mlflow.cli import cli
 
+PAIRLESS = ("promote", "fetch", "maps", "doctor", "compare", "runs", "resume", "server-check")
 PLACE = {"26": "3", "24": "2", "L26": "L3", "L24": "L2", "cultural-demo": "toy", "1,8,32,full": "1,8,full"}
 
 
@@ -78,10 +79,6 @@ def test_every_example_runs(name: str, toy: Path, mechdiff: Invoke, client: mlfl
         words = [str(toy.parent / "twin.yaml") if word == "cognitive-demo" else word for word in words]
         if name == "promote":
             words[1] = runs_of(client)["fit"][0].info.run_id
-        pair = (
-            []
-            if "--pair" in words
-            or name.split()[0] in ("promote", "fetch", "maps", "doctor", "compare", "runs", "server-check")
-            else ["--pair", str(toy)]
-        )
+        pairless = name.split()[0] in PAIRLESS or "--pair" in words
+        pair = [] if pairless else ["--pair", str(toy)]
         mechdiff(*words, *pair)

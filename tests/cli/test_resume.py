@@ -1,0 +1,102 @@
+"""What a killed command left is finished by `mechdiff resume`, and shown by `mechdiff runs --stuck`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli.conftest import Invoke
+from cli.test_run import runs_of
+from mlflow import MlflowClient
+
+from mechdiff_mlflow.tracking.recovery import RESUME_TAG
+from mechdiff_mlflow.tracking.runs import OpenRun
+
+SWEEP = ("--sites", "L3/attn_out:1", "--ranks", "1,2,full", "--targets", "30")
+
+
+class Crash(BaseException):
+    """Stands for SIGKILL."""
+
+
+def crash_in(mechdiff: Invoke, command: str, toy: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """Run a command that dies after its first run below the parent, leaving all as it is then."""
+    log = OpenRun._log
+    done: list[str] = []
+
+    def log_one(self: OpenRun, *arguments: object) -> str:
+        if done:
+            raise Crash
+        done.append(log(self, *arguments))  # type: ignore[arg-type]
+        return done[0]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OpenRun, "_log", log_one)
+        patched.setattr(OpenRun, "_finish", lambda self, *_: None)
+        with pytest.raises(Crash):
+            mechdiff(command, "--pair", str(toy), *words)
+
+
+def test_a_killed_sweep_is_resumed(
+    mechdiff: Invoke, client: MlflowClient, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash_in(mechdiff, "sweep", toy, monkeypatch, *SWEEP)
+    left = runs_of(client)
+    assert [run.info.status for run in left["sweep"]] == ["RUNNING"]
+    assert len(left["patch"]) == 1
+    (parent,) = left["sweep"]
+    assert "dead" in mechdiff("runs", "--stuck").output
+    shown = " ".join(mechdiff("resume").output.split())
+    assert f"Resuming sweep of 3 cells (run {parent.info.run_id})" in shown
+    assert "min k for 30 %" in shown
+    found = runs_of(client)
+    assert {run.info.status for runs in found.values() for run in runs} == {"FINISHED"}
+    assert (len(found["sweep"]), len(found["patch"])) == (1, 3)
+    assert left["patch"][0].info.run_id in {run.info.run_id for run in found["patch"]}
+    assert "No run is stuck" in mechdiff("runs", "--stuck").output
+    assert "there is nothing to resume" in mechdiff("resume").output
+    assert "is finished; there is nothing to resume" in mechdiff("resume", parent.info.run_id).output
+
+
+def test_a_lone_fit_is_resumed_in_its_own_run(
+    mechdiff: Invoke, client: MlflowClient, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(OpenRun, "_finish", lambda self, *_: None)
+        patched.setattr(OpenRun, "pin", _crash)
+        with pytest.raises(Crash):
+            mechdiff("fit", "--pair", str(toy), "--layer", "3")
+    (left,) = runs_of(client)["fit"]
+    mechdiff("resume", left.info.run_id, "--", "--batch-size", "8")
+    (fit,) = runs_of(client)["fit"]
+    assert (fit.info.run_id, fit.info.status) == (left.info.run_id, "FINISHED")
+    assert fit.data.params["layer"] == "3"
+
+
+def _crash(*_: object) -> None:
+    raise Crash
+
+
+def test_what_cannot_be_resumed_says_why(
+    mechdiff: Invoke, client: MlflowClient, toy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    crash_in(mechdiff, "sweep", toy, monkeypatch, *SWEEP)
+    (parent,) = runs_of(client)["sweep"]
+    run_id = parent.info.run_id
+    fields = json.loads(parent.data.tags[RESUME_TAG])
+
+    def refused(**changes: object) -> str:
+        client.set_tag(run_id, RESUME_TAG, json.dumps({**fields, **changes}))
+        return " ".join(mechdiff("resume", run_id, code=1).output.split())
+
+    assert "was begun with mechdiff 0.0.1 and this is" in refused(code="0.0.1")
+    assert "asks for `export`, which is not resumed" in refused(argv=["export", "--out", "/etc/x"])
+    assert "go there (on that machine) and resume" in refused(folder=str(tmp_path / "gone"))
+    assert "does not say which command it is of" in refused(argv="sweep")
+    (child,) = runs_of(client)["patch"]
+    shown = " ".join(mechdiff("resume", child.info.run_id, code=1).output.split())
+    assert f"resume its parent {run_id}" in shown
+    assert "--repair and --id are for stuck runs" in mechdiff("runs", "--repair", code=1).output
+    assert "are KILLED now" in mechdiff("runs", "--stuck", "--repair").output
+    assert [run.info.status for run in runs_of(client)["sweep"]] == ["KILLED"]

@@ -1,0 +1,330 @@
+"""A tree of runs that several processes may have begun is there once, whole, and written by one at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import requests
+from mlflow.entities import Run, ViewType
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking import lease as leases
+from mechdiff_mlflow.tracking.keys import ARTIFACTS_TAG, KEY_TAG, key_of
+from mechdiff_mlflow.tracking.lease import LEASE_TAG, Lease, LeaseLost, holder_in, is_alive, taken_over
+from mechdiff_mlflow.tracking.locks import lock_file
+from mechdiff_mlflow.tracking.records import RunRecord
+from mechdiff_mlflow.tracking.recovery import end_stuck, run_to_resume, stuck_runs
+from mechdiff_mlflow.tracking.results import tables_of
+from mechdiff_mlflow.tracking.runs import OpenRun, Tracker
+from mechdiff_mlflow.tracking.store import Store
+
+from .conftest import flip_byte, make_map
+
+
+class Crash(BaseException):
+    """Stands for SIGKILL: nothing is tidied up."""
+
+
+def cell(k: int, **contents: Any) -> RunRecord:
+    contents = {"metrics": {"drop_pct": 10.0 * k, "time/score_s": time.monotonic()}, **contents}
+    table = pd.DataFrame({"kl": [1.0, float(k)]})
+    return RunRecord(
+        kind="patch",
+        name=f"k={k}",
+        params={"k": k},
+        map=make_map(k),
+        tables={"per_prompt.json": table},
+        **contents,
+    )
+
+
+def active(store: Store) -> list[Run]:
+    experiment = store.client.get_experiment_by_name("demo")
+    return list(store.client.search_runs([experiment.experiment_id], "", ViewType.ACTIVE_ONLY))
+
+
+def statuses(store: Store) -> dict[str, str]:
+    return {run.info.run_name: run.info.status for run in active(store)}
+
+
+@pytest.fixture
+def crash(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Runs a command's body and leaves everything as a killed process would."""
+    with ExitStack() as stack:
+
+        def body(tracker: Tracker, then: Any) -> str:
+            with monkeypatch.context() as patched:
+                patched.setattr(OpenRun, "end", lambda self, error: None)
+                patched.setattr(OpenRun, "_finish", lambda self, *_: None)
+                with pytest.raises(Crash), tracker.run("sweep", "ranks") as run:  # noqa: PT012
+                    then(run)
+                    raise Crash
+            return run.run_id
+
+        yield body
+        stack.close()
+
+
+def test_a_resumed_tree_is_that_of_an_undisturbed_run(
+    store: Store, tracker: Tracker, crash: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(run: OpenRun) -> None:
+        run.log(cell(1))
+        with monkeypatch.context() as patched:  # dies between the files and the numbers
+            patched.setattr(store.client, "log_batch", _raise)
+            run.log(cell(2))
+
+    run_id = crash(tracker, half)
+    assert statuses(store) == {"ranks": "RUNNING", "k=1": "FINISHED", "k=2": "RUNNING"}
+    before = {run.info.run_name: run for run in active(store)}
+    with Tracker(store, "demo", resume=run_id).run("sweep", "ranks") as run:
+        ids = run.log_all(cell(k) for k in (1, 2, 3))
+    assert statuses(store) == dict.fromkeys(("ranks", "k=1", "k=2", "k=3"), "FINISHED")
+    after = {run.info.run_name: run for run in active(store)}
+    assert [after[f"k={k}"].info.run_id for k in (1, 2, 3)] == ids
+    assert [before[f"k={k}"].info.run_id for k in (1, 2)] == ids[:2]
+    with Tracker(store, "other").run("sweep", "ranks") as undisturbed:
+        for k in (1, 2, 3):
+            undisturbed.log(cell(k))
+    for run in store.client.search_runs([store.experiment("other")]):
+        same = after[run.info.run_name]
+        assert same.data.tags.get(ARTIFACTS_TAG) == run.data.tags.get(ARTIFACTS_TAG)
+        assert same.data.metrics.keys() == run.data.metrics.keys()
+        for key in same.data.metrics:
+            assert len(store.client.get_metric_history(same.info.run_id, key)) == 1, key
+    assert len(after["k=2"].outputs.model_outputs) == 1
+
+
+def _raise(*_: Any, **__: Any) -> None:
+    raise Crash
+
+
+def test_other_numbers_than_a_run_holds_are_refused(store: Store, tracker: Tracker, crash: Any) -> None:
+    run_id = crash(tracker, lambda run: run.log(cell(1)))
+    again = Tracker(store, "demo", resume=run_id)
+    words = r"holds drop_pct = 10 and the same was now computed as 11; something changed"
+    with pytest.raises(MechdiffError, match=words), again.run("sweep", "ranks") as run:
+        run.log(cell(1, metrics={"drop_pct": 11.0}))
+    assert statuses(store)["k=1"] == "FINISHED"
+
+
+def test_what_is_pinned_cannot_change(store: Store, tracker: Tracker, crash: Any) -> None:
+    run_id = crash(tracker, lambda run: run.pin("pair_fingerprint", "f1", "the pair"))
+    with (
+        pytest.raises(MechdiffError, match=r"begun with pair_fingerprint f1 and now it is f2: the pair has"),
+        Tracker(store, "demo", resume=run_id).run("sweep", "ranks") as run,
+    ):
+        run.pin("pair_fingerprint", "f2", "the pair")
+
+
+def test_a_lost_answer_makes_no_second_run(
+    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, lost = store.client._client.create_run, []
+
+    def create_and_lose(*args: Any, **kwargs: Any) -> Run:
+        made = create(*args, **kwargs)
+        if len(lost) < 5 and not (lost and lost[-1] == args[3]):
+            lost.append(args[3])
+            raise requests.ConnectionError("reset after the commit")
+        return made
+
+    monkeypatch.setattr(store.client._client, "create_run", create_and_lose)
+    with tracker.run("sweep", "ranks") as run:
+        run.log_all(cell(k) for k in range(1, 4))
+    assert lost == ["ranks", "k=1", "k=2", "k=3"]
+    assert statuses(store) == dict.fromkeys(("ranks", "k=1", "k=2", "k=3"), "FINISHED")
+    assert len(active(store)) == 4
+
+
+def test_a_request_that_arrives_late_leaves_no_ghost(
+    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request was not there yet when it was looked up, and came through later."""
+    create, late = store.client._client.create_run, []
+
+    def slow(experiment: str, started: int, tags: dict[str, str], name: str) -> Run:
+        if name == "k=1" and not late:
+            late.append((experiment, started, tags, name))
+            raise requests.ReadTimeout("no answer")
+        made = create(experiment, started, tags, name)
+        if name == "k=1":
+            create(*late[0])
+        return made
+
+    monkeypatch.setattr(store.client._client, "create_run", slow)
+    with tracker.run("sweep", "ranks") as run:
+        kept = run.log(cell(1))
+    assert [(run.info.run_id, run.info.status) for run in active(store) if run.info.run_name == "k=1"] == [
+        (kept, "FINISHED")
+    ]
+
+
+def test_a_live_owner_is_not_disturbed_and_a_dead_one_is_replaced(
+    store: Store, tracker: Tracker, crash: Any
+) -> None:
+    with tracker.run("sweep", "ranks") as run:
+        other = Tracker(store, "demo", resume=run.run_id)
+        words = rf"Run {run.run_id} is being written by process \d+ on"
+        with pytest.raises(MechdiffError, match=words), other.run("sweep", "ranks"):
+            pytest.fail("both wrote")
+        assert is_alive(store, store.client.get_run(run.run_id)) is True
+        assert stuck_runs(store) == []
+        assert run_to_resume(store, None) is None
+    assert statuses(store) == {"ranks": "FINISHED"}
+    assert not list(Path(f"{store.sqlite_path}.running").glob("*"))
+    dead = crash(tracker, lambda run: run.log(cell(1)))
+    assert is_alive(store, store.client.get_run(dead)) is False
+
+
+def test_of_two_resumers_one_goes_on(store: Store, tracker: Tracker, crash: Any) -> None:
+    run = store.client.get_run(crash(tracker, lambda run: None))
+    inside, refused = [], []
+
+    def resume() -> None:
+        try:
+            with taken_over(store, run) as lease:
+                inside.append(lease.holder.epoch)
+                time.sleep(0.5)
+        except MechdiffError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=resume) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert inside == [2]
+    assert len(refused) == 3
+    assert all("is being written by" in text for text in refused)
+
+
+def test_a_process_that_was_taken_for_dead_writes_nothing_more(
+    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(leases, "now_s", lambda: clock[0])
+    words = "was taken over by process 7 on elsewhere"
+    with pytest.raises(LeaseLost, match=words), tracker.run("run", "r") as run:  # noqa: PT012
+        run.log(cell(1))
+        mine = holder_in(store.client.get_run(run.run_id).data.tags)
+        assert mine is not None
+        theirs = replace(mine, epoch=2, token="t", host="elsewhere", pid=7)
+        ((key, text),) = theirs.tag.items()
+        store.client.set_tag(run.run_id, key, text)
+        clock[0] += leases.LEASE_S  # as after SIGSTOP, or a laptop's sleep
+        run.log(cell(2))
+    assert "k=2" not in statuses(store)
+
+
+def test_owners_of_other_machines_are_watched(
+    store: Store, tracker: Tracker, crash: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_S", 1.0)
+    monkeypatch.setattr(leases, "_POLL_S", 0.1)
+    run_id = crash(tracker, lambda run: None)
+    mine = holder_in(store.client.get_run(run_id).data.tags)
+    assert mine is not None
+    far = replace(mine, machine="f" * 32, host="far")
+    store.client.set_tag(run_id, *next(iter(far.tag.items())))
+    run = store.client.get_run(run_id)
+    assert is_alive(store, run) is None
+    done = threading.Event()
+
+    def beat() -> None:
+        holder = far
+        while not done.wait(0.2):
+            holder = replace(holder, beat=holder.beat + 1)
+            store.client.set_tag(run_id, *next(iter(holder.tag.items())))
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    with pytest.raises(MechdiffError, match="is being written by process"), taken_over(store, run):
+        pytest.fail("both wrote")
+    done.set()
+    beating.join()
+    with taken_over(store, store.client.get_run(run_id)) as lease:
+        assert lease.holder.epoch == 2
+
+
+def test_stuck_runs_are_found_and_ended(store: Store, tracker: Tracker, crash: Any) -> None:
+    run_id = crash(tracker, lambda run: run.log(cell(1)))
+    plain = store.client.create_run(store.experiment("demo"), run_name="made by mlflow run").info.run_id
+    found = {one.run_id: one for one in stuck_runs(store)}
+    assert {key: one.is_dead for key, one in found.items()} == {run_id: True, plain: False}
+    end_stuck(store, [found[run_id]])
+    ended = store.client.get_run(run_id)
+    assert ended.info.status == "KILLED"
+    assert ended.data.tags["mechdiff.failure"].startswith("The process that wrote this run died (process ")
+    assert [one.run_id for one in stuck_runs(store)] == [plain]
+
+
+def test_a_lease_beats_while_it_is_kept(
+    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_S", 0.2)
+    with tracker.run("run", "r") as run:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            holder = holder_in(store.client.get_run(run.run_id).data.tags)
+            if holder is not None and holder.beat >= 2:
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("no beat")
+
+
+def test_a_damaged_table_is_noticed(store: Store, tracker: Tracker) -> None:
+    with tracker.run("run", "r") as run:
+        child = run.log(cell(1))
+    assert tables_of(store, [child], "per_prompt.json")[child]["kl"].tolist() == [1.0, 1.0]
+    path = Path(store.client.get_run(child).info.artifact_uri.removeprefix("file://"), "per_prompt.json")
+    flip_byte(path, -4)
+    with pytest.raises(MechdiffError, match=rf"per_prompt\.json of run {child} is not what was logged"):
+        tables_of(store, [child], "per_prompt.json")
+
+
+def test_a_store_that_keeps_other_bytes_fails_the_run(
+    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = store.client._client.log_artifacts
+
+    def and_damage(run_id: str, folder: str) -> None:
+        upload(run_id, folder)
+        flip_byte(
+            Path(store.client.get_run(run_id).info.artifact_uri.removeprefix("file://"), "per_prompt.json"),
+            -4,
+        )
+
+    monkeypatch.setattr(store.client._client, "log_artifacts", and_damage)
+    with (
+        pytest.raises(MechdiffError, match=r"does not hold per_prompt\.json"),
+        tracker.run("run", "r") as run,
+    ):
+        run.log(cell(1))
+    assert statuses(store) == {"r": "FAILED", "k=1": "FAILED"}
+
+
+def test_keys_tell_settings_apart_and_not_results() -> None:
+    key = key_of(cell(1), "0.1.0")
+    assert key_of(cell(1, metrics={"drop_pct": 3.0}), "0.1.0") == key
+    assert len({key, key_of(cell(2), "0.1.0"), key_of(cell(1), "0.1.1")}) == 3
+    other_pair = cell(1, tags={"pair_fingerprint": "f2"})
+    assert key_of(other_pair, "0.1.0") != key
+
+
+def test_every_child_has_its_key_and_the_parent_its_lease(store: Store, tracker: Tracker) -> None:
+    with tracker.run("run", "r") as run:
+        child = run.log(cell(1))
+    assert len(store.client.get_run(child).data.tags[KEY_TAG]) == 32
+    assert f"{LEASE_TAG}1" in store.client.get_run(run.run_id).data.tags
+    assert Lease(store).holder.machine == ""
+    assert not lock_file(store.uri, "promotion").exists()
