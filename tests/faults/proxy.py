@@ -42,7 +42,7 @@ class Rule:
 
     Args:
         fault: What happens.
-        method: Of the requests; empty for any.
+        method: Of the requests, several separated by `|`; empty for any.
         path: Regular expression searched for in path and query; empty for any.
         nth: Which of the requests that match, counted from 1; None for all.
         first_of_each: Only the first request of each method, path and body: what is sent again passes.
@@ -108,7 +108,7 @@ class FaultProxy:
             self.seen.append(seen)
 
     def _strikes(self, rule: Rule, method: str, path: str, body: bytes) -> bool:
-        if rule.method not in ("", method) or re.search(rule.path, path) is None:
+        if (rule.method and method not in rule.method.split("|")) or re.search(rule.path, path) is None:
             return False
         self._matched[rule] += 1
         if rule.nth is not None and self._matched[rule] not in rule.nth:
