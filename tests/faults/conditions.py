@@ -41,13 +41,13 @@ def no_override() -> None:
 
 
 def little_memory() -> None:
-    """A block of a model that is given more than 40 tokens finds no memory for them."""
-    _memory(40)
+    """A block of a model that is given more than 100 tokens finds no memory for them."""
+    _memory(100)
 
 
 def no_memory() -> None:
     """No block of a model finds memory for as much as one prompt, once the checks before a run are over."""
-    _memory(1, after=400)
+    _memory(1, after=200)
 
 
 def clock_ahead() -> None:
