@@ -3,10 +3,11 @@
     python -m benchmarks.gpu --out benchmarks/results/gpu.md
 
 Base and tuned are Llamas of the 8B shape with random weights in bfloat16. In one run: the ceilings (matrix
-products of random numbers, copies), capture of both models, one site with 48 variants, the atlas of every
-layer and three hooks with 4 variants each, fits of all its sites, all of it end to end, naive hooks on a
-sample, and how cost grows with prompts, variants, layers and vocabulary. Times are medians of wall time
-between synchronised clocks, after a warm-up.
+products of random numbers, copies), capture of both models, with the tuned one's clean run kept and without,
+one site with 48 variants, the atlas of every layer and three hooks with 4 variants each, of what was captured
+and from nothing, fits of all its sites, all of it end to end, naive hooks on a sample, and how cost grows
+with prompts, variants, layers and vocabulary. Times are medians of wall time between synchronised clocks,
+after a warm-up.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mechdiff_mlflow.engine import PatchEngine, VariantGroup
+from mechdiff_mlflow.engine import PatchEngine, Recorded, VariantGroup
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.prompts import TokenizedPrompts
 from mechdiff_mlflow.sites import Hook, Site
@@ -65,7 +67,7 @@ class Shape:
         """Weights of one block's MLP."""
         return 3 * self.width * self.mlp_width
 
-    def model(self, seed: int) -> Any:
+    def model(self, seed: int, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> Any:
         """One with random weights."""
         torch.manual_seed(seed)
         config = transformers.LlamaConfig(
@@ -78,8 +80,8 @@ class Shape:
             max_position_embeddings=4096,
             rope_theta=500000.0,
         )
-        with torch.device("cuda"):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        with torch.device(device):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
         return model.eval().requires_grad_(False)
 
     def clean_flops(self, n_prompts: int, n_tokens: int) -> float:
@@ -226,15 +228,25 @@ def main_tables(args: argparse.Namespace, report: Report) -> None:
     atlas_flops = clean_flops + n * PER_SITE * sum(map(shape.variant_flops, sites))
     site_flops = clean_flops + n * 48 * shape.variant_flops(late)
 
-    def capture() -> list[dict[Site, Tensor]]:
+    def capture() -> list[Mapping[Site, Tensor]]:
         return [engine.capture(prompts, sites, device="cuda") for engine in engines]
 
-    def end_to_end() -> None:
-        x, y = capture()
+    def capture_kept() -> tuple[Mapping[Site, Tensor], Recorded]:
+        base = engines[0].capture(prompts, sites, device="cuda")
+        return base, kept(tuned, prompts, sites)
+
+    def maps_of(x: Mapping[Site, Tensor], y: Mapping[Site, Tensor]) -> list[VariantGroup]:
         torch.cuda.synchronize()  # the fits have streams of their own
         with ThreadPoolExecutor(FITTERS) as pool:
             maps = list(pool.map(lambda site: fits(x[site], y[site]), sites))
-        tuned.score(prompts, [mapped(site, m, x[site]) for site, m in zip(sites, maps, strict=True)])
+        return [mapped(site, m, x[site]) for site, m in zip(sites, maps, strict=True)]
+
+    def end_to_end() -> None:
+        x, recorded = capture_kept()
+        tuned.score(recorded, maps_of(x, recorded.activations))
+
+    def end_to_end_from_nothing() -> None:
+        tuned.score(prompts, maps_of(*capture()))
 
     report.say()
     report.say(
@@ -242,49 +254,67 @@ def main_tables(args: argparse.Namespace, report: Report) -> None:
         f"prompt. The atlas has {PER_SITE} variants at {len(sites)} sites. Path {tuned.mode!r}. MFU is the "
         "matrix products' FLOP over time and the best rate above."
     )
-    report.table(
-        "task, clean passes included", "seconds", "peak GiB", "MFU, %", "seconds without our kernels"
-    )
+    report.table("task", "seconds", "peak GiB", "MFU, %", "seconds without our kernels")
 
     def line(
         name: str,
         work: Callable[[], object],
         flops: float | None,
         slow: Callable[[], object] | None = None,
-        less: float = 0.0,
-    ) -> float:
+    ) -> tuple[float, float]:
         with peak() as gib:
-            time_s = seconds(work, args.rounds) - less
+            time_s = seconds(work, args.rounds)
             held = gib()
+        unfused = seconds(slow, args.rounds) if slow and not args.quick else ""
+        row(name, time_s, held, flops, unfused)
+        return time_s, held
+
+    def row(name: str, time_s: float, gib: float, flops: float | None, unfused: float | str = "") -> None:
         mfu = f"{100 * flops / time_s / ceiling:.0f}" if flops else ""
-        unfused = seconds(slow, args.rounds) - less if slow and not args.quick else ""
-        report.row(name, time_s, held, mfu, unfused)
-        return time_s
+        report.row(name, time_s, gib, mfu, unfused)
+
+    def atlas(some: TokenizedPrompts, slow: PatchEngine | None) -> float:
+        """Of what was captured; from nothing; of that its clean pass and the rest. Seconds from nothing."""
+        n = len(some)
+        clean, every = (flops * n / len(prompts) for flops in (clean_flops, atlas_flops))
+        line(
+            f"atlas of what was captured, {n} prompts",
+            partial(tuned.score, kept(tuned, some, sites), atlas_groups),
+            every - clean,
+        )
+        total_s, gib = line(
+            f"atlas from nothing, clean pass included, {n} prompts",
+            partial(tuned.score, some, atlas_groups),
+            every,
+            None if slow is None else partial(slow.score, some, atlas_groups),
+        )
+        clean_s, _ = line(
+            f"of it the clean pass, {n} prompts", partial(tuned.capture, some, [], device="cuda"), clean
+        )
+        row(f"of it the rest, {n} prompts", total_s - clean_s, gib, every - clean)
+        return total_s
 
     line(
         f"capture both models, {n} prompts, {len(sites)} sites", capture, 2 * clean_flops,
         lambda: [plain.capture(prompts, sites, device="cuda") for _ in engines],
     )  # fmt: skip
     line(
+        f"capture of both models, tuned kept, {n} prompts, {len(sites)} sites", capture_kept, 2 * clean_flops
+    )
+    line(
         f"{late} × 48 variants, {n} prompts", lambda: tuned.score(prompts, [noisy(late, 48)]), site_flops,
         lambda: plain.score(prompts, [noisy(late, 48)]),
     )  # fmt: skip
-    atlas_s = atlas_lines(line, tuned, plain, prompts, atlas_groups, clean_flops, atlas_flops)
+    atlas_s = atlas(prompts, plain)
     if args.profile:
         profile(lambda: tuned.score(prompts, atlas_groups), "atlas")
         profile(capture, "capture")
     if args.quick:
         return
-    share = 500 / n
-    atlas_lines(
-        line, tuned, None, prompts_of(500, tokens, shape.vocabulary), atlas_groups, share * clean_flops,
-        share * atlas_flops,
-    )  # fmt: skip
-    line(
-        f"capture + {len(sites)} fits ({', '.join(SOLVERS)}; {len(RANKS)} ranks; {FITTERS} threads) + atlas, "
-        f"{n} prompts",
-        end_to_end, None,
-    )  # fmt: skip
+    atlas(prompts_of(500, tokens, shape.vocabulary), None)
+    what = f"{len(sites)} fits ({', '.join(SOLVERS)}; {len(RANKS)} ranks; {FITTERS} threads)"
+    line(f"capture, tuned kept + {what} + atlas of what was captured, {n} prompts", end_to_end, None)
+    line(f"capture + {what} + atlas, {n} prompts", end_to_end_from_nothing, None)
     naive = naive_seconds(tuned, prompts, late, args.rounds)
     n_variants = PER_SITE * len(sites)
     report.say()
@@ -296,27 +326,15 @@ def main_tables(args: argparse.Namespace, report: Report) -> None:
     scaling(tuned, shape, args, report)
 
 
-def atlas_lines(
-    line: Callable[..., float],
-    engine: PatchEngine,
-    plain: PatchEngine | None,
-    prompts: TokenizedPrompts,
-    groups: Sequence[VariantGroup],
-    clean_flops: float,
-    all_flops: float,
-) -> float:
-    """The atlas, the clean pass in it, and the rest of it; gives the seconds of the whole."""
-    n = len(prompts)
-    slow = None if plain is None else lambda: plain.score(prompts, groups)
-    total = line(f"atlas, {n} prompts", lambda: engine.score(prompts, groups), all_flops, slow)
-    clean = line(
-        f"of it the clean pass, {n} prompts", lambda: engine.capture(prompts, [], device="cuda"), clean_flops
-    )
-    line(
-        f"of it all variants, {n} prompts", lambda: engine.score(prompts, groups), all_flops - clean_flops,
-        less=clean,
-    )  # fmt: skip
-    return total
+def kept(engine: PatchEngine, prompts: TokenizedPrompts, sites: Sequence[Site]) -> Recorded:
+    """Recorded prompts, all of which can be patched without another clean run."""
+    recorded = engine.record(prompts, sites, device="cuda")
+    if recorded.n_kept < len(prompts):
+        sys.exit(
+            f"Error: {recorded.n_kept} of {len(prompts)} clean runs fit beside the models; use a GPU with "
+            "more memory."
+        )
+    return recorded
 
 
 def naive_seconds(engine: PatchEngine, prompts: TokenizedPrompts, site: Site, rounds: int) -> float:

@@ -25,10 +25,11 @@ from mechdiff_mlflow.checkpoints import (
     module_names,
     quiet_transformers,
 )
-from mechdiff_mlflow.engine import MemoryBudget, ModuleNames, PatchEngine
+from mechdiff_mlflow.engine import MemoryBudget, ModuleNames, PatchEngine, Shelf
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts, tokenize
+from mechdiff_mlflow.recordings import Recordings
 from mechdiff_mlflow.residence import Residence
 from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import SPLITS, PairSpec, Position
@@ -142,6 +143,7 @@ class Pair:
         tuned: The tuned side.
         prompts: The splits that the spec names; disjoint.
         device: Where the models are.
+        recordings: What was recorded of the models so far.
     """
 
     spec: PairSpec
@@ -149,8 +151,8 @@ class Pair:
     tuned: Side
     prompts: Mapping[str, PromptSet]
     device: str
+    recordings: Recordings = field(default_factory=Recordings)
     _tokens: dict[tuple[str, str, Position], TokenizedPrompts] = field(default_factory=dict)
-    _recorded: dict[tuple[str, Position], Mapping[Site, Tensor]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -206,14 +208,16 @@ class Pair:
 
         So that a model of which one is held at a time need not be loaded again for every question.
         """
-        key = (prompts.digest, position)
-        if key not in self._recorded:
+        key = ("base", prompts.digest, position)
+        found = self.recordings.everything(key)
+        if found is None:
             tokens = self.tokens("base", prompts, position)
             with self.base.engine() as engine:
                 sites = [Site(layer, hook) for layer in range(engine.n_layers) for hook in Hook]
                 has = engine.forward.decoder.has
-                self._recorded[key] = engine.capture(tokens, [site for site in sites if has(site)])
-        return self._recorded[key]
+                captured = engine.capture(tokens, [site for site in sites if has(site)])
+            found = self.recordings.add(key, captured)
+        return found
 
     def check_same_tokens(self, prompts: PromptSet, position: Position) -> None:
         """Make sure that both sides read the same where their tokenizers are the same.
@@ -371,6 +375,7 @@ def _memory_of(device: str) -> int:
 
 def _engine_maker(spec: PairSpec, bounds: EngineOptions) -> Callable[[nn.Module], PatchEngine]:
     budget = None if bounds.memory_budget is None else MemoryBudget(bounds.memory_budget)
+    shelf = Shelf(budget)
 
     def make_engine(model: nn.Module) -> PatchEngine:
         # A GPU is kept busy by larger matrices; where memory runs out, the engine takes less.
@@ -382,6 +387,7 @@ def _engine_maker(spec: PairSpec, bounds: EngineOptions) -> Callable[[nn.Module]
             max_rows=bounds.max_rows or 8192 * times,
             head_rows=bounds.head_rows or 2048 * times,
             budget=budget,
+            shelf=shelf,
         )
 
     return make_engine

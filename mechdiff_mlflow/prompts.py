@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.positions import Position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,7 @@ class Residence:
     """Holds models and their engines by name.
 
     Args:
-        one_at_a_time: Free the model in memory before another is loaded.
+        one_at_a_time: Free the model in memory, with all clean runs of it, before another is loaded.
     """
 
     def __init__(self, *, one_at_a_time: bool) -> None:
@@ -30,9 +30,7 @@ class Residence:
         if name not in self._models:
             if self.one_at_a_time and self._models:
                 assert not self._busy, f"{name} is asked for while {self._busy} is at work"
-                self._engines.clear()
-                self._models.clear()
-                release_memory()
+                self._free()
             self._models[name] = load()
         return self._models[name]
 
@@ -50,3 +48,9 @@ class Residence:
             yield weakref.proxy(engine) if self.one_at_a_time else engine
         finally:
             self._busy.pop()
+
+    def _free(self) -> None:
+        while self._engines:  # none may be left in a variable, which would keep its model
+            self._engines.popitem()[1].give_up()
+        self._models.clear()
+        release_memory()

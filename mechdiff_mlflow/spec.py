@@ -13,10 +13,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from mechdiff_mlflow import untrusted
-from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.modelfiles import check_folder
 from mechdiff_mlflow.planted import Plant
+from mechdiff_mlflow.positions import Position as Position
 from mechdiff_mlflow.sites import Site
 
 SPLITS = ("train", "val", "test")
@@ -25,17 +25,6 @@ PLANTED = "planted:"
 
 ALPHA_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
 """What `alpha=auto` chooses from, on val."""
-
-
-class Position(Choice):
-    """Which token or mean of tokens is read and replaced; KL is always read at the last token."""
-
-    DECISION = "decision"
-    """The last token of the templated prompt, whose next token is the first of the answer (K=1)."""
-    LAST_CONTENT = "last_content"
-    """The last non-special token of the user's text."""
-    CONTENT_MEAN = "content_mean"
-    """All tokens of the user's text: their mean is read, and all are moved by the same vector."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,20 @@
 import re
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import mlflow
+import pandas as pd
 import pytest
+import torch
 
-from benchmarks import fits
+from benchmarks import fits, sweep_8b, tracking_cost
+from benchmarks.tracking_cost import FLUENT, OURS, WAYS, Sweep, check
+from mechdiff_mlflow.maps import AffineMap, Weight
 from mechdiff_mlflow.solvers import SOLVERS
+from mechdiff_mlflow.tracking.records import PromptSet, RunRecord
+from mechdiff_mlflow.tracking.store import open_store
 
 
 def test_fits_compares_every_ranked_solver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +35,68 @@ def test_fits_refuses_unknown_solvers(
     with pytest.raises(SystemExit):
         fits.main()
     assert "unknown solvers svd; use procrustes_scaled" in capsys.readouterr().err
+
+
+@pytest.fixture
+def _no_active_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `mlflow.set_experiment` remembers is forgotten."""
+    monkeypatch.setattr(mlflow.tracking.fluent, "_active_experiment_id", None)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "")
+    yield
+    mlflow.set_tracking_uri(None)
+
+
+def _small_sweep() -> Sweep:
+    zero = torch.zeros(4, dtype=torch.float64)
+    cell = RunRecord(
+        kind="patch",
+        name="cell",
+        params={"layer": 3, "alpha": 0.5, "aligned": True},
+        metrics={"KL_raw": 2.0, "drop_pct": 30.0},
+        tags={"null": "zero"},
+        datasets=(PromptSet("toy-test", "test", "d1", 2, "test.jsonl"),),
+        tables={"per_prompt.json": pd.DataFrame({"prompt": ["a", "b"], "KL_raw": [1.0, 3.0]})},
+        texts={"spec.yaml": "name: toy\n"},
+        map=AffineMap(zero, zero, Weight.scaled_identity(4)),
+    )
+    headline = RunRecord(kind="sweep", name="sweep", stepped_metrics={"drop_pct/L3": {1: 20.0, 4: 30.0}})
+    return Sweep([replace(cell, name=f"cell {i}") for i in range(2)], headline)
+
+
+@pytest.mark.usefixtures("_no_active_store")
+def test_the_ways_of_tracking_store_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = open_store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    sweep = _small_sweep()
+    for way, log in WAYS.items():
+        timing = log(sweep, store, way)
+        assert timing.sweep_s(2) == pytest.approx(2 * timing.cell_s + timing.parent_s)
+        check(sweep, store, way, way)
+    runs = store.client.search_runs([store.experiment(way) for way in WAYS])
+    assert len(runs) == 3 * (2 + 1)
+    with pytest.raises(SystemExit, match="logged 2 runs of 1"):
+        check(replace(sweep, cells=sweep.cells[:1]), store, FLUENT, FLUENT)
+    other = replace(sweep.cells[0], metrics={"KL_raw": 2.5})
+    with pytest.raises(SystemExit, match="run cell 0 is not what was logged"):
+        check(replace(sweep, cells=[other, sweep.cells[1]]), store, OURS, OURS)
+
+
+def test_wide_maps_have_the_ranks_of_the_narrow_ones() -> None:
+    sweep = _small_sweep()
+    cells = [replace(c, map=c.map.with_meta(k="2")) for c in sweep.cells if c.map is not None]
+    wide = tracking_cost.widened(replace(sweep, cells=cells), 64)
+    assert [(cell.map.d_in, cell.map.weight.left.shape[1]) for cell in wide.cells if cell.map] == [
+        (64, 2)
+    ] * 2
+
+
+def test_a_whole_sweep_says_what_tracking_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "report.md"
+    words = "--layers=4 --width=32 --vocabulary=300 --tokens=8 --prompts=24,8,8 --ranks=1 --device=cpu"
+    monkeypatch.setattr(sys, "argv", ["sweep_8b", *words.split(), f"--out={out}"])
+    sweep_8b.main()
+    report = out.read_text(encoding="utf-8")
+    seconds = {name: float(took) for name, took in re.findall(r"^\| ([\w:, ]+) \| ([\d.]+) \|", report, re.M)}
+    tracking = sum(took for name, took in seconds.items() if name.startswith("tracking"))
+    [said] = re.findall(r"\*\*tracking\*\* \| \*\*([\d.]+)", report)
+    assert float(said) == pytest.approx(tracking, abs=0.05)
+    assert "8 cells, all found whole" in report

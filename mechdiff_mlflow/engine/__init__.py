@@ -10,6 +10,7 @@ from mechdiff_mlflow.engine.architecture import ModuleNames
 from mechdiff_mlflow.engine.budget import MemoryBudget
 from mechdiff_mlflow.engine.patch_engine import PatchEngine
 from mechdiff_mlflow.engine.plumbing import PlumbingCheck, check_plumbing
+from mechdiff_mlflow.engine.recorded import Recorded, Shelf
 from mechdiff_mlflow.engine.startup import MODES
 from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
 
@@ -19,7 +20,9 @@ __all__ = [
     "ModuleNames",
     "PatchEngine",
     "PlumbingCheck",
+    "Recorded",
     "ScoreResult",
+    "Shelf",
     "VariantGroup",
     "check_plumbing",
 ]

@@ -42,7 +42,7 @@ class Activations(Mapping[Site, Tensor]):
         self._n_prompts, self._sites, self._device = n_prompts, list(dict.fromkeys(sites)), device
         self._budget = budget
         self._rows: Tensor | None = None  # [N, sites, width]
-        self._under_way = False
+        self._under_way: torch.device | None = None  # the GPU from which copies go on
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._n_files = 0
 
@@ -70,7 +70,7 @@ class Activations(Mapping[Site, Tensor]):
         elif self._rows.is_pinned():
             for i, row in zip(index.tolist(), rows, strict=True):
                 self._rows[i].copy_(row, non_blocking=True)
-            self._under_way = True
+            self._under_way = rows.device
         else:
             self._rows[index.to(self._rows.device)] = rows.to(self._rows.device)
 
@@ -79,9 +79,9 @@ class Activations(Mapping[Site, Tensor]):
         if site not in self._sites:
             raise KeyError(site)
         if self._rows is not None:
-            if self._under_way:
-                torch.cuda.synchronize()
-                self._under_way = False
+            if self._under_way is not None:
+                torch.cuda.synchronize(self._under_way)
+                self._under_way = None
             return self._rows[:, self._sites.index(site)]
         rows = torch.empty(self._n_prompts, self._width, dtype=self._dtype)
         for path in self._files():
@@ -94,6 +94,10 @@ class Activations(Mapping[Site, Tensor]):
 
     def __len__(self) -> int:
         return len(self._sites)
+
+    def of(self, sites: Sequence[Site]) -> Mapping[Site, Tensor]:
+        """Of some sites, on the CPU."""
+        return _Some(self, sites)
 
     def _make_room(self, rows: Tensor) -> None:
         shape = (self._n_prompts, *rows.shape[1:])
@@ -123,6 +127,22 @@ class Activations(Mapping[Site, Tensor]):
         except (OSError, SafetensorError) as error:
             raise _unwritable(error) from error
         self._n_files += 1
+
+
+class _Some(Mapping[Site, Tensor]):
+    def __init__(self, rows: Activations, sites: Sequence[Site]) -> None:
+        self._all, self._sites = rows, sites
+
+    def __getitem__(self, site: Site) -> Tensor:
+        if site not in self._sites:
+            raise KeyError(site)
+        return self._all[site].cpu()
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
 
 
 def _unwritable(error: Exception) -> MechdiffError:

@@ -13,11 +13,11 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 _WORKING_QUARTERS = 3
-"""Of four: what forwards and patched rows may take; the rest is for captured activations."""
+"""Of four: what forwards and patched rows may take; the rest is for what is kept."""
 
 
 class MemoryBudget:
-    """Bytes beside the weights: three quarters to work with, one to keep captured activations in.
+    """Bytes beside the weights: three quarters to work with, one to keep activations and recordings in.
 
     Both models of a pair share one budget: they work in turns, and what is kept is counted together.
 
@@ -34,10 +34,21 @@ class MemoryBudget:
         self.total = total
         self.working = total * _WORKING_QUARTERS // 4
         self._left = total - self.working
+        self._spared = self._left // 2
 
-    def reserve(self, n_bytes: int) -> bool:
-        """Whether so many bytes of activations may be kept; they then count until released."""
-        if n_bytes > self._left:
+    @property
+    def kept(self) -> int:
+        """Bytes that are reserved now."""
+        return self.total - self.working - self._left
+
+    def reserve(self, n_bytes: int, *, sparing: bool = False) -> bool:
+        """Whether so many bytes may be kept; they then count until released.
+
+        Args:
+            n_bytes: How many.
+            sparing: Leave half of all that may be kept to others, to whom it matters more.
+        """
+        if n_bytes > self._left - (self._spared if sparing else 0):
             return False
         self._left -= n_bytes
         return True

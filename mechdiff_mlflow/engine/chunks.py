@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import torch
@@ -45,31 +45,56 @@ class Chunk:
         tokens = self.spanned(hidden)
         return tokens.to(torch.promote_types(tokens.dtype, torch.float32)).mean(1).to(tokens.dtype)
 
+    def part(self, prompts: slice) -> Chunk:
+        """Some of the prompts, padded as they are."""
+        return replace(
+            self,
+            index=self.index[prompts],
+            ids=self.ids[prompts],
+            mask=self.mask[prompts],
+            positions=self.positions[prompts],
+        )
+
     def spanned(self, hidden: Tensor) -> Tensor:
         """The tokens of the span, [n, span, width]."""
         start = hidden.shape[1] - self.suffix
         return hidden[:, start : start + self.span]
 
 
+class Cuts:
+    """Prompts in the order in which chunks take them, short ones first, to be cut anywhere.
+
+    Args:
+        prompts: All prompts.
+        device: Where chunks are put.
+    """
+
+    def __init__(self, prompts: TokenizedPrompts, device: torch.device) -> None:
+        self.prompts, self._device = prompts, device
+        self.order = sorted(range(len(prompts)), key=lambda i: (*_suffix(prompts, i), len(prompts.ids[i])))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def n_tokens(self, start: int) -> int:
+        """Of the prompt at a place in the order."""
+        return len(self.prompts.ids[self.order[start]])
+
+    def take(self, start: int, size: int) -> Chunk:
+        """At most `size` prompts from a place in the order on, that share a suffix length and a span."""
+        rows = self.order[start : start + size]
+        suffix = _suffix(self.prompts, rows[0])
+        alike = list(takewhile(lambda i: _suffix(self.prompts, i) == suffix, rows))
+        return _padded(self.prompts, alike, *suffix, self._device)
+
+
 def in_chunks(prompts: TokenizedPrompts, size: int, device: torch.device) -> Iterator[Chunk]:
     """Chunks of at most `size` prompts that share a suffix length and a span, short prompts first."""
-    order, start = by_length(prompts), 0
-    while start < len(order):
-        chunk = cut(prompts, order[start : start + size], device)
+    cuts, start = Cuts(prompts, device), 0
+    while start < len(cuts):
+        chunk = cuts.take(start, size)
         yield chunk
         start += len(chunk)
-
-
-def by_length(prompts: TokenizedPrompts) -> list[int]:
-    """Indices of the prompts in the order in which chunks take them."""
-    return sorted(range(len(prompts)), key=lambda i: (*_suffix(prompts, i), len(prompts.ids[i])))
-
-
-def cut(prompts: TokenizedPrompts, rows: list[int], device: torch.device) -> Chunk:
-    """The first of some prompts, as many of them as share a suffix length and a span."""
-    suffix = _suffix(prompts, rows[0])
-    alike = list(takewhile(lambda i: _suffix(prompts, i) == suffix, rows))
-    return _padded(prompts, alike, *suffix, device)
 
 
 def _suffix(prompts: TokenizedPrompts, i: int) -> tuple[int, int]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 
-from mechdiff_mlflow.engine.chunks import Chunk, by_length, cut
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.prompts import TokenizedPrompts
+
+T = TypeVar("T", bound=Sized)
+T_co = TypeVar("T_co", bound=Sized, covariant=True)
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says where it raises no `OutOfMemoryError`: on the CPU, and in cuBLAS."""
@@ -68,8 +70,16 @@ class Bounds:
         return Bounds(max(1, n_prompts // 2), *rows)
 
 
-Work = Callable[[Chunk, Bounds], None]
-"""Runs a chunk within bounds; may be called again on the same prompts."""
+class Source(Protocol[T_co]):
+    """Prompts in some order, a few of which are taken at a time; what is taken has a length."""
+
+    def __len__(self) -> int: ...
+
+    def n_tokens(self, start: int) -> int:
+        """Of the prompt at a place in the order."""
+
+    def take(self, start: int, size: int) -> T_co:
+        """At least one and at most `size` prompts from a place in the order on."""
 
 
 class Elastic:
@@ -77,38 +87,39 @@ class Elastic:
 
     Args:
         bounds: What to begin with.
+        give_up: Frees what is held for convenience only, and says how many prompts that was of.
     """
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: Bounds, give_up: Callable[[], int] = int) -> None:
         self.bounds = bounds
+        self._give_up = give_up
 
     def run(
         self,
-        prompts: TokenizedPrompts,
-        device: torch.device,
-        work: Work,
+        source: Source[T],
+        work: Callable[[T, Bounds], None],
         *,
         patched: bool,
         at_most: Bounds | None = None,
     ) -> Iterator[int]:
         """How many prompts each chunk had, once `work` is through with it.
 
-        Where memory runs out, smaller chunks begin again at the same prompt.
+        Where memory runs out, what is kept for convenience goes first; then smaller chunks begin again at the
+        same prompt.
 
         Args:
-            prompts: All prompts.
-            device: Where chunks are put.
-            work: What is done with a chunk.
+            source: All prompts.
+            work: What is done with a chunk within bounds; may be called again on the same prompts.
             patched: Whether `work` runs patched tokens, whose bounds then shrink too.
             at_most: Bounds of this run alone.
 
         Raises:
             MechdiffError: Not even one prompt fits.
         """
-        order, start, before = by_length(prompts), 0, None
-        while start < len(order):
+        start, before = 0, None
+        while start < len(source):
             bounds = self.bounds if at_most is None else self.bounds.within(at_most)
-            chunk = cut(prompts, order[start : start + bounds.batch_size], device)
+            chunk = source.take(start, bounds.batch_size)
             n = len(chunk)
             try:
                 work(chunk, bounds)
@@ -127,11 +138,19 @@ class Elastic:
                 continue
             # Only here are the frames gone that held what the failed attempt had computed.
             del chunk
+            if given_up := self._give_up():
+                release_memory()
+                warnings.warn(
+                    f"Memory ran out; what was kept of {given_up} recorded prompts is given up, and they are "
+                    "run again where they are needed.",
+                    stacklevel=3,
+                )
+                continue
             release_memory()
             before = before or bounds
             less = bounds.less(n, patched=patched)
             if less is None:
-                raise does_not_fit(f"One prompt of {len(prompts.ids[order[start]])} tokens does", reason)
+                raise does_not_fit(f"One prompt of {source.n_tokens(start)} tokens does", reason)
             self.bounds = less
 
 

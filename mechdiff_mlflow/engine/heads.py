@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.architecture import text_config
-from mechdiff_mlflow.engine.chunks import Chunk, check_prompts
+from mechdiff_mlflow.engine.chunks import Chunk, Cuts, check_prompts
 from mechdiff_mlflow.engine.elastic import Bounds, Elastic
 from mechdiff_mlflow.engine.forward import PromptForward
 from mechdiff_mlflow.errors import MechdiffError
@@ -75,7 +75,7 @@ class AttentionHeads:
             rows.extend(read)
             order.append(chunk.index)
 
-        for _ in self._elastic.run(prompts, self._forward.device, record, patched=False):
+        for _ in self._elastic.run(Cuts(prompts, self._forward.device), record, patched=False):
             pass
         z = torch.cat(rows)[torch.argsort(torch.cat(order))]
         if z.shape[1] % self.n_heads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 from mechdiff_mlflow.engine.activations import Activations
 from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.budget import Load, MemoryBudget, Shape, bounds_within
-from mechdiff_mlflow.engine.chunks import Chunk, check_prompts
-from mechdiff_mlflow.engine.elastic import Bounds, Elastic, Work, does_not_fit, is_out_of_memory
-from mechdiff_mlflow.engine.forward import PromptForward
+from mechdiff_mlflow.engine.chunks import Chunk, Cuts, check_prompts
+from mechdiff_mlflow.engine.elastic import Bounds, Elastic, Source, T, does_not_fit, is_out_of_memory
+from mechdiff_mlflow.engine.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.fusion import Fusion
 from mechdiff_mlflow.engine.gradients import score_gradients
 from mechdiff_mlflow.engine.heads import AttentionHeads
+from mechdiff_mlflow.engine.recorded import Recorded, Shelf
 from mechdiff_mlflow.engine.routing import implementation
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
 from mechdiff_mlflow.engine.startup import MODES, choose_path, path_named
@@ -42,8 +44,9 @@ class PatchEngine:
         head_rows: Rows of logits in memory together.
         mode: Way of computing patched runs, of `MODES`; "auto" takes the first that agrees with "naive".
         budget: Bytes beside the weights, from which smaller bounds follow call by call, and beyond which
-            captured activations go to disk.
+            captured activations go to disk and clean runs are not kept.
         fused: Compute norms, rotations and gated MLPs with the engine's kernels, where they give the same.
+        shelf: Where clean runs are kept; engines that share one give way to each other when memory runs out.
 
     Raises:
         MechdiffError: The model's modules are not recognised, replacing their outputs does not change the
@@ -61,6 +64,7 @@ class PatchEngine:
         mode: str = "auto",
         budget: MemoryBudget | None = None,
         fused: bool = True,
+        shelf: Shelf | None = None,
     ) -> None:
         bounds = Bounds(batch_size, max_rows, head_rows)
         if mode not in MODES:
@@ -71,7 +75,10 @@ class PatchEngine:
             )
         self.forward = PromptForward(Decoder.of(model, overrides))
         self._fusion = Fusion.of(self.forward.decoder) if fused else Fusion()
-        self._elastic = Elastic(bounds)
+        self._shelf = shelf or Shelf(budget)
+        self._elastic = Elastic(bounds, self._shelf.give_up)
+        # By weak references, in both directions: what was recorded must not keep a model in memory.
+        self._recorded: weakref.WeakSet[Recorded] = weakref.WeakSet()
         self._mode = mode
         self._paths = {False: (self._chosen(bounds, spans=False), bounds)}
         self._budget = budget
@@ -133,8 +140,67 @@ class PatchEngine:
             recording.check_finite()
             captured.add(recording)
 
-        self._each_chunk(prompts, record, n_sites=len(sites))
+        self._each_chunk(prompts, Cuts(prompts, self.forward.device), record, n_sites=len(sites))
         return captured
+
+    def record(
+        self,
+        prompts: TokenizedPrompts,
+        sites: Sequence[Site],
+        *,
+        device: torch.device | str = "cpu",
+        now: bool = True,
+    ) -> Recorded:
+        """Run every prompt once clean, and keep what patches of it need, as far as memory allows.
+
+        Args:
+            prompts: N prompts.
+            sites: Where activations are read, and may be patched.
+            device: Where to keep what was read; the rest stays on the model's device.
+            now: Otherwise the first `score` of what is returned runs the prompts, or `complete` does.
+
+        Raises:
+            MechdiffError: As `capture`.
+        """
+        self._check(prompts, sites)
+        recorded = self._blank(prompts, sites, device, self._shelf)
+        self._recorded.add(recorded)
+        if now:
+            self.complete(recorded)
+        return recorded
+
+    def owns(self, recorded: Recorded) -> bool:
+        """Whether this engine made a recording, and so can score it."""
+        return recorded in self._recorded
+
+    def give_up(self) -> int:
+        """Keep none of its clean runs any more; says of how many prompts some were kept."""
+        return sum(recorded.give_up() for recorded in list(self._recorded))
+
+    def complete(self, recorded: Recorded) -> None:
+        """Run the prompts that were not run yet.
+
+        Raises:
+            MechdiffError: An activation is not finite, or a prompt does not fit in memory.
+        """
+        if recorded.is_complete:
+            return
+        prompts, sites = recorded.prompts, recorded.sites
+
+        def record(piece: Chunk | Recording, bounds: Bounds) -> None:
+            if isinstance(piece, Recording):
+                return
+            if recorded.is_full:
+                fusion = self._fusion if piece.span == 1 else Fusion()
+                with fusion.applied():
+                    recording = self.forward.record(piece, sites)
+            else:
+                recording = self._path(bounds, spans=piece.span > 1).record(piece, sites)
+            recording.check_finite()
+            recorded.add(recording)
+            recorded.keep(recording)
+
+        self._each_chunk(prompts, recorded, record, n_sites=len(sites), is_taped=True)
 
     def score_gradients(
         self, prompts: TokenizedPrompts, sites: Sequence[Site], *, seed: int = 0
@@ -160,7 +226,7 @@ class PatchEngine:
                     )
                 rows[site][chunk.index] = gradient
 
-        self._each_chunk(prompts, differentiate, n_sites=len(sites))
+        self._each_chunk(prompts, Cuts(prompts, self.forward.device), differentiate, n_sites=len(sites))
         return rows
 
     def heads(self, layer: int) -> AttentionHeads:
@@ -173,58 +239,93 @@ class PatchEngine:
 
     def score(
         self,
-        prompts: TokenizedPrompts,
+        prompts: TokenizedPrompts | Recorded,
         groups: Sequence[VariantGroup],
         progress: Callable[[int], None] | None = None,
     ) -> ScoreResult:
         """Run every prompt once clean and once for every variant, and compare next-token distributions.
 
-        However many groups there are, each prompt is run through the whole model once.
+        However many groups there are, each prompt is run through the whole model once; where a clean run of
+        it was kept, not at all.
 
         Args:
-            prompts: N prompts.
+            prompts: N prompts, or what was recorded of them.
             groups: The variants; the same site may occur in several groups.
             progress: Called after each chunk with the number of prompts done so far.
 
         Raises:
-            MechdiffError: A site, token or position does not exist, replacements have the wrong shape, or an
-                activation or logit is not finite.
+            MechdiffError: A site, token or position does not exist, replacements have the wrong shape, an
+                activation or logit is not finite, or the recording is another engine's or lacks a site.
         """
         sites = list(dict.fromkeys(group.site for group in groups))
-        self._check(prompts, sites)
-        board = ScoreBoard(groups, len(prompts), self.width)
-        captured = Activations(len(prompts), sites, "cpu", self._budget)
-        tops = torch.zeros(len(prompts), dtype=torch.long)
+        recorded = self._to_score(prompts, sites)
+        n_prompts = len(recorded)
+        board = ScoreBoard(groups, n_prompts, self.width)
+        tops = torch.zeros(n_prompts, dtype=torch.long)
 
-        def run(chunk: Chunk, bounds: Bounds) -> None:
+        def run(piece: Chunk | Recording, bounds: Bounds) -> None:
+            chunk = piece.chunk if isinstance(piece, Recording) else piece
             path = self._path(bounds, spans=chunk.span > 1)
-            recording = path.record(chunk, sites)
-            captured.add(recording)
+            recording = (
+                piece if isinstance(piece, Recording) else path.record(chunk, recorded.to_record(sites))
+            )
             next_token = NextToken.of(recording.logits)
-            variants, same = board.variants(recording)
+            variants, same = board.variants(recording)  # and all that was recorded is finite
+            recorded.add(recording)
             scored = [
                 (rows.owner, rows.column, compare_rows(rows.logits, next_token, rows.owner))
                 for rows in path.run(recording, variants)
             ]
             board.add(recording, same, scored)
             tops[chunk.index] = next_token.top.cpu()
+            if piece is chunk:
+                recorded.keep(recording)
 
-        self._each_chunk(prompts, run, n_sites=len(sites), n_columns=board.n_columns, progress=progress)
-        return board.result(captured, tops)
+        self._each_chunk(
+            *(recorded.prompts, recorded, run),
+            n_sites=len(sites),
+            n_columns=board.n_columns,
+            is_taped=True,
+            progress=progress,
+        )
+        return board.result(recorded.clean(sites), tops)
+
+    def _to_score(self, prompts: TokenizedPrompts | Recorded, sites: Sequence[Site]) -> Recorded:
+        if not isinstance(prompts, Recorded):
+            self._check(prompts, sites)
+            return self._blank(prompts, sites, "cpu", None)
+        if not self.owns(prompts):
+            raise MechdiffError("The prompts were recorded by another engine; record them with this one.")
+        for site in sites:
+            self.forward.decoder.check(site)
+            if not prompts.has([site]):
+                raise MechdiffError(f"{site} was not recorded; name it among the sites to record.")
+        return prompts
+
+    def _blank(
+        self,
+        prompts: TokenizedPrompts,
+        sites: Sequence[Site],
+        device: torch.device | str,
+        shelf: Shelf | None,
+    ) -> Recorded:
+        rows = Activations(len(prompts), sites, device, self._budget)
+        return Recorded(prompts, list(rows), rows, self.forward.device, shelf)
 
     def _each_chunk(
         self,
         prompts: TokenizedPrompts,
-        work: Work,
+        source: Source[T],
+        work: Callable[[T, Bounds], None],
         *,
         n_sites: int,
         n_columns: int = 0,
+        is_taped: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> None:
         """Call `work` on every chunk; on the same prompts again, in smaller chunks, when memory runs out."""
-        done, at_most = 0, self._affordable(prompts, n_sites, n_columns)
-        run = self._elastic.run(prompts, self.forward.device, work, patched=n_columns > 0, at_most=at_most)
-        for n in run:
+        done, at_most = 0, self._affordable(prompts, n_sites, max(n_columns, int(is_taped)))
+        for n in self._elastic.run(source, work, patched=n_columns > 0, at_most=at_most):
             done += n
             if progress is not None:
                 progress(done)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -43,6 +43,19 @@ class Tape(Recording):
     leaving: list[Tensor]
     arguments: list[dict[str, Any]]
     output_length: int | None
+
+    def part(self, prompts: slice) -> Tape:
+        """Of some of the prompts; views of the same numbers."""
+        cut: Callable[[Tensor], Tensor] = lambda x: x[prompts] if x.shape[0] > 1 else x  # noqa: E731
+        recording = Recording.part(self, prompts)  # `super()` is lost in a dataclass with slots
+        assert isinstance(recording, Tape)
+        return replace(
+            recording,
+            prefixes={i: prefix.of(prompts) for i, prefix in self.prefixes.items()},
+            entering=[x[prompts] for x in self.entering],
+            leaving=[x[prompts] for x in self.leaving],
+            arguments=[map_tensors(arguments, cut) for arguments in self.arguments],
+        )
 
 
 class TapeRecorder:

@@ -18,7 +18,7 @@ from torch import Tensor
 from mechdiff_mlflow import stats
 from mechdiff_mlflow.engine import VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.rows import Array
+from mechdiff_mlflow.experiments.rows import Array, patchable
 from mechdiff_mlflow.experiments.study import Study
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.sites import Hook, Site
@@ -123,7 +123,7 @@ class _Substitution:
     def __init__(self, study: Study, layer: int, prompts: PromptSet) -> None:
         self._pair, self._site = study.pair, Site(layer, Hook.ATTN_OUT)
         position = study.protocol.position
-        self._tokens = self._pair.tokens("tuned", prompts, position)
+        self._prompts, self._position = prompts, position
         z = {}
         for role, side in (("base", self._pair.base), ("tuned", self._pair.tuned)):
             with side.engine() as engine:
@@ -142,7 +142,8 @@ class _Substitution:
         chosen = torch.zeros(len(sets), self.n_heads, 1, dtype=torch.bool)
         for row, heads in enumerate(sets):
             chosen[row, list(heads)] = True
-        with self._pair.tuned.engine() as engine:
+        # Asked for many times: the tuned model's own run is kept.
+        with patchable(self._pair, "tuned", self._prompts, self._position) as (engine, recorded):
             projection = engine.heads(self._site.layer)
 
             def replaced(index: Tensor, clean: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ class _Substitution:
                 return projection.project(torch.where(chosen, base, tuned)).to(clean.device)
 
             group = VariantGroup(self._site, replaced, n_variants=len(sets))
-            (found,) = engine.score(self._tokens, [group]).divergences
+            (found,) = engine.score(recorded([self._site]), [group]).divergences
         return [np.asarray(column) for column in found.kl_patched_clean.numpy().T]
 
     def noise_floor(self) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mechdiff_mlflow.engine import VariantGroup
+from mechdiff_mlflow.engine import PatchEngine, Recorded, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.maps import AffineMap
@@ -91,15 +92,41 @@ Replacements = Mapping[Site, Mapping[str, AffineMap]]
 def capture(
     pair: Pair, role: str, prompts: PromptSet, position: Position, sites: list[Site]
 ) -> Mapping[Site, Tensor]:
-    """Activations of one model at some sites, [n, d] in the model's dtype; one forward a prompt."""
+    """Activations of one model at some sites and maybe at others, [n, d] in the model's dtype.
+
+    Where they are known already nothing is run, otherwise one forward a prompt.
+    """
     if role == "base" and pair.one_at_a_time:
-        recorded = pair.recorded_base(prompts, position)
-        if recorded.keys() >= set(sites):
-            return recorded
+        known = pair.recorded_base(prompts, position)
+        if known.keys() >= set(sites):
+            return known
+    key = (role, prompts.digest, position)
+    found = pair.recordings.captured(key, sites)
+    if found is not None:
+        return found
+    with patchable(pair, role, prompts, position) as (engine, recorded):
+        if prompts.split == "train":
+            # Asked for once, by a fit, and nothing is patched on them.
+            return engine.capture(pair.tokens(role, prompts, position), sites)
+        if role == "tuned":
+            to_patch = recorded(sites)
+            engine.complete(to_patch)
+            return to_patch.activations
+        known = pair.recordings.everything(key) or {}
+        missing = [site for site in sites if site not in known]
+        return pair.recordings.add(key, engine.capture(pair.tokens(role, prompts, position), missing))
+
+
+@contextmanager
+def patchable(
+    pair: Pair, role: str, prompts: PromptSet, position: Position
+) -> Iterator[tuple[PatchEngine, Callable[[Sequence[Site]], Recorded]]]:
+    """The engine of one model, and what gives the prompts as they were recorded for patches at some sites."""
     side = pair.base if role == "base" else pair.tuned
-    tokens = pair.tokens(role, prompts, position)
+    key = (role, prompts.digest, position)
     with side.engine() as engine:
-        return engine.capture(tokens, sites)
+        tokens = pair.tokens(role, prompts, position)
+        yield engine, lambda sites: pair.recordings.to_patch(engine, key, tokens, sites)
 
 
 def score(
@@ -114,8 +141,7 @@ def score(
     """
     sites = list(replacements)
     base = capture(pair, "base", prompts, position, sites)
-    tokens = pair.tokens("tuned", prompts, position)
-    with pair.tuned.engine() as engine:
+    with patchable(pair, "tuned", prompts, position) as (engine, recorded):
         groups: list[VariantGroup] = []
         labels: list[tuple[Site, list[str]]] = []
         for site, maps in replacements.items():
@@ -129,7 +155,7 @@ def score(
                 groups.append(_group(site, base, same_width, list(maps.values())))
                 labels.append((site, names))
         with stage("patching tuned", len(prompts)) as advance:
-            result = engine.score(tokens, groups, progress=advance)
+            result = engine.score(recorded(sites), groups, progress=advance)
     rows: dict[Site, dict[str, Patched]] = {site: {} for site in sites}
     for (site, names), found in zip(labels, result.divergences, strict=True):
         for column, name in enumerate(names):

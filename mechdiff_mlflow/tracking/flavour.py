@@ -14,11 +14,13 @@ MLflow checks nothing when it loads a model; we check both digests and the probe
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,7 +29,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import yaml
-from mlflow.entities import LoggedModelOutput
+from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
@@ -43,6 +45,7 @@ from mechdiff_mlflow.tracking.card import model_card
 from mechdiff_mlflow.tracking.names import logged_model_name
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, param_text
 from mechdiff_mlflow.tracking.store import Store, open_store
+from mechdiff_mlflow.tracking.stored import StoredFiles
 
 FLAVOR_NAME = "mechdiff"
 MAP_FILE = "map.pt"
@@ -51,6 +54,8 @@ CARD_FILE = "README.md"
 SHA256_TAG = "mechdiff.sha256"
 NEEDED_FILES = (MLMODEL_FILE_NAME, MAP_FILE, PROBE_FILE)
 
+# The same text as of yaml.SafeDumper, without which some builds of PyYAML come, in a tenth of the time.
+_YAML_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _MAX_MLMODEL = 1 << 20
 _PROBE_ROWS = 4
 # Float32 products of some thousand terms differ this much, at most, between machines.
@@ -103,20 +108,37 @@ def save_model(
     if any(root.iterdir()):
         raise MechdiffError(f"Directory {root} is not empty; save the model into a new one.")
     content = the_map.to_bytes()
-    probe = _probe(the_map)
-    (root / MAP_FILE).write_bytes(content)
-    (root / PROBE_FILE).write_bytes(safetensors.torch.save(probe))
-    (root / CARD_FILE).write_text(card or model_card(the_map, {}), encoding="utf-8")
+    text = card or model_card(the_map, {}, sha256=_sha256(content))
+    _write(root, the_map, content, mlflow_model or Model(), text)
 
-    model = mlflow_model or Model()
+
+def _write(root: Path, the_map: AffineMap, content: bytes, model: Model, card: str) -> dict[str, str]:
+    """Write the files of a model into `root`; the SHA-256 of those that loading needs.
+
+    Args:
+        root: An existing, empty directory.
+        the_map: What they are of.
+        content: Its `.pt` form, which is large and made once.
+        model: MLflow's record of it.
+        card: The model card.
+    """
+    probe = _probe(the_map)
+    rows = safetensors.torch.save(probe)
+    digests = {MAP_FILE: _sha256(content), PROBE_FILE: _sha256(rows)}
+    (root / MAP_FILE).write_bytes(content)
+    (root / PROBE_FILE).write_bytes(rows)
+    (root / CARD_FILE).write_text(card, encoding="utf-8")
+    for name, text in _environment():
+        (root / name).write_text(text, encoding="utf-8")
+
     model.signature = _signature(the_map)
     _save_example(model, (probe["x"][:1].numpy(), {"alpha": the_map.alpha}), str(root))
     model.add_flavor(
         FLAVOR_NAME,
         data=MAP_FILE,
-        sha256=file_sha256(root / MAP_FILE),
+        sha256=digests[MAP_FILE],
         probe=PROBE_FILE,
-        probe_sha256=file_sha256(root / PROBE_FILE),
+        probe_sha256=digests[PROBE_FILE],
         d_in=the_map.d_in,
         d_out=the_map.d_out,
         alpha=the_map.alpha,
@@ -125,8 +147,9 @@ def save_model(
     mlflow.pyfunc.add_to_model(
         model, loader_module=__name__, data=MAP_FILE, conda_env="conda.yaml", python_env="python_env.yaml"
     )
-    _write_environment(root)
-    model.save(str(root / MLMODEL_FILE_NAME))
+    text = yaml.dump(model.to_dict(), Dumper=_YAML_DUMPER, default_flow_style=False)
+    (root / MLMODEL_FILE_NAME).write_text(text, encoding="utf-8")
+    return {**digests, MLMODEL_FILE_NAME: _sha256(text.encode())}
 
 
 def log_model(
@@ -161,41 +184,56 @@ def log_model(
     store = store or open_store(mlflow.get_tracking_uri())
     run_id = run_id or _active_run()
     client = store.client
-    card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params)
+    content = the_map.to_bytes()
+    sha256 = _sha256(content)
+    card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params, sha256=sha256)
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
-        logged = client.create_logged_model(
+        create = partial(
+            client.create_logged_model,
             experiment_id,
             name=logged_model_name(name),
             source_run_id=run_id,
-            tags={SHA256_TAG: the_map.sha256(), "mlflow.note.content": card[:MAX_TAG_CHARS]},
+            tags={SHA256_TAG: sha256, "mlflow.note.content": card[:MAX_TAG_CHARS]},
             params={key: param_text(key, value) for key, value in (params or {}).items()},
             model_type="affine map",
         )
+        logged = store.patience.once(create, lambda: _unfinished(store, experiment_id, run_id, sha256))
         try:
             with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
-                sent, back = Path(folder, "sent"), Path(folder, "back")
+                sent = Path(folder, "sent")
+                sent.mkdir()
                 record = Model(
                     artifact_path=logged.artifact_location,
                     run_id=run_id,
                     model_uuid=logged.model_id,
                     model_id=logged.model_id,
                 )
-                save_model(the_map, sent, record, card=card)
-                client.log_model_artifacts(logged.model_id, str(sent))
-                download(store, logged.artifact_location, back)
-                load_verified(back)
-                sha256 = file_sha256(back / MAP_FILE)
-                if sha256 != file_sha256(sent / MAP_FILE):
-                    raise MechdiffError(
-                        f"The store {store.shown} gave back another {MAP_FILE} than was sent; check its disk."
-                    )
+                digests = _write(sent, the_map, content, record, card)
+                files = StoredFiles(store, logged.artifact_location)
+                files.send(sent)
+                back = files.demand(digests, Path(folder, "back"))
+                _load_map(back)
             client.finalize_logged_model(logged.model_id, "READY")
-            client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+            add = partial(client.log_outputs, run_id, [LoggedModelOutput(logged.model_id, step=0)])
+            store.patience.once(add, lambda: True if logged.model_id in _outputs(store, run_id) else None)
         except BaseException:
             client.finalize_logged_model(logged.model_id, "FAILED")
             raise
     return LoggedMap(logged.model_id, logged.artifact_location, sha256)
+
+
+def _unfinished(store: Store, experiment_id: str, run_id: str, sha256: str) -> LoggedModel | None:
+    """A logged model of this run and map that was made and not finished."""
+    where = f"source_run_id = '{run_id}' AND tags.`{SHA256_TAG}` = '{sha256}'"
+    found = store.client.search_logged_models([experiment_id], where)
+    return next((model for model in found if model.status == "PENDING"), None)
+
+
+def _outputs(store: Store, run_id: str) -> list[str]:
+    """Ids of the logged models that a run says it made."""
+    outputs = store.client.get_run(run_id).outputs
+    return [output.model_id for output in outputs.model_outputs] if outputs else []
 
 
 def _active_run() -> str:
@@ -244,6 +282,11 @@ def load_verified(root: Path) -> AffineMap:
                 f"{name} has changed since it was saved (SHA-256 {found[:12]}…, not {str(expected)[:12]}…); "
                 "fetch or log the map again."
             )
+    return _load_map(root)
+
+
+def _load_map(root: Path) -> AffineMap:
+    """The map in `root`, whose files have the right digests, if it computes what it did when it was saved."""
     the_map = AffineMap.load(root / MAP_FILE)
     _check_probe(the_map, mapfiles.read_plain_tensors(root / PROBE_FILE))
     return the_map
@@ -253,9 +296,11 @@ def download(store: Store, location: str, target: Path) -> Path:
     """Copy what is needed of the model at `location` into the directory `target`, and give `target`."""
     target.mkdir(parents=True, exist_ok=True)
     for name in NEEDED_FILES:
-        mlflow.artifacts.download_artifacts(
-            f"{location.rstrip('/')}/{name}", dst_path=str(target), tracking_uri=store.uri
+        uri = f"{location.rstrip('/')}/{name}"
+        fetch = partial(
+            mlflow.artifacts.download_artifacts, uri, dst_path=str(target), tracking_uri=store.uri
         )
+        store.patience.run(fetch)
     return target
 
 
@@ -266,9 +311,7 @@ def maps_of_run(store: Store, run_id: str) -> list[LoggedMap]:
         MechdiffError: The run does not exist.
     """
     with store.errors():
-        outputs = store.client.get_run(run_id).outputs
-        model_ids = [output.model_id for output in outputs.model_outputs] if outputs else []
-        models = map(store.client.get_logged_model, model_ids)
+        models = map(store.client.get_logged_model, dict.fromkeys(_outputs(store, run_id)))
         ready = [m for m in models if m.status == "READY" and SHA256_TAG in m.tags]
     ready.sort(key=lambda model: model.creation_timestamp)
     return [LoggedMap(m.model_id, m.artifact_location, m.tags[SHA256_TAG]) for m in ready]
@@ -335,7 +378,9 @@ def _flavour_conf(root: Path) -> dict[str, Any]:
     return dict(conf)
 
 
-def _write_environment(root: Path) -> None:
+@lru_cache(maxsize=1)
+def _environment() -> tuple[tuple[str, str], ...]:
+    """Names and texts of the files that say what a map needs to be served; the same for every map."""
     python = platform.python_version()
     requirements = [
         f"mechdiff-mlflow=={mechdiff_mlflow.__version__}",
@@ -343,12 +388,18 @@ def _write_environment(root: Path) -> None:
         f"torch=={torch.__version__.split('+')[0]}",
         f"numpy=={np.__version__}",
     ]
-    (root / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
     python_env = {"python": python, "dependencies": ["-r requirements.txt"]}
     conda = {
         "name": "mechdiff-map",
         "channels": ["conda-forge"],
         "dependencies": [f"python={python}", "pip", {"pip": requirements}],
     }
-    for name, content in (("python_env.yaml", python_env), ("conda.yaml", conda)):
-        (root / name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return (
+        ("requirements.txt", "\n".join(requirements) + "\n"),
+        ("python_env.yaml", yaml.safe_dump(python_env, sort_keys=False)),
+        ("conda.yaml", yaml.safe_dump(conda, sort_keys=False)),
+    )
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

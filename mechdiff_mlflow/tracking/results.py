@@ -15,8 +15,8 @@ from mlflow.entities import Run
 
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.sent import check_read
 from mechdiff_mlflow.tracking.store import Store
-from mechdiff_mlflow.tracking.stored import check_read
 
 _PAGE = 1000
 _MAX_TABLE = 256 << 20

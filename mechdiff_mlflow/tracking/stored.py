@@ -1,104 +1,96 @@
-"""Artifacts as the store has them: digests of what was sent, and whether that is what is there."""
+"""Files at one artifact location of a store: sent, and made sure of, with a request each and no other.
+
+MLflow's client asks the server where a model's files belong, though it said so when it made the model, and
+lists a directory before it downloads a file of it. Nothing here is shared between two locations, so each
+thread may have its own.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
 
 from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.keys import ARTIFACTS_TAG
-from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS
+from mechdiff_mlflow.tracking.sent import Sent
 from mechdiff_mlflow.tracking.store import Store
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """A file that was sent.
+class StoredFiles:
+    """The files at a location.
 
     Args:
-        sha256: Hex digest.
-        size: In bytes.
+        store: Whose they are.
+        location: Their URI, as the store gave it for a run or a model.
     """
 
-    sha256: str
-    size: int
+    def __init__(self, store: Store, location: str) -> None:
+        self._store = store
+        # As MLflow's client does: there a location says which login belongs to it.
+        uri = add_databricks_profile_info_to_artifact_uri(location, store.uri)
+        self._files = get_artifact_repository(uri, tracking_uri=store.uri)
 
+    def send(self, folder: Path) -> None:
+        """Put everything in `folder` there, under the same names."""
+        self._store.patience.run(lambda: self._files.log_artifacts(str(folder)))
 
-def files_of(folder: Path) -> dict[str, Sent]:
-    """Every file below a folder, by its path there."""
-    return {
-        path.relative_to(folder).as_posix(): Sent(file_sha256(path), path.stat().st_size)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    def read_back(self, names: Iterable[str], folder: Path) -> Path:
+        """A directory that holds the files `names` as they are stored.
 
+        That is where they lie, if the store keeps files on this machine; never change them there. Otherwise
+        they are fetched into `folder`.
+        """
+        if isinstance(self._files, LocalArtifactRepository):
+            return Path(self._files.artifact_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            # What every kind of store implements; `download_artifacts` lists the directory first.
+            self._store.patience.run(partial(self._files._download_file, name, str(folder / name)))
+        return folder
 
-def digest_tag(sent: Mapping[str, Sent]) -> dict[str, str]:
-    """The tag that says what was sent; of more files than a tag holds, as many as it does."""
-    listed: dict[str, str] = {}
-    room = MAX_TAG_CHARS - 2
-    for path, file in sent.items():
-        room -= len(json.dumps({path: file.sha256})) + 1
-        if room < 0:
-            break
-        listed[path] = file.sha256
-    return {ARTIFACTS_TAG: json.dumps(listed)} if listed else {}
+    def demand(self, sent: Mapping[str, str], folder: Path) -> Path:
+        """Make sure that the stored files are the ones that were sent; where they can be read.
 
+        Args:
+            sent: Hex SHA-256 by name.
+            folder: For files that have to be fetched.
 
-def check_stored(store: Store, run_id: str, artifact_uri: str, sent: Mapping[str, Sent]) -> None:
-    """Make sure that the artifacts of a run are what was sent.
+        Raises:
+            MechdiffError: One is missing or has other bytes.
+        """
+        back = self.read_back(sent, folder)
+        for name, expected in sent.items():
+            found = file_sha256(back / name) if (back / name).is_file() else "none"
+            if found != expected:
+                raise MechdiffError(
+                    f"The store {self._store.shown} gave back another {name} than was sent (SHA-256 "
+                    f"{found[:12]}, not {expected[:12]}); check its disk."
+                )
+        return back
 
-    Where their folder is on this machine they are read; of others the sizes are asked for.
+    def demand_present(self, sent: Mapping[str, Sent]) -> None:
+        """Make sure that the stored files are there.
 
-    Raises:
-        MechdiffError: One is missing or another.
-    """
-    root = _local(artifact_uri)
-    if root is not None:
-        found = {path: root / path for path in sent}
-        wrong = [
-            path
-            for path, file in found.items()
-            if not file.is_file() or file_sha256(file) != sent[path].sha256
-        ]
-    else:
+        On this machine their bytes are compared; elsewhere their sizes, with a request a directory.
+
+        Raises:
+            MechdiffError: One is missing or another.
+        """
+        if isinstance(self._files, LocalArtifactRepository):
+            self.demand({name: file.sha256 for name, file in sent.items()}, Path())
+            return
         sizes: dict[str, int] = {}
-        with store.errors():
-            for folder in sorted({str(PurePosixPath(path).parent) for path in sent}):
-                listed = store.client.list_artifacts(run_id, None if folder == "." else folder)
-                sizes |= {item.path: int(item.file_size or 0) for item in listed if not item.is_dir}
-        wrong = [path for path, file in sent.items() if sizes.get(path) != file.size]
-    if wrong:
-        raise MechdiffError(
-            f"The store {store.shown} does not hold {wrong[0]} of run {run_id} as it was sent; check its "
-            "disk, then resume the run."
-        )
-
-
-def check_read(path: Path, name: str, run_id: str, tags: Mapping[str, str]) -> None:
-    """Make sure that a downloaded artifact is what was logged, as far as the run's tags say.
-
-    Raises:
-        MechdiffError: It is another.
-    """
-    try:
-        digests = json.loads(tags.get(ARTIFACTS_TAG, "{}"))
-        expected = digests.get(name)
-    except (ValueError, AttributeError):
-        expected = None
-    if expected is not None and file_sha256(path) != expected:
-        raise MechdiffError(
-            f"{name} of run {run_id} is not what was logged; the store's files were changed or damaged, so "
-            "restore them from a backup, or delete that run and repeat it."
-        )
-
-
-def _local(artifact_uri: str) -> Path | None:
-    parts = urlsplit(artifact_uri)
-    if parts.scheme == "file":
-        return Path(unquote(parts.path))
-    return Path(artifact_uri) if not parts.scheme else None
+        for folder in sorted({str(PurePosixPath(name).parent) for name in sent}):
+            ask = partial(self._files.list_artifacts, None if folder == "." else folder)
+            sizes |= {f.path: int(f.file_size or 0) for f in self._store.patience.run(ask) if not f.is_dir}
+        for name, file in sent.items():
+            if sizes.get(name) != file.size:
+                raise MechdiffError(
+                    f"The store {self._store.shown} holds {sizes.get(name, 'no')} bytes of {name} where "
+                    f"{file.size} were sent; check its disk."
+                )

@@ -13,11 +13,13 @@ from pathlib import Path
 from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunTag
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking import artifacts, flavour, keys, stored
+from mechdiff_mlflow.tracking import artifacts, flavour, keys
 from mechdiff_mlflow.tracking.artifacts import LongParams
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.redaction import redact
+from mechdiff_mlflow.tracking.sent import Sent, digest_tag, files_of
 from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.stored import StoredFiles
 
 MAP_RUN_TAG = "mechdiff.map_run"
 
@@ -33,7 +35,7 @@ class RecordWriter:
     def __init__(self, store: Store, long_params: LongParams) -> None:
         self._store, self._long_params = store, long_params
         self._model_ids: dict[str, str] = {}
-        self._sent: dict[str, dict[str, stored.Sent]] = {}
+        self._sent: dict[str, dict[str, Sent]] = {}
         self._lock = threading.Lock()
 
     def write(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
@@ -48,7 +50,7 @@ class RecordWriter:
             MechdiffError: The record or the store refuses, or the store does not hold what was sent.
         """
         run_id: str = run.info.run_id
-        params, files = artifacts.stored_params(record, self._long_params)
+        params, texts = artifacts.stored_params(record, self._long_params)
         metrics, undefined = _finite(record)
         tags = {**record.tags, **{f"mechdiff.undefined.{key}": why for key, why in undefined.items()}}
         if record.map_run is not None:
@@ -62,14 +64,15 @@ class RecordWriter:
             model_id = self._model_of(run, record, again)
 
             def send(folder: str) -> None:
-                sent = stored.files_of(Path(folder))
-                client.log_artifacts(run_id, folder)
-                stored.check_stored(self._store, run_id, run.info.artifact_uri, sent)
+                sent = files_of(Path(folder))
+                files = StoredFiles(self._store, run.info.artifact_uri)
+                files.send(Path(folder))
+                files.demand_present(sent)
                 with self._lock:
                     every = self._sent[run_id] = self._sent.get(run_id, {}) | sent
-                tags.update(stored.digest_tag(every))
+                tags.update(digest_tag(every))
 
-            artifacts.upload(send, record, files)
+            artifacts.upload(send, record, texts)
             models = [LoggedModelInput(model_id)] if model_id and record.map_run else None
             if record.datasets or models:
                 client.log_inputs(run_id, [artifacts.dataset_input(p) for p in record.datasets], models)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import peft
@@ -52,11 +53,11 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
             assert value == after[key], key
 
 
-def groups(n_variants: int = 2) -> list[VariantGroup]:
+def groups(n_variants: int = 2, sites: Sequence[Site] = SITES) -> list[VariantGroup]:
     def shifted(index: Tensor, clean: Tensor) -> Tensor:
         return clean.unsqueeze(1) + torch.arange(1, n_variants + 1, device=clean.device)[:, None]
 
-    return [VariantGroup(site, shifted, n_variants) for site in SITES]
+    return [VariantGroup(site, shifted, n_variants) for site in sites]
 
 
 def same_scores(a: ScoreResult, b: ScoreResult) -> bool:

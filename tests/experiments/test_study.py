@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats as scipy_stats
@@ -13,9 +15,13 @@ from scipy import stats as scipy_stats
 from mechdiff_mlflow import similarity, stats
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
-from mechdiff_mlflow.experiments.rows import capture
+from mechdiff_mlflow.experiments.atlas import AtlasRecord, atlas
+from mechdiff_mlflow.experiments.heads import heads_of
+from mechdiff_mlflow.experiments.layers import layer_profile
+from mechdiff_mlflow.experiments.progress import silent
+from mechdiff_mlflow.experiments.rows import capture, score
 from mechdiff_mlflow.experiments.summary import SHUFFLED
-from mechdiff_mlflow.pairs import Pair, load_pair
+from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import ALPHA_GRID, Alpha, Cell, PairSpec, Position, Rank
 
@@ -198,3 +204,81 @@ def test_the_mean_over_the_content_goes_through_the_whole_protocol(pair: Pair) -
     assert below.drop_pct is not None
     assert below.kl_raw is not None
     assert below.kl_raw > 0
+
+
+def atlas_of(pair: Pair, best: int = 0, **protocol: Any) -> AtlasRecord:
+    return atlas(
+        Study(pair, Protocol(**protocol)),
+        hooks=list(Hook),
+        solver="ridge",
+        family="update",
+        alpha=1,
+        best=best,
+    )
+
+
+@pytest.mark.parametrize("best", [0, 2])
+@pytest.mark.parametrize("position", [Position.DECISION, Position.LAST_CONTENT, Position.CONTENT_MEAN])
+def test_an_atlas_records_each_model_once_a_split(pair: Pair, position: Position, best: int) -> None:
+    """Raw patches everywhere, then maps where they are worth it, then those on val: three scores of tuned."""
+    found = atlas_of(pair, best, position=position)
+    assert len(found.patches) >= 4
+    assert len(found.best) == best
+    once = N_TRAIN + N_VAL + N_TEST
+    assert forwards(pair) == {"base": once, "tuned": once}
+
+
+def test_an_atlas_reported_on_val_records_it_once(pair: Pair) -> None:
+    atlas_of(pair, 1, split="val")
+    assert forwards(pair) == {"base": N_TRAIN + N_VAL, "tuned": N_TRAIN + N_VAL}
+
+
+def test_what_is_kept_changes_no_number(toy: Path) -> None:
+    """Under a budget that leaves no room for it every score runs the model, and the tables are equal."""
+    tables, counts = [], []
+    for budget in (None, 2**21):
+        pair = load_pair(PairSpec.load(str(toy)), options=EngineOptions(memory_budget=budget, batch_size=4))
+        if budget is not None:
+            fill(pair)
+        tables.append(atlas_of(pair, 1).table)
+        counts.append(forwards(pair)["tuned"])
+    pd.testing.assert_frame_equal(*tables)
+    assert counts == [N_TRAIN + N_VAL + N_TEST, N_TRAIN + 2 * (N_VAL + N_TEST)]
+
+
+def fill(pair: Pair) -> None:
+    """Reserve what recordings may take of the budget."""
+    with pair.tuned.engine() as engine:
+        budget = engine._budget
+        assert budget is not None
+        assert budget.reserve((budget.total - budget.working) // 2 + 1 - budget.kept)
+
+
+def test_layers_and_heads_record_each_model_once(pair: Pair) -> None:
+    study = Study(pair, Protocol())
+    layer_profile(study)
+    assert forwards(pair) == {"base": N_TEST, "tuned": N_TEST}
+    heads_of(study, 3, n_random=2)
+    # The heads' own outputs are read once more in both models; tuned is run on val, and at another site.
+    assert forwards(pair) == {"base": N_TEST + N_VAL + N_TEST, "tuned": 3 * N_TEST + 2 * N_VAL}
+
+
+def test_other_sites_of_the_same_prompts_are_recorded_beside_those_known(pair: Pair) -> None:
+    prompts, others = pair.prompts_of("test"), [Site(1, Hook.MLP_OUT), Site(2, Hook.ATTN_OUT)]
+    first = capture(pair, "base", prompts, Position.DECISION, [SITE])
+    both = capture(pair, "base", prompts, Position.DECISION, [SITE, others[0]])
+    assert forwards(pair)["base"] == 2 * N_TEST
+    assert set(both) == {SITE, others[0]}
+    assert torch.equal(both[SITE], first[SITE])
+    assert capture(pair, "base", prompts, Position.DECISION, [others[0]])[others[0]] is not None
+    for sites in ([SITE], [SITE, others[0]], others, [SITE, *others]):
+        found = score(pair, prompts, Position.DECISION, {site: {} for site in sites}, silent)
+        assert list(found) == sites
+    assert forwards(pair) == {"base": 3 * N_TEST, "tuned": 3 * N_TEST}
+    assert torch.equal(
+        capture(pair, "tuned", prompts, Position.DECISION, others)[others[1]].double(), found[others[1]].tuned
+    )
+    assert forwards(pair)["tuned"] == 3 * N_TEST
+    pair.recordings.forget()
+    capture(pair, "tuned", prompts, Position.DECISION, others)
+    assert forwards(pair)["tuned"] == 4 * N_TEST

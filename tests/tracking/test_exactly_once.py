@@ -25,6 +25,7 @@ from mechdiff_mlflow.tracking.recovery import end_stuck, run_to_resume, stuck_ru
 from mechdiff_mlflow.tracking.results import tables_of
 from mechdiff_mlflow.tracking.runs import OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.stored import StoredFiles
 
 from .conftest import flip_byte, make_map
 
@@ -295,21 +296,17 @@ def test_a_damaged_table_is_noticed(store: Store, tracker: Tracker) -> None:
 def test_a_store_that_keeps_other_bytes_fails_the_run(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload = store.client._client.log_artifacts
+    send = StoredFiles.send
 
-    def and_damage(run_id: str, folder: str) -> None:
-        upload(run_id, folder)
-        flip_byte(
-            Path(store.client.get_run(run_id).info.artifact_uri.removeprefix("file://"), "per_prompt.json"),
-            -4,
-        )
+    def and_damage(self: StoredFiles, folder: Path) -> None:
+        send(self, folder)
+        flip_byte(Path(self._files.artifact_dir, "per_prompt.json"), -4)
 
-    monkeypatch.setattr(store.client._client, "log_artifacts", and_damage)
-    with (
-        pytest.raises(MechdiffError, match=r"does not hold per_prompt\.json"),
-        tracker.run("run", "r") as run,
-    ):
-        run.log(cell(1))
+    monkeypatch.setattr(StoredFiles, "send", and_damage)
+    words = r"gave back another per_prompt\.json than was sent"
+    damaged = replace(cell(1), map=None)
+    with pytest.raises(MechdiffError, match=words), tracker.run("run", "r") as run:
+        run.log(damaged)
     assert statuses(store) == {"r": "FAILED", "k=1": "FAILED"}
 
 

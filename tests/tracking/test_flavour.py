@@ -1,6 +1,9 @@
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -19,6 +22,7 @@ from mechdiff_mlflow.tracking import flavour
 from mechdiff_mlflow.tracking.card import model_card
 from mechdiff_mlflow.tracking.flavour import load_model, load_verified, log_model, save_model
 from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.stored import StoredFiles
 
 from .conftest import D, flip_byte, make_map
 
@@ -152,21 +156,92 @@ def test_a_map_is_logged_to_the_active_run_by_name(store: Store) -> None:
         log_model(the_map, "mine")
 
 
-def test_a_store_that_keeps_other_bytes_is_found_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def _stored(store: Store, name: str) -> Path:
+    [found] = (store.sqlite_path or Path()).parent.rglob(name)
+    return found
+
+
+@pytest.mark.parametrize("name", flavour.NEEDED_FILES)
+def test_a_store_that_keeps_other_bytes_is_found_out(
+    store: Store, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     run_id = store.client.create_run(store.experiment("demo")).info.run_id
-    upload = store.client.log_model_artifacts
+    send = StoredFiles.send
 
-    def damaging(model_id: str, folder: str) -> None:
-        upload(model_id, folder)
-        [stored] = (store.sqlite_path or Path()).parent.rglob("map.pt")
-        flip_byte(stored)
+    def damaging(files: StoredFiles, folder: Path) -> None:
+        send(files, folder)
+        flip_byte(_stored(store, name))
 
-    monkeypatch.setattr(store.client, "log_model_artifacts", damaging)
-    with pytest.raises(MechdiffError, match=r"map\.pt has changed"):
+    monkeypatch.setattr(StoredFiles, "send", damaging)
+    with pytest.raises(MechdiffError, match=rf"gave back another {name} than was sent .* check its disk"):
         log_model(make_map(), "x", store=store, run_id=run_id)
     [model] = store.client.search_logged_models([store.experiment("demo")])
     assert model.status == "FAILED"
     assert flavour.maps_of_run(store, run_id) == []
+
+
+def test_a_lost_file_is_found_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = store.client.create_run(store.experiment("demo")).info.run_id
+    send = StoredFiles.send
+
+    def losing(files: StoredFiles, folder: Path) -> None:
+        send(files, folder)
+        _stored(store, "probe.safetensors").unlink()
+
+    monkeypatch.setattr(StoredFiles, "send", losing)
+    with pytest.raises(MechdiffError, match=r"another probe\.safetensors than was sent \(SHA-256 none"):
+        log_model(make_map(), "x", store=store, run_id=run_id)
+    [model] = store.client.search_logged_models([store.experiment("demo")])
+    assert model.status == "FAILED"
+
+
+class FailingClient:
+    """A client whose n-th request that changes something is refused; later ones are not."""
+
+    def __init__(self, client: Any, at: int) -> None:
+        self._client, self._at, self.calls = client, at, 0
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+        if not name.startswith(("finalize_", "log_")):
+            return method
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls == self._at:
+                raise mlflow.exceptions.MlflowException(f"no {name}")
+            return method(*arguments, **options)
+
+        return call
+
+
+@pytest.mark.parametrize("at", [1, 2])  # finalize_logged_model, log_outputs
+def test_a_refusal_after_the_files_leaves_the_model_failed(store: Store, at: int) -> None:
+    run_id = store.client.create_run(store.experiment("demo")).info.run_id
+    failing = FailingClient(store.client, at)
+    with pytest.raises(MechdiffError, match="refused: no "):
+        log_model(make_map(), "x", store=replace(store, client=failing), run_id=run_id)  # type: ignore[arg-type]
+    assert failing.calls == at + 1
+    [model] = store.client.search_logged_models([store.experiment("demo")])
+    assert model.status == "FAILED"
+    assert flavour.maps_of_run(store, run_id) == []
+
+
+def test_maps_are_logged_by_several_threads_at_once(store: Store) -> None:
+    experiment_id = store.experiment("demo")
+
+    def log(seed: int) -> tuple[str, str]:
+        run_id = store.client.create_run(experiment_id).info.run_id
+        log_model(make_map(seed), f"map {seed}", store=store, run_id=run_id, experiment_id=experiment_id)
+        return run_id, make_map(seed).sha256()
+
+    with ThreadPoolExecutor(4) as pool:
+        logged = list(pool.map(log, range(12)))
+    mlflow.set_tracking_uri(store.uri)
+    for run_id, sha256 in logged:
+        [found] = flavour.maps_of_run(store, run_id)
+        assert found.sha256 == sha256
+        assert load_model(found.model_uri).sha256() == sha256
 
 
 def test_the_card_shows_what_is_known_and_says_what_is_not() -> None:

@@ -508,7 +508,7 @@ def test_a_promoter_ended_by_sigkill_is_finished_later(
     assert len(points) >= 20
     wanted = (
         "create_logged_model",
-        "log_model_artifacts",
+        "finalize_logged_model",
         "create_model_version",
         "set_registered_model_alias",
     )

@@ -1,0 +1,87 @@
+"""What was recorded of a pair's models, so that each runs over each split once, whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mechdiff_mlflow.engine import PatchEngine, Recorded
+from mechdiff_mlflow.prompts import TokenizedPrompts
+from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.spec import Position
+
+Key = tuple[str, str, Position]
+"""Role, digest of the prompts, position."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recordings:
+    """Clean runs that patches need, and activations that are asked for again.
+
+    Activations lie in main memory, or in files over a budget. Of clean runs the engine keeps what fits beside
+    the models, and gives it up when memory runs out or its model is freed.
+    """
+
+    _recorded: dict[Key, Recorded] = field(default_factory=dict)
+    _captured: dict[Key, Mapping[Site, Tensor]] = field(default_factory=dict)
+
+    def to_patch(
+        self, engine: PatchEngine, key: Key, tokens: TokenizedPrompts, sites: Sequence[Site]
+    ) -> Recorded:
+        """Recorded prompts that can be patched at some sites, and whose first score or completion runs them.
+
+        Args:
+            engine: Of the role's model.
+            key: Whose and which prompts.
+            tokens: The prompts as that model sees them.
+            sites: Where.
+
+        Raises:
+            MechdiffError: A site does not exist.
+        """
+        found = self._recorded.get(key)
+        if found is None or not engine.owns(found) or not found.has(sites):
+            # Whoever asked before may ask again.
+            both = [*sites, *(found.sites if found is not None else ())]
+            found = self._recorded[key] = engine.record(tokens, both, now=False)
+        return found
+
+    def captured(self, key: Key, sites: Iterable[Site]) -> Mapping[Site, Tensor] | None:
+        """Activations at some sites, and maybe at others; None where they are not known."""
+        recorded = self._recorded.get(key)
+        if recorded is not None and recorded.is_complete and recorded.has(sites):
+            return recorded.activations
+        found = self._captured.get(key)
+        return found if found is not None and found.keys() >= set(sites) else None
+
+    def add(self, key: Key, captured: Mapping[Site, Tensor]) -> Mapping[Site, Tensor]:
+        """Remember activations; gives them, and those at other sites of the same prompts."""
+        self._captured[key] = _Joined(captured, self._captured.get(key, {}))
+        return self._captured[key]
+
+    def everything(self, key: Key) -> Mapping[Site, Tensor] | None:
+        """All that `add` was told."""
+        return self._captured.get(key)
+
+    def forget(self) -> None:
+        """Drop everything, for a process that goes on to other prompts."""
+        self._recorded.clear()
+        self._captured.clear()
+
+
+class _Joined(Mapping[Site, Tensor]):
+    """Rows of either; they may lie in files, and are read when they are asked for."""
+
+    def __init__(self, first: Mapping[Site, Tensor], second: Mapping[Site, Tensor]) -> None:
+        self._of = {**dict.fromkeys(second, second), **dict.fromkeys(first, first)}
+
+    def __getitem__(self, site: Site) -> Tensor:
+        return self._of[site][site]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)

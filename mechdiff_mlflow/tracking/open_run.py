@@ -1,0 +1,279 @@
+"""A run in progress, and the runs below it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+from mlflow.entities import Run, RunTag, ViewType
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.artifacts import LongParams
+from mechdiff_mlflow.tracking.endings import cut, ending, params_of, same_number
+from mechdiff_mlflow.tracking.interrupts import Interrupts
+from mechdiff_mlflow.tracking.keys import KEY_TAG, ROOT_TAG, check_same, key_of
+from mechdiff_mlflow.tracking.lease import Lease
+from mechdiff_mlflow.tracking.provenance import code_version, provenance_tags
+from mechdiff_mlflow.tracking.records import RunRecord, param_text
+from mechdiff_mlflow.tracking.redaction import redact
+from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
+from mechdiff_mlflow.tracking.writing import RecordWriter
+
+EPOCH_TAG = "mechdiff.epoch"
+"""Tag of a run below a parent: which owner of the parent wrote it last."""
+
+_WRITERS = 8
+"""Threads that log at once to a server; a SQLite file takes one writer at a time."""
+_PAGE = 1000
+
+_log = logging.getLogger(__name__)
+
+
+class OpenRun:
+    """A run in progress; made by `Tracker.run`.
+
+    Args:
+        store: Where it is.
+        run: As it is.
+        lease: Of this process on it.
+        interrupts: Held back while something is written.
+        long_params: What to do with a param longer than MLflow keeps.
+        resumed: Whether an earlier process may have written a part of it.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run: Run,
+        lease: Lease,
+        interrupts: Interrupts,
+        long_params: LongParams,
+        *,
+        resumed: bool = False,
+    ) -> None:
+        self.run_id: str = run.info.run_id
+        self.experiment_id: str = run.info.experiment_id
+        self.is_resumed = resumed
+        self._store, self._run, self._lease, self._interrupts = store, run, lease, interrupts
+        self._writer = RecordWriter(store, long_params)
+        self._params: dict[str, str] = params_of(run)
+        self._description = ""
+        self._logged: dict[str, str] = {}
+        """Runs below this one that this process has written or begun to, by key."""
+        self._left = {child.data.tags[KEY_TAG]: child for child in self._below()} if resumed else {}
+
+    def add(self, record: RunRecord) -> None:
+        """Put what `record` holds into this run; its kind and name stay as they are.
+
+        Params that the run has must agree, and are not logged again.
+
+        Raises:
+            MechdiffError: A param differs from the logged one, or the store refuses.
+        """
+        fresh = {k: v for k, v in record.params.items() if not self._has_param(k, param_text(k, v))}
+        with self._interrupts.deferred():
+            self._lease.demand()
+            self._writer.write(self._run, replace(record, params=fresh), again=self.is_resumed)
+        self._params |= {key: param_text(key, value) for key, value in fresh.items()}
+        self._description = record.description or self._description
+
+    def pin(self, key: str, text: str, what: str) -> None:
+        """Set a tag that must be the same whenever the run is resumed.
+
+        Args:
+            key: Of the tag.
+            text: Its text.
+            what: What it stands for, in a message.
+
+        Raises:
+            MechdiffError: The run has it with another text.
+        """
+        there = self._run.data.tags.get(key, text)
+        if there != text:
+            raise MechdiffError(
+                f"Run {self.run_id} was begun with {key} {there} and now it is {text}: {what} has changed "
+                "since, so begin anew instead of resuming."
+            )
+        with self._store.errors():
+            self._store.client.set_tag(self.run_id, key, text)
+
+    def log(self, record: RunRecord, *, under: str | None = None) -> str:
+        """Write one finished run below this one, or below `under`, one of its children; the new run's id.
+
+        Raises:
+            MechdiffError: The record or the store refuses; the child is then FAILED with the reason. Or
+                another process owns this run by now.
+        """
+        with self._interrupts.deferred():
+            return self._log(self._begun(record), record, under or self.run_id)
+
+    def log_all(
+        self, records: Iterable[RunRecord], progress: Callable[[int], None] | None = None
+    ) -> list[str]:
+        """Write finished runs below this one, several at once where the store takes that; ids in order.
+
+        Args:
+            records: Of the runs.
+            progress: Called after each with 1.
+
+        Raises:
+            MechdiffError: As `log`; those that were begun are brought to their end first.
+        """
+        records = list(records)
+        tokens = [self._begun(record) for record in records]
+        n_writers = 1 if self._store.sqlite_path is not None else _WRITERS
+        with ThreadPoolExecutor(n_writers, thread_name_prefix="mechdiff-log") as pool:
+            futures = [
+                pool.submit(self._log, key, record, self.run_id)
+                for key, record in zip(tokens, records, strict=True)
+            ]
+            ids = []
+            try:
+                for future in futures:
+                    ids.append(future.result())
+                    if progress is not None:
+                        progress(1)
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+        return ids
+
+    def end(self, error: BaseException | None) -> None:
+        """Set the final status, by what ended the run; `Tracker.run` calls this."""
+        if error is None and (self.is_resumed or self._store.patience.was_tested):
+            self._tidy()
+        self._finish(self.run_id, error, self._description)
+
+    def _begun(self, record: RunRecord) -> str:
+        """The key of a record that is about to be logged."""
+        key = key_of(record, code_version())
+        assert key not in self._logged, f"{record.name} is logged twice below {self.run_id}"
+        self._logged[key] = ""
+        return key
+
+    def _log(self, key: str, record: RunRecord, parent: str) -> str:
+        self._lease.demand()
+        left = self._left.get(key)
+        if left is not None and left.info.status == "FINISHED":
+            check_same(left.info.run_id, record, left.data.metrics)
+            self._logged[key] = left.info.run_id
+            return str(left.info.run_id)
+        run = self._child(key, record, parent) if left is None else self._taken(left)
+        run_id: str = run.info.run_id
+        self._logged[key] = run_id
+        try:
+            self._writer.write(run, record, again=left is not None)
+            self._lease.demand()
+            with self._store.errors():
+                self._store.client.set_terminated(run_id, "FINISHED", record.ended_ms)
+        except BaseException as error:
+            self._finish(run_id, error, record.description)
+            raise
+        return run_id
+
+    def _child(self, key: str, record: RunRecord, parent: str) -> Run:
+        tags = {
+            **provenance_tags(),
+            "mlflow.parentRunId": parent,
+            "mechdiff.kind": record.kind,
+            KEY_TAG: key,
+            ROOT_TAG: self.run_id,
+            EPOCH_TAG: str(self._lease.holder.epoch),
+        }
+        where = f"tags.`{ROOT_TAG}` = '{self.run_id}' and tags.`{KEY_TAG}` = '{key}'"
+        return made_once(self._store, self.experiment_id, where, record, tags)
+
+    def _taken(self, left: Run) -> Run:
+        """A child that an earlier owner left unfinished, RUNNING again and marked as ours."""
+        client, run_id = self._store.client, left.info.run_id
+        with self._store.errors():
+            tags = {**provenance_tags(), EPOCH_TAG: str(self._lease.holder.epoch)}
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            if left.info.status != "RUNNING":
+                client.update_run(run_id, status="RUNNING")
+            if "mechdiff.failure" in left.data.tags:
+                client.delete_tag(run_id, "mechdiff.failure")
+        return left
+
+    def _below(self) -> list[Run]:
+        """All that is below this run and not deleted, unfinished ones first, then the oldest first."""
+        found = _search(self._store, self.experiment_id, f"tags.`{ROOT_TAG}` = '{self.run_id}'")
+        return sorted(
+            (run for run in found if KEY_TAG in run.data.tags),
+            key=lambda run: (run.info.status == "FINISHED", run.info.start_time, run.info.run_id),
+        )
+
+    def _tidy(self) -> None:
+        """Delete what a request that arrived late made a second time, and end what nobody will go on with."""
+        ours = set(self._logged.values())
+        with self._store.errors():
+            for run in self._below():
+                run_id = run.info.run_id
+                if run_id in ours:
+                    continue
+                if run.data.tags[KEY_TAG] in self._logged:
+                    self._store.client.delete_run(run_id)
+                elif run.info.status == "RUNNING":
+                    self._store.client.set_terminated(run_id, "KILLED")
+
+    def _finish(self, run_id: str, error: BaseException | None, description: str) -> None:
+        client = self._store.client
+        status, reason = ending(error)
+        # A server that was waited for in vain gets one more chance, not another while.
+        in_vain = isinstance(error, StoreUnreachable)
+        patience = self._store.patience.one_attempt() if in_vain else nullcontext()
+        try:
+            with patience, self._store.errors():
+                if reason:
+                    note = f"**{status}:** {reason}\n\n{description}"
+                    tags = {"mechdiff.failure": reason, "mlflow.note.content": note}
+                    client.log_batch(run_id, tags=[RunTag(k, cut(redact(v))) for k, v in tags.items()])
+                client.set_terminated(run_id, status)
+        except MechdiffError as another:
+            if error is None:
+                raise
+            # What went wrong before is on its way to the user and matters more.
+            _log.warning("Run %s could not be marked %s: %s", run_id, status, another)
+
+    def _has_param(self, key: str, text: str) -> bool:
+        logged = self._params.get(key)
+        if logged is None:
+            return False
+        if logged != text and not same_number(logged, text):
+            raise MechdiffError(
+                f"Param {key!r} is {text} but run {self.run_id} was started with {logged}; "
+                f"start it with -P {key}={text}."
+            )
+        return True
+
+
+def made_once(store: Store, experiment_id: str, where: str, record: RunRecord, tags: dict[str, str]) -> Run:
+    """A new run, made exactly once: the one that `where` finds after an answer was lost."""
+
+    def find() -> Run | None:
+        return next(iter(_search(store, experiment_id, where)), None)
+
+    started_ms = record.started_ms or int(time.time() * 1000)
+    create = partial(store.client.create_run, experiment_id, started_ms, tags, record.name)
+    with store.errors():
+        return store.patience.once(create, find)
+
+
+def _search(store: Store, experiment_id: str, where: str) -> list[Run]:
+    runs: list[Run] = []
+    token = None
+    with store.errors():
+        while True:
+            page = store.client.search_runs(
+                [experiment_id], where, ViewType.ACTIVE_ONLY, max_results=_PAGE, page_token=token
+            )
+            runs += page
+            token = page.token
+            if not token:
+                return runs
