@@ -22,6 +22,8 @@ CREATES = {
     "registered models": r"/registered-models/create$",
     "model versions": r"/model-versions/create$",
 }
+BUT_THE_FIRST = "^(?!.*/experiments/search)"
+"""Whether a server is there is asked once, so that an absent one is told at once."""
 PROMOTED = (*RUN, "--promote")
 """A fit and a patch run, and the map registered under a name of its own pair."""
 
@@ -44,7 +46,7 @@ def registry(uri: str, experiment: str) -> tuple[int, dict[str, str]]:
     return len(versions), champion.tags
 
 
-@pytest.mark.parametrize("what", ["each create", "each request that changes something"])
+@pytest.mark.parametrize("what", ["each create", "each request but reads and uploads"])
 def test_a_lost_answer_makes_nothing_twice(
     world: World,
     promoted: Snapshot,
@@ -53,7 +55,9 @@ def test_a_lost_answer_makes_nothing_twice(
     experiment: str,
     what: str,
 ) -> None:
-    every = Rule(fault=Fault.DROP_ANSWER, method="POST|PUT|PATCH|DELETE", first_of_each=True)
+    every = Rule(
+        fault=Fault.DROP_ANSWER, method="POST|PATCH|DELETE", path=BUT_THE_FIRST, first_of_each=True
+    )
     creates = Rule(
         fault=Fault.DROP_ANSWER, method="POST", path="|".join(CREATES.values()), first_of_each=True
     )
@@ -65,8 +69,9 @@ def test_a_lost_answer_makes_nothing_twice(
             for name, path in CREATES.items()
             if seen.fault is Fault.DROP_ANSWER and seen.path.endswith(path.rstrip("$"))
         )
-    assert lost["runs"] >= 3
-    assert all(lost[name] for name in CREATES), "every kind of create was struck"
+    if what == "each create":
+        assert lost["runs"] >= 3
+        assert all(lost[name] for name in CREATES), "every kind of create was struck"
     assert snapshot(server.url, experiment).differences(promoted) == []
     n_versions, tags = registry(server.url, experiment)
     assert n_versions == 1
@@ -82,7 +87,7 @@ def test_a_bad_network_changes_no_number(
     world: World, right: Snapshot, server: Server, new_place: Callable[..., Place], experiment: str
 ) -> None:
     rules = [
-        Rule(fault=fault, probability=0.03, status=status)
+        Rule(fault=fault, path=BUT_THE_FIRST, probability=0.03, status=status)
         for fault, status in [
             (Fault.DROP_ANSWER, 0),
             (Fault.DROP_REQUEST, 0),

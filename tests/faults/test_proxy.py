@@ -81,7 +81,7 @@ def test_only_the_chosen_requests_are_struck(proxy: FaultProxy, got: list[bytes]
     proxy.rules = [Rule(fault=Fault.REFUSE, status=429, nth=frozenset({2}))]
     assert [post(proxy, b"x")[0] for _ in range(3)] == [200, 429, 200]
     proxy.rules = [Rule(fault=Fault.REFUSE, first_of_each=True)]
-    assert [post(proxy, body)[0] for body in (b"a", b"b", b"a", b"b")] == [503, 503, 200, 200]
+    assert [post(proxy, body)[0] for body in (b"a1", b"b1", b"a2", b"b1")] == [503, 503, 200, 200]
 
 
 def test_chance_is_that_of_the_seed() -> None:
