@@ -110,6 +110,11 @@ def seconds(work: Callable[[], object], rounds: int) -> float:
     return statistics.median(found)
 
 
+def few(rounds: int) -> int:
+    """Rounds where many points make one curve."""
+    return min(rounds, 3)
+
+
 def prompts_of(n: int, tokens: int, vocabulary: int) -> TokenizedPrompts:
     ids = torch.randint(0, vocabulary, (n, tokens), generator=torch.Generator().manual_seed(n))
     return TokenizedPrompts(tuple(map(tuple, ids.tolist())), (tokens - 1,) * n)
@@ -369,7 +374,7 @@ def scaling(engine: PatchEngine, shape: Shape, args: argparse.Namespace, report:
         prompts = prompts_of(n, tokens, shape.vocabulary)
         with peak() as gib:
             found = seconds(
-                lambda p=prompts: engine.score(p, [noisy(s, PER_SITE) for s in sites]), args.rounds
+                lambda p=prompts: engine.score(p, [noisy(s, PER_SITE) for s in sites]), few(args.rounds)
             )
             report.row(n, found, 1e3 * found / n, gib())
     prompts = prompts_of(args.prompts, tokens, shape.vocabulary)
@@ -399,7 +404,7 @@ def sizes(args: argparse.Namespace, report: Report) -> None:
         flops = shape.clean_flops(n, tokens) + n * PER_SITE * sum(map(shape.variant_flops, sites))
         with peak() as gib:
             groups = [noisy(s, PER_SITE) for s in sites]
-            found = seconds(lambda e=engine, p=prompts, g=groups: e.score(p, g), args.rounds)
+            found = seconds(lambda e=engine, p=prompts, g=groups: e.score(p, g), few(args.rounds))
             report.row(
                 f"{shape.layers} layers, vocabulary {shape.vocabulary}", found, gib(), flops / found / 1e12
             )
@@ -441,7 +446,8 @@ def main() -> None:
     report.say()
     report.say(
         f"{torch.cuda.get_device_name()}, {platform.machine()}; torch {torch.__version__}, transformers "
-        f"{transformers.__version__}. Medians of {args.rounds}."
+        f"{transformers.__version__}. Medians of {args.rounds}, of {few(args.rounds)} for the curves over "
+        "prompts, layers and vocabulary."
     )
     main_tables(args, report)
     if not args.quick:

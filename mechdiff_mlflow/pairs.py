@@ -209,15 +209,14 @@ class Pair:
         So that a model of which one is held at a time need not be loaded again for every question.
         """
         key = ("base", prompts.digest, position)
-        found = self.recordings.everything(key)
-        if found is None:
+        if not self.recordings.everything(key):
             tokens = self.tokens("base", prompts, position)
             with self.base.engine() as engine:
                 sites = [Site(layer, hook) for layer in range(engine.n_layers) for hook in Hook]
                 has = engine.forward.decoder.has
                 captured = engine.capture(tokens, [site for site in sites if has(site)])
-            found = self.recordings.add(key, captured)
-        return found
+            self.recordings.add(key, captured)
+        return self.recordings.everything(key)
 
     def check_same_tokens(self, prompts: PromptSet, position: Position) -> None:
         """Make sure that both sides read the same where their tokenizers are the same.

@@ -48,22 +48,22 @@ class Recordings:
             found = self._recorded[key] = engine.record(tokens, both, now=False)
         return found
 
-    def captured(self, key: Key, sites: Iterable[Site]) -> Mapping[Site, Tensor] | None:
-        """Activations at some sites, and maybe at others; None where they are not known."""
+    def captured(self, key: Key, sites: Sequence[Site]) -> Mapping[Site, Tensor] | None:
+        """Activations at some sites; None where they are not known."""
         recorded = self._recorded.get(key)
         if recorded is not None and recorded.is_complete and recorded.has(sites):
-            return recorded.activations
+            return Rows.of(recorded.activations, sites)
         found = self._captured.get(key)
-        return found if found is not None and found.keys() >= set(sites) else None
+        return Rows.of(found, sites) if found is not None and found.keys() >= set(sites) else None
 
-    def add(self, key: Key, captured: Mapping[Site, Tensor]) -> Mapping[Site, Tensor]:
-        """Remember activations; gives them, and those at other sites of the same prompts."""
-        self._captured[key] = _Joined(captured, self._captured.get(key, {}))
-        return self._captured[key]
+    def add(self, key: Key, captured: Mapping[Site, Tensor]) -> None:
+        """Remember activations beside those at other sites of the same prompts."""
+        known = self._captured.get(key, {})
+        self._captured[key] = Rows({**dict.fromkeys(known, known), **dict.fromkeys(captured, captured)})
 
-    def everything(self, key: Key) -> Mapping[Site, Tensor] | None:
+    def everything(self, key: Key) -> Mapping[Site, Tensor]:
         """All that `add` was told."""
-        return self._captured.get(key)
+        return self._captured.get(key, {})
 
     def forget(self) -> None:
         """Drop everything, for a process that goes on to other prompts."""
@@ -71,17 +71,22 @@ class Recordings:
         self._captured.clear()
 
 
-class _Joined(Mapping[Site, Tensor]):
-    """Rows of either; they may lie in files, and are read when they are asked for."""
+class Rows(Mapping[Site, Tensor]):
+    """Rows of sites, each in a mapping that may lie in files and is read when it is asked."""
 
-    def __init__(self, first: Mapping[Site, Tensor], second: Mapping[Site, Tensor]) -> None:
-        self._of = {**dict.fromkeys(second, second), **dict.fromkeys(first, first)}
+    def __init__(self, where: Mapping[Site, Mapping[Site, Tensor]]) -> None:
+        self._where = where
+
+    @classmethod
+    def of(cls, rows: Mapping[Site, Tensor], sites: Iterable[Site]) -> Rows:
+        """Some sites of a mapping."""
+        return cls(dict.fromkeys(sites, rows))
 
     def __getitem__(self, site: Site) -> Tensor:
-        return self._of[site][site]
+        return self._where[site][site]
 
     def __iter__(self) -> Iterator[Site]:
-        return iter(self._of)
+        return iter(self._where)
 
     def __len__(self) -> int:
-        return len(self._of)
+        return len(self._where)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import toy as toys
 from cli.conftest import Invoke, client, empty_store, here, mechdiff  # noqa: F401
 from peft import LoraConfig, get_peft_model
@@ -23,9 +24,11 @@ from mechdiff_mlflow.experiments.atlas import atlas
 from mechdiff_mlflow.experiments.doctor import demand_sound, examine
 from mechdiff_mlflow.experiments.heads import heads_of
 from mechdiff_mlflow.experiments.layers import layer_profile
+from mechdiff_mlflow.experiments.progress import silent
+from mechdiff_mlflow.experiments.rows import score
 from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Rank
+from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
 
 CELL = Cell(Site(3, Hook.RESID_POST), "procrustes_scaled", "update", Rank(None), Alpha.parse("auto"))
 
@@ -65,6 +68,28 @@ def test_a_run_gives_the_same_numbers_with_one_model_in_memory(toy: Path, loads:
     with pytest.raises(MechdiffError, match="two models in memory"):
         load(toy, "no")  # so the fixture would notice
     assert record.drop_pct is not None
+
+
+def test_clean_runs_go_with_their_model(toy: Path, loads: list[str]) -> None:
+    pair, site = load(toy, "yes"), CELL.site
+    prompts = pair.prompts_of("test")
+    for _ in range(2):
+        score(pair, prompts, Position.DECISION, {site: {}}, silent)
+    with pair.tuned.engine() as engine:
+        recorded = pair.recordings.to_patch(
+            *(engine, ("tuned", prompts.digest, Position.DECISION)),
+            *(pair.tokens("tuned", prompts, Position.DECISION), [site]),
+        )
+        assert engine.owns(recorded)
+        assert engine.n_forwards == recorded.n_kept == len(prompts)
+        del engine
+    before = pair.recordings.captured(("tuned", prompts.digest, Position.DECISION), [site])
+    assert before is not None
+    with pair.base.engine():
+        assert recorded.n_kept == 0
+    found = score(pair, prompts, Position.DECISION, {site: {}}, silent)
+    assert torch.equal(found[site].tuned_rows[site], before[site])
+    assert loads == ["base", "tuned", "base", "tuned"]
 
 
 def test_numbers_are_those_of_both_models_in_memory(toy: Path) -> None:

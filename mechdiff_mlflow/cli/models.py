@@ -78,14 +78,13 @@ def atlas_command(**given: Any) -> None:
         )
         lines = []
         with now.study.stage("logging runs", len(found.patches)) as advance:
-            for site, patch in found.patches.items():
-                if site in found.best:
-                    child = now.run.log(fields.cell_run(found.fits[site], patch, now.study))
-                    version = promote(now.store, child, alias=given["alias"])
-                    lines.append(f"Fetch: mechdiff fetch {version.name}@{given['alias']} -o map.pt")
-                else:
-                    now.run.log(fields.patch_run(patch, now.study))
+            for site in (site for site in found.patches if site in found.best):
+                child = now.run.log(fields.cell_run(found.fits[site], found.patches[site], now.study))
+                version = promote(now.store, child, alias=given["alias"])
+                lines.append(f"Fetch: mechdiff fetch {version.name}@{given['alias']} -o map.pt")
                 advance(1)
+            others = [patch for site, patch in found.patches.items() if site not in found.best]
+            now.run.log_all([fields.patch_run(patch, now.study) for patch in others], advance)
         sentence = first_difference(found.table)
         with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
             title = f"Atlas of {now.study.pair.name}"

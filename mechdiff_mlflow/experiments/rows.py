@@ -17,6 +17,7 @@ from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.prompts import PromptSet
+from mechdiff_mlflow.recordings import Rows
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Position
 
@@ -92,14 +93,12 @@ Replacements = Mapping[Site, Mapping[str, AffineMap]]
 def capture(
     pair: Pair, role: str, prompts: PromptSet, position: Position, sites: list[Site]
 ) -> Mapping[Site, Tensor]:
-    """Activations of one model at some sites and maybe at others, [n, d] in the model's dtype.
+    """Activations of one model at some sites, [n, d] in the model's dtype.
 
     Where they are known already nothing is run, otherwise one forward a prompt.
     """
     if role == "base" and pair.one_at_a_time:
-        known = pair.recorded_base(prompts, position)
-        if known.keys() >= set(sites):
-            return known
+        pair.recorded_base(prompts, position)
     key = (role, prompts.digest, position)
     found = pair.recordings.captured(key, sites)
     if found is not None:
@@ -111,10 +110,11 @@ def capture(
         if role == "tuned":
             to_patch = recorded(sites)
             engine.complete(to_patch)
-            return to_patch.activations
-        known = pair.recordings.everything(key) or {}
+            return Rows.of(to_patch.activations, sites)
+        known = pair.recordings.everything(key)
         missing = [site for site in sites if site not in known]
-        return pair.recordings.add(key, engine.capture(pair.tokens(role, prompts, position), missing))
+        pair.recordings.add(key, engine.capture(pair.tokens(role, prompts, position), missing))
+        return Rows.of(pair.recordings.everything(key), sites)
 
 
 @contextmanager

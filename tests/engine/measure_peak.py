@@ -1,4 +1,4 @@
-"""Prints what a large scoring and a large capture hold at their peak beyond what was there, and numbers.
+"""Prints what a large scoring, a large capture, and one whose runs are kept hold at their peak, and numbers.
 
 python measure_peak.py BUDGET|none; run by test_budget.py in processes of their own.
 """
@@ -53,6 +53,7 @@ def main() -> None:
     offsets = torch.randn(N_VARIANTS, WIDTH, generator=torch.Generator().manual_seed(0))
     groups = [VariantGroup(s, lambda i, x: x[:, None] + offsets, N_VARIANTS) for s in SITES]
     many, few = tiny.prompts(*[3] * 15_000), tiny.prompts(*range(20, 52))
+    some = tiny.prompts(*[n for n in range(20, 52) for _ in range(12)])
 
     def score() -> torch.Tensor:
         return torch.stack([x.kl_patched_clean.mean() for x in engine.score(few, groups).divergences])
@@ -61,7 +62,12 @@ def main() -> None:
         captured = engine.capture(many, SITES)
         return torch.stack([captured[site].double().norm() for site in SITES])
 
-    print(json.dumps({"score": peak_of(score), "capture": peak_of(capture)}))
+    def keep() -> torch.Tensor:
+        recorded = engine.record(some, SITES)
+        print(recorded.n_kept, "kept", file=sys.stderr)
+        return torch.stack([x.kl_patched_clean.mean() for x in engine.score(recorded, groups).divergences])
+
+    print(json.dumps({"score": peak_of(score), "capture": peak_of(capture), "keep": peak_of(keep)}))
 
 
 main()

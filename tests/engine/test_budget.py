@@ -184,6 +184,6 @@ def test_the_peak_stays_within_the_budget() -> None:
         )
         for use, (peak, found) in json.loads(done.stdout).items():
             peaks[use, words], numbers[use, words] = peak, torch.tensor(found)
-    for use in ("score", "capture"):
+    for use in ("score", "capture", "keep"):
         torch.testing.assert_close(numbers[use, "32MiB"], numbers[use, "none"], rtol=1e-4, atol=1e-6)
         assert peaks[use, "32MiB"] <= budget < peaks[use, "none"], peaks
