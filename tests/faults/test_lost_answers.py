@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -14,6 +16,9 @@ from faults.conftest import CELLS
 from faults.harness import RUN, World, only_parent, undisturbed, with_environment
 from faults.proxy import Fault, Rule, proxying
 from faults.snapshot import Snapshot, snapshot
+from mechdiff_mlflow.tracking.artifacts import dataset_input
+from mechdiff_mlflow.tracking.records import PromptSet
+from mechdiff_mlflow.tracking.store import open_store
 
 CREATES = {
     "runs": r"/runs/create$",
@@ -55,9 +60,7 @@ def test_a_lost_answer_makes_nothing_twice(
     experiment: str,
     what: str,
 ) -> None:
-    every = Rule(
-        fault=Fault.DROP_ANSWER, method="POST|PATCH|DELETE", path=BUT_THE_FIRST, first_of_each=True
-    )
+    every = Rule(fault=Fault.DROP_ANSWER, method="POST|PATCH|DELETE", path=BUT_THE_FIRST, first_of_each=True)
     creates = Rule(
         fault=Fault.DROP_ANSWER, method="POST", path="|".join(CREATES.values()), first_of_each=True
     )
@@ -131,3 +134,29 @@ def test_a_server_that_stays_away_ends_the_sweep_with_a_sentence_and_it_is_resum
         run_id = only_parent(server.url, experiment).info.run_id
         mechdiff(place, "resume", run_id)
     assert snapshot(server.url, experiment).differences(right) == []
+
+
+def test_runs_that_are_the_first_to_use_a_prompt_set_at_once_all_have_it(
+    server: Server, experiment: str
+) -> None:
+    """MLflow looks a prompt set up and then adds it, and fails whoever comes between."""
+    store = open_store(server.url)
+    experiment_id = store.experiment(experiment)
+    runs = [store.client.create_run(experiment_id).info.run_id for _ in range(8)]
+    sets = [PromptSet("toy", "train", f"digest-{index}", 1) for index in range(6)]
+    together = threading.Barrier(len(runs))
+
+    def use(run_id: str) -> None:
+        for one in sets:
+            together.wait(30)
+            try:
+                store.client.log_inputs(run_id, [dataset_input(one)])
+            except BaseException:
+                together.abort()
+                raise
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        list(pool.map(use, runs))
+    for run_id in runs:
+        found = store.client.get_run(run_id).inputs.dataset_inputs
+        assert sorted(given.dataset.digest for given in found) == [one.digest for one in sets]
