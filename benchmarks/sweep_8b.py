@@ -174,11 +174,10 @@ def track(uri: str, fits: list[FitRecord], patches: list[PatchRecord], study: St
         store = open_store(uri)
         store.experiment(study.pair.name)
     with Tracker(store, study.pair.name).run("sweep", f"sweep of {len(fits)} cells") as run:
-        for fit, patch in zip(fits, patches, strict=True):
-            with clock.stage("tracking: records"):
-                record = fields.cell_run(fit, patch, study)
-            with clock.stage("tracking: runs"):
-                run.log(record)
+        with clock.stage("tracking: records"):
+            records = [fields.cell_run(*both, study) for both in zip(fits, patches, strict=True)]
+        with clock.stage("tracking: runs"):
+            run.log_all(records)
         with clock.stage("least ranks"):
             found = least_ranks(patches, [30.0], seed=0)
         with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ The records are those of a real sweep on the demo pair: 10 sites × 10 ranks × 
 params, metrics, tags, three prompt sets, tables, spec, environment and map, and a parent with curves and the
 best cell. They are made once, then logged to each store
 
-(ours) as `mechdiff sweep` does, by `Tracker` and `OpenRun.log`;
+(ours) as `mechdiff sweep` does, by `Tracker` and `OpenRun.log_all`;
 (fluent) by `mlflow.start_run(nested=True)`, `log_param`, `log_metric`, `set_tag`, `log_input`, `log_table`
     and `log_text` one by one, the map by `mlflow.pyfunc.log_model` with its requirements given, which spares
     the naive side MLflow's slow inference of them;
@@ -141,8 +141,7 @@ def ours(sweep: Sweep, store: Store, experiment: str) -> Timing:
     start = time.perf_counter()
     with Tracker(store, experiment).run("sweep", f"sweep of {len(sweep.cells)} cells") as run:
         opened = time.perf_counter()
-        for record in sweep.cells:
-            run.log(record)
+        run.log_all(sweep.cells)
         logged = time.perf_counter()
         run.add(sweep.headline)
     return _timing(len(sweep.cells), start, opened, logged)
@@ -335,12 +334,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stores", default=",".join(STORES))
     parser.add_argument("--width", type=int, help="make the maps as large as those of a model this wide")
+    parser.add_argument("--folder", help="where the stores are made; one in memory takes the disk out of it")
     parser.add_argument("--out", type=Path, help="write the report there too")
     args = parser.parse_args()
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="mlflow")  # advice to the naive
     torch.set_num_threads(1)
+    tempfile.tempdir = args.folder
     sweep = demo_sweep()
     sweep = replace(sweep, cells=_spread(sweep.cells, args.cells))
     sweep = sweep if args.width is None else widened(sweep, args.width)

@@ -171,8 +171,8 @@ def plant_into(model: nn.Module, plant: Plant, spec: PairSpec) -> None:
     plant_in(plant, decoder.module(plant.site))
 
 
-def load_adapter(spec: PairSpec, model: nn.Module) -> tuple[Any, str]:
-    """The spec's PEFT adapter on a model, and its revision.
+def load_adapter(spec: PairSpec, model: nn.Module) -> Any:
+    """The spec's PEFT adapter on a model.
 
     Raises:
         MechdiffError: peft is not installed, or the adapter is missing or malformed.
@@ -189,7 +189,14 @@ def load_adapter(spec: PairSpec, model: nn.Module) -> tuple[Any, str]:
     with explained(f"Adapter {place} of pair {spec.name!r}"):
         adapted = peft.PeftModel.from_pretrained(model, place, revision=revision)
     adapted.eval().requires_grad_(False)
-    return adapted, folder_digest(Path(place)) if Path(place).is_dir() else f"{place}@{revision or 'main'}"
+    return adapted
+
+
+def adapter_revision(spec: PairSpec) -> str:
+    """The revision of the spec's PEFT adapter: of the hub, or `sha256:` and the digest of its files."""
+    assert spec.tuned.adapter is not None
+    place = spec.locate(spec.tuned.adapter)
+    return folder_digest(Path(place)) if Path(place).is_dir() else f"{place}@{spec.tuned.revision or 'main'}"
 
 
 def module_names(spec: PairSpec) -> ModuleNames | None:

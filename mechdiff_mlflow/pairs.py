@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mechdiff_mlflow.checkpoints import (
     Checkpoint,
+    adapter_revision,
     layer_digests,
     load_adapter,
     module_names,
@@ -35,6 +36,9 @@ from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import SPLITS, PairSpec, Position
 
 _T = TypeVar("_T")
+
+_SHARED = "base"
+"""What the one model of a base and its adapter is held as."""
 
 _FILLED = 0.8
 """Share of a device's memory that two models may take before one is held at a time."""
@@ -144,6 +148,7 @@ class Pair:
         prompts: The splits that the spec names; disjoint.
         device: Where the models are.
         recordings: What was recorded of the models so far.
+        options: Memory bounds of the engines, as asked for.
     """
 
     spec: PairSpec
@@ -152,6 +157,7 @@ class Pair:
     prompts: Mapping[str, PromptSet]
     device: str
     recordings: Recordings = field(default_factory=Recordings)
+    options: EngineOptions = EngineOptions()
     _tokens: dict[tuple[str, str, Position], TokenizedPrompts] = field(default_factory=dict)
 
     @property
@@ -286,7 +292,12 @@ def _same_weights(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
 
 
 def load_pair(
-    spec: PairSpec, *, dtype: str | None = None, device: str = "auto", options: EngineOptions | None = None
+    spec: PairSpec,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    options: EngineOptions | None = None,
+    lazily: bool = False,
 ) -> Pair:
     """Read the prompts, then load both models.
 
@@ -295,6 +306,8 @@ def load_pair(
         dtype: Instead of the spec's.
         device: `auto` is CUDA where there is one, otherwise the CPU; ignored with a device map.
         options: Memory bounds of the engines.
+        lazily: Load a model only once it is touched: where others compute, this process needs tokenizers,
+            prompts and digests alone, and no device.
 
     Raises:
         MechdiffError: Prompts, weights or tokenizers are missing or malformed.
@@ -308,11 +321,13 @@ def load_pair(
         if getattr(spec.prompts, split)
     }
     check_disjoint(prompts.values())
-    device = _existing_device(device)
+    device = device if lazily and device != "auto" else _existing_device(device)
     bounds = options or EngineOptions()
     base_weights = Checkpoint(spec, spec.base.model, spec.base.revision, device)
     tuned_weights = _tuned_weights(spec, base_weights)
-    one_at_a_time = tuned_weights is not None and _one_at_a_time(bounds, base_weights, tuned_weights)
+    one_at_a_time = (
+        not lazily and tuned_weights is not None and _one_at_a_time(bounds, base_weights, tuned_weights)
+    )
     residence = Residence(one_at_a_time=one_at_a_time)
     make_engine = _engine_maker(spec, bounds)
     with quiet_transformers():
@@ -333,14 +348,33 @@ def load_pair(
                 for role, c in (("base", base_weights), ("tuned", tuned_weights))
             )
         else:
-            adapted, of_adapter = load_adapter(spec, residence.model("base", base_weights.load))
-            both, shared = f"{revision}+{of_adapter}", (base_weights.n_layers, base_weights.load, "base")
-            base = Side("base", tokenizer, revision, *shared, adapted.disable_adapter, make_engine, residence)
+            both, load = f"{revision}+{adapter_revision(spec)}", _Adapted(spec, base_weights, residence)
+            shared = (base_weights.n_layers, load, _SHARED)
+            base = Side("base", tokenizer, revision, *shared, load.disabled, make_engine, residence)
             tuned = Side("tuned", tokenizer, both, *shared, nullcontext, make_engine, residence)
-        if not one_at_a_time:
+        if not one_at_a_time and not lazily:
             for side in (base, tuned):
                 residence.model(side.key, side.load)
-    return Pair(spec, base, tuned, prompts, device)
+    return Pair(spec, base, tuned, prompts, device, options=bounds)
+
+
+class _Adapted:
+    """Loads a base model with the spec's PEFT adapter in it, which can be switched off."""
+
+    def __init__(self, spec: PairSpec, base: Checkpoint, residence: Residence) -> None:
+        self._spec, self._base, self._residence = spec, base, residence
+        self._adapted: Any = None
+
+    def __call__(self) -> nn.Module:
+        model = self._base.load()
+        self._adapted = load_adapter(self._spec, model)
+        return model
+
+    def disabled(self) -> contextlib.AbstractContextManager[object]:
+        """A context in which the model is the base alone."""
+        self._residence.model(_SHARED, self)
+        context: contextlib.AbstractContextManager[object] = self._adapted.disable_adapter()
+        return context
 
 
 def _tuned_weights(spec: PairSpec, base: Checkpoint) -> Checkpoint | None:

@@ -49,6 +49,7 @@ _pair_mismatch = click.option(
 @options.permutations
 @options.seed
 @options.models
+@options.engine
 @options.promotion
 @options.tracking
 def run_command(**given: Any) -> None:
@@ -87,6 +88,7 @@ def run_command(**given: Any) -> None:
 @options.n_train
 @options.seed
 @options.models
+@options.engine
 @options.tracking
 def fit_command(**given: Any) -> None:
     """Fit a map at one site; val chooses what is left open.
@@ -117,6 +119,7 @@ def fit_command(**given: Any) -> None:
 @options.n_train
 @options.seed
 @options.models
+@options.engine
 @options.tracking
 @_pair_mismatch
 def patch_command(**given: Any) -> None:
@@ -176,6 +179,7 @@ def patch_command(**given: Any) -> None:
 @options.permutations
 @options.seed
 @options.models
+@options.engine
 @options.tracking
 def sweep_command(**given: Any) -> None:
     """Sweep ranks (and scales) over sites: drop%(k) and the smallest rank that reaches a target (RQ3).
@@ -225,6 +229,7 @@ def sweep_command(**given: Any) -> None:
 @options.n_train
 @options.seed
 @options.models
+@options.engine
 @options.tracking
 @_pair_mismatch
 def report_pass_command(**given: Any) -> None:
@@ -250,9 +255,10 @@ def report_pass_command(**given: Any) -> None:
             map_ = map_.with_alpha(float(version.tags.get("alpha", map_.alpha)))
             _check_same_pair(map_, str(version), pair.fingerprint, allowed=given["allow_pair_mismatch"])
             position = Position(str(map_.meta["position"]))
-            study = studies.setdefault(
-                position, Study(pair, replace(protocol, position=position), now.study.stage)
-            )
+            if position not in studies:
+                at = replace(protocol, position=position)
+                studies[position] = Study(pair, at, now.study.stage, now.study.workers)
+            study = studies[position]
             (patch,) = study.patch([(_cell_of(map_, str(version)), map_, ())])
             now.run.log(fields.patch_run(patch, study, map_name=str(version)))
             patches.append(patch)

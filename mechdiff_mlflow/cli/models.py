@@ -55,6 +55,7 @@ ALL_HOOKS = ",".join(map(str, Hook))
 @options.n_train
 @options.seed
 @options.models
+@options.engine
 @options.tracking
 def atlas_command(**given: Any) -> None:
     """Patch every layer at every hook, raw and mapped: where do the models differ, and how transportably?
@@ -102,6 +103,7 @@ def atlas_command(**given: Any) -> None:
 @options.reported
 @options.seed
 @options.models
+@options.engine
 @options.tracking
 def layers_command(**given: Any) -> None:
     """Compare base and tuned layer by layer: CKA, and unmapped layer patches both ways (RQ1).
@@ -137,6 +139,7 @@ def layers_command(**given: Any) -> None:
 @options.reported
 @options.seed
 @options.models
+@options.engine
 @options.tracking
 def heads_command(**given: Any) -> None:
     """Find the heads of a layer that carry the difference: coverage KL_S / KL_all of sets S (RQ4).

@@ -285,6 +285,38 @@ models = _stacked(
     ),
 )
 
+_gpus = whole("--gpus-per-worker", 2, least=1)
+
+engine = _stacked(
+    click.option(
+        "--engine",
+        type=one_of("--engine", "local", "ray"),
+        default="local",
+        show_default=True,
+        help="Who runs the models: local, this process; ray, workers of a Ray cluster.",
+    ),
+    click.option(
+        "--address",
+        default="own",
+        show_default=True,
+        help="With --engine ray: own starts a cluster on this machine; auto or host:port joins one.",
+    ),
+    click.option(
+        "--workers",
+        type=whole("--workers", 4, least=1),
+        default="1",
+        show_default=True,
+        help="With --engine ray: how many workers hold the pair.",
+    ),
+    click.option(
+        "--gpus-per-worker",
+        type=Text("count", lambda text: None if text == "auto" else _gpus.convert(text, None, None)),
+        default="auto",
+        show_default=True,
+        help="With --engine ray: GPUs of each worker; more than one for a pair with a device map.",
+    ),
+)
+
 tracking = _stacked(
     click.option(
         "--tracking-uri",

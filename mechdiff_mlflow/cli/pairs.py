@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from mechdiff_mlflow.cli import options, show
+from mechdiff_mlflow.cli.computing import load_as_asked, settle_threads
 from mechdiff_mlflow.cli.progress import bars
-from mechdiff_mlflow.cli.session import load_as_asked, settle_threads
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import examine
 from mechdiff_mlflow.spec import PairSpec

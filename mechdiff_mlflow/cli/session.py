@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
-import torch
 
+from mechdiff_mlflow.cli.computing import workers_of
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.cli.recovery import resumption
 from mechdiff_mlflow.experiments import Protocol, Study
-from mechdiff_mlflow.experiments.doctor import demand_sound
-from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.tracking.cache import staging
 from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.recovery import Command
@@ -28,9 +27,11 @@ from mechdiff_mlflow.tracking.store import Store, open_store
 AS_MANY = "500-or-all"
 """As the number of prompts: the seed's 500 where there are as many, otherwise all there are."""
 LONE = ("fit", "patch")
-SMALL_MODEL = 50_000_000
-_NOT_RESUMED = ("tracking_uri",)
-_NOT_SETTINGS = ("tracking_uri", "experiment", "device", "batch_size", "memory_budget", "sequential", "out")
+_NOT_RESUMED = ("tracking_uri", "address")
+_NOT_SETTINGS = (
+    *("tracking_uri", "experiment", "device", "batch_size", "memory_budget", "sequential", "out"),
+    *("engine", "address", "workers", "gpus_per_worker"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,16 @@ def _words(options: dict[str, Any], leave_out: Container[str]) -> list[str]:
         elif isinstance(parameter, click.Option) and parameter.is_flag:
             words += [parameter.opts[0]] if value else []
         elif parameter.opts:
-            words += [parameter.opts[0], _typed(name, value)]
+            words += [parameter.opts[0], _typed(parameter, value)]
     return words
 
 
-def _typed(name: str, value: Any) -> str:
-    """A value as it is typed; what is left to its default has a word of its own."""
-    if value is None and name == "experiment":
-        return ""
-    return "none" if value is None and name == "memory_budget" else str(_text(name, value))
+def _typed(parameter: click.Parameter, value: Any) -> str:
+    """A value as it is typed; None is what the default stands for, or in the words of `_text`."""
+    name = parameter.name or ""
+    if value is None and name not in ("n", "n_train", "off_span"):
+        return parameter.default if isinstance(parameter.default, str) else ""
+    return str(_text(name, value))
 
 
 @dataclass(frozen=True)
@@ -118,37 +120,10 @@ def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
     tags = {"mechdiff.command": command_line(options), **again.tag}
     with tracker.run(kind, name, asked(options) if has_parent else {}, tags=tags) as run:
         protocol = protocol_of(options)
-        with bars() as stage:
-            with stage("loading both models", 1):
-                pair = load_as_asked(spec, options)
-            run.pin(PAIR_FINGERPRINT, pair.fingerprint, "the pair")
-            settle_threads(pair)
-            with stage("checking the plumbing", 1):
-                demand_sound(pair)
-            yield Session(store, run, Study(pair, protocol, stage), has_parent)
-
-
-def load_as_asked(spec: PairSpec, options: dict[str, Any]) -> Pair:
-    """The pair, loaded as the options that all such commands share say."""
-    return load_pair(
-        spec,
-        dtype=None if options["dtype"] == "spec" else options["dtype"],
-        device=options["device"],
-        options=EngineOptions(
-            **{name: options[name] for name in ("batch_size", "memory_budget", "sequential")}
-        ),
-    )
-
-
-def settle_threads(pair: Pair) -> None:
-    """One thread for a small model on the CPU, unless OMP_NUM_THREADS says otherwise.
-
-    Its matrices are too small to share: two threads gain a third on an idle machine, and cost six times the
-    wall clock on a busy one, where each waits for the other at every layer.
-    """
-    n_params = sum(weight.numel() for weight in pair.tuned.model.parameters())
-    if pair.device == "cpu" and n_params < SMALL_MODEL and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+        with bars() as stage, workers_of(spec, options, staging(run.run_id), stage) as workers:
+            run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair")
+            yield Session(store, run, Study(workers.pair, protocol, stage, workers), has_parent)
+    workers.discard()  # only now: the run is finished, and nobody will resume it
 
 
 def protocol_of(options: dict[str, Any]) -> Protocol:

@@ -13,8 +13,8 @@ import click
 from mechdiff_mlflow.adapters import Form
 from mechdiff_mlflow.attach import Tokens
 from mechdiff_mlflow.cli import options, show
+from mechdiff_mlflow.cli.computing import settle_threads
 from mechdiff_mlflow.cli.progress import bars
-from mechdiff_mlflow.cli.session import settle_threads
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.adapting import make_adapter
 from mechdiff_mlflow.experiments.steering import steer

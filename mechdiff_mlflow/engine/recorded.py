@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from mechdiff_mlflow.prompts import TokenizedPrompts
 from mechdiff_mlflow.sites import Site
 
 _SHARE = 4
-"""Without a budget a recording may take one part in so many of the memory that is free when it begins."""
+"""Without a budget all recordings may take one part in so many of the memory that is free but for them."""
 
 
 class Shelf:
@@ -32,8 +33,27 @@ class Shelf:
     """
 
     def __init__(self, budget: MemoryBudget | None = None) -> None:
-        self.budget = budget
+        self._budget = budget
+        self._held: Counter[torch.device] = Counter()
         self._recorded: weakref.WeakSet[Recorded] = weakref.WeakSet()
+
+    def reserve(self, n_bytes: Mapping[torch.device, int]) -> bool:
+        """Whether what takes so many bytes, and exists already, may be kept; it counts until released."""
+        if self._budget is not None:
+            # Activations that do not fit are read from files; recordings are run again, which is no loss.
+            return self._budget.reserve(sum(n_bytes.values()), sparing=True)
+        held = self._held + Counter(n_bytes)
+        if any(held[device] > (free_bytes(device) + held[device]) // _SHARE for device in n_bytes):
+            return False
+        self._held = held
+        return True
+
+    def release(self, n_bytes: Mapping[torch.device, int]) -> None:
+        """Give back what was reserved."""
+        if self._budget is not None:
+            self._budget.release(sum(n_bytes.values()))
+        else:
+            self._held = self._held - Counter(n_bytes)
 
     def add(self, recorded: Recorded) -> None:
         """One more that may be given up."""
@@ -73,7 +93,6 @@ class Recorded:
         self._begins: list[int | None] = [None] * len(prompts)  # for each place, where its recording begins
         self._done = torch.zeros(len(prompts), dtype=torch.bool)
         self._reserved: list[weakref.finalize[Any, Any]] = []
-        self._room: dict[torch.device, int] = {}
         self._is_full = shelf is None
         if shelf is not None:
             shelf.add(self)
@@ -139,9 +158,11 @@ class Recorded:
         assert self._shelf is not None
         if _storage(recording.logits).nbytes() > recording.logits.nbytes:  # a view of those of all tokens
             recording = replace(recording, logits=recording.logits.clone())
-        if not self._has_room(recording, self._shelf.budget):
+        n_bytes = _bytes_on(recording)
+        if not self._shelf.reserve(n_bytes):
             self._is_full = True
             return
+        self._reserved.append(weakref.finalize(self, self._shelf.release, n_bytes))
         begins = self._cuts.order.index(int(recording.chunk.index[0]))
         self._kept[begins] = recording
         self._begins[begins : begins + len(recording)] = [begins] * len(recording)
@@ -159,23 +180,6 @@ class Recorded:
 
     def _is_kept(self, place: int) -> bool:
         return place < len(self._begins) and self._begins[place] is not None
-
-    def _has_room(self, recording: Recording, budget: MemoryBudget | None) -> bool:
-        sizes = _bytes_on(recording)
-        if budget is not None:
-            total = sum(sizes.values())
-            # Activations that do not fit are read from files; recordings are run again, which is no loss.
-            if not budget.reserve(total, sparing=True):
-                return False
-            self._reserved.append(weakref.finalize(self, budget.release, total))
-            return True
-        for device, n_bytes in sizes.items():
-            # What is asked about exists already.
-            left = self._room.setdefault(device, (free_bytes(device) + n_bytes) // _SHARE)
-            if n_bytes > left:
-                return False
-            self._room[device] = left - n_bytes
-        return True
 
 
 def _bytes_on(recording: Recording) -> dict[torch.device, int]:

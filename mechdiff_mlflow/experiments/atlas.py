@@ -13,8 +13,9 @@ import pandas as pd
 
 from mechdiff_mlflow import stats
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
-from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, SiteRows, score
+from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, SiteRows
 from mechdiff_mlflow.experiments.study import Study
+from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import Alpha, Cell, Rank
 
@@ -64,7 +65,8 @@ def atlas(
     """
     pair, protocol = study.pair, study.protocol
     sites = [Site(layer, hook) for layer in range(pair.n_layers) for hook in Hook if hook in hooks]
-    rows = score(pair, study.report_prompts, protocol.position, {site: {} for site in sites}, study.stage)
+    everywhere: dict[Site, dict[str, AffineMap]] = {site: {} for site in sites}
+    rows = study.computing.score(study.report_prompts, protocol.position, everywhere, study.stage)
     cells = [
         Cell(site, solver, family, Rank(None), Alpha((alpha,)))
         for site in sites
@@ -93,7 +95,7 @@ def _ranked_on_val(study: Study, fits: Mapping[Site, FitRecord]) -> list[Site]:
     What enters a block is what leaves the one before, and not counted twice.
     """
     wanted = {site: {"mapped": fit.map} for site, fit in fits.items() if not _repeats(site, fits)}
-    rows = score(study.pair, study.val_prompts, study.protocol.position, wanted, study.stage)
+    rows = study.computing.score(study.val_prompts, study.protocol.position, wanted, study.stage)
 
     def left(site: Site) -> float:
         patched = rows[site].patched

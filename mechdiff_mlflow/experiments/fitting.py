@@ -13,11 +13,10 @@ from torch import Tensor
 
 from mechdiff_mlflow import controls, solvers
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments import rows as scoring
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.protocol import Protocol
+from mechdiff_mlflow.experiments.workers import Workers
 from mechdiff_mlflow.maps import JSON, AffineMap
-from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum, Solution
@@ -35,23 +34,22 @@ class Fitter:
     """The train split of a pair under one protocol.
 
     Args:
-        pair: The models.
+        workers: Who runs the models.
         protocol: What all cells share.
         prompts: Fitted on.
-        n_layers: That both models have.
         stage: Who listens to progress.
     """
 
-    pair: Pair
+    workers: Workers
     protocol: Protocol
     prompts: PromptSet
-    n_layers: int
     stage: Stage
     _train: dict[Site, tuple[Mapping[Site, Tensor], Mapping[Site, Tensor]]] = field(default_factory=dict)
     _spectra: dict[Site, PairedSpectrum] = field(default_factory=dict)
     _solutions: dict[Key, tuple[Solution, float]] = field(default_factory=dict)
     _shuffled: dict[Key, list[Solution]] = field(default_factory=dict)
     _gradients: dict[Site, Tensor] = field(default_factory=dict)
+    _controls: dict[Site, Offers] = field(default_factory=dict)
     _basis: Tensor | None = None
 
     def record(self, cells: Sequence[Cell]) -> None:
@@ -64,11 +62,11 @@ class Fitter:
         if not missing:
             return
         position = self.protocol.position
-        self.pair.check_same_tokens(self.prompts, position)
+        self.workers.pair.check_same_tokens(self.prompts, position)
         with self.stage("recording train", 2) as advance:
-            base = scoring.capture(self.pair, "base", self.prompts, position, missing)
+            base = self.workers.capture("base", self.prompts, position, missing)
             advance(1)
-            tuned = scoring.capture(self.pair, "tuned", self.prompts, position, missing)
+            tuned = self.workers.capture("tuned", self.prompts, position, missing)
             advance(1)
         self._train.update({site: (base, tuned) for site in missing})
 
@@ -77,10 +75,11 @@ class Fitter:
 
         Never round to the first layer: what enters it is the same for all prompts.
         """
-        if self.n_layers == 1:
+        n_layers = self.workers.pair.n_layers
+        if n_layers == 1:
             return site
-        step = max(1, self.n_layers // 8)
-        return replace(site, layer=site.layer + (step if site.layer + step < self.n_layers else -step))
+        step = max(1, n_layers // 8)
+        return replace(site, layer=site.layer + (step if site.layer + step < n_layers else -step))
 
     def alphas(self, cell: Cell) -> tuple[float, ...]:
         """The scales that a cell's map may have, α of the identity among them where that was asked for."""
@@ -115,16 +114,26 @@ class Fitter:
 
     def nulls(self, cell: Cell) -> Offers:
         """Every control at every scale that the map may have, and unscaled: the same freedom."""
-        spectrum = self._spectrum(cell.site)
-        other = self._solution(replace(cell, site=self.elsewhere(cell.site)), 1.0).map()
         nulls = {}
-        for name in controls.applicable_controls(spectrum, other=other):
-            made = controls.control_map(name, spectrum, seed=self.protocol.seed, other=other)
-            # The wrong layer's map is the only control that the solver has a part in.
-            title = f"{name} {cell.solver} {cell.family}" if name == "wrong_layer" else name
-            scales = (1.0,) if name == "zero" else sorted({1.0, *self.alphas(cell)})
+        for title, made in self._controls_of(cell).items():
+            scales = (1.0,) if title == "zero" else sorted({1.0, *self.alphas(cell)})
             nulls.update({f"{title} α={alpha:g}": made.with_alpha(alpha) for alpha in scales})
         return nulls
+
+    def _controls_of(self, cell: Cell) -> Offers:
+        """The site's controls, unscaled, each made once: all cells of a site share them, and their memory."""
+        known = self._controls.setdefault(cell.site, {})
+        spectrum = self._spectrum(cell.site)
+        # The wrong layer's map is the only control that the solver has a part in.
+        wrong_layer = f"wrong_layer {cell.solver} {cell.family}"
+        if wrong_layer not in known:
+            other = self._solution(replace(cell, site=self.elsewhere(cell.site)), 1.0).map()
+            for name in controls.applicable_controls(spectrum, other=other):
+                title = wrong_layer if name == "wrong_layer" else name
+                if title not in known:
+                    known[title] = controls.control_map(name, spectrum, seed=self.protocol.seed, other=other)
+        mine = {title: made for title, made in known.items() if not title.startswith("wrong_layer")}
+        return mine | ({wrong_layer: known[wrong_layer]} if wrong_layer in known else {})
 
     def seconds(self, cell: Cell) -> float:
         """What the factorisations took that all ranks of the cell's site, solver and family share."""
@@ -207,9 +216,9 @@ class Fitter:
     def _output_directions(self, width: int) -> Tensor:
         """Top directions of the unembedding, [q, d]."""
         if self._basis is None:
-            matrices = [self.pair.tuned.unembedding()]
+            matrices = [self.workers.unembedding("tuned")]
             if self.protocol.unembedding == "joint":
-                matrices.append(self.pair.base.unembedding())
+                matrices.append(self.workers.unembedding("base"))
             if any(matrix.shape[1] != width for matrix in matrices):
                 raise MechdiffError(
                     f"The unembeddings read {' and '.join(str(m.shape[1]) for m in matrices)} dimensions and "
@@ -223,11 +232,10 @@ class Fitter:
     def _fisher(self, site: Site) -> Tensor:
         """Gradients of sampled log-probabilities in the tuned activations of the train prompts, [n, d]."""
         if site not in self._gradients:
-            tokens = self.pair.tokens("tuned", self.prompts, self.protocol.position)
-            with self.pair.tuned.engine() as engine:
-                # All sites at once: one backward pass however many there are.
-                missing = sorted(self._train.keys() - self._gradients.keys())
-                self._gradients.update(engine.score_gradients(tokens, missing, seed=self.protocol.seed))
+            # All sites at once: one backward pass however many there are.
+            missing = sorted(self._train.keys() - self._gradients.keys())
+            position, seed = self.protocol.position, self.protocol.seed
+            self._gradients.update(self.workers.gradients(self.prompts, position, missing, seed))
         return self._gradients[site]
 
 

@@ -6,24 +6,19 @@ model's z for the heads in S and its own for the rest. coverage(S) = ΣKL_S / Σ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
 from mechdiff_mlflow import stats
-from mechdiff_mlflow.engine import VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.rows import Array, patchable
+from mechdiff_mlflow.experiments.rows import Array
 from mechdiff_mlflow.experiments.study import Study
-from mechdiff_mlflow.prompts import PromptSet
+from mechdiff_mlflow.experiments.substitution import Heads
 from mechdiff_mlflow.sites import Hook, Site
-
-Heads = tuple[int, ...]
 
 COLUMNS = (
     *("site", "n_heads", "choice", "size", "heads", "KL", "coverage", "coverage_low", "coverage_high"),
@@ -65,13 +60,13 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
             replacing all of them moves KL no further than noise.
     """
     site = Site(layer, Hook.ATTN_OUT)
-    val = _Substitution(study, layer, study.val_prompts)
-    n_heads = val.n_heads
+    patches = partial(study.computing.head_patches, layer, position=study.protocol.position)
+    n_heads = study.computing.n_heads(layer)
     order: Heads = ()
     with study.stage("greedy heads on val", n_heads) as advance:
         while len(order) < n_heads:
             candidates = [(*order, head) for head in range(n_heads) if head not in order]
-            means = [kl.mean() for kl in val.score(candidates)]
+            means = [kl.mean() for kl in patches(prompts=study.val_prompts, sets=candidates)]
             order = candidates[int(np.argmax(means))]
             advance(1)
     singles: list[Heads] = [(head,) for head in range(n_heads)]
@@ -81,12 +76,13 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
         [tuple(int(h) for h in rng.permutation(n_heads)[:size]) for _ in range(n_random)]
         for size in range(1, n_heads + 1)
     ]
-    report = _Substitution(study, layer, study.report_prompts)
     everything = tuple(range(n_heads))
     sets = list(dict.fromkeys(map(_sorted, [*singles, *nested, *chain.from_iterable(chance), everything])))
-    scored = dict(zip(sets, report.score(sets), strict=True))
+    on_report = partial(patches, prompts=study.report_prompts)
+    scored = dict(zip(sets, on_report(sets=sets), strict=True))
     whole = scored[everything]
-    if not (whole.mean() > 0 and whole.mean() >= stats.FLOORS * report.noise_floor()):
+    (own,) = on_report(sets=[()])  # the tuned model's heads put back through the projection
+    if not (whole.mean() > 0 and whole.mean() >= stats.FLOORS * own.mean()):
         raise MechdiffError(
             f"Replacing all heads at {site} moves KL by {whole.mean():.2g} nats, no further than noise; "
             "choose a layer where the models differ."
@@ -115,49 +111,6 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
         rows.append((str(site), n_heads, "random", size, named, float(kls.mean()), *ends, n_all))
     table: pd.DataFrame = pd.DataFrame(rows, columns=list(COLUMNS))
     return HeadsRecord(site, table, order, len(study.report_prompts), study.protocol.split)
-
-
-class _Substitution:
-    """Base's z in place of the tuned model's, for any set of heads, on some prompts."""
-
-    def __init__(self, study: Study, layer: int, prompts: PromptSet) -> None:
-        self._pair, self._site = study.pair, Site(layer, Hook.ATTN_OUT)
-        position = study.protocol.position
-        self._prompts, self._position = prompts, position
-        z = {}
-        for role, side in (("base", self._pair.base), ("tuned", self._pair.tuned)):
-            with side.engine() as engine:
-                z[role] = engine.heads(layer).capture(self._pair.tokens(role, prompts, position))
-        self._base, self._tuned = z["base"], z["tuned"]
-        if self._base.shape != self._tuned.shape:
-            shapes = [list(x.shape[1:]) for x in (self._base, self._tuned)]
-            raise MechdiffError(
-                f"Base and tuned have heads of {shapes[0]} and {shapes[1]} (number, width) in layer {layer}; "
-                "heads can be substituted only where they correspond."
-            )
-        self.n_heads = self._tuned.shape[1]
-
-    def score(self, sets: Sequence[Heads]) -> list[Array]:
-        """KL(patched ‖ clean) in nats of every set of heads, [n] each."""
-        chosen = torch.zeros(len(sets), self.n_heads, 1, dtype=torch.bool)
-        for row, heads in enumerate(sets):
-            chosen[row, list(heads)] = True
-        # Asked for many times: the tuned model's own run is kept.
-        with patchable(self._pair, "tuned", self._prompts, self._position) as (engine, recorded):
-            projection = engine.heads(self._site.layer)
-
-            def replaced(index: Tensor, clean: Tensor) -> Tensor:
-                base, tuned = self._base[index].unsqueeze(1), self._tuned[index].unsqueeze(1)
-                return projection.project(torch.where(chosen, base, tuned)).to(clean.device)
-
-            group = VariantGroup(self._site, replaced, n_variants=len(sets))
-            (found,) = engine.score(recorded([self._site]), [group]).divergences
-        return [np.asarray(column) for column in found.kl_patched_clean.numpy().T]
-
-    def noise_floor(self) -> float:
-        """Mean KL of the tuned model's own heads put back through the projection."""
-        (own,) = self.score([()])
-        return float(own.mean())
 
 
 def _coverage(whole: Array, kl: Array, seed: int, n_resamples: int) -> tuple[float, float, float]:

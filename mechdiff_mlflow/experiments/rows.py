@@ -108,13 +108,26 @@ def capture(
             # Asked for once, by a fit, and nothing is patched on them.
             return engine.capture(pair.tokens(role, prompts, position), sites)
         if role == "tuned":
-            to_patch = recorded(sites)
-            engine.complete(to_patch)
-            return Rows.of(to_patch.activations, sites)
+            return _completed(engine, recorded(sites), sites)
         known = pair.recordings.everything(key)
         missing = [site for site in sites if site not in known]
         pair.recordings.add(key, engine.capture(pair.tokens(role, prompts, position), missing))
         return Rows.of(pair.recordings.everything(key), sites)
+
+
+def capture_to_patch(
+    pair: Pair, role: str, prompts: PromptSet, position: Position, sites: list[Site]
+) -> Mapping[Site, Tensor]:
+    """As `capture`, of a model that will be patched on the same prompts: base too, which seldom is."""
+    if pair.one_at_a_time:  # its clean run would not outlast the other model
+        return capture(pair, role, prompts, position, sites)
+    with patchable(pair, role, prompts, position) as (engine, recorded):
+        return _completed(engine, recorded(sites), sites)
+
+
+def _completed(engine: PatchEngine, recorded: Recorded, sites: list[Site]) -> Mapping[Site, Tensor]:
+    engine.complete(recorded)
+    return Rows.of(recorded.activations, sites)
 
 
 @contextmanager

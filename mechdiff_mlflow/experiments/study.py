@@ -13,13 +13,13 @@ from functools import cached_property
 import pandas as pd
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments import rows as scoring
 from mechdiff_mlflow.experiments.fitting import Fitter, Offers, label_of
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
 from mechdiff_mlflow.experiments.rows import SiteRows
 from mechdiff_mlflow.experiments.summary import SHUFFLED, adjusted, alignment, mean_of_defined, summarise
+from mechdiff_mlflow.experiments.workers import LocalWorkers, Workers
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.prompts import PromptSet
@@ -38,11 +38,13 @@ class Study:
         pair: The models and prompts.
         protocol: What all cells share.
         stage: Who listens to progress.
+        workers: Who runs the models; None is this process.
     """
 
     pair: Pair
     protocol: Protocol
     stage: Stage = silent
+    workers: Workers | None = None
     _rows: dict[str, dict[Site, SiteRows]] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -74,7 +76,7 @@ class Study:
             MechdiffError: A site, solver, family or rank is impossible for this pair, or an activation is
                 not finite.
         """
-        self._record_base()
+        self.computing.prepare(self.prompt_sets, self.protocol.position)
         fitter = self._fitter
         fitter.record(cells)
         with self.stage("fitting", len(cells)) as advance:
@@ -107,7 +109,7 @@ class Study:
             MechdiffError: A map does not fit its site, or the identity patch is not one.
         """
         fits = list(fits)
-        self._record_base()
+        self.computing.prepare(self.prompt_sets, self.protocol.position)
         self._fitter.record([cell for cell, *_ in fits])
         nulls = [self._fitter.nulls(cell) for cell, *_ in fits]
         shuffled = [self._fitter.shuffled(cell) for cell, *_ in fits]
@@ -147,22 +149,19 @@ class Study:
             records.append(record)
         return adjusted(records)
 
-    def _record_base(self) -> None:
-        """Where one model is held at a time, all that will be asked of base while it is in memory."""
-        if self.pair.one_at_a_time:
-            for prompts in self.prompt_sets:
-                self.pair.check_same_tokens(prompts, self.protocol.position)
-                self.pair.recorded_base(prompts, self.protocol.position)
+    @cached_property
+    def computing(self) -> Workers:
+        """Who runs the models."""
+        return self.workers or LocalWorkers(self.pair)
 
     @property
     def engine_mode(self) -> str:
         """Which of the engine's paths patches the tuned model."""
-        with self.pair.tuned.engine() as engine:
-            return str(engine.mode)
+        return self.computing.setting().engine
 
     @cached_property
     def _fitter(self) -> Fitter:
-        return Fitter(self.pair, self.protocol, self.train_prompts, self.pair.n_layers, self.stage)
+        return Fitter(self.computing, self.protocol, self.train_prompts, self.stage)
 
     def _score(self, split: str, requests: dict[Site, dict[str, AffineMap]]) -> dict[Site, SiteRows]:
         """Rows of a split, scored only where they are not known yet."""
@@ -178,7 +177,7 @@ class Study:
             prompts = self.report_prompts if split == self.protocol.split else self.val_prompts
             self.pair.check_same_tokens(prompts, self.protocol.position)
             started = time.perf_counter()
-            scored = scoring.score(self.pair, prompts, self.protocol.position, missing, self.stage)
+            scored = self.computing.score(prompts, self.protocol.position, missing, self.stage)
             self._seconds[split] = self._seconds.get(split, 0.0) + time.perf_counter() - started
             for site, rows in scored.items():
                 known[site] = known[site].with_rows(rows.patched) if site in known else rows

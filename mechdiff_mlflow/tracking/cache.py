@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -18,8 +19,11 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.database import sqlite_path
 
 CACHE_VARIABLE = "MECHDIFF_CACHE"
+STAGING_VARIABLE = "MECHDIFF_STAGING"
 
+_STALE_S = 14 * 24 * 3600
 _DIGEST = re.compile("[0-9a-f]{64}")
+_RUN_ID = re.compile("[0-9A-Za-z_-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,26 @@ def place(uri: str) -> str:
     if parts.scheme == "sqlite":
         return f"sqlite:///{sqlite_path(uri)}"
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def staging(run_id: str) -> Path:
+    """The directory for what a run has computed and not logged yet; `MECHDIFF_STAGING` sets its parent.
+
+    Raises:
+        MechdiffError: It is no run id; what a store says must not name other places.
+    """
+    if _RUN_ID.fullmatch(run_id) is None:
+        raise MechdiffError(f"{run_id[:80]!r} is no run id; check the tracking server.")
+    return Path(os.environ.get(STAGING_VARIABLE) or _root() / "staging") / run_id
+
+
+def forget_old_staging() -> None:
+    """Delete what runs of this user left in the cache's staging and nobody went on with for two weeks."""
+    with suppress(OSError):
+        for folder in (_root() / "staging").iterdir():
+            with suppress(OSError):
+                if _RUN_ID.fullmatch(folder.name) and time.time() - folder.lstat().st_mtime > _STALE_S:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def remember(uri: str, name: str, label: str, sha256: str) -> None:

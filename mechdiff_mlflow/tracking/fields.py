@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import distributions
 
 import pandas as pd
@@ -296,8 +297,14 @@ def _datasets(study: Study, *sets: PromptSet) -> tuple[records.PromptSet, ...]:
 
 
 def _setting(study: Study) -> dict[str, str]:
+    return {"spec.yaml": study.pair.spec.to_yaml(), "environment.txt": _environment()}
+
+
+@lru_cache(maxsize=1)
+def _environment() -> str:
+    """What is installed; to look takes as long as all else of a run, and it does not change meanwhile."""
     installed = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]})
-    return {"spec.yaml": study.pair.spec.to_yaml(), "environment.txt": "\n".join(installed) + "\n"}
+    return "\n".join(installed) + "\n"
 
 
 def _interval(key: str, interval: Interval | None) -> dict[str, float]:

@@ -188,6 +188,19 @@ def test_of_what_does_not_fit_a_part_is_kept(mode: str) -> None:
         assert budget.kept == held, "all is given back with the recording"
 
 
+def test_many_recordings_share_what_one_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is given shard after shard does not fill its memory."""
+    wanted = kept_bytes("sweep")
+    monkeypatch.setattr("mechdiff_mlflow.engine.recorded.free_bytes", lambda device: 3 * wanted)
+    engine = PatchEngine(tiny.llama(n_layers=2), batch_size=2)
+    shards = [engine.record(PROMPTS[i : i + 3], SITES) for i in (0, 3)]
+    shards += [engine.record(PROMPTS, SITES) for _ in range(3)]
+    assert [shard.n_kept for shard in shards[:2]] == [3, 3]
+    assert sum(shard.n_kept for shard in shards) <= N
+    del shards
+    assert engine.record(PROMPTS, SITES).n_kept == N, "what one gave back another may take"
+
+
 def test_without_a_budget_a_share_of_what_is_free_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = PatchEngine(tiny.llama(n_layers=2), batch_size=2)
     expected = engine.score(PROMPTS, groups())

@@ -1,0 +1,107 @@
+"""What a worker does with what it is handed, without a cluster around it."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from asking import replacements
+
+from mechdiff_mlflow.digests import source_sha256
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.workers.actor import PairWorker, Recipe
+from mechdiff_mlflow.experiments.workers.cluster import connected
+from mechdiff_mlflow.experiments.workers.tasks import Capture, Score
+from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec import PairSpec, Position
+
+
+@pytest.fixture
+def lazy(toy: Path) -> Pair:
+    return load_pair(PairSpec.load(str(toy)), options=EngineOptions(batch_size=4), lazily=True)
+
+
+@pytest.fixture
+def recipe(lazy: Pair, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    return Recipe(lazy.spec, "cpu", lazy.options, lazy.fingerprint, source_sha256(), asks_for_token=True)
+
+
+def test_a_worker_gives_what_the_task_gives(recipe: Recipe, lazy: Pair, small_batches: Pair) -> None:
+    worker = PairWorker()
+    loaded = worker.load(recipe).value
+    assert loaded.device == "cpu"
+    assert loaded.setting.engine == "sweep"
+    task = Score(lazy.prompts_of("val"), Position.DECISION, replacements())
+    found = worker.run(task.with_maps({}), replacements())
+    expected = task.run(small_batches)
+    assert found.error is None
+    assert found.value.keys() == set(task.names) == set(expected)
+    assert all(torch.equal(found.value[name], expected[name]) for name in task.names)
+    assert worker.ask("n_heads", 1).value == 2
+    assert not lazy.base.residence._models, "asking for prompts and digests loads no model"
+
+
+def test_a_worker_says_what_is_wrong_instead_of_dying(recipe: Recipe, lazy: Pair) -> None:
+    worker = PairWorker()
+    worker.load(recipe)
+    task = Capture(lazy.prompts_of("val"), Position.DECISION, "base", (Site(99, Hook.ATTN_OUT),))
+    found = worker.run(task, {})
+    assert found.value is None
+    assert found.error is not None
+    assert "99" in found.error
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"fingerprint": "0" * 16}, "is [0-9a-f]{16} and the driver's is 0{16}; give all nodes the same"),
+        ({"source": "0"}, "has other code of mechdiff than the driver began with; install one version"),
+        ({"device": "cuda:99"}, "Device 'cuda:99' cannot be used here"),
+    ],
+)
+def test_a_worker_that_is_not_like_the_driver_is_not_let_in(
+    recipe: Recipe, change: dict[str, str], error: str
+) -> None:
+    with pytest.raises(MechdiffError, match=error):
+        raise MechdiffError(PairWorker().load(replace(recipe, **change)).error)
+
+
+def test_a_cluster_that_everybody_can_use_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode in (None, "disabled"):
+        monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+        if mode:
+            monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        found = PairWorker().load(recipe)
+        assert found.error is not None
+        assert "asks for no token" in found.error
+        assert PairWorker().load(replace(recipe, asks_for_token=False)).error is None
+
+
+@pytest.mark.parametrize("address", ["a b:1", "ray://x:1", "10.0.0.1", "x:123456", "x:1\n", "$(id):1", ""])
+def test_what_is_no_address_is_said(address: str) -> None:
+    with (
+        pytest.raises(MechdiffError, match="is none of a Ray cluster; pass own, auto"),
+        connected(address, 1),
+    ):
+        pass
+
+
+def test_ray_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MechdiffError, match=r"pip install 'mechdiff-mlflow\[ray\]'"), connected("own", 1):
+        pass
+
+
+def test_an_address_where_nobody_listens_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(MechdiffError, match=f"Nobody listens at {address}"), connected(address, 1):
+            pass

@@ -1,0 +1,253 @@
+"""What a journal keeps is used again, to the bit, and only if it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import stat
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from asking import SITES, answers, assert_same, replacements, some_map
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments import Protocol, Study
+from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers
+from mechdiff_mlflow.experiments.workers.tasks import Task, Tensors
+from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
+
+
+def journal(pair: Pair, folder: Path, **options: object) -> Journal:
+    return Journal(LocalWorkers(pair), folder, version="1", **options)  # type: ignore[arg-type]
+
+
+def forwards(pair: Pair) -> int:
+    total = 0
+    for side in (pair.base, pair.tuned):
+        with side.engine() as engine:
+            total += engine.n_forwards
+    return total
+
+
+def score(workers: Journal, maps: dict[Site, dict[str, AffineMap]] | None = None) -> None:
+    workers.score(workers.pair.prompts_of("val"), Position.DECISION, maps or replacements())
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_numbers_are_the_same_with_a_journal_without_and_from_it(
+    small_batches: Pair, tmp_path: Path, in_memory: bool
+) -> None:
+    expected = answers(LocalWorkers(small_batches))
+    first = journal(small_batches, tmp_path / "kept", in_memory=in_memory)
+    assert_same(answers(first), expected)
+    assert first.n_found == 0
+    assert first.n_computed > 10
+    before = forwards(small_batches)
+    again = journal(small_batches, tmp_path / "kept", in_memory=in_memory)
+    assert_same(answers(again), expected)
+    assert (again.n_found, again.n_computed) == (first.n_computed, 0)
+    assert forwards(small_batches) == before
+    again.discard()
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_study_is_the_same_with_a_journal_and_from_it(small_batches: Pair, tmp_path: Path) -> None:
+    cells = [Cell(SITES[0], "procrustes_scaled", "update", Rank(k), Alpha.parse("0.5,1")) for k in (2, None)]
+
+    def study(workers: Journal | None) -> list[pd.DataFrame]:
+        now = Study(small_batches, Protocol(permutations=2), workers=workers)
+        records = now.patch([fit.to_patch for fit in now.fit(cells)])
+        return [record.per_prompt for record in records]
+
+    expected = study(None)
+    for _ in range(2):
+        for found, table in zip(study(journal(small_batches, tmp_path)), expected, strict=True):
+            pd.testing.assert_frame_equal(found, table, check_exact=True)
+
+
+class Interrupted(LocalWorkers):
+    """This process, which dies before its n-th task."""
+
+    def __init__(self, pair: Pair, n: int) -> None:
+        super().__init__(pair)
+        self._left = n
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Tensors]]:
+        for index, result in super().run(tasks):
+            if not self._left:
+                raise KeyboardInterrupt
+            self._left -= 1
+            yield index, result
+
+
+def test_after_an_interruption_only_the_rest_is_computed(small_batches: Pair, tmp_path: Path) -> None:
+    expected = answers(LocalWorkers(small_batches))
+    total = journal(small_batches, tmp_path / "whole")
+    answers(total)
+    for n in (1, 2, 7):
+        folder = tmp_path / str(n)
+        with pytest.raises(KeyboardInterrupt):
+            answers(Journal(Interrupted(small_batches, n), folder, version="1"))
+        rest = journal(small_batches, folder)
+        assert_same(answers(rest), expected)
+        assert rest.n_computed == total.n_computed - n
+        assert rest.n_found == n
+
+
+def damage_tail(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+
+
+def damage_header(path: Path) -> None:
+    path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:])
+
+
+def damage_seal(path: Path) -> None:
+    path.with_suffix(".json").write_text("{")
+
+
+def damage_deep(path: Path) -> None:
+    path.with_suffix(".json").write_text("[" * 4000)
+
+
+def swap_seal(path: Path) -> None:
+    other = next(p for p in sorted(path.parent.glob("*.json")) if p.stem != path.stem)
+    path.with_suffix(".json").write_bytes(other.read_bytes())
+
+
+def damage_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def damage_gone(path: Path) -> None:
+    path.unlink()
+
+
+DAMAGES = (
+    *(damage_tail, damage_bit, damage_header, damage_seal, damage_deep, swap_seal, damage_link, damage_gone),
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_entry_is_computed_again(small_batches: Pair, tmp_path: Path, damage: object) -> None:
+    expected = answers(LocalWorkers(small_batches))
+    answers(journal(small_batches, tmp_path))
+    path = sorted(tmp_path.glob("*.safetensors"))[0]
+    whole = path.read_bytes(), path.with_suffix(".json").read_bytes()
+    damage(path)  # type: ignore[operator]
+    again = journal(small_batches, tmp_path)
+    with pytest.warns(UserWarning, match=r"is damaged \(.+\); it is computed again"):
+        assert_same(answers(again), expected)
+    assert again.n_computed == 1
+    assert (path.read_bytes(), path.with_suffix(".json").read_bytes()) == whole
+
+
+def test_tensors_of_another_task_under_a_right_seal_are_refused(small_batches: Pair, tmp_path: Path) -> None:
+    """As if somebody had put them there: names and sizes must be what the task gives."""
+    score(journal(small_batches, tmp_path))
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    size = first.stat().st_size
+    captured = journal(small_batches, tmp_path / "other")
+    captured.capture("base", small_batches.prompts_of("val"), Position.DECISION, SITES)
+    other = sorted((tmp_path / "other").glob("*.safetensors"))[0]
+    first.write_bytes(other.read_bytes())
+    seal = json.loads(first.with_suffix(".json").read_text())
+    seal["sha256"] = json.loads(other.with_suffix(".json").read_text())["sha256"]
+    first.with_suffix(".json").write_text(json.dumps(seal))
+    with pytest.warns(UserWarning, match="other tensors than the task gives"):
+        score(journal(small_batches, tmp_path))
+    assert first.stat().st_size == size
+    assert second.exists()
+
+
+def test_what_was_being_written_is_no_entry(small_batches: Pair, tmp_path: Path) -> None:
+    score(journal(small_batches, tmp_path))
+    n = len(list(tmp_path.glob("*.safetensors")))
+    sorted(tmp_path.glob("*.json"))[0].unlink()  # died between the two files
+    (tmp_path / ".abc.part").write_bytes(b"half")
+    again = journal(small_batches, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score(again)
+    assert (again.n_computed, again.n_found) == (1, n - 1)
+
+
+def test_all_that_numbers_depend_on_is_in_the_key(toy: Path, small_batches: Pair, tmp_path: Path) -> None:
+    def computed(pair: Pair, maps: dict[Site, dict[str, AffineMap]], version: str = "1") -> int:
+        workers = Journal(LocalWorkers(pair), tmp_path, version=version)
+        score(workers, maps)
+        return workers.n_computed
+
+    maps = replacements()
+    n = computed(small_batches, maps)
+    assert n > 1
+    assert computed(small_batches, replacements()) == 0
+    meta = {**maps, SITES[0]: {k: m.with_meta(note="x") for k, m in maps[SITES[0]].items()}}
+    assert computed(small_batches, meta) == 0, "what a map says of itself changes no number"
+    other_alpha = {**maps, SITES[2]: {"one": some_map(2, 0.70001)}}
+    assert computed(small_batches, other_alpha) == n
+    assert computed(small_batches, {**maps, SITES[2]: {"two": some_map(2, 0.7)}}) == n
+    assert computed(small_batches, {**maps, SITES[2]: {"one": some_map(3, 0.7)}}) == n
+    assert computed(small_batches, maps, version="2") == n
+    spec = PairSpec.load(str(toy))
+    doubled = load_pair(spec, dtype="float64", options=EngineOptions(batch_size=4))
+    assert computed(doubled, maps) == n
+    assert computed(load_pair(spec, options=EngineOptions(batch_size=5)), maps) > 0
+    plant = load_pair(PairSpec.load(str(toy)).model_copy(update={"system": "x"}))
+    assert plant.fingerprint != small_batches.fingerprint
+    assert computed(plant, maps) > 0
+
+
+def test_a_full_disk_stops_with_what_to_do_and_keeps_the_rest(small_batches: Pair, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    workers = journal(small_batches, folder)
+    prompts = small_batches.prompts_of("val")
+    workers.capture("base", prompts, Position.DECISION, SITES)
+    n_kept = len(list(folder.glob("*.json")))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, limits[1]))
+    try:
+        with pytest.raises(MechdiffError, match=r"cannot be kept in .*kept \(.+\); make room there.*STAGING"):
+            score(workers)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(list(folder.glob("*.json"))) == n_kept
+    assert not list(folder.glob("*.part")), "nothing half-written is left"
+    assert not list(folder.glob(".*.part"))
+    rest = journal(small_batches, folder)
+    rest.capture("base", prompts, Position.DECISION, SITES)
+    assert rest.n_computed == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_read_only_folder_is_said(small_batches: Pair, tmp_path: Path) -> None:
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(MechdiffError, match="cannot be kept"):
+        score(journal(small_batches, tmp_path / "kept"))
+
+
+def test_a_file_in_place_of_the_folder_is_said(small_batches: Pair, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("")
+    with pytest.raises(MechdiffError, match="cannot be kept"):
+        score(journal(small_batches, tmp_path / "kept"))
+
+
+def test_others_cannot_read_what_is_kept(small_batches: Pair, tmp_path: Path) -> None:
+    score(journal(small_batches, tmp_path / "kept"))
+    assert stat.S_IMODE((tmp_path / "kept").stat().st_mode) == 0o700
+    assert np.all([stat.S_IMODE(p.stat().st_mode) == 0o600 for p in (tmp_path / "kept").iterdir()])

@@ -1,0 +1,114 @@
+"""Shards are made of the engine's own chunks, and give what the whole gives, to the bit."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from asking import SITES, answers, assert_same
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mechdiff_mlflow.engine.chunks import in_chunks
+from mechdiff_mlflow.experiments.workers import LocalWorkers, Workers
+from mechdiff_mlflow.experiments.workers.shards import Merged, chunks_of, part_of, shards_of
+from mechdiff_mlflow.experiments.workers.tasks import Capture, Gradients, Score
+from mechdiff_mlflow.pairs import Pair
+from mechdiff_mlflow.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec import Position
+
+
+class Cut(LocalWorkers):
+    """This process, asked shard by shard."""
+
+    def capture(self, *asked: Any, **more: Any) -> Any:
+        return Workers.capture(self, *asked, **more)
+
+    def score(self, *asked: Any, **more: Any) -> Any:
+        return Workers.score(self, *asked, **more)
+
+    def __init__(self, pair: Pair, at_most: int) -> None:
+        super().__init__(pair)
+        self._at_most = at_most
+
+    @property
+    def most_shards(self) -> int:
+        return self._at_most
+
+
+lengths = st.lists(
+    st.tuples(st.integers(1, 6), st.integers(0, 3), st.integers(1, 2)), min_size=1, max_size=25
+)
+
+
+@given(lengths, st.integers(1, 5))
+def test_chunks_are_those_of_the_engine(shapes: list[tuple[int, int, int]], size: int) -> None:
+    ids = tuple((1,) * (before + after + 2) for before, after, _ in shapes)
+    positions = tuple(before for before, _, _ in shapes)
+    prompts = TokenizedPrompts(ids, positions, tuple(span for *_, span in shapes))
+    expected = [chunk.index.tolist() for chunk in in_chunks(prompts, size, torch.device("cpu"))]
+    assert chunks_of(prompts, size) == expected
+
+
+@given(lengths, st.integers(1, 5), st.integers(1, 6))
+def test_chunks_of_a_shard_are_chunks_of_the_whole(
+    shapes: list[tuple[int, int, int]], size: int, at_once: int
+) -> None:
+    prompts = TokenizedPrompts(
+        tuple((1,) * (before + after + 2) for before, after, _ in shapes),
+        tuple(before for before, _, _ in shapes),
+        tuple(span for *_, span in shapes),
+    )
+    whole = chunks_of(prompts, size)
+    for start in range(0, len(whole), at_once):
+        some = whole[start : start + at_once]
+        rows = sorted(itertools.chain.from_iterable(some))
+        again = [[rows[i] for i in chunk] for chunk in chunks_of(prompts.take(rows), size)]
+        assert again == some
+
+
+@pytest.mark.parametrize("position", list(Position))
+@pytest.mark.parametrize("at_most", [2, 3, 32])
+def test_shards_give_the_whole_to_the_bit(small_batches: Pair, at_most: int, position: Position) -> None:
+    expected = answers(LocalWorkers(small_batches), position=position)
+    assert_same(answers(Cut(small_batches, at_most), position=position), expected)
+
+
+def test_every_prompt_is_in_one_shard(small_batches: Pair) -> None:
+    prompts = small_batches.prompts_of("train")
+    task = Score(prompts, Position.DECISION, {site: {} for site in SITES})
+    shards = shards_of(task, small_batches, 3)
+    assert len(shards) == 3
+    assert sorted(itertools.chain.from_iterable(shards)) == list(range(len(prompts)))
+    parts = [part_of(task, rows) for rows in shards]
+    assert [prompt for part in parts for prompt in part.prompts.prompts] != list(prompts.prompts)
+    assert {p for part in parts for p in (q.text for q in part.prompts.prompts)} == {
+        p.text for p in prompts.prompts
+    }
+
+
+def test_what_cannot_be_cut_stays_whole(small_batches: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = small_batches.prompts_of("val")
+    assert len(shards_of(Gradients(prompts, Position.DECISION, SITES, 0), small_batches)) == 1
+    capture = Capture(prompts, Position.DECISION, "base", SITES)
+    assert len(shards_of(capture, small_batches)) > 1
+    assert part_of(capture, range(len(prompts))) is capture
+    # Of models that cut a prompt into other tokens, no part of the prompts is whole chunks of both.
+    own = Pair.tokens
+
+    def reversed_for_base(pair: Pair, role: str, *rest: object) -> TokenizedPrompts:
+        tokens = own(pair, role, *rest)  # type: ignore[arg-type]
+        return tokens.take(range(len(tokens))[::-1]) if role == "base" else tokens
+
+    monkeypatch.setattr(Pair, "tokens", reversed_for_base)
+    assert len(shards_of(Score(prompts, Position.DECISION, {}), small_batches)) == 1
+    assert len(shards_of(capture, small_batches)) > 1
+
+
+def test_rows_go_back_to_their_prompts() -> None:
+    merged = Merged([([2, 0], {"x": torch.tensor([2.0, 0.0])}), ([1], {"x": torch.tensor([1.0])})])
+    assert merged["x"].tolist() == [0.0, 1.0, 2.0]
+    with pytest.raises(KeyError):
+        merged["y"]
