@@ -110,10 +110,17 @@ def _candidates(module: nn.Module) -> Iterator[tuple[Callable[[Tensor], Tensor],
                 yield partial(kernels.rms_norm, weight=weight, eps=eps, **form), len(weight)
     parts = [getattr(module, f"{name}_proj", None) for name in ("gate", "up", "down")]
     gate, up, down = (part if isinstance(part, nn.Linear) else None for part in parts)
-    if gate is not None and up is not None and down is not None and hasattr(module, "act_fn"):
+    activation: Any = getattr(module, "act_fn", None)
+    if gate is not None and up is not None and down is not None and activation is not None:
         kernels = gpu_kernels(gate.weight)
-        if kernels is not None:
+        if kernels is not None and _is_silu(activation, gate.weight):
             yield lambda x: down(kernels.silu_product(gate(x), up(x))), gate.in_features
+
+
+def _is_silu(activation: Callable[[Tensor], Tensor], like: Tensor) -> bool:
+    """Whether an activation is SiLU; near 0, where small weights lead, GELU is hardly another one."""
+    x = torch.linspace(-8, 8, 257, device=like.device).to(like.dtype)
+    return _agree(nn.functional.silu(x), activation(x))
 
 
 def _rotates_halves(home: ModuleType, attention: nn.Module) -> bool:
@@ -133,9 +140,10 @@ def _rotates_halves(home: ModuleType, attention: nn.Module) -> bool:
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Equal but for rounding."""
+    """Equal but for rounding, of numbers of whatever size."""
     eps = torch.finfo(expected.dtype).eps
-    scale = expected.double().abs().clamp(min=1e-2)
+    size = expected.double().abs()
+    scale = size.clamp(min=max(1e-2 * float(size.max()), torch.finfo(torch.float32).tiny))
     error = ((found.double() - expected.double()).abs() / scale).max()
     return bool(error <= eps * (2 if expected.dtype in _HALF else 64))
 
