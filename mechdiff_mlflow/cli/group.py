@@ -70,8 +70,8 @@ def _about_disk(error: OSError) -> str:
     where = f" {error.filename}" if error.filename else ""
     remedy = "allow it" if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else "make room"
     return (
-        f"Writing or reading{where} failed ({error.strerror}); {remedy} there or on the disk of the temporary "
-        "files (TMPDIR), then run this again, or finish its run with mechdiff resume."
+        f"Writing or reading{where} failed ({error.strerror}); {remedy} there or on the disk of the "
+        "temporary files (TMPDIR), then run this again, or finish its run with mechdiff resume."
     )
 
 

@@ -46,7 +46,7 @@ class RunShot:
         tags: Without those of an attempt.
         inputs: Prompt sets: (name, digest, context).
         artifacts: Path to SHA-256; the files of the run's models are below `model:<name>/`.
-        models: Name and status of each logged model that the run made.
+        models: Name and status of each logged model that the run made and that has not FAILED.
     """
 
     status: str
@@ -250,8 +250,8 @@ def _shot(
             )
         ),
         artifacts=artifacts,
-        # An attempt that was killed may leave a model that is not READY: nothing loads it.
-        models=tuple(sorted((m.name, m.status) for m in models if m.status == "READY")),
+        # An attempt that failed leaves a model that is FAILED: nothing loads it, and it says why.
+        models=tuple(sorted((m.name, str(m.status)) for m in models if m.status != "FAILED")),
     )
 
 
