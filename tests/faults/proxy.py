@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 UPSTREAM_S = 120
+_TIME = re.compile(rb"\b\d{13}\b")
 _NOT_FORWARDED = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "expect"}
 
 
@@ -45,8 +46,8 @@ class Rule:
         method: Of the requests, several separated by `|`; empty for any.
         path: Regular expression searched for in path and query; empty for any.
         nth: Which of the requests that match, counted from 1; None for all.
-        first_of_each: Only the first request of each method, path and body: what is sent again passes. Digits
-            of bodies do not count, since the time is another when something is sent again.
+        first_of_each: Only the first request of each method, path and body: what is sent again passes. Times
+            in ms do not count, since they are others when something is sent again.
         probability: Of the fault, drawn for each request.
         status: With which `REFUSE` answers.
         seconds: How long `DELAY` lasts; REFUSE sends it as Retry-After where it is not 0.
@@ -115,7 +116,7 @@ class FaultProxy:
         if rule.nth is not None and self._matched[rule] not in rule.nth:
             return False
         if rule.first_of_each:
-            asked = b"\0".join([method.encode(), path.encode(), re.sub(rb"\d+", b"", body)])
+            asked = b"\0".join([method.encode(), path.encode(), _TIME.sub(b"", body)])
             key = (rule, hashlib.sha256(asked).hexdigest())
             if key in self._bodies:
                 return False

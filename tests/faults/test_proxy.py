@@ -81,7 +81,8 @@ def test_only_the_chosen_requests_are_struck(proxy: FaultProxy, got: list[bytes]
     proxy.rules = [Rule(fault=Fault.REFUSE, status=429, nth=frozenset({2}))]
     assert [post(proxy, b"x")[0] for _ in range(3)] == [200, 429, 200]
     proxy.rules = [Rule(fault=Fault.REFUSE, first_of_each=True)]
-    assert [post(proxy, body)[0] for body in (b"a1", b"b1", b"a2", b"b1")] == [503, 503, 200, 200]
+    bodies = (b"a 1700000000001", b"b 1", b"a 1700000000002", b"b 1", b"b 2")
+    assert [post(proxy, body)[0] for body in bodies] == [503, 503, 200, 200, 503]
 
 
 def test_chance_is_that_of_the_seed() -> None:
