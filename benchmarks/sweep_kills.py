@@ -56,7 +56,7 @@ from tracking.servers import serving  # noqa: E402
 
 from mechdiff_mlflow.tracking.provenance import code_version  # noqa: E402
 
-RAY_SWEEP = (*SWEEP, "--engine", "ray")
+RAY_SWEEP = (*SWEEP, "--engine", "ray", "--workers", "2")
 MARK = "MECHDIFF_FAULTS_MARK"
 GIVE_UP = 6
 """So many times more tries than kills that are wanted in one phase."""
