@@ -174,6 +174,7 @@ def log_model(
     experiment_id: str | None = None,
     params: Mapping[str, ParamValue] | None = None,
     metrics: Mapping[str, float] | None = None,
+    again: bool = False,
 ) -> LoggedMap:
     """Log `the_map` as a model of a run; it becomes READY only when its files read back right.
 
@@ -189,6 +190,7 @@ def log_model(
         experiment_id: Of that run, if known.
         params: Shown on the model's page.
         metrics: For the model card; link them to the model by logging them with `model_id`.
+        again: Whether a killed process may have begun this; what it made is then gone on with.
 
     Raises:
         MechdiffError: No run is active or named, the store refuses, or it gives back other bytes than were
@@ -211,7 +213,12 @@ def log_model(
             params={key: param_text(key, value) for key, value in (params or {}).items()},
             model_type="affine map",
         )
-        logged = store.patience.once(create, lambda: _unfinished(store, experiment_id, run_id, sha256))
+        find = partial(_begun, store, experiment_id, run_id, sha256)
+        logged = (find() if again else None) or store.patience.once(create, find)
+        if logged.status == "READY":  # the other process died before the run named its model
+            if logged.model_id not in _outputs(store, run_id):
+                client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+            return LoggedMap(logged.model_id, logged.artifact_location, sha256)
         try:
             with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
                 sent = Path(folder, "sent")
@@ -236,11 +243,11 @@ def log_model(
     return LoggedMap(logged.model_id, logged.artifact_location, sha256)
 
 
-def _unfinished(store: Store, experiment_id: str, run_id: str, sha256: str) -> LoggedModel | None:
-    """A logged model of this run and map that was made and not finished."""
+def _begun(store: Store, experiment_id: str, run_id: str, sha256: str) -> LoggedModel | None:
+    """The logged model of this run and map that was made before: the finished one, or one to go on with."""
     where = f"source_run_id = '{run_id}' AND tags.`{SHA256_TAG}` = '{sha256}'"
-    found = store.client.search_logged_models([experiment_id], where)
-    return next((model for model in found if model.status == "PENDING"), None)
+    found = list(store.client.search_logged_models([experiment_id], where))
+    return next((m for status in ("READY", "PENDING") for m in found if m.status == status), None)
 
 
 def _outputs(store: Store, run_id: str) -> list[str]:

@@ -42,7 +42,7 @@ _NO_ANSWER = (
     "was successful but the response body was not in a valid JSON format",  # cut off
 )
 _INTERNAL = ("too many 500 error responses", "failed with error code 500")
-_TWICE = ("UniqueViolation", "UNIQUE constraint", "Duplicate entry")
+_TWICE = ("UniqueViolation", "UNIQUE constraint", "unique constraint", "Duplicate entry")
 _LATER = (408, 429, 502, 503, 504)
 _LOST = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 

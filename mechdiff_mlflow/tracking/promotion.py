@@ -245,6 +245,7 @@ def _with_alpha(store: Store, the_map: AffineMap, run: Run) -> LoggedMap:
         experiment_id=run.info.experiment_id,
         params=run.data.params,
         metrics=run.data.metrics,
+        again=True,
     )
     with store.errors():
         client = store.client

@@ -104,6 +104,7 @@ class RecordWriter:
                 experiment_id=run.info.experiment_id,
                 params=record.params,
                 metrics=record.metrics,
+                again=again,
             )
             with self._lock:
                 self._model_ids[run_id] = logged.model_id

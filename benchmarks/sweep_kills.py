@@ -1,0 +1,316 @@
+"""Kills sweeps at random, resumes them, and compares what is left with a sweep that was left in peace.
+
+    python benchmarks/sweep_kills.py                    # SQLite and an MLflow server, 50 kills of each kind
+    python benchmarks/sweep_kills.py --store sqlite --kills 5
+
+The sweep has eight cells on a toy pair; every kill is a SIGKILL. *computing*: at a random moment before the
+first cell is logged. *any moment*: at a random one of the whole. *logging*: right before or after a random
+call of the store (HTTP request, where it is a server), when a file of the artifacts is about to be written,
+or when half of it is. *twice*: the same, and the command that resumes it is killed in its turn. *fit and
+patch*: `mechdiff run` in place of the sweep. *worker*: a worker process of the Ray engine, if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import random
+import shutil
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+
+from faults.commands import Command, Place, mechdiff  # noqa: E402
+from faults.deadly import die  # noqa: E402
+from faults.harness import (  # noqa: E402
+    RUN,
+    SWEEP,
+    Outcome,
+    World,
+    clean_environment,
+    has_children,
+    killed_after,
+    killed_at_point,
+    make_world,
+    resumed,
+    spread,
+    steps_of,
+    undisturbed,
+    with_environment,
+)
+from faults.snapshot import Snapshot, parents  # noqa: E402
+from mlflow.tracking import MlflowClient  # noqa: E402
+from tracking.servers import serving  # noqa: E402
+
+from mechdiff_mlflow.tracking.provenance import code_version  # noqa: E402
+
+RAY_SWEEP = (*SWEEP, "--engine", "ray", "--workers", "2")
+MARK = "MECHDIFF_FAULTS_MARK"
+GIVE_UP = 6
+"""So many times more tries than kills that are wanted in one phase."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a kind of kills needs.
+
+    Args:
+        world: The pair and the empty store.
+        uri: Of a server; empty for a SQLite store of its own for each kill.
+        n: How many kills.
+        seed: Of all that is random.
+    """
+
+    world: World
+    uri: str
+    n: int
+    seed: int
+
+    def place(self) -> tuple[Place, str]:
+        """A fresh place, and the name of an experiment that nobody else uses."""
+        name = f"kill-{uuid.uuid4().hex[:8]}"
+        return self.world.place(name, self.uri), name if self.uri else "toy"
+
+    def right(self, command: Sequence[str]) -> Snapshot:
+        """What the store holds after an undisturbed run."""
+        place, experiment = self.place()
+        return undisturbed(self.world, command, place, experiment)
+
+    def finished(
+        self, command: Sequence[str], right: Snapshot, how: str, tried: tuple[Place, str]
+    ) -> Outcome:
+        """Resume, look, and remove the folder where all is well."""
+        place, experiment = tried
+        outcome = resumed(self.world, command, place, right, how, experiment)
+        if not outcome.problems:
+            shutil.rmtree(place.folder)
+        print(how, outcome.seen, *outcome.problems[:3], sep="; ", flush=True)
+        return outcome
+
+
+def computing(bench: Bench) -> list[Outcome]:
+    """Killed at random moments before anything but the parent is there."""
+    place, experiment = bench.place()
+    command = Command(place, *bench.world.words(SWEEP, experiment))
+    command.wait_for(has_children(place.uri, 1, experiment))
+    until_s = time.monotonic() - command.started
+    command.wait()
+    found: list[Outcome] = []
+    for outcome in _at_moments(bench, until_s, bench.n * GIVE_UP):
+        if outcome.seen == "computing":
+            found.append(outcome)
+        if len(found) == bench.n:
+            break
+    return found
+
+
+def any_moment(bench: Bench) -> list[Outcome]:
+    """Killed at random moments."""
+    place, experiment = bench.place()
+    start = time.monotonic()
+    mechdiff(place, *bench.world.words(SWEEP, experiment))
+    return list(_at_moments(bench, time.monotonic() - start, bench.n))
+
+
+def logging(bench: Bench) -> list[Outcome]:
+    """Killed at random steps of logging and uploading."""
+    return _at_steps(bench, SWEEP)
+
+
+def fit_and_patch(bench: Bench) -> list[Outcome]:
+    """The same with `mechdiff run`."""
+    return _at_steps(bench, RUN)
+
+
+def twice(bench: Bench) -> list[Outcome]:
+    """Killed at a random step, and again while resuming."""
+    right = bench.right(SWEEP)
+    place, experiment = bench.place()
+    points = spread(steps_of(bench.world, SWEEP, place, experiment), 2 * bench.n, bench.seed)
+    outcomes = []
+    for first, second in zip(points[::2], points[1::2], strict=True):
+        place, experiment = bench.place()
+        killed_at_point(bench.world, SWEEP, place, first, experiment)
+        tops = [run for run in parents(MlflowClient(place.uri), experiment) if run.info.status != "FINISHED"]
+        if tops:
+            Command(place, "resume", tops[-1].info.run_id, point=second).wait()
+        outcomes.append(bench.finished(SWEEP, right, f"{first}, then {second}", (place, experiment)))
+    return outcomes
+
+
+def worker(bench: Bench) -> list[Outcome]:
+    """A worker of the Ray engine killed at random moments; the driver lives."""
+    right = bench.right(RAY_SWEEP)
+    place, experiment = bench.place()
+    start = time.monotonic()
+    mechdiff(place, *bench.world.words(RAY_SWEEP, experiment))
+    whole_s, rng = time.monotonic() - start, random.Random(bench.seed)
+    outcomes: list[Outcome] = []
+    for _ in range(bench.n * GIVE_UP):
+        place, experiment = bench.place()
+        mark = uuid.uuid4().hex
+        place = with_environment(place, **{MARK: mark})
+        command = Command(place, *bench.world.words(RAY_SWEEP, experiment))
+        time.sleep(rng.uniform(0, whole_s))
+        victims = list(_workers(mark)) if command.is_alive else []
+        if victims:
+            with contextlib.suppress(ProcessLookupError):
+                die(rng.choice(victims))
+        command.wait()
+        outcome = bench.finished(RAY_SWEEP, right, f"one of {len(victims)} workers", (place, experiment))
+        if victims:
+            outcomes.append(outcome)
+        if len(outcomes) == bench.n:
+            break
+    return outcomes
+
+
+KINDS: dict[str, Callable[[Bench], list[Outcome]]] = {
+    "computing": computing,
+    "any moment": any_moment,
+    "logging": logging,
+    "twice": twice,
+    "fit and patch": fit_and_patch,
+    "worker": worker,
+}
+
+
+def _at_moments(bench: Bench, until_s: float, n: int) -> Iterator[Outcome]:
+    right, rng = bench.right(SWEEP), random.Random(bench.seed)
+    for _ in range(n):
+        tried, seconds = bench.place(), rng.uniform(0, until_s)
+        killed_after(bench.world, SWEEP, tried[0], seconds, tried[1])
+        yield bench.finished(SWEEP, right, f"after {seconds:.3f} s", tried)
+
+
+def _at_steps(bench: Bench, command: Sequence[str]) -> list[Outcome]:
+    right = bench.right(command)
+    place, experiment = bench.place()
+    points = spread(steps_of(bench.world, command, place, experiment), bench.n, bench.seed)
+    outcomes = []
+    for point in points:
+        tried = bench.place()
+        killed_at_point(bench.world, command, tried[0], point, tried[1])
+        outcomes.append(bench.finished(command, right, str(point), tried))
+    return outcomes
+
+
+def _workers(mark: str) -> Iterator[int]:
+    """Processes that work for the command that was started with this mark."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            is_worker = (folder / "cmdline").read_bytes().startswith(b"ray::")
+            if is_worker and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                yield int(folder.name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", choices=("sqlite", "server", "both"), default="both")
+    parser.add_argument("--kills", type=int, default=50, help="of each kind")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="which, separated by commas")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=None, help="Markdown file for the result")
+    options = parser.parse_args()
+    clean_environment()
+    rows: list[tuple[str, str, list[Outcome], float]] = []
+    with tempfile.TemporaryDirectory(prefix="mechdiff-kills-") as folder:
+        world = make_world(Path(folder))
+        kinds = [kind for kind in options.kinds.split(",") if kind != "worker" or has_ray(world)]
+        for name in ("sqlite", "server") if options.store == "both" else (options.store,):
+            with store(world, name) as uri:
+                for kind in kinds:
+                    start = time.monotonic()
+                    outcomes = KINDS[kind](Bench(world, uri, options.kills, options.seed))
+                    rows.append((name, kind, outcomes, time.monotonic() - start))
+    text = report(rows)
+    print(text)
+    if options.out:
+        options.out.write_text(text, encoding="utf-8")
+    if any(outcome.problems for _, _, outcomes, _ in rows for outcome in outcomes):
+        sys.exit(1)
+
+
+@contextmanager
+def store(world: World, name: str) -> Iterator[str]:
+    """The address of a fresh server; nothing for SQLite."""
+    if name == "sqlite":
+        yield ""
+        return
+    folder = world.folder / "server"
+    folder.mkdir()
+    shutil.copy(world.empty, folder / "mlflow.db")
+    with serving(folder) as server:
+        yield server.url
+
+
+def has_ray(world: World) -> bool:
+    """Whether `mechdiff sweep` has that engine here."""
+    place = world.place("ask")
+    return (
+        "--engine" in mechdiff(place, "sweep", "--help")
+        and not Command(place, *world.words(RAY_SWEEP)).wait()
+    )
+
+
+def report(rows: Sequence[tuple[str, str, list[Outcome], float]]) -> str:
+    lines = [
+        "# Sweeps killed and resumed",
+        "",
+        f"`python benchmarks/sweep_kills.py {' '.join(sys.argv[1:])}`",
+        "",
+        f"mechdiff {code_version()}, mlflow {mlflow.__version__}, Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores. After each kill with SIGKILL: `mechdiff resume PARENT`, or the command "
+        "again where there was no parent yet. Then every run, param, metric, tag, prompt set and model, and "
+        "the SHA-256 of every artifact, must be what an undisturbed run left (ids, times and seconds aside).",
+        "",
+        "| store | killed | kills | held then | left RUNNING by the kill | lost | duplicate | RUNNING | "
+        "artifacts that differ | other differences | not resumed | seconds to resume, median |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    known = ("lost", "duplicate", "running", "artifact")
+    for name, kind, outcomes, _ in rows:
+        held = ", ".join(f"{state} {n}" for state, n in Counter(o.seen for o in outcomes).most_common())
+        counts = [sum(o.count(which) for o in outcomes) for which in known]
+        others = sum(len(o.differences) - o.count(*known) for o in outcomes)
+        failed = sum(bool(o.failure) for o in outcomes)
+        cells = [
+            *(
+                name,
+                kind,
+                len(outcomes),
+                held,
+                sum(o.left_running for o in outcomes),
+                *counts,
+                others,
+                failed,
+            ),
+            f"{sorted(o.resume_s for o in outcomes)[len(outcomes) // 2]:.1f}" if outcomes else "",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    total = [outcome for _, _, outcomes, _ in rows for outcome in outcomes]
+    good = sum(not outcome.problems for outcome in total)
+    lines += [
+        "",
+        f"{good} of {len(total)} good; {sum(seconds for *_, seconds in rows) / 60:.0f} minutes.",
+        "",
+    ]
+    for name, kind, outcomes, _ in rows:
+        lines += [f"    {name}, {kind}, {o.how}: {'; '.join(o.problems[:5])}" for o in outcomes if o.problems]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    main()
