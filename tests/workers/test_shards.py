@@ -131,5 +131,6 @@ def test_errors_number_prompts_as_the_whole_does(
 
     monkeypatch.setattr(Pair, "tokens", broken)
     for workers in (LocalWorkers(small_batches), Cut(small_batches, 4)):
+        small_batches.recordings.forget()  # or nothing is run, and nothing noticed
         with pytest.raises(MechdiffError, match=f"Prompt {bad} has token ids from"):
             workers.capture("tuned", prompts, Position.DECISION, list(SITES))
