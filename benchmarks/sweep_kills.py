@@ -151,8 +151,8 @@ def twice(bench: Bench) -> list[Outcome]:
 
 
 def worker(bench: Bench) -> list[Outcome]:
-    """A worker of the Ray engine killed at random moments; the driver lives."""
-    right = bench.right(RAY_SWEEP)
+    """A worker of the Ray engine killed at random moments; the driver lives. Right is the local engine."""
+    right = bench.right(SWEEP)
     place, experiment = bench.place()
     start = time.monotonic()
     mechdiff(place, *bench.world.words(RAY_SWEEP, experiment))
