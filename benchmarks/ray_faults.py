@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import json
 import os
 import platform
 import random
@@ -38,9 +39,11 @@ from mechdiff_mlflow.tracking.store import Store, open_store
 
 N_NODES = 4
 N_KILLS = 8
+PAUSE_S = (0.3, 3.0)
 SWEEP = (
-    *("sweep", "--pair", "cultural-demo", "--sites", "L26/attn_out:0.3,L24/resid_post:0.7"),
-    *("--ranks", "1,4,8,16,32,full", "--permutations", "5", "--batch-size", "8"),
+    *("sweep", "--pair", "cultural-demo"),
+    *("--sites", "L26/attn_out:0.3,L24/resid_post:0.7,L25/mlp_out:1,L27/resid_post:1"),
+    *("--ranks", "1,4,8,16,32,full", "--targets", "30", "--permutations", "10", "--batch-size", "8"),
 )
 
 
@@ -58,6 +61,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the times and victims")
     parser.add_argument("--out", type=Path, default=None, help="Markdown file for the result")
     options = parser.parse_args()
+    out = options.out.resolve() if options.out else None
+    with _environment(_of_our_own()):
+        # Before the sweeps, so that environment.txt lists the same packages: Ray brings some of its own.
+        importlib.import_module("ray")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory(prefix="mechdiff-ray-faults-") as folder:
@@ -69,15 +76,15 @@ def main() -> None:
         for name in ("here", "here again"):
             seconds[name] = sweep(uri, name)
         deeds = Deeds()
-        with cluster() as nodes, harm(nodes, options.kills, options.seed, seconds["here"], deeds):
+        with cluster() as nodes, harm(nodes, options.kills, options.seed, deeds):
             seconds["ray"] = sweep(
                 uri, "ray", "--engine", "ray", "--address", nodes.address, "--workers", "4"
             )
         here, again, on_ray = (runs_of(store, name) for name in ("here", "here again", "ray"))
-    text = report(here, again, on_ray, deeds, seconds)
+    text = report(here, again, on_ray, deeds, options.kills, seconds)
     print(text)
-    if options.out:
-        options.out.write_text(text, encoding="utf-8")
+    if out:
+        out.write_text(text, encoding="utf-8")
     if "PROBLEM" in text:
         sys.exit(1)
 
@@ -103,7 +110,7 @@ def cluster() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def harm(nodes: Any, n_kills: int, seed: int, seconds: float, deeds: Deeds) -> Iterator[None]:
+def harm(nodes: Any, n_kills: int, seed: int, deeds: Deeds) -> Iterator[None]:
     """Kill workers at random times while the body runs, and take a node away half-way."""
     done = threading.Event()
     dice = random.Random(seed)
@@ -113,7 +120,7 @@ def harm(nodes: Any, n_kills: int, seed: int, seconds: float, deeds: Deeds) -> I
             pass
         started = time.perf_counter()
         for number in range(n_kills):
-            done.wait(dice.uniform(0.1, 1.5 * seconds / n_kills))
+            done.wait(dice.uniform(*PAUSE_S))
             while not (found := workers_of(nodes)) and not done.wait(0.2):
                 pass
             if done.is_set():
@@ -136,7 +143,7 @@ def harm(nodes: Any, n_kills: int, seed: int, seconds: float, deeds: Deeds) -> I
 
 
 def workers_of(nodes: Any) -> list[int]:
-    """Processes that hold the pair, or are about to: those of our own nodes' raylets."""
+    """Processes of our own nodes that hold the pair."""
     raylets = {
         str(info.process.pid)
         for node in nodes.list_all_nodes()
@@ -144,7 +151,8 @@ def workers_of(nodes: Any) -> list[int]:
     }
     listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = (line.split(None, 2) for line in listed.splitlines()[1:])
-    return [int(pid) for pid, parent, command in rows if parent in raylets and "PairWorker" in command]
+    ready = ("ray::PairWorker", "ray::PairWorker.run", "ray::PairWorker.ping")
+    return [int(pid) for pid, parent, command in rows if parent in raylets and command.strip() in ready]
 
 
 Run = dict[str, str]
@@ -161,10 +169,21 @@ def runs_of(store: Store, experiment: str) -> dict[str, Run]:
         says["code"] = run.data.tags.get("mechdiff.version", "")
         root = Path(run.info.artifact_uri.removeprefix("file://"))
         for path in sorted(p for p in root.rglob("*") if p.is_file()):
-            says[f"file {path.relative_to(root)}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            says[f"file {path.relative_to(root)}"] = digest(path)
         assert run.info.run_name not in found, f"{run.info.run_name} is there twice"
         found[run.info.run_name] = says
     return found
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file; of a table without the columns that tell the time."""
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        table = json.loads(content)
+        if isinstance(table, dict) and "columns" in table:
+            keep = [i for i, name in enumerate(table["columns"]) if not name.startswith("time/")]
+            content = repr([[row[i] for i in keep] for row in [table["columns"], *table["data"]]]).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def differences(first: dict[str, Run], second: dict[str, Run], leave: Callable[[str], bool]) -> list[str]:
@@ -176,20 +195,25 @@ def differences(first: dict[str, Run], second: dict[str, Run], leave: Callable[[
     return sorted(found)
 
 
+def tells_the_time(key: str) -> bool:
+    return key.startswith("metric time/")
+
+
 def report(
     here: dict[str, Run],
     again: dict[str, Run],
     on_ray: dict[str, Run],
     deeds: Deeds,
+    n_kills: int,
     seconds: dict[str, float],
 ) -> str:
-    own = {line.partition(": ")[2] for line in differences(here, again, lambda key: False)}
-    times = {key for key in own if key.startswith("metric time/")}
-    wrong = differences(here, on_ray, lambda key: key in own or key.startswith("metric time/"))
+    own = {line.partition(": ")[2] for line in differences(here, again, tells_the_time)}
+    wrong = differences(here, on_ray, lambda key: key in own or tells_the_time(key))
     count = {kind: sum(key.startswith(kind) for run in on_ray.values() for key in run) for kind in KINDS}
     kills = ", ".join(f"{when:.1f}" for when, _ in deeds.kills)
     removed = "none" if deeds.removed is None else f"one, after {deeds.removed:.1f} s"
-    good = not wrong and len(deeds.kills) >= 1
+    if len(deeds.kills) < n_kills or deeds.removed is None:
+        wrong.append("the sweep ended before all harm was done")
     lines = [
         "# A sweep whose workers are killed",
         "",
@@ -208,11 +232,13 @@ def report(
         f"| not FINISHED, on Ray | {sum(run['status'] != 'FINISHED' for run in on_ray.values())} |",
         f"| params, metrics, files compared | {', '.join(str(count[kind]) for kind in KINDS)} |",
         f"| that differ | {len(wrong)} |",
-        f"| left out, as two sweeps here differ in them | {', '.join(sorted(own - times)) or 'none'} |",
-        f"| left out | {len(times)} metrics time/… |",
+        f"| left out, as two sweeps here differ in them | {', '.join(sorted(own)) or 'nothing'} |",
+        "| left out | metrics time/…, and the columns of tables that repeat them |",
         f"| seconds here, on Ray with the kills | {seconds['here']:.0f}, {seconds['ray']:.0f} |",
         "",
-        "The same runs with the same numbers, to the last bit." if good else "PROBLEM: " + "; ".join(wrong),
+        "The same runs with the same numbers, to the last bit."
+        if not wrong
+        else "PROBLEM: " + "; ".join(wrong),
         "",
     ]
     return "\n".join(lines)

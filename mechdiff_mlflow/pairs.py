@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -31,14 +31,11 @@ from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts, tokenize
 from mechdiff_mlflow.recordings import Recordings
-from mechdiff_mlflow.residence import Residence
+from mechdiff_mlflow.residence import Adapted, Residence
 from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import SPLITS, PairSpec, Position
 
 _T = TypeVar("_T")
-
-_SHARED = "base"
-"""What the one model of a base and its adapter is held as."""
 
 _FILLED = 0.8
 """Share of a device's memory that two models may take before one is held at a time."""
@@ -348,33 +345,15 @@ def load_pair(
                 for role, c in (("base", base_weights), ("tuned", tuned_weights))
             )
         else:
-            both, load = f"{revision}+{adapter_revision(spec)}", _Adapted(spec, base_weights, residence)
-            shared = (base_weights.n_layers, load, _SHARED)
+            both = f"{revision}+{adapter_revision(spec)}"
+            load = Adapted("base", base_weights.load, partial(load_adapter, spec), residence)
+            shared = (base_weights.n_layers, load, load.name)
             base = Side("base", tokenizer, revision, *shared, load.disabled, make_engine, residence)
             tuned = Side("tuned", tokenizer, both, *shared, nullcontext, make_engine, residence)
         if not one_at_a_time and not lazily:
             for side in (base, tuned):
                 residence.model(side.key, side.load)
     return Pair(spec, base, tuned, prompts, device, options=bounds)
-
-
-class _Adapted:
-    """Loads a base model with the spec's PEFT adapter in it, which can be switched off."""
-
-    def __init__(self, spec: PairSpec, base: Checkpoint, residence: Residence) -> None:
-        self._spec, self._base, self._residence = spec, base, residence
-        self._adapted: Any = None
-
-    def __call__(self) -> nn.Module:
-        model = self._base.load()
-        self._adapted = load_adapter(self._spec, model)
-        return model
-
-    def disabled(self) -> contextlib.AbstractContextManager[object]:
-        """A context in which the model is the base alone."""
-        self._residence.model(_SHARED, self)
-        context: contextlib.AbstractContextManager[object] = self._adapted.disable_adapter()
-        return context
 
 
 def _tuned_weights(spec: PairSpec, base: Checkpoint) -> Checkpoint | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -54,3 +55,37 @@ class Residence:
             self._engines.popitem()[1].give_up()
         self._models.clear()
         release_memory()
+
+
+class Adapted:
+    """Loads a model with a PEFT adapter in it, which can be switched off.
+
+    Args:
+        name: What it is held as.
+        load: Loads the model alone.
+        adapt: Puts the adapter into it, and gives peft's wrapper of it.
+        residence: Where it is held.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[], nn.Module],
+        adapt: Callable[[nn.Module], Any],
+        residence: Residence,
+    ) -> None:
+        self.name = name
+        self._load, self._adapt, self._residence = load, adapt, residence
+        self._wrapper: Any = None
+
+    def __call__(self) -> nn.Module:
+        """The model with the adapter in it."""
+        model = self._load()
+        self._wrapper = self._adapt(model)
+        return model
+
+    def disabled(self) -> contextlib.AbstractContextManager[object]:
+        """A context in which the model is itself alone; loaded if it is not there."""
+        self._residence.model(self.name, self)
+        context: contextlib.AbstractContextManager[object] = self._wrapper.disable_adapter()
+        return context

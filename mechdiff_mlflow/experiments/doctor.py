@@ -20,8 +20,12 @@ from mechdiff_mlflow.spec import Position
 N_PROMPTS = 8
 """Prompts that the checks run on: enough for unequal lengths, few enough for an 8B model on a laptop."""
 
-CAPTURE_TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-2}
-"""Largest difference over the largest activation that another batch may make."""
+CAPTURE_TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2, "float16": 5e-2}
+"""Largest difference over the largest activation that another batch may make.
+
+A mask that is not honoured makes one of about 1. Matrix products of another height alone made one of 0.06 in
+bfloat16, on an 8B-shaped model with random weights.
+"""
 
 
 @dataclass(frozen=True, slots=True)

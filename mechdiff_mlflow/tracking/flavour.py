@@ -15,12 +15,11 @@ MLflow checks nothing when it loads a model; we check both digests and the probe
 from __future__ import annotations
 
 import hashlib
-import platform
 import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -42,6 +41,7 @@ from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking.card import model_card
+from mechdiff_mlflow.tracking.environment import environment_files
 from mechdiff_mlflow.tracking.names import logged_model_name
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, param_text
 from mechdiff_mlflow.tracking.store import Store, open_store
@@ -107,28 +107,41 @@ def save_model(
     root.mkdir(parents=True, exist_ok=True)
     if any(root.iterdir()):
         raise MechdiffError(f"Directory {root} is not empty; save the model into a new one.")
-    content = the_map.to_bytes()
-    text = card or model_card(the_map, {}, sha256=_sha256(content))
-    _write(root, the_map, content, mlflow_model or Model(), text)
+    encoded = _Encoded.of(the_map)
+    text = card or model_card(the_map, {}, sha256=encoded.sha256)
+    _write(root, the_map, encoded, mlflow_model or Model(), text)
 
 
-def _write(root: Path, the_map: AffineMap, content: bytes, model: Model, card: str) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A map's `.pt` form and its digest; made once, since a full-rank map of an 8B model has 30 MB."""
+
+    content: bytes
+    sha256: str
+
+    @classmethod
+    def of(cls, the_map: AffineMap) -> _Encoded:
+        content = the_map.to_bytes()
+        return cls(content, _sha256(content))
+
+
+def _write(root: Path, the_map: AffineMap, encoded: _Encoded, model: Model, card: str) -> dict[str, str]:
     """Write the files of a model into `root`; the SHA-256 of those that loading needs.
 
     Args:
         root: An existing, empty directory.
         the_map: What they are of.
-        content: Its `.pt` form, which is large and made once.
+        encoded: The same.
         model: MLflow's record of it.
         card: The model card.
     """
     probe = _probe(the_map)
     rows = safetensors.torch.save(probe)
-    digests = {MAP_FILE: _sha256(content), PROBE_FILE: _sha256(rows)}
-    (root / MAP_FILE).write_bytes(content)
+    digests = {MAP_FILE: encoded.sha256, PROBE_FILE: _sha256(rows)}
+    (root / MAP_FILE).write_bytes(encoded.content)
     (root / PROBE_FILE).write_bytes(rows)
     (root / CARD_FILE).write_text(card, encoding="utf-8")
-    for name, text in _environment():
+    for name, text in environment_files():
         (root / name).write_text(text, encoding="utf-8")
 
     model.signature = _signature(the_map)
@@ -186,8 +199,8 @@ def log_model(
     store = store or open_store(mlflow.get_tracking_uri())
     run_id = run_id or _active_run()
     client = store.client
-    content = the_map.to_bytes()
-    sha256 = _sha256(content)
+    encoded = _Encoded.of(the_map)
+    sha256 = encoded.sha256
     card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params, sha256=sha256)
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
@@ -216,7 +229,7 @@ def log_model(
                     model_uuid=logged.model_id,
                     model_id=logged.model_id,
                 )
-                digests = _write(sent, the_map, content, record, card)
+                digests = _write(sent, the_map, encoded, record, card)
                 files = StoredFiles(store, logged.artifact_location)
                 files.send(sent)
                 back = files.demand(digests, Path(folder, "back"))
@@ -383,29 +396,6 @@ def _flavour_conf(root: Path) -> dict[str, Any]:
     except (MechdiffError, KeyError, TypeError, ValueError) as error:
         raise MechdiffError(f"{root} is an MLflow model but not a map of mechdiff; name another.") from error
     return dict(conf)
-
-
-@lru_cache(maxsize=1)
-def _environment() -> tuple[tuple[str, str], ...]:
-    """Names and texts of the files that say what a map needs to be served; the same for every map."""
-    python = platform.python_version()
-    requirements = [
-        f"mechdiff-mlflow=={mechdiff_mlflow.__version__}",
-        f"mlflow=={mlflow.__version__}",
-        f"torch=={torch.__version__.split('+')[0]}",
-        f"numpy=={np.__version__}",
-    ]
-    python_env = {"python": python, "dependencies": ["-r requirements.txt"]}
-    conda = {
-        "name": "mechdiff-map",
-        "channels": ["conda-forge"],
-        "dependencies": [f"python={python}", "pip", {"pip": requirements}],
-    }
-    return (
-        ("requirements.txt", "\n".join(requirements) + "\n"),
-        ("python_env.yaml", yaml.safe_dump(python_env, sort_keys=False)),
-        ("conda.yaml", yaml.safe_dump(conda, sort_keys=False)),
-    )
 
 
 def _sha256(content: bytes) -> str:

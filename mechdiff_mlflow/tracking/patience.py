@@ -41,8 +41,8 @@ _NO_ANSWER = (
     *("failed with exception", "failed with timeout exception"),
     "was successful but the response body was not in a valid JSON format",  # cut off
 )
-_TOO_LATE = ("UNIQUE constraint failed", "unique constraint", "Duplicate entry")
 _INTERNAL = ("too many 500 error responses", "failed with error code 500")
+_TWICE = ("UniqueViolation", "UNIQUE constraint", "unique constraint", "Duplicate entry")
 _LATER = (408, 429, 502, 503, 504)
 _LOST = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
@@ -175,16 +175,14 @@ def is_away(error: BaseException) -> bool:
 
 def is_passing(error: BaseException) -> bool:
     """Whether it may be otherwise when asked again."""
-    return is_away(error) or _is_broken(error) or _is_too_late(error)
+    return is_away(error) or _is_broken(error) or _is_collision(error)
 
 
-def _is_too_late(error: BaseException) -> bool:
-    """Whether another request added the same between a look and an insertion of MLflow's: a prompt set."""
-    return (
-        isinstance(error, MlflowException)
-        and error.error_code == "BAD_REQUEST"
-        and any(words in str(error) for words in _TOO_LATE)
-    )
+def _is_collision(error: BaseException) -> bool:
+    """Whether two writers made the same row at once; MLflow looks before it makes one, and finds it then."""
+    if not isinstance(error, MlflowException) or error.error_code == "RESOURCE_ALREADY_EXISTS":
+        return False
+    return any(words in str(error) for words in _TWICE)
 
 
 def _is_broken(error: BaseException) -> bool:

@@ -8,7 +8,6 @@ import platform
 import subprocess
 import sys
 from functools import lru_cache
-from importlib.metadata import distributions
 from pathlib import Path
 
 import mechdiff_mlflow
@@ -48,16 +47,6 @@ def code_version() -> str:
     commit = tags.get("mlflow.source.git.commit")
     local = "" if commit is None else f"+g{commit[:10]}"
     return tags["mechdiff.version"] + local + (".dirty" if tags.get("mechdiff.git.dirty") == "true" else "")
-
-
-@lru_cache(maxsize=1)
-def environment_text() -> str:
-    """Every installed package with its version, a line each; two lines for one that is there twice.
-
-    Read once: that opens a file a package, a fifth of a second where there are many, and every run says it.
-    """
-    installed = sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]})
-    return "\n".join(installed) + "\n"
 
 
 def _git(directory: Path, *arguments: str) -> str | None:

@@ -9,7 +9,11 @@ import time
 import pytest
 import requests
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, TEMPORARILY_UNAVAILABLE
+from mlflow.protos.databricks_pb2 import (
+    RESOURCE_ALREADY_EXISTS,
+    RESOURCE_DOES_NOT_EXIST,
+    TEMPORARILY_UNAVAILABLE,
+)
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.patience import PATIENCE_VARIABLE, Patience, PatientClient, is_away, is_passing
@@ -157,6 +161,8 @@ def test_threads_share_the_setting_and_leave_it_as_it_was(monkeypatch: pytest.Mo
         (MlflowException("API request to u failed with exception SSLError: bad certificate"), False, False),
         (MlflowException("database is locked", error_code=TEMPORARILY_UNAVAILABLE), True, True),
         (MlflowException("database or disk is full", error_code=TEMPORARILY_UNAVAILABLE), False, False),
+        (MlflowException("(psycopg2.errors.UniqueViolation) dataset_pk"), False, True),
+        (MlflowException("x (UniqueViolation)", error_code=RESOURCE_ALREADY_EXISTS), False, False),
         (MlflowException("No run with id x"), False, False),
         (ValueError("x"), False, False),
     ],

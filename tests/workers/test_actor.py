@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from mechdiff_mlflow.digests import source_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.workers.actor import PairWorker, Recipe
 from mechdiff_mlflow.experiments.workers.cluster import connected
+from mechdiff_mlflow.experiments.workers.ray_workers import _gpus_of_each
 from mechdiff_mlflow.experiments.workers.tasks import Capture, Score
 from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.sites import Hook, Site
@@ -105,3 +109,47 @@ def test_an_address_where_nobody_listens_is_said_at_once(monkeypatch: pytest.Mon
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(MechdiffError, match=f"Nobody listens at {address}"), connected(address, 1):
             pass
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "device_map", "gpus"),
+    [
+        ("auto", None, None, 1),
+        ("cuda", None, None, 1),
+        ("auto", 2, "auto", 2),
+        ("cpu", None, None, 0),
+        ("auto", None, "auto", "say over how many of a node with --gpus-per-worker"),
+        ("cuda", 5, None, "needs 5 GPUs and no node of the cluster has more than 4"),
+    ],
+)
+def test_a_worker_takes_the_gpus_it_needs(
+    lazy: Pair, device: str, asked: int | None, device_map: str | None, gpus: int | str
+) -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"GPU": 4.0}},
+        {"Alive": False, "Resources": {"GPU": 8.0}},
+        {"Alive": True, "Resources": {}},
+    ]
+    ray = SimpleNamespace(nodes=lambda: nodes)
+    pair = replace(lazy, spec=lazy.spec.model_copy(update={"device_map": device_map}))
+    if isinstance(gpus, str):
+        with pytest.raises(MechdiffError, match=gpus):
+            _gpus_of_each(ray, pair, device, asked)
+    else:
+        assert _gpus_of_each(ray, pair, device, asked) == gpus
+        assert _gpus_of_each(SimpleNamespace(nodes=lambda: nodes[2:]), pair, "auto", None) == 0
+
+
+def test_a_worker_needs_no_mlflow() -> None:
+    code = (
+        "import sys, mechdiff_mlflow.experiments.workers.actor\n"
+        "print(*sorted({'mlflow', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == ""

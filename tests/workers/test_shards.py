@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechdiff_mlflow.engine.chunks import in_chunks
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.workers import LocalWorkers, Workers
 from mechdiff_mlflow.experiments.workers.shards import Merged, chunks_of, part_of, shards_of
 from mechdiff_mlflow.experiments.workers.tasks import Capture, Gradients, Score
 from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.prompts import TokenizedPrompts
+from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts
 from mechdiff_mlflow.spec import Position
 
 
@@ -112,3 +113,24 @@ def test_rows_go_back_to_their_prompts() -> None:
     assert merged["x"].tolist() == [0.0, 1.0, 2.0]
     with pytest.raises(KeyError):
         merged["y"]
+
+
+def test_errors_number_prompts_as_the_whole_does(
+    small_batches: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, bad = small_batches.prompts_of("val"), 13
+    own = Pair.tokens
+
+    def broken(pair: Pair, role: str, some: PromptSet, position: Position) -> TokenizedPrompts:
+        tokens = own(pair, role, some, position)
+        ids = [
+            (10**6, *row[1:]) if prompt is prompts.prompts[bad] else row
+            for row, prompt in zip(tokens.ids, some.prompts, strict=True)
+        ]
+        return TokenizedPrompts(tuple(ids), tokens.positions, tokens.spans)
+
+    monkeypatch.setattr(Pair, "tokens", broken)
+    for workers in (LocalWorkers(small_batches), Cut(small_batches, 4)):
+        small_batches.recordings.forget()  # or nothing is run, and nothing noticed
+        with pytest.raises(MechdiffError, match=f"Prompt {bad} has token ids from"):
+            workers.capture("tuned", prompts, Position.DECISION, list(SITES))

@@ -127,7 +127,7 @@ class PairWorker:
         whole = task.with_maps(maps)
 
         def done() -> dict[str, Any]:
-            found = whole.run(pair)
+            found = whole.done(pair)
             return {name: found[name].detach().cpu().contiguous().clone() for name in whole.names}
 
         return _outcome(done)

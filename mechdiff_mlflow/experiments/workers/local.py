@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 
 from torch import Tensor
 
@@ -22,11 +23,15 @@ class LocalWorkers(Workers):
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Tensors]]:
         """In order."""
         for index, task in enumerate(tasks):
-            yield index, task.run(self.pair)
+            yield index, task.done(self.pair)
 
     def setting(self) -> Setting:
         """Of this process."""
-        return Setting.of(self.pair)
+        return self._setting
+
+    @cached_property
+    def _setting(self) -> Setting:
+        return Setting.of(self.pair)  # once: where one model is held at a time, asking tuned may load it
 
     def shapes(self) -> tuple[Shape, Shape]:
         """From the engines."""

@@ -229,7 +229,7 @@ class RayWorkers(Workers):
         deaths: Counter[int],
         jobs: Sequence[Job],
     ) -> None:
-        """Replace a worker that died, and put what it held first in line again."""
+        """Replace a worker that died, and put what it held in line again."""
         self._replace(hand)
         if hand not in held:
             if hand.loaded is None:
@@ -243,7 +243,7 @@ class RayWorkers(Workers):
                 f"{jobs[index].what} killed {MOST_DEATHS} workers one after the other ({reason}); it may "
                 "need more memory than they have: lower --batch-size or --memory-budget, then start again."
             )
-        left.appendleft(index)
+        left.append(index)  # last in line: if it is to blame, the others are done before
 
     def _consider_starts(self) -> None:
         """Whether there is any sense in starting more workers."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from mechdiff_mlflow.engine.chunks import Cuts
 from mechdiff_mlflow.experiments.workers.tasks import AnyTask, Task, Tensors
 from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts
+from mechdiff_mlflow.prompts import TokenizedPrompts
 
 MOST = 32
 """Shards of a task: enough to lose little with one, few enough to cost nothing each."""
@@ -51,10 +51,7 @@ def shards_of(task: Task, pair: Pair, at_most: int = MOST) -> list[list[int]]:
 
 def part_of(task: AnyTask, rows: Sequence[int]) -> AnyTask:
     """A task for some of its prompts; the task itself for all of them."""
-    if len(rows) == len(task.prompts):
-        return task
-    prompts = task.prompts
-    return task.of(PromptSet(prompts.split, tuple(prompts.prompts[i] for i in rows)))
+    return task if len(rows) == len(task.prompts) else task.part(rows)
 
 
 @dataclass(frozen=True, eq=False)

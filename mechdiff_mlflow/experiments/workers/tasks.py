@@ -5,13 +5,15 @@ A task of a part of the prompts gives that part of the rows, so any task can be 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import rows
 from mechdiff_mlflow.experiments.progress import silent
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, Replacements, SiteRows
@@ -26,6 +28,7 @@ Tensors: TypeAlias = Mapping[str, Tensor]
 """By name; the first dimension of each is the task's prompts, in order."""
 
 _NONE: Replacements = {}
+_PROMPT = re.compile(r"\b([Pp]rompt) ([0-9]{1,9})\b")
 
 AnyTask = TypeVar("AnyTask", bound="Task")
 
@@ -37,10 +40,12 @@ class Task:
     Args:
         prompts: Which.
         position: Which token is read and replaced.
+        rows: Where the prompts stand in the set that they are a part of; empty for all of it.
     """
 
     prompts: PromptSet
     position: Position
+    rows: tuple[int, ...] = field(default=(), kw_only=True)
 
     divisible: ClassVar[bool] = True
     """Whether the rows of a prompt depend on that prompt alone."""
@@ -69,13 +74,31 @@ class Task:
         """Do it."""
         raise NotImplementedError
 
+    def done(self, pair: Pair) -> Tensors:
+        """Do it; errors number prompts as in the whole set.
+
+        Raises:
+            MechdiffError: What `run` raises.
+        """
+        try:
+            return self.run(pair)
+        except MechdiffError as error:
+            if not self.rows:
+                raise
+            raise MechdiffError(_PROMPT.sub(self._in_the_whole, str(error))) from error
+
+    def _in_the_whole(self, found: re.Match[str]) -> str:
+        row = int(found[2])
+        return f"{found[1]} {self.rows[row]}" if row < len(self.rows) else found[0]
+
     def with_maps(self: AnyTask, maps: Replacements) -> AnyTask:
         """The same with other maps, where it has any: they may travel apart from it."""
         return self
 
-    def of(self: AnyTask, prompts: PromptSet) -> AnyTask:
-        """The same for other prompts."""
-        return replace(self, prompts=prompts)
+    def part(self: AnyTask, rows: Sequence[int]) -> AnyTask:
+        """The same for some of the prompts."""
+        prompts = PromptSet(self.prompts.split, tuple(self.prompts.prompts[i] for i in rows))
+        return replace(self, prompts=prompts, rows=tuple(rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +168,7 @@ class Score(Task):
             result[f"patched/{site}"] = torch.stack([_stacked(patched) for patched in at.patched.values()], 1)
         return result
 
-    def rows(self, found: Tensors) -> dict[Site, SiteRows]:
+    def site_rows(self, found: Tensors) -> dict[Site, SiteRows]:
         """What `rows.score` gives, from the tensors of `run`."""
         result = {}
         for site, maps in self.replacements.items():

@@ -144,7 +144,7 @@ class Workers(ABC):
     ) -> dict[Site, SiteRows]:
         """See `rows.score`."""
         task = Score(prompts, position, replacements)
-        return task.rows(self.whole(task, stage, "patching tuned"))
+        return task.site_rows(self.whole(task, stage, "patching tuned"))
 
     def gradients(
         self, prompts: PromptSet, position: Position, sites: Sequence[Site], seed: int
