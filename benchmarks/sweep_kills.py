@@ -151,8 +151,12 @@ def twice(bench: Bench) -> list[Outcome]:
 
 
 def worker(bench: Bench) -> list[Outcome]:
-    """A worker of the Ray engine killed at random moments; the driver lives. Right is the local engine."""
-    right = bench.right(SWEEP)
+    """A worker of the Ray engine killed at random moments; the driver lives."""
+    right = bench.right(RAY_SWEEP)
+    # Ray brings packages of its own along, which the list of what is installed then has too.
+    others = [d for d in right.differences(bench.right(SWEEP)) if "environment.txt" not in d.text]
+    if others:
+        raise SystemExit(f"Without any kill Ray leaves something else than the local engine: {others[0]}.")
     place, experiment = bench.place()
     start = time.monotonic()
     mechdiff(place, *bench.world.words(RAY_SWEEP, experiment))
