@@ -24,6 +24,7 @@ from mechdiff_mlflow.tracking.lease import Lease, taken_over
 from mechdiff_mlflow.tracking.open_run import OpenRun, made_once
 from mechdiff_mlflow.tracking.provenance import provenance_tags
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
+from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.store import Store
 from mechdiff_mlflow.tracking.view import install_view
 from mechdiff_mlflow.tracking.writing import MAP_RUN_TAG
@@ -134,7 +135,9 @@ class Tracker:
     def _create(self, record: RunRecord, lease: Lease) -> Run:
         experiment_id = self.store.experiment(self.experiment)
         key = uuid.uuid4().hex
-        tags = {**provenance_tags(), "mechdiff.kind": record.kind, KEY_TAG: key, **lease.holder.tag}
+        # With what resuming needs: a process may be killed before it can add another tag.
+        tags = {**_redacted(record), **provenance_tags(), "mechdiff.kind": record.kind, KEY_TAG: key}
+        tags |= lease.holder.tag
         return made_once(self.store, experiment_id, f"tags.`{KEY_TAG}` = '{key}'", record, tags)
 
     def _attach(self, record: RunRecord, lease: Lease) -> Run | None:
@@ -144,7 +147,7 @@ class Tracker:
             return None
         with self.store.errors():
             run = self.store.client.get_run(run_id)
-            tags = {**enclosing_run(run, record, provenance_tags()), **lease.holder.tag}
+            tags = {**_redacted(record), **enclosing_run(run, record, provenance_tags()), **lease.holder.tag}
             self.store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         return run
 
@@ -161,3 +164,7 @@ class Tracker:
 
     def _open(self, run: Run, lease: Lease, *, resumed: bool = False) -> OpenRun:
         return OpenRun(self.store, run, lease, self.interrupts, self.long_params, resumed=resumed)
+
+
+def _redacted(record: RunRecord) -> dict[str, str]:
+    return {key: redact(text) for key, text in record.tags.items()}

@@ -10,7 +10,7 @@ import random
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,20 +164,20 @@ def resumed(
     return Outcome(how, seen, running, failure, tuple(different), seconds)
 
 
-def steps_of(world: World, command: Sequence[str], place: Place, experiment: str = "toy") -> list[Point]:
-    """Every point at which `command` can be killed from inside."""
+def steps_of(world: World, command: Sequence[str], place: Place, experiment: str = "toy") -> dict[Point, str]:
+    """Every point at which `command` can be killed from inside, and the name of the call or file there."""
     log = place.folder / "steps.txt"
     counted = Command(place, *world.words(command, experiment), steps=log)
     assert counted.wait() == 0, counted.output
-    points = []
+    points = {}
     for line in log.read_text().splitlines():
-        kind, index, _ = line.split(" ", 2)
-        kinds = ("before", "after") if kind == "call" else (kind,)
-        points += [Point(k, int(index)) for k in kinds]
+        kind, index, name = line.split(" ", 2)
+        for one in ("before", "after") if kind == "call" else (kind,):
+            points[Point(one, int(index))] = name
     return points
 
 
-def spread(points: Sequence[Point], n: int, seed: int) -> list[Point]:
+def spread(points: Collection[Point], n: int, seed: int) -> list[Point]:
     """`n` of the points at random, as many of each kind as there are."""
     rng = random.Random(seed)
     by_kind: dict[str, list[Point]] = {}

@@ -71,7 +71,8 @@ def connected(address: str, n_workers: int) -> Iterator[Any]:
 
 
 def _start(ray: Any, n_workers: int) -> None:
-    context = ray.init(num_cpus=n_workers, include_dashboard=False, **_silent())
+    # Without an address Ray joins any cluster that runs on this machine, or that RAY_ADDRESS names.
+    context = ray.init("local", num_cpus=n_workers, include_dashboard=False, **_silent())
     node = context.address_info["node_ip_address"]
     if not ipaddress.ip_address(node).is_loopback:
         raise MechdiffError(
