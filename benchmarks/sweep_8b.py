@@ -312,8 +312,8 @@ def main() -> None:
         "",
         f"**Tracking costs {tracking:.2f} s, {100 * tracking / total:.1f} % of the sweep** "
         f"({made:.2f} s of it to make the store, once; without that "
-        f"{100 * (tracking - made) / (total - made):.1f} %), {1e3 * tracking / n_cells:.0f} ms a cell. Loading "
-        "the models and the checks before a run are not counted as part of the sweep.",
+        f"{100 * (tracking - made) / (total - made):.1f} %), {1e3 * tracking / n_cells:.0f} ms a cell. "
+        "Loading the models and the checks before a run are not counted as part of the sweep.",
     ]
     print("\n".join(lines))
     if args.out is not None:
