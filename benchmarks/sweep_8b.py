@@ -199,10 +199,10 @@ def track(uri: str, pair: Pair, cells: list[Cell], folder: Path, clock: Clock) -
         with clock.stage("report on test"):
             patches = study.patch(
                 [fit.to_patch for fit in fits],
-                lambda i, patch: run.prepare([fields.cell_run(fits[i], patch, study)]),
+                lambda i, patch: run.log_soon(fields.cell_run(fits[i], patch, study)),
             )
         with clock.stage("what is left to store"):
-            run.log_all([fields.cell_run(*both, study) for both in zip(fits, patches, strict=True)])
+            run.wait()
         with clock.stage("least ranks and figures"), tempfile.TemporaryDirectory() as figures:
             found = least_ranks(patches, [30.0], seed=0)
             files = draw(patches, pair, Path(figures))
