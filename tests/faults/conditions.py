@@ -50,11 +50,6 @@ def no_memory() -> None:
     _memory(1, after=200)
 
 
-def clock_ahead() -> None:
-    """The clock is a day ahead."""
-    _clock(lambda real: real + _DAY_S)
-
-
 def clock_behind() -> None:
     """The clock is a day behind."""
     _clock(lambda real: real - _DAY_S)

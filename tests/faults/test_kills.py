@@ -30,7 +30,7 @@ def test_a_sweep_killed_anywhere_is_finished_by_resuming_it(
     points = steps_of(world, CELLS, new_place())
     # Then the parent has nothing but what it was made with.
     first = next(point for point, name in points.items() if (point.kind, name) == ("after", "create_run"))
-    for point in (first, *spread(points, 4, seed=3)):
+    for point in (first, *spread(points, 3, seed=3)):
         place = new_place()
         killed_at_point(world, CELLS, place, point)
         outcome = resumed(world, CELLS, place, right, str(point))
@@ -42,7 +42,7 @@ def test_a_fit_and_its_patch_killed_anywhere_are_finished_by_resuming(
 ) -> None:
     right = undisturbed(world, RUN, new_place())
     points = steps_of(world, RUN, new_place())
-    for point in spread(points, 4, seed=4):
+    for point in spread(points, 2, seed=4):
         place = new_place()
         killed_at_point(world, RUN, place, point)
         outcome = resumed(world, RUN, place, right, str(point))
