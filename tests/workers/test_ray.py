@@ -172,7 +172,7 @@ def test_workers_are_killed_and_a_node_goes_and_the_numbers_stay(
         other = next(node for node in cluster.list_all_nodes() if node.node_id != driver)
         cluster.remove_node(other, allow_graceful=False)
 
-    assert_same_tables(study(workers.pair, workers, killing(workers, 4, remove_a_node)), expected)
+    assert_same_tables(study(workers.pair, workers, killing(workers, 2, remove_a_node)), expected)
     assert len(cluster.list_all_nodes()) == N_NODES - 1
     cluster.add_node(num_cpus=1, include_dashboard=False, object_store_memory=80 << 20)
     prompts = workers.pair.prompts_of("val")

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+
+from mechdiff_mlflow.cli import cli
 
 pytestmark = [
     pytest.mark.slow,
@@ -96,24 +99,30 @@ def test_its_token_is_in_no_file_and_no_command_line(own: dict[str, Any]) -> Non
     assert own["shown"] == []
 
 
-def test_a_fit_of_the_command_line_has_the_numbers_of_this_process(toy: Path, tmp_path: Path) -> None:
+def test_a_fit_of_the_command_line_has_the_numbers_of_this_process(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    words = ("fit", "--pair", str(toy), "--layer", "3", "--hook", "resid_post")
+    here = CliRunner().invoke(cli, words)
+    assert here.exit_code == 0, here.output
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    env |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    sums = []
-    for engine in (("local",), ("ray", "--workers", "1")):
-        words = ("fit", "--pair", str(toy), "--layer", "3", "--hook", "resid_post", "--engine", *engine)
-        done = subprocess.run(
-            [sys.executable, "-m", "mechdiff_mlflow", *words, "--experiment", engine[0]],
-            env=env,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        table = [line for line in done.stdout.splitlines() if "procrustes_scaled" in line]
-        sums.append((table, len(list((tmp_path / "cache/mechdiff/staging").iterdir()))))
-    assert sums[0] == sums[1]
-    assert sums[0][0]
-    assert sums[0][1] == 0, "what was kept goes when the run has ended"
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    there = subprocess.run(
+        [sys.executable, "-m", "mechdiff_mlflow", *words, "--engine", "ray", "--workers", "1"],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert there.returncode == 0, there.stderr
+    tables = [
+        [line for line in output.splitlines() if "procrustes_scaled" in line]
+        for output in (here.output, there.stdout)
+    ]
+    assert tables[0] == tables[1]
+    assert tables[0]
+    assert not list((tmp_path / "cache/mechdiff/staging").iterdir()), "it goes when the run has ended"

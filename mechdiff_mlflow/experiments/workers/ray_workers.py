@@ -157,20 +157,15 @@ class RayWorkers(Workers):
         for hand in self._hands:
             if hand.waits_for is None:  # it may have died since, and no job is to blame
                 hand.loading = hand.actor.ping.remote()
-        try:
-            while left or held:
-                self._fill()
-                for hand in self._hands:
-                    if left and hand.waits_for is None:
-                        index = _next_for(hand, left, jobs)
-                        hand.busy = jobs[index].call(hand.actor)
-                        hand.seen.add(jobs[index].digest)
-                        held[hand] = index
-                for index, value in self._wait(held, left, deaths, jobs):
-                    yield index, value
-        finally:
-            for hand in held:  # after an error nobody wants what they are at
-                self._replace(hand)
+        while left or held:
+            self._fill()
+            for hand in self._hands:
+                if left and hand.waits_for is None:
+                    index = _next_for(hand, left, jobs)
+                    hand.busy = jobs[index].call(hand.actor)
+                    hand.seen.add(jobs[index].digest)
+                    held[hand] = index
+            yield from self._wait(held, left, deaths, jobs)
 
     def _wait(
         self, held: dict[Hand, int], left: deque[int], deaths: Counter[int], jobs: Sequence[Job] = ()
@@ -191,13 +186,18 @@ class RayWorkers(Workers):
             try:
                 outcome: Outcome = self._ray.get(reference)
             except self._ray.exceptions.RayTaskError:
+                hand.busy = None
                 raise  # a fault of ours, with its traceback
             except self._ray.exceptions.RayError as error:
                 self._bury(hand, _reason(error), held, left, deaths, jobs)
                 continue
             for text in outcome.warnings:
                 warnings.warn(text, stacklevel=2)
+            if hand.busy is not None and hand not in held:  # of work that was given up
+                hand.busy = None
+                continue
             if outcome.error is not None:
+                hand.busy = None
                 raise MechdiffError(outcome.error)
             if hand.loading is not None:
                 hand.loading = None
