@@ -213,6 +213,8 @@ class OpenRun:
         """Delete what a request that arrived late made a second time, and end what nobody will go on with."""
         ours = set(self._logged.values())
         with self._store.errors():
+            for twin in self._twins():
+                self._store.client.delete_run(twin.info.run_id)
             for run in self._below():
                 run_id = run.info.run_id
                 if run_id in ours:
@@ -221,6 +223,20 @@ class OpenRun:
                     self._store.client.delete_run(run_id)
                 elif run.info.status == "RUNNING":
                     self._store.client.set_terminated(run_id, "KILLED")
+
+    def _twins(self) -> list[Run]:
+        """Runs that a late request made in place of this one; nobody has written below them."""
+        key = self._run.data.tags.get(KEY_TAG)
+        if key is None:  # `mlflow run` made it
+            return []
+        found = _search(self._store, self.experiment_id, f"tags.`{KEY_TAG}` = '{key}'")
+        others = [run for run in found if run.info.run_id != self.run_id and ROOT_TAG not in run.data.tags]
+        below = "tags.`{}` = '{}'"
+        return [
+            run
+            for run in others
+            if not _search(self._store, self.experiment_id, below.format(ROOT_TAG, run.info.run_id))
+        ]
 
     def _finish(self, run_id: str, error: BaseException | None, description: str) -> None:
         client = self._store.client
