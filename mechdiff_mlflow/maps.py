@@ -185,6 +185,7 @@ class AffineMap:
     weight: Weight
     alpha: float = 1.0
     meta: Mapping[str, JSON] = field(default_factory=dict)
+    _sha256: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, mean, d in (("mean_in", self.mean_in, self.d_in), ("mean_out", self.mean_out, self.d_out)):
@@ -289,11 +290,16 @@ class AffineMap:
 
     def to_bytes(self, suffix: str = ".pt") -> bytes:
         """The content of the file that `save` writes; equal maps give equal bytes."""
-        return mapfiles.encode(self._tensors(), self._header(), suffix)
+        content = mapfiles.encode(self._tensors(), self._header(), suffix)
+        if suffix == ".pt" and not self._sha256:
+            self._sha256.append(hashlib.sha256(content).hexdigest())
+        return content
 
     def sha256(self) -> str:
         """Hex digest of the `.pt` form, the name of this very map."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        if not self._sha256:
+            self.to_bytes()
+        return self._sha256[0]
 
     def save(self, path: str | Path) -> None:
         """Write the map as `.pt` (loads with `torch.load(weights_only=True)`) or `.safetensors`.

@@ -191,7 +191,12 @@ def sweep_command(**given: Any) -> None:
     cells = cells_of(given["sites"], given["ranks"], given["alphas"], given["solver"], given["family"])
     with session("sweep", f"sweep of {len(cells)} cells", given) as now:
         fits = now.study.fit(cells)
-        patches = now.study.patch([fit.to_patch for fit in fits])
+        # Maps, then numbers, are stored while the next are computed.
+        now.run.prepare(fields.planned_cell(fit, now.study) for fit in fits)
+        patches = now.study.patch(
+            [fit.to_patch for fit in fits],
+            lambda index, patch: now.run.prepare([fields.cell_run(fits[index], patch, now.study)]),
+        )
         cells_and_patches = zip(fits, patches, strict=True)
         with now.study.stage("logging runs", len(fits)) as advance:
             now.run.log_all(

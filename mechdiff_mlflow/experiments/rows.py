@@ -168,7 +168,14 @@ def score(
                 groups.append(_group(site, base, same_width, list(maps.values())))
                 labels.append((site, names))
         with stage("patching tuned", len(prompts)) as advance:
-            result = engine.score(recorded(sites), groups, progress=advance)
+            done = 0
+
+            def progress(n_done: int) -> None:
+                nonlocal done
+                advance(n_done - done)
+                done = n_done
+
+            result = engine.score(recorded(sites), groups, progress=progress)
     rows: dict[Site, dict[str, Patched]] = {site: {} for site in sites}
     for (site, names), found in zip(labels, result.divergences, strict=True):
         for column, name in enumerate(names):

@@ -6,7 +6,7 @@ Every split is recorded once per model however many sites, ranks, scales, solver
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -96,7 +96,11 @@ class Study:
         val = self._score("val", requests)
         return [self._choose(cell, maps, val[cell.site]) for cell, maps in zip(cells, offers, strict=True)]
 
-    def patch(self, fits: Iterable[tuple[Cell, AffineMap, tuple[str, ...]]]) -> list[PatchRecord]:
+    def patch(
+        self,
+        fits: Iterable[tuple[Cell, AffineMap, tuple[str, ...]]],
+        each: Callable[[int, PatchRecord], None] = lambda index, record: None,
+    ) -> list[PatchRecord]:
         """Report maps on the report split; the null of each is the control that does best on val.
 
         With permutations every map is also set against fits of shuffled pairs, among whose scales and rules
@@ -104,6 +108,8 @@ class Study:
 
         Args:
             fits: For each map its cell as asked for, the map itself with its α, and what val chose of it.
+            each: Called with each record and its place as soon as it is there, without the p-values that take
+                all of them.
 
         Raises:
             MechdiffError: A map does not fit its site, or the identity patch is not one.
@@ -130,7 +136,7 @@ class Study:
             wanted.update({label: every[label] for labels in chosen.values() for label in labels})
             wanted[label_of(cell, map_)] = map_
         report = self._score(self.protocol.split, requests)
-        records = []
+        records: list[PatchRecord] = []
         for (cell, map_, chosen_of_map), rows_of in zip(fits, best, strict=True):
             record = summarise(
                 replace(cell, alpha=Alpha((map_.alpha,))),
@@ -146,6 +152,7 @@ class Study:
                 seconds=self._seconds[self.protocol.split],
             )
             self._check_identity(cell.site, record.noise_floor)
+            each(len(records), record)
             records.append(record)
         return adjusted(records)
 

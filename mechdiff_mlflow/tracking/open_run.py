@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -64,7 +64,10 @@ class OpenRun:
         self._params: dict[str, str] = params_of(run)
         self._description = ""
         self._logged: dict[str, str] = {}
-        """Runs below this one that this process has written or begun to, by key."""
+        """Ids of the runs below this one that this process has written, by key; empty while it has not."""
+        self._runs: dict[str, Run] = {}
+        self._prepared: dict[str, Future[None]] = {}
+        self._pool: ThreadPoolExecutor | None = None
         self._left = {child.data.tags[KEY_TAG]: child for child in self._below()} if resumed else {}
 
     def add(self, record: RunRecord) -> None:
@@ -102,6 +105,20 @@ class OpenRun:
         with self._store.errors():
             self._store.client.set_tag(self.run_id, key, text)
 
+    def prepare(self, records: Iterable[RunRecord]) -> None:
+        """Begin runs below this one in the background, from what is known of them so far.
+
+        `log_all` with the whole records, which have the same keys, finishes them. What goes wrong meanwhile
+        is tried again then.
+
+        Args:
+            records: With their maps at least; those that have metrics are written as they are.
+        """
+        for record in records:
+            key = key_of(record, code_version())
+            before = self._prepared.get(key)
+            self._prepared[key] = self._writers().submit(self._prepare, key, record, before)
+
     def log(self, record: RunRecord, *, under: str | None = None) -> str:
         """Write one finished run below this one, or below `under`, one of its children; the new run's id.
 
@@ -125,30 +142,49 @@ class OpenRun:
             MechdiffError: As `log`; those that were begun are brought to their end first.
         """
         records = list(records)
-        tokens = [self._begun(record) for record in records]
-        n_writers = 1 if self._store.sqlite_path is not None else _WRITERS
-        with ThreadPoolExecutor(n_writers, thread_name_prefix="mechdiff-log") as pool:
-            futures = [
-                pool.submit(self._log, key, record, self.run_id)
-                for key, record in zip(tokens, records, strict=True)
-            ]
-            ids = []
-            try:
-                for future in futures:
-                    ids.append(future.result())
-                    if progress is not None:
-                        progress(1)
-            except BaseException:
-                for future in futures:
-                    future.cancel()
-                raise
+        futures = [
+            self._writers().submit(self._log, key, record, self.run_id)
+            for key, record in zip([self._begun(record) for record in records], records, strict=True)
+        ]
+        ids = []
+        try:
+            for future in futures:
+                ids.append(future.result())
+                if progress is not None:
+                    progress(1)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+            raise
         return ids
 
     def end(self, error: BaseException | None) -> None:
         """Set the final status, by what ended the run; `Tracker.run` calls this."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        for run in [run for key, run in self._runs.items() if not self._logged.get(key)]:
+            if run.info.status == "FINISHED":  # by an earlier process
+                continue
+            self._finish(run.info.run_id, error or MechdiffError("It was begun and not finished."), "")
         if error is None and (self.is_resumed or self._store.patience.was_tested):
             self._tidy()
         self._finish(self.run_id, error, self._description)
+
+    def _writers(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            n_writers = 1 if self._store.sqlite_path is not None else _WRITERS
+            self._pool = ThreadPoolExecutor(n_writers, thread_name_prefix="mechdiff-log")
+        return self._pool
+
+    def _prepare(self, key: str, record: RunRecord, before: Future[None] | None) -> None:
+        if before is not None:
+            before.result()
+        run = self._run_of(key, record, self.run_id)
+        if run.info.status == "FINISHED":
+            return
+        write = self._writer.write if record.metrics else self._writer.begin
+        write(run, record, again=key in self._left)
 
     def _begun(self, record: RunRecord) -> str:
         """The key of a record that is about to be logged."""
@@ -159,25 +195,44 @@ class OpenRun:
 
     def _log(self, key: str, record: RunRecord, parent: str) -> str:
         self._lease.demand()
-        left = self._left.get(key)
-        if left is not None and left.info.status == "FINISHED":
-            check_same(left.info.run_id, record, left.data.metrics)
-            self._logged[key] = left.info.run_id
-            return str(left.info.run_id)
-        run = self._child(key, record, parent) if left is None else self._taken(left)
+        prepared = self._prepared.pop(key, None)
+        failed = prepared is not None and prepared.exception() is not None
+        run = self._run_of(key, record, parent, look=failed)
         run_id: str = run.info.run_id
-        self._logged[key] = run_id
+        if run.info.status == "FINISHED":
+            check_same(run_id, record, run.data.metrics)
+            self._logged[key] = run_id
+            return run_id
         try:
-            self._writer.write(run, record, again=left is not None)
+            self._writer.write(run, record, again=failed or key in self._left)
             self._lease.demand()
             with self._store.errors():
                 self._store.client.set_terminated(run_id, "FINISHED", record.ended_ms)
+            self._logged[key] = run_id
         except BaseException as error:
+            self._logged[key] = run_id
             self._finish(run_id, error, record.description)
             raise
         return run_id
 
-    def _child(self, key: str, record: RunRecord, parent: str) -> Run:
+    def _run_of(self, key: str, record: RunRecord, parent: str, *, look: bool = False) -> Run:
+        """The run of a record: prepared, left by an earlier process, or made now.
+
+        Args:
+            key: Of the record.
+            record: What it will hold.
+            parent: Whose child it is.
+            look: Whether it may be there although this process does not know.
+        """
+        if key not in self._runs:
+            left = self._left.get(key)
+            if left is not None:
+                self._runs[key] = left if left.info.status == "FINISHED" else self._taken(left)
+            else:
+                self._runs[key] = self._child(key, record, parent, look=look)
+        return self._runs[key]
+
+    def _child(self, key: str, record: RunRecord, parent: str, *, look: bool) -> Run:
         tags = {
             **provenance_tags(),
             "mlflow.parentRunId": parent,
@@ -187,7 +242,7 @@ class OpenRun:
             EPOCH_TAG: str(self._lease.holder.epoch),
         }
         where = f"tags.`{ROOT_TAG}` = '{self.run_id}' and tags.`{KEY_TAG}` = '{key}'"
-        return made_once(self._store, self.experiment_id, where, record, tags)
+        return made_once(self._store, self.experiment_id, where, record, tags, look=look)
 
     def _taken(self, left: Run) -> Run:
         """A child that an earlier owner left unfinished, RUNNING again and marked as ours."""
@@ -269,8 +324,16 @@ class OpenRun:
         return True
 
 
-def made_once(store: Store, experiment_id: str, where: str, record: RunRecord, tags: dict[str, str]) -> Run:
-    """A new run, made exactly once: the one that `where` finds after an answer was lost."""
+def made_once(
+    store: Store,
+    experiment_id: str,
+    where: str,
+    record: RunRecord,
+    tags: dict[str, str],
+    *,
+    look: bool = False,
+) -> Run:
+    """A new run, made exactly once: the one that `where` finds after an answer was lost, or to begin with."""
 
     def find() -> Run | None:
         return next(iter(_search(store, experiment_id, where)), None)
@@ -278,6 +341,8 @@ def made_once(store: Store, experiment_id: str, where: str, record: RunRecord, t
     started_ms = record.started_ms or int(time.time() * 1000)
     create = partial(store.client.create_run, experiment_id, started_ms, tags, record.name)
     with store.errors():
+        if look and (found := find()) is not None:
+            return found
         return store.patience.once(create, find)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunTag
@@ -24,8 +26,21 @@ from mechdiff_mlflow.tracking.stored import StoredFiles
 MAP_RUN_TAG = "mechdiff.map_run"
 
 
+@dataclass
+class _Written:
+    """What this process has written into a run, so that writing more of it sends only that."""
+
+    model_id: str | None = None
+    has_inputs: bool = False
+    sources: dict[str, object] = field(default_factory=dict)
+    sent: dict[str, Sent] = field(default_factory=dict)
+    metrics: dict[tuple[str, int], float] = field(default_factory=dict)
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+
 class RecordWriter:
-    """Writes records; several threads may.
+    """Writes records; several threads may, each into other runs.
 
     Args:
         store: Where to.
@@ -35,11 +50,25 @@ class RecordWriter:
     def __init__(self, store: Store, long_params: LongParams) -> None:
         self._store, self._long_params = store, long_params
         self._model_ids: dict[str, str] = {}
-        self._sent: dict[str, dict[str, Sent]] = {}
+        self._written: dict[str, _Written] = {}
         self._lock = threading.Lock()
 
+    def begin(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
+        """The map of a record alone, which takes longest and is known first.
+
+        Args:
+            run: As it is before.
+            record: What it is to hold.
+            again: Whether some of that may be there from an earlier attempt.
+
+        Raises:
+            MechdiffError: The store refuses, or does not hold what was sent.
+        """
+        with self._store.errors():
+            self._of(run).model_id = self._model_of(run, record, again)
+
     def write(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
-        """Everything but the status, the cheap checks before the first request.
+        """Everything but the status, the cheap checks before the first request; what is written stays.
 
         Args:
             run: As it is before; what it holds of durations is kept.
@@ -49,45 +78,55 @@ class RecordWriter:
         Raises:
             MechdiffError: The record or the store refuses, or the store does not hold what was sent.
         """
-        run_id: str = run.info.run_id
+        run_id, done = run.info.run_id, self._of(run)
         params, texts = artifacts.stored_params(record, self._long_params)
         metrics, undefined = _finite(record)
-        tags = {**record.tags, **{f"mechdiff.undefined.{key}": why for key, why in undefined.items()}}
-        if record.map_run is not None:
-            tags[MAP_RUN_TAG] = record.map_run
-        if record.description:
-            tags["mlflow.note.content"] = record.description
-        if record.tables:
-            tags["mlflow.loggedArtifacts"] = artifacts.table_tag(record)
-        client = self._store.client
         with self._store.errors():
-            model_id = self._model_of(run, record, again)
-
-            def send(folder: str) -> None:
-                sent = files_of(Path(folder))
-                files = StoredFiles(self._store, run.info.artifact_uri)
-                files.send(Path(folder))
-                files.demand_present(sent)
-                with self._lock:
-                    every = self._sent[run_id] = self._sent.get(run_id, {}) | sent
-                tags.update(digest_tag(every))
-
-            artifacts.upload(send, record, texts)
-            models = [LoggedModelInput(model_id)] if model_id and record.map_run else None
-            if record.datasets or models:
-                client.log_inputs(run_id, [artifacts.dataset_input(p) for p in record.datasets], models)
+            if done.model_id is None:
+                done.model_id = self._model_of(run, record, again)
+            self._send(run, _unsent(record, done), texts, done)
+            models = [LoggedModelInput(done.model_id)] if done.model_id and record.map_run else None
+            if (record.datasets or models) and not done.has_inputs:
+                inputs = [artifacts.dataset_input(prompts) for prompts in record.datasets]
+                self._store.client.log_inputs(run_id, inputs, models)
+                done.has_inputs = True
             at_ms = record.ended_ms or run.info.start_time
-            kept = keys.fresh({key: value for key, value, _ in metrics}, run.data.metrics)
-            client.log_batch(
-                run_id,
-                [
-                    Metric(key, value, at_ms, step, model_id=model_id)
-                    for key, value, step in metrics
-                    if key in kept
-                ],
-                [Param(key, text) for key, text in params.items()],
-                [RunTag(key, redact(text)) for key, text in tags.items()],
-            )
+            known = keys.fresh({key: value for key, value, _ in metrics}, run.data.metrics)
+            points = [
+                Metric(key, value, at_ms, step, model_id=done.model_id)
+                for key, value, step in metrics
+                if key in known and done.metrics.get((key, step)) != value
+            ]
+            tags = {key: redact(text) for key, text in _tags(record, undefined, done).items()}
+            new_tags = {key: text for key, text in tags.items() if done.tags.get(key) != text}
+            new_params = {key: text for key, text in params.items() if key not in done.params}
+            if points or new_params or new_tags:
+                self._store.client.log_batch(
+                    run_id,
+                    points,
+                    [Param(key, text) for key, text in new_params.items()],
+                    [RunTag(key, text) for key, text in new_tags.items()],
+                )
+        done.metrics |= {(key, step): value for key, value, step in metrics}
+        done.params |= params
+        done.tags |= tags
+
+    def _of(self, run: Run) -> _Written:
+        with self._lock:
+            return self._written.setdefault(run.info.run_id, _Written())
+
+    def _send(self, run: Run, record: RunRecord, texts: Mapping[str, str], done: _Written) -> None:
+        """The files of a record, read back before anything says that they are there."""
+
+        def send(folder: str) -> None:
+            sent = files_of(Path(folder))
+            files = StoredFiles(self._store, run.info.artifact_uri)
+            files.send(Path(folder))
+            files.demand_present(sent)
+            done.sent |= sent
+
+        artifacts.upload(send, record, texts)
+        done.sources |= {**record.tables, **record.texts}
 
     def _model_of(self, run: Run, record: RunRecord, again: bool) -> str | None:
         """The logged model that metrics belong to: of the record's own map, or of the run it measures."""
@@ -121,6 +160,26 @@ class RecordWriter:
             with self._lock:
                 self._model_ids[record.map_run] = known
         return known
+
+
+def _unsent(record: RunRecord, done: _Written) -> RunRecord:
+    """The record with those tables and texts alone that were not sent as they are."""
+    return replace(
+        record,
+        tables={path: table for path, table in record.tables.items() if done.sources.get(path) is not table},
+        texts={path: text for path, text in record.texts.items() if done.sources.get(path) is not text},
+    )
+
+
+def _tags(record: RunRecord, undefined: Mapping[str, str], done: _Written) -> dict[str, str]:
+    tags = {**record.tags, **{f"mechdiff.undefined.{key}": why for key, why in undefined.items()}}
+    if record.map_run is not None:
+        tags[MAP_RUN_TAG] = record.map_run
+    if record.description:
+        tags["mlflow.note.content"] = record.description
+    if record.tables:
+        tags["mlflow.loggedArtifacts"] = artifacts.table_tag(record)
+    return tags | digest_tag(done.sent)
 
 
 def _finite(record: RunRecord) -> tuple[list[tuple[str, float, int]], dict[str, str]]:

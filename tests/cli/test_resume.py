@@ -44,7 +44,7 @@ def test_a_killed_sweep_is_resumed(
     crash_in(mechdiff, "sweep", toy, monkeypatch, *SWEEP)
     left = runs_of(client)
     assert [run.info.status for run in left["sweep"]] == ["RUNNING"]
-    assert len(left["patch"]) == 1
+    (whole,) = [run for run in left["patch"] if run.info.status == "FINISHED"]
     (parent,) = left["sweep"]
     assert "dead" in mechdiff("runs", "--stuck").output
     shown = " ".join(mechdiff("resume").output.split())
@@ -53,7 +53,9 @@ def test_a_killed_sweep_is_resumed(
     found = runs_of(client)
     assert {run.info.status for runs in found.values() for run in runs} == {"FINISHED"}
     assert (len(found["sweep"]), len(found["patch"])) == (1, 3)
-    assert left["patch"][0].info.run_id in {run.info.run_id for run in found["patch"]}
+    assert {run.info.run_id for run in left["patch"]} <= {run.info.run_id for run in found["patch"]}
+    (same,) = [run for run in found["patch"] if run.info.run_id == whole.info.run_id]
+    assert same.info.end_time == whole.info.end_time
     assert "No run is stuck" in mechdiff("runs", "--stuck").output
     assert "there is nothing to resume" in mechdiff("resume").output
     assert "is finished; there is nothing to resume" in mechdiff("resume", parent.info.run_id).output
@@ -94,7 +96,7 @@ def test_what_cannot_be_resumed_says_why(
     assert "asks for `export`, which is not resumed" in refused(argv=["export", "--out", "/etc/x"])
     assert "go there (on that machine) and resume" in refused(folder=str(tmp_path / "gone"))
     assert "does not say which command it is of" in refused(argv="sweep")
-    (child,) = runs_of(client)["patch"]
+    child, *_ = runs_of(client)["patch"]
     shown = " ".join(mechdiff("resume", child.info.run_id, code=1).output.split())
     assert f"resume its parent {run_id}" in shown
     assert "--repair and --id are for stuck runs" in mechdiff("runs", "--repair", code=1).output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -20,12 +21,14 @@ from mechdiff_mlflow.tracking import lease as leases
 from mechdiff_mlflow.tracking.keys import ARTIFACTS_TAG, KEY_TAG, key_of
 from mechdiff_mlflow.tracking.lease import LEASE_TAG, Lease, LeaseLost, holder_in, is_alive, taken_over
 from mechdiff_mlflow.tracking.locks import lock_file
+from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.recovery import end_stuck, run_to_resume, stuck_runs
 from mechdiff_mlflow.tracking.results import tables_of
 from mechdiff_mlflow.tracking.runs import OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import Store
 from mechdiff_mlflow.tracking.stored import StoredFiles
+from mechdiff_mlflow.tracking.writing import RecordWriter
 
 from .conftest import flip_byte, make_map
 
@@ -325,3 +328,50 @@ def test_every_child_has_its_key_and_the_parent_its_lease(store: Store, tracker:
     assert f"{LEASE_TAG}1" in store.client.get_run(run.run_id).data.tags
     assert Lease(store).holder.machine == ""
     assert not lock_file(store.uri, "promotion").exists()
+
+
+def test_what_is_prepared_in_the_background_is_finished_once(store: Store, tracker: Tracker) -> None:
+    """The map first, then the numbers, then one more number: each is sent once, in one run."""
+    with tracker.run("sweep", "ranks") as run:
+        whole = {k: cell(k, metrics={"drop_pct": 10.0 * k}) for k in (1, 2)}
+        run.prepare(replace(record, metrics={}, tables={}) for record in whole.values())
+        run.prepare([whole[1]])
+        with_holm = [replace(r, metrics={**r.metrics, "p/holm": 0.5}) for r in whole.values()]
+        ids = run.log_all(with_holm)
+    found = {r.info.run_name: r for r in active(store)}
+    assert statuses(store) == dict.fromkeys(("ranks", "k=1", "k=2"), "FINISHED")
+    for k, run_id in zip((1, 2), ids, strict=True):
+        child = found[f"k={k}"]
+        assert child.info.run_id == run_id
+        assert child.data.metrics == {"drop_pct": 10.0 * k, "p/holm": 0.5}
+        assert len(store.client.get_metric_history(run_id, "drop_pct")) == 1
+        assert len(child.outputs.model_outputs) == 1
+        assert list(json.loads(child.data.tags[ARTIFACTS_TAG])) == ["per_prompt.json"]
+
+
+def test_what_is_prepared_and_not_finished_ends_with_its_parent(store: Store, tracker: Tracker) -> None:
+    with pytest.raises(ZeroDivisionError), tracker.run("sweep", "ranks") as run:  # noqa: PT012
+        run.prepare([replace(cell(1), metrics={})])
+        run._prepared[key_of(replace(cell(1), metrics={}), code_version())].result()
+        _ = 1 / 0
+    assert statuses(store) == {"ranks": "FAILED", "k=1": "FAILED"}
+
+
+def test_a_preparation_that_failed_is_done_again(
+    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, failed = RecordWriter.begin, []
+
+    def begin_late(self: RecordWriter, *arguments: Any, **more: Any) -> None:
+        begin(self, *arguments, **more)
+        failed.append(True)
+        raise MechdiffError("The server stopped answering for hours.")
+
+    monkeypatch.setattr(RecordWriter, "begin", begin_late)
+    with tracker.run("sweep", "ranks") as run:
+        run.prepare([replace(cell(1), metrics={})])
+        run.log_all([cell(1)])
+    assert failed == [True]
+    assert statuses(store) == {"ranks": "FINISHED", "k=1": "FINISHED"}
+    (child,) = [r for r in active(store) if r.info.run_name == "k=1"]
+    assert len(child.outputs.model_outputs) == 1
