@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +17,7 @@ from mechdiff_mlflow.tracking.artifacts import LongParams
 from mechdiff_mlflow.tracking.endings import cut, ending, params_of, same_number
 from mechdiff_mlflow.tracking.interrupts import Interrupts
 from mechdiff_mlflow.tracking.keys import KEY_TAG, ROOT_TAG, check_same, key_of
-from mechdiff_mlflow.tracking.lease import Lease
+from mechdiff_mlflow.tracking.lease import Lease, LeaseLost
 from mechdiff_mlflow.tracking.provenance import code_version, provenance_tags
 from mechdiff_mlflow.tracking.records import RunRecord, param_text
 from mechdiff_mlflow.tracking.redaction import redact
@@ -60,7 +60,7 @@ class OpenRun:
         self.experiment_id: str = run.info.experiment_id
         self.is_resumed = resumed
         self._store, self._run, self._lease, self._interrupts = store, run, lease, interrupts
-        self._writer = RecordWriter(store, long_params)
+        self._writer = RecordWriter(store, long_params, lease.demand)
         self._params: dict[str, str] = params_of(run)
         self._description = ""
         self._logged: dict[str, str] = {}
@@ -160,9 +160,18 @@ class OpenRun:
         return ids
 
     def end(self, error: BaseException | None) -> None:
-        """Set the final status, by what ended the run; `Tracker.run` calls this."""
+        """Set the final status, by what ended the run; `Tracker.run` calls this.
+
+        Raises:
+            LeaseLost: The run is another process's by now, and its status that one's to set.
+        """
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        lost = self._lost(error)
+        if lost is not None and lost is not error:
+            raise lost from error
+        if lost is not None:
+            return
         for run in [run for key, run in self._runs.items() if not self._logged.get(key)]:
             if run.info.status == "FINISHED":  # by an earlier process
                 continue
@@ -211,9 +220,28 @@ class OpenRun:
             self._logged[key] = run_id
         except BaseException as error:
             self._logged[key] = run_id
-            self._finish(run_id, error, record.description)
+            if self._lost(error) is None:
+                self._finish(run_id, error, record.description)
             raise
         return run_id
+
+    def _lost(self, error: BaseException | None) -> LeaseLost | None:
+        """What says that another process owns this run by now, if that is known."""
+        if isinstance(error, LeaseLost):
+            return error
+        try:
+            with self._brief(error):
+                self._lease.demand()
+        except LeaseLost as lost:
+            return lost
+        except MechdiffError:  # the store does not say
+            return None
+        return None
+
+    def _brief(self, error: BaseException | None) -> AbstractContextManager[None]:
+        """After a server was waited for in vain it gets one more chance, not another while."""
+        in_vain = isinstance(error, StoreUnreachable)
+        return self._store.patience.one_attempt() if in_vain else nullcontext()
 
     def _run_of(self, key: str, record: RunRecord, parent: str, *, look: bool = False) -> Run:
         """The run of a record: prepared, left by an earlier process, or made now.
@@ -296,11 +324,8 @@ class OpenRun:
     def _finish(self, run_id: str, error: BaseException | None, description: str) -> None:
         client = self._store.client
         status, reason = ending(error)
-        # A server that was waited for in vain gets one more chance, not another while.
-        in_vain = isinstance(error, StoreUnreachable)
-        patience = self._store.patience.one_attempt() if in_vain else nullcontext()
         try:
-            with patience, self._store.errors():
+            with self._brief(error), self._store.errors():
                 if reason:
                     note = f"**{status}:** {reason}\n\n{description}"
                     tags = {"mechdiff.failure": reason, "mlflow.note.content": note}
