@@ -199,10 +199,10 @@ def track(uri: str, pair: Pair, cells: list[Cell], folder: Path, clock: Clock) -
         with clock.stage("report on test"):
             patches = study.patch(
                 [fit.to_patch for fit in fits],
-                lambda i, patch: run.prepare([fields.cell_run(fits[i], patch, study)]),
+                lambda i, patch: run.log_soon(fields.cell_run(fits[i], patch, study)),
             )
         with clock.stage("what is left to store"):
-            run.log_all([fields.cell_run(*both, study) for both in zip(fits, patches, strict=True)])
+            run.wait()
         with clock.stage("least ranks and figures"), tempfile.TemporaryDirectory() as figures:
             found = least_ranks(patches, [30.0], seed=0)
             files = draw(patches, pair, Path(figures))
@@ -312,8 +312,8 @@ def main() -> None:
         "",
         f"**Tracking costs {tracking:.2f} s, {100 * tracking / total:.1f} % of the sweep** "
         f"({made:.2f} s of it to make the store, once; without that "
-        f"{100 * (tracking - made) / (total - made):.1f} %), {1e3 * tracking / n_cells:.0f} ms a cell. Loading "
-        "the models and the checks before a run are not counted as part of the sweep.",
+        f"{100 * (tracking - made) / (total - made):.1f} %), {1e3 * tracking / n_cells:.0f} ms a cell. "
+        "Loading the models and the checks before a run are not counted as part of the sweep.",
     ]
     print("\n".join(lines))
     if args.out is not None:

@@ -104,9 +104,15 @@ def drop_pct(
     """
     reference, mapped = _paired(kl_reference=kl_reference, kl_mapped=kl_mapped)
     estimate = float(_drops(mapped.mean(keepdims=True), reference.mean(keepdims=True))[0])
-    if math.isnan(estimate) or reference.mean() < FLOORS * noise_floor:
+    if not is_defined(reference, mapped, noise_floor):
         return Interval(None, None, None, bootstrap.level)
     return bootstrap.interval(estimate, _drops(*bootstrap.means(mapped, reference)))
+
+
+def is_defined(kl_reference: Floats, kl_mapped: Floats, noise_floor: float) -> bool:
+    """Whether there is a drop: the reference is large enough to divide by, and `FLOORS` noise floors."""
+    (drop,) = _drops(kl_mapped.mean(keepdims=True), kl_reference.mean(keepdims=True))
+    return not math.isnan(drop) and bool(kl_reference.mean() >= FLOORS * noise_floor)
 
 
 def drop_difference(
@@ -309,11 +315,16 @@ def sign_flip_p(
         MechdiffError: Fewer than two differences, or some not finite.
     """
     (d,) = _paired(differences=differences)
-    flips = np.random.default_rng(seed).integers(0, 2, (n_flips, len(d))) * 2.0 - 1.0
-    observed, flipped = float(d.sum()), flips @ d
+    observed, flipped = float(d.sum()), _flips(len(d), n_flips, seed) @ d
     if alternative == "two-sided":
         observed, flipped = abs(observed), np.abs(flipped)
     return permutation_p(-observed, -flipped, atol=1e-12 * float(np.abs(d).sum()))
+
+
+@lru_cache(maxsize=1)
+def _flips(n: int, n_flips: int, seed: int) -> Floats:
+    """Random signs [n_flips, n], the same for every quantity over as many prompts."""
+    return np.random.default_rng(seed).integers(0, 2, (n_flips, n)).astype(np.float64) * 2.0 - 1.0
 
 
 def permutation_p(observed: float, permuted: ArrayLike, *, atol: float = 0.0) -> float:

@@ -195,13 +195,10 @@ def sweep_command(**given: Any) -> None:
         now.run.prepare(fields.planned_cell(fit, now.study) for fit in fits)
         patches = now.study.patch(
             [fit.to_patch for fit in fits],
-            lambda index, patch: now.run.prepare([fields.cell_run(fits[index], patch, now.study)]),
+            lambda index, patch: now.run.log_soon(fields.cell_run(fits[index], patch, now.study)),
         )
-        cells_and_patches = zip(fits, patches, strict=True)
         with now.study.stage("logging runs", len(fits)) as advance:
-            now.run.log_all(
-                [fields.cell_run(fit, patch, now.study) for fit, patch in cells_and_patches], advance
-            )
+            now.run.wait(advance)
         found = least_ranks(patches, given["targets"], seed=given["seed"])
         with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
             figures = curve_figures([of_record(patch) for patch in patches])

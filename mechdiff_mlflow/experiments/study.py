@@ -12,13 +12,20 @@ from functools import cached_property
 
 import pandas as pd
 
+from mechdiff_mlflow import stats
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.fitting import Fitter, Offers, label_of
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
 from mechdiff_mlflow.experiments.rows import SiteRows
-from mechdiff_mlflow.experiments.summary import SHUFFLED, adjusted, alignment, mean_of_defined, summarise
+from mechdiff_mlflow.experiments.summary import (
+    SHUFFLED,
+    alignment,
+    mean_of_defined,
+    p_against_null,
+    summarise,
+)
 from mechdiff_mlflow.experiments.workers import LocalWorkers, Workers
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.pairs import Pair
@@ -108,8 +115,7 @@ class Study:
 
         Args:
             fits: For each map its cell as asked for, the map itself with its α, and what val chose of it.
-            each: Called with each record and its place as soon as it is there, without the p-values that take
-                all of them.
+            each: Called with the place of each record and the record as soon as it is there.
 
         Raises:
             MechdiffError: A map does not fit its site, or the identity patch is not one.
@@ -136,25 +142,38 @@ class Study:
             wanted.update({label: every[label] for labels in chosen.values() for label in labels})
             wanted[label_of(cell, map_)] = map_
         report = self._score(self.protocol.split, requests)
+        labels = [label_of(cell, map_) for cell, map_, _ in fits]
+        null_of = [
+            min(rows_of, key=lambda name, at=val[cell.site], rows=rows_of: at.mean_kl(rows[name]))  # type: ignore[misc]
+            for (cell, *_), rows_of in zip(fits, best, strict=True)
+        ]
+        seed = self.protocol.seed
+        p_values = [
+            p_against_null(report[cell.site], label, rows_of[null], seed)
+            for (cell, *_), label, rows_of, null in zip(fits, labels, best, null_of, strict=True)
+        ]
+        # Whoever looks at many sees the luckiest (Holm 1979, A simple sequentially rejective procedure).
+        p_holm = stats.holm(p_values) if len(fits) > 1 else [None]
         records: list[PatchRecord] = []
-        for (cell, map_, chosen_of_map), rows_of in zip(fits, best, strict=True):
+        for i, (cell, map_, chosen_of_map) in enumerate(fits):
             record = summarise(
                 replace(cell, alpha=Alpha((map_.alpha,))),
                 map_,
                 report[cell.site],
-                label=label_of(cell, map_),
-                controls=rows_of,
-                null=min(rows_of, key=lambda name: val[cell.site].mean_kl(rows_of[name])),
+                label=labels[i],
+                controls=best[i],
+                null=null_of[i],
                 prompts=self.report_prompts,
                 leak=chosen_of_map if self.protocol.split == "val" else (),
-                seed=self.protocol.seed,
+                seed=seed,
                 n_resamples=self.protocol.n_resamples,
                 seconds=self._seconds[self.protocol.split],
+                p_holm=p_holm[i],
             )
             self._check_identity(cell.site, record.noise_floor)
-            each(len(records), record)
+            each(i, record)
             records.append(record)
-        return adjusted(records)
+        return records
 
     @cached_property
     def computing(self) -> Workers:

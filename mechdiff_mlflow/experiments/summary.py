@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -49,6 +48,7 @@ def summarise(
     seed: int,
     n_resamples: int,
     seconds: float,
+    p_holm: float | None = None,
 ) -> PatchRecord:
     """One map on one split.
 
@@ -64,6 +64,7 @@ def summarise(
         seed: Of the bootstrap.
         n_resamples: Of the bootstrap.
         seconds: What scoring took.
+        p_holm: `p_against_null` by Holm's method over all that are reported together.
     """
     patched = rows.patched
     mapped, floor, raw = patched[label], patched[IDENTITY], patched.get(RAW)
@@ -71,7 +72,7 @@ def summarise(
     noise = floor.mean_kl
     bootstrap = stats.Bootstrap(n_resamples=n_resamples, seed=seed)
     undefined = {}
-    drop = difference = p_sign_flip = p_null = None
+    drop = difference = p_sign_flip = None
     if raw is None:
         undefined["drop_pct"] = "base and tuned differ in width, so nothing can be cross-patched raw"
     else:
@@ -87,8 +88,6 @@ def summarise(
     skill = stats.drop_pct(best, mapped.kl_patched_clean_nats, noise_floor=noise, bootstrap=bootstrap)
     if skill.estimate is None:
         undefined["skill_pct"] = _below_floor(f"the KL of {null}", float(best.mean()), noise)
-    else:
-        p_null = stats.sign_flip_p(best - mapped.kl_patched_clean_nats, seed=seed)
     return PatchRecord(
         cell=cell,
         map=map_,
@@ -105,8 +104,8 @@ def summarise(
         null=null,
         controls={name: float(kl.mean()) for name, kl in control_kl.items()},
         p_sign_flip=p_sign_flip,
-        p_null=p_null,
-        p_holm=None,
+        p_null=p_against_null(rows, label, controls[null], seed),
+        p_holm=p_holm,
         p_permutation=_permutation_p(rows, mapped.mean_kl, controls.get(SHUFFLED, ())),
         rho=rho,
         cos_mean=mean_of_defined(cosines),
@@ -122,15 +121,19 @@ def summarise(
     )
 
 
-def adjusted(records: Sequence[PatchRecord]) -> list[PatchRecord]:
-    """The same with Holm's p-values over all of them: whoever looks at many sees the luckiest.
+def p_against_null(rows: SiteRows, label: str, null: Sequence[str], seed: int) -> float | None:
+    """One-sided p-value that a map does better than its null; None where that would be told from noise.
 
-    Reference: Holm (1979), A simple sequentially rejective multiple test procedure.
+    Args:
+        rows: The site's patched rows.
+        label: Which row is the map's.
+        null: Which rows are the null's.
+        seed: Of the flipped signs.
     """
-    if len(records) < 2:
-        return list(records)
-    p_values = stats.holm([record.p_null for record in records])
-    return [replace(record, p_holm=p) for record, p in zip(records, p_values, strict=True)]
+    best, mapped = _kl(rows, null), rows.patched[label].kl_patched_clean_nats
+    if not stats.is_defined(best, mapped, rows.patched[IDENTITY].mean_kl):
+        return None
+    return stats.sign_flip_p(best - mapped, seed=seed)
 
 
 def _kl(rows: SiteRows, labels: Sequence[str]) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -30,6 +31,7 @@ EPOCH_TAG = "mechdiff.epoch"
 _WRITERS = 8
 """Threads that log at once to a server; a SQLite file takes one writer at a time."""
 _PAGE = 1000
+_SWITCH_S = 2e-4
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +69,7 @@ class OpenRun:
         """Ids of the runs below this one that this process has written, by key; empty while it has not."""
         self._runs: dict[str, Run] = {}
         self._prepared: dict[str, Future[None]] = {}
+        self._soon: list[tuple[str, RunRecord, Future[str]]] = []
         self._pool: ThreadPoolExecutor | None = None
         self._left = {child.data.tags[KEY_TAG]: child for child in self._below()} if resumed else {}
 
@@ -106,18 +109,14 @@ class OpenRun:
             self._store.client.set_tag(self.run_id, key, text)
 
     def prepare(self, records: Iterable[RunRecord]) -> None:
-        """Begin runs below this one in the background, from what is known of them so far.
+        """Begin runs below this one in the background, with what is known of them: their maps.
 
-        `log_all` with the whole records, which have the same keys, finishes them. What goes wrong meanwhile
+        `log_soon` with the whole records, which have the same keys, finishes them. What goes wrong meanwhile
         is tried again then.
-
-        Args:
-            records: With their maps at least; those that have metrics are written as they are.
         """
         for record in records:
             key = key_of(record, code_version())
-            before = self._prepared.get(key)
-            self._prepared[key] = self._writers().submit(self._prepare, key, record, before)
+            self._prepared[key] = self._writers().submit(self._prepare, key, record)
 
     def log(self, record: RunRecord, *, under: str | None = None) -> str:
         """Write one finished run below this one, or below `under`, one of its children; the new run's id.
@@ -128,6 +127,43 @@ class OpenRun:
         """
         with self._interrupts.deferred():
             return self._log(self._begun(record), record, under or self.run_id)
+
+    def log_soon(self, record: RunRecord) -> None:
+        """Write one finished run below this one in the background; `wait` says how that went."""
+        key = self._begun(record)
+        self._soon.append((key, record, self._writers().submit(self._log, key, record, self.run_id)))
+
+    def wait(self, progress: Callable[[int], None] | None = None) -> list[str]:
+        """The ids of all that `log_soon` was given since the last call, in order, once they are written.
+
+        What failed in the background is tried once more: a server may have been away for long while nothing
+        but computing was to do.
+
+        Args:
+            progress: Called after each with 1.
+
+        Raises:
+            MechdiffError: As `log`; those that were begun are brought to their end first.
+        """
+        soon, self._soon = self._soon, []
+        ids = []
+        try:
+            for key, record, future in soon:
+                try:
+                    ids.append(future.result())
+                except LeaseLost:
+                    raise
+                except MechdiffError:
+                    with self._interrupts.deferred():
+                        ids.append(self._log(key, record, self.run_id, look=True))
+                if progress is not None:
+                    progress(1)
+        except BaseException:
+            for _, _, future in soon:
+                future.cancel()
+            wait([future for _, _, future in soon])
+            raise
+        return ids
 
     def log_all(
         self, records: Iterable[RunRecord], progress: Callable[[int], None] | None = None
@@ -141,23 +177,9 @@ class OpenRun:
         Raises:
             MechdiffError: As `log`; those that were begun are brought to their end first.
         """
-        records = list(records)
-        futures = [
-            self._writers().submit(self._log, key, record, self.run_id)
-            for key, record in zip([self._begun(record) for record in records], records, strict=True)
-        ]
-        ids = []
-        try:
-            for future in futures:
-                ids.append(future.result())
-                if progress is not None:
-                    progress(1)
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            wait(futures)
-            raise
-        return ids
+        for record in records:
+            self.log_soon(record)
+        return self.wait(progress)
 
     def end(self, error: BaseException | None) -> None:
         """Set the final status, by what ended the run; `Tracker.run` calls this.
@@ -167,11 +189,11 @@ class OpenRun:
         """
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-        lost = self._lost(error)
-        if lost is not None and lost is not error:
+            sys.setswitchinterval(self._switch_s)
+        if lost := self._lost(error):
+            if lost is error:
+                return
             raise lost from error
-        if lost is not None:
-            return
         for run in [run for key, run in self._runs.items() if not self._logged.get(key)]:
             if run.info.status == "FINISHED":  # by an earlier process
                 continue
@@ -184,16 +206,15 @@ class OpenRun:
         if self._pool is None:
             n_writers = 1 if self._store.sqlite_path is not None else _WRITERS
             self._pool = ThreadPoolExecutor(n_writers, thread_name_prefix="mechdiff-log")
+            # Or whoever computes waits 5 ms for the interpreter after every operation on arrays.
+            self._switch_s = sys.getswitchinterval()
+            sys.setswitchinterval(min(self._switch_s, _SWITCH_S))
         return self._pool
 
-    def _prepare(self, key: str, record: RunRecord, before: Future[None] | None) -> None:
-        if before is not None:
-            before.result()
+    def _prepare(self, key: str, record: RunRecord) -> None:
         run = self._run_of(key, record, self.run_id)
-        if run.info.status == "FINISHED":
-            return
-        write = self._writer.write if record.metrics else self._writer.begin
-        write(run, record, again=key in self._left)
+        if run.info.status != "FINISHED":
+            self._writer.begin(run, record, again=key in self._left)
 
     def _begun(self, record: RunRecord) -> str:
         """The key of a record that is about to be logged."""
@@ -202,24 +223,30 @@ class OpenRun:
         self._logged[key] = ""
         return key
 
-    def _log(self, key: str, record: RunRecord, parent: str) -> str:
+    def _log(self, key: str, record: RunRecord, parent: str, *, look: bool = False) -> str:
+        """Write a child whole.
+
+        Args:
+            key: Of the record.
+            record: What it is to hold.
+            parent: Whose child it is.
+            look: Whether an earlier attempt of this process failed.
+        """
         self._lease.demand()
         prepared = self._prepared.pop(key, None)
-        failed = prepared is not None and prepared.exception() is not None
-        run = self._run_of(key, record, parent, look=failed)
+        look = look or (prepared is not None and prepared.exception() is not None)
+        run = self._run_of(key, record, parent, look=look)
         run_id: str = run.info.run_id
+        self._logged[key] = run_id
         if run.info.status == "FINISHED":
             check_same(run_id, record, run.data.metrics)
-            self._logged[key] = run_id
             return run_id
         try:
-            self._writer.write(run, record, again=failed or key in self._left)
+            self._writer.write(run, record, again=look or key in self._left)
             self._lease.demand()
             with self._store.errors():
                 self._store.client.set_terminated(run_id, "FINISHED", record.ended_ms)
-            self._logged[key] = run_id
         except BaseException as error:
-            self._logged[key] = run_id
             if self._lost(error) is None:
                 self._finish(run_id, error, record.description)
             raise
@@ -229,14 +256,8 @@ class OpenRun:
         """What says that another process owns this run by now, if that is known."""
         if isinstance(error, LeaseLost):
             return error
-        try:
-            with self._brief(error):
-                self._lease.demand()
-        except LeaseLost as lost:
-            return lost
-        except MechdiffError:  # the store does not say
-            return None
-        return None
+        with self._brief(error):
+            return self._lease.loss()
 
     def _brief(self, error: BaseException | None) -> AbstractContextManager[None]:
         """After a server was waited for in vain it gets one more chance, not another while."""
@@ -250,14 +271,14 @@ class OpenRun:
             key: Of the record.
             record: What it will hold.
             parent: Whose child it is.
-            look: Whether it may be there although this process does not know.
+            look: Whether an earlier attempt failed, and may have made it, and ended it.
         """
+        if look:
+            self._runs.pop(key, None)
         if key not in self._runs:
-            left = self._left.get(key)
-            if left is not None:
-                self._runs[key] = left if left.info.status == "FINISHED" else self._taken(left)
-            else:
-                self._runs[key] = self._child(key, record, parent, look=look)
+            run = self._left.get(key) or self._child(key, record, parent, look=look)
+            is_ours = run.info.status == "FINISHED" or (key not in self._left and not look)
+            self._runs[key] = run if is_ours else self._taken(run)
         return self._runs[key]
 
     def _child(self, key: str, record: RunRecord, parent: str, *, look: bool) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -331,19 +332,20 @@ def test_every_child_has_its_key_and_the_parent_its_lease(store: Store, tracker:
 
 
 def test_what_is_prepared_in_the_background_is_finished_once(store: Store, tracker: Tracker) -> None:
-    """The map first, then the numbers, then one more number: each is sent once, in one run."""
+    """The map first, then the numbers: each is sent once, in one run."""
     with tracker.run("sweep", "ranks") as run:
         whole = {k: cell(k, metrics={"drop_pct": 10.0 * k}) for k in (1, 2)}
         run.prepare(replace(record, metrics={}, tables={}) for record in whole.values())
-        run.prepare([whole[1]])
-        with_holm = [replace(r, metrics={**r.metrics, "p/holm": 0.5}) for r in whole.values()]
-        ids = run.log_all(with_holm)
+        for record in whole.values():
+            run.log_soon(record)
+        ids = run.wait()
+        assert run.wait() == []
     found = {r.info.run_name: r for r in active(store)}
     assert statuses(store) == dict.fromkeys(("ranks", "k=1", "k=2"), "FINISHED")
     for k, run_id in zip((1, 2), ids, strict=True):
         child = found[f"k={k}"]
         assert child.info.run_id == run_id
-        assert child.data.metrics == {"drop_pct": 10.0 * k, "p/holm": 0.5}
+        assert child.data.metrics == {"drop_pct": 10.0 * k}
         assert len(store.client.get_metric_history(run_id, "drop_pct")) == 1
         assert len(child.outputs.model_outputs) == 1
         assert list(json.loads(child.data.tags[ARTIFACTS_TAG])) == ["per_prompt.json"]
@@ -375,3 +377,28 @@ def test_a_preparation_that_failed_is_done_again(
     assert statuses(store) == {"ranks": "FINISHED", "k=1": "FINISHED"}
     (child,) = [r for r in active(store) if r.info.run_name == "k=1"]
     assert len(child.outputs.model_outputs) == 1
+
+
+def test_what_failed_in_the_background_is_logged_in_the_end(
+    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, failed = RecordWriter.write, []
+
+    def write_late(self: RecordWriter, run: Run, record: RunRecord, **more: Any) -> None:
+        write(self, run, record, **more)
+        if record.name == "k=1" and not failed:
+            failed.append(True)
+            raise MechdiffError("The server stopped answering for hours.")
+
+    monkeypatch.setattr(RecordWriter, "write", write_late)
+    interval = sys.getswitchinterval()
+    with tracker.run("sweep", "ranks") as run:
+        ids = run.log_all([cell(1), cell(2)])
+        assert sys.getswitchinterval() < interval
+    assert sys.getswitchinterval() == interval
+    assert failed == [True]
+    found = {r.info.run_name: r for r in active(store)}
+    assert [found["k=1"].info.run_id, found["k=2"].info.run_id] == ids
+    assert statuses(store) == dict.fromkeys(("ranks", "k=1", "k=2"), "FINISHED")
+    assert "mechdiff.failure" not in found["k=1"].data.tags
+    assert len(found["k=1"].outputs.model_outputs) == 1
