@@ -50,7 +50,7 @@ from faults.harness import (  # noqa: E402
     undisturbed,
     with_environment,
 )
-from faults.snapshot import Snapshot, parents  # noqa: E402
+from faults.snapshot import INSTALLED, Snapshot, parents  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 from tracking.servers import serving  # noqa: E402
 
@@ -154,7 +154,7 @@ def worker(bench: Bench) -> list[Outcome]:
     """A worker of the Ray engine killed at random moments; the driver lives."""
     right = bench.right(RAY_SWEEP)
     # Ray brings packages of its own along, which the list of what is installed then has too.
-    others = [d for d in right.differences(bench.right(SWEEP)) if "environment.txt" not in d.text]
+    others = [d for d in right.differences(bench.right(SWEEP)) if not d.text.startswith(INSTALLED)]
     if others:
         raise SystemExit(f"Without any kill Ray leaves something else than the local engine: {others[0]}.")
     place, experiment = bench.place()

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -175,6 +175,7 @@ def log_model(
     params: Mapping[str, ParamValue] | None = None,
     metrics: Mapping[str, float] | None = None,
     again: bool = False,
+    demand: Callable[[], None] = lambda: None,
 ) -> LoggedMap:
     """Log `the_map` as a model of a run; it becomes READY only when its files read back right.
 
@@ -191,6 +192,7 @@ def log_model(
         params: Shown on the model's page.
         metrics: For the model card; link them to the model by logging them with `model_id`.
         again: Whether a killed process may have begun this; what it made is then gone on with.
+        demand: Called before it is made and before it is READY; raises if another process does that by now.
 
     Raises:
         MechdiffError: No run is active or named, the store refuses, or it gives back other bytes than were
@@ -204,15 +206,18 @@ def log_model(
     card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params, sha256=sha256)
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
-        create = partial(
-            client.create_logged_model,
-            experiment_id,
-            name=logged_model_name(name),
-            source_run_id=run_id,
-            tags={SHA256_TAG: sha256, "mlflow.note.content": card[:MAX_TAG_CHARS]},
-            params={key: param_text(key, value) for key, value in (params or {}).items()},
-            model_type="affine map",
-        )
+
+        def create() -> LoggedModel:
+            demand()
+            return client.create_logged_model(
+                experiment_id,
+                name=logged_model_name(name),
+                source_run_id=run_id,
+                tags={SHA256_TAG: sha256, "mlflow.note.content": card[:MAX_TAG_CHARS]},
+                params={key: param_text(key, value) for key, value in (params or {}).items()},
+                model_type="affine map",
+            )
+
         find = partial(_begun, store, experiment_id, run_id, sha256)
         logged = (find() if again else None) or store.patience.once(create, find)
         if logged.status == "READY":  # the other process died before the run named its model
@@ -234,10 +239,12 @@ def log_model(
                 files.send(sent)
                 back = files.demand(digests, Path(folder, "back"))
                 _load_map(back)
+            demand()
             client.finalize_logged_model(logged.model_id, "READY")
             add = partial(client.log_outputs, run_id, [LoggedModelOutput(logged.model_id, step=0)])
             store.patience.once(add, lambda: True if logged.model_id in _outputs(store, run_id) else None)
         except BaseException:
+            demand()  # or another process may be going on with it
             client.finalize_logged_model(logged.model_id, "FAILED")
             raise
     return LoggedMap(logged.model_id, logged.artifact_location, sha256)

@@ -136,6 +136,16 @@ class Lease:
         if self._lost is not None:
             raise self._lost
 
+    def loss(self) -> LeaseLost | None:
+        """What says that another process owns the run by now, if that is known."""
+        try:
+            self.demand()
+        except LeaseLost as lost:
+            return lost
+        except MechdiffError:  # the store does not say
+            return None
+        return None
+
     def _beat(self, done: threading.Event) -> None:
         while not done.wait(LEASE_S / 4):
             try:

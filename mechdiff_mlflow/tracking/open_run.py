@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -62,7 +62,7 @@ class OpenRun:
         self.experiment_id: str = run.info.experiment_id
         self.is_resumed = resumed
         self._store, self._run, self._lease, self._interrupts = store, run, lease, interrupts
-        self._writer = RecordWriter(store, long_params)
+        self._writer = RecordWriter(store, long_params, lease.demand)
         self._params: dict[str, str] = params_of(run)
         self._description = ""
         self._logged: dict[str, str] = {}
@@ -187,10 +187,18 @@ class OpenRun:
         return self.wait(progress)
 
     def end(self, error: BaseException | None) -> None:
-        """Set the final status, by what ended the run; `Tracker.run` calls this."""
+        """Set the final status, by what ended the run; `Tracker.run` calls this.
+
+        Raises:
+            LeaseLost: The run is another process's by now, and its status that one's to set.
+        """
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             sys.setswitchinterval(self._switch_s)
+        if lost := self._lost(error):
+            if lost is error:
+                return
+            raise lost from error
         for run in [run for key, run in self._runs.items() if not self._logged.get(key)]:
             if run.info.status == "FINISHED":  # by an earlier process
                 continue
@@ -248,9 +256,22 @@ class OpenRun:
             with self._store.errors():
                 self._store.client.set_terminated(run_id, "FINISHED", record.ended_ms)
         except BaseException as error:
-            self._finish(run_id, error, record.description)
+            if self._lost(error) is None:
+                self._finish(run_id, error, record.description)
             raise
         return run_id
+
+    def _lost(self, error: BaseException | None) -> LeaseLost | None:
+        """What says that another process owns this run by now, if that is known."""
+        if isinstance(error, LeaseLost):
+            return error
+        with self._brief(error):
+            return self._lease.loss()
+
+    def _brief(self, error: BaseException | None) -> AbstractContextManager[None]:
+        """After a server was waited for in vain it gets one more chance, not another while."""
+        in_vain = isinstance(error, StoreUnreachable)
+        return self._store.patience.one_attempt() if in_vain else nullcontext()
 
     def _run_of(self, key: str, record: RunRecord, parent: str, *, look: bool = False) -> Run:
         """The run of a record: prepared, left by an earlier process, or made now.
@@ -305,6 +326,8 @@ class OpenRun:
         """Delete what a request that arrived late made a second time, and end what nobody will go on with."""
         ours = set(self._logged.values())
         with self._store.errors():
+            for twin in self._twins():
+                self._store.client.delete_run(twin.info.run_id)
             for run in self._below():
                 run_id = run.info.run_id
                 if run_id in ours:
@@ -314,14 +337,25 @@ class OpenRun:
                 elif run.info.status == "RUNNING":
                     self._store.client.set_terminated(run_id, "KILLED")
 
+    def _twins(self) -> list[Run]:
+        """Runs that a late request made in place of this one; nobody has written below them."""
+        key = self._run.data.tags.get(KEY_TAG)
+        if key is None:  # `mlflow run` made it
+            return []
+        found = _search(self._store, self.experiment_id, f"tags.`{KEY_TAG}` = '{key}'")
+        others = [run for run in found if run.info.run_id != self.run_id and ROOT_TAG not in run.data.tags]
+        below = "tags.`{}` = '{}'"
+        return [
+            run
+            for run in others
+            if not _search(self._store, self.experiment_id, below.format(ROOT_TAG, run.info.run_id))
+        ]
+
     def _finish(self, run_id: str, error: BaseException | None, description: str) -> None:
         client = self._store.client
         status, reason = ending(error)
-        # A server that was waited for in vain gets one more chance, not another while.
-        in_vain = isinstance(error, StoreUnreachable)
-        patience = self._store.patience.one_attempt() if in_vain else nullcontext()
         try:
-            with patience, self._store.errors():
+            with self._brief(error), self._store.errors():
                 if reason:
                     note = f"**{status}:** {reason}\n\n{description}"
                     tags = {"mechdiff.failure": reason, "mlflow.note.content": note}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -45,10 +45,11 @@ class RecordWriter:
     Args:
         store: Where to.
         long_params: What to do with a param longer than MLflow keeps.
+        demand: Called before what cannot be done twice; raises if this process may not write any more.
     """
 
-    def __init__(self, store: Store, long_params: LongParams) -> None:
-        self._store, self._long_params = store, long_params
+    def __init__(self, store: Store, long_params: LongParams, demand: Callable[[], None]) -> None:
+        self._store, self._long_params, self._demand = store, long_params, demand
         self._model_ids: dict[str, str] = {}
         self._written: dict[str, _Written] = {}
         self._lock = threading.Lock()
@@ -144,6 +145,7 @@ class RecordWriter:
                 params=record.params,
                 metrics=record.metrics,
                 again=again,
+                demand=self._demand,
             )
             with self._lock:
                 self._model_ids[run_id] = logged.model_id

@@ -1,4 +1,4 @@
-"""What a command's process meets from its start: little disk, no rights, little memory, a clock that jumps.
+"""What a process meets from its start: little disk, no rights, little memory, odd clocks, a short lease.
 
 Each is called in the new process before the command line, by its name.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -50,11 +51,6 @@ def no_memory() -> None:
     _memory(1, after=200)
 
 
-def clock_ahead() -> None:
-    """The clock is a day ahead."""
-    _clock(lambda real: real + _DAY_S)
-
-
 def clock_behind() -> None:
     """The clock is a day behind."""
     _clock(lambda real: real - _DAY_S)
@@ -70,6 +66,28 @@ def clock_jumps() -> None:
         return real + (3600.0 if calls % 2 else 0.0)
 
     _clock(shifted)
+
+
+def short_lease() -> None:
+    """An owner on another machine counts as dead after four seconds; files of the machine go to TMPDIR."""
+    from mechdiff_mlflow.tracking import lease
+
+    tempfile.tempdir = None  # the process that this was forked from knew another
+    lease.LEASE_S = 4.0
+
+
+def slow_start() -> None:
+    """The same, and loading a model takes five seconds more."""
+    from transformers import PreTrainedModel
+
+    short_lease()
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def slowly(cls: Any, *arguments: Any, **options: Any) -> Any:
+        time.sleep(5)
+        return load(cls, *arguments, **options)
+
+    PreTrainedModel.from_pretrained = classmethod(slowly)
 
 
 def _memory(most: int, after: int = 0) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from tracking.servers import Server, serving
@@ -51,7 +50,7 @@ def place(new_place: Callable[..., Place]) -> Place:
     return new_place()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(world: World) -> Iterator[Server]:
     folder = world.folder / f"server-{next(_numbers)}"
     folder.mkdir()
@@ -64,13 +63,3 @@ def server(world: World) -> Iterator[Server]:
 def experiment() -> str:
     """A name that no other test uses on the shared server."""
     return f"faults-{next(_numbers)}"
-
-
-def damage(path: Path, how: str) -> None:
-    """Truncate a file, or flip one bit in its midst."""
-    content = bytearray(path.read_bytes())
-    if how == "truncated":
-        del content[len(content) // 2 :]
-    else:
-        content[len(content) // 2] ^= 1
-    path.write_bytes(content)

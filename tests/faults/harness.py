@@ -205,13 +205,12 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 
 
 def has_children(uri: str, n: int, experiment: str = "toy") -> Callable[[], bool]:
-    """Whether a store has at least `n` runs below another one by now."""
+    """Whether a store has a parent by now, and at least `n` runs below it."""
     client = MlflowClient(uri)
 
     def look() -> bool:
-        if client.get_experiment_by_name(experiment) is None:
-            return False
-        return sum(PARENT_TAG in run.data.tags for run in active_runs(client, experiment)) >= n
+        runs = list(active_runs(client, experiment))
+        return bool(runs) and sum(PARENT_TAG in run.data.tags for run in runs) >= n
 
     return look
 

@@ -33,6 +33,7 @@ class Fault(str, Enum):
     DROP_REQUEST = "dropped before the server sees it"
     REFUSE = "refused with an error status"
     DELAY = "delayed"
+    LATE = "the client is cut off at once, and the server sees the request later"
     TRUNCATE_ANSWER = "half of the answer's body, then the connection ends"
     TRUNCATE_REQUEST = "half of the request's body reaches the server, then both connections end"
 
@@ -50,7 +51,7 @@ class Rule:
             in ms do not count, since they are others when something is sent again.
         probability: Of the fault, drawn for each request.
         status: With which `REFUSE` answers.
-        seconds: How long `DELAY` lasts; REFUSE sends it as Retry-After where it is not 0.
+        seconds: How long `DELAY` and `LATE` take; REFUSE sends it as Retry-After where it is not 0.
     """
 
     fault: Fault
@@ -136,7 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._body()
         rule = self.proxy.rule_for(self.command, self.path, body)
         fault = rule.fault if rule else None
-        if rule is not None and fault is Fault.DELAY:
+        if fault is Fault.LATE:
+            self._hang_up()
+        if rule is not None and fault in (Fault.DELAY, Fault.LATE):
             time.sleep(rule.seconds)
         if fault is Fault.DROP_REQUEST:
             return self._end(fault, None)
@@ -148,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers, content = self._ask(body, whole=fault is not Fault.TRUNCATE_REQUEST)
         except (OSError, http.client.HTTPException):
             return self._end(fault, None)  # the server is away: the client sees what it would without a proxy
-        if fault is Fault.DROP_ANSWER:
+        if fault in (Fault.DROP_ANSWER, Fault.LATE):
             return self._end(fault, status)
         self.proxy.note(Seen(self.command, self.path, fault, status))
         self._answer(status, headers, content, half=fault is Fault.TRUNCATE_ANSWER)

@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ _OF_AN_ATTEMPT = re.compile(
     r"|mlflow\.(user|source\.|parentRunId|log-model\.history|runColor)"
 )
 _TIMES = "time/"
+INSTALLED = "environment.txt"
 # MLflow's own record of a model: ids and the time it was made.
 _MLMODEL = ("model_id", "model_uuid", "run_id", "utc_time_created", "artifact_path", "model_size_bytes")
 _PAGE = 1000
@@ -87,12 +89,15 @@ class Snapshot:
         unkeyed: Children without a key.
         twice: Keys that several active children of one parent have.
         orphan_models: Logged models of no run that is active.
+        installed: What was installed when this was looked at. If it is not what was when an undisturbed run
+            was made, the artifact that lists it has no reason to be the same.
     """
 
     runs: Mapping[str, RunShot]
     unkeyed: tuple[str, ...] = ()
     twice: tuple[str, ...] = ()
     orphan_models: tuple[str, ...] = ()
+    installed: str = ""
 
     @property
     def statuses(self) -> Counter[str]:
@@ -112,6 +117,8 @@ class Snapshot:
         for name, run in self.runs.items():
             if name in right.runs:
                 found += [Difference(kind, name, text) for kind, text in _unlike(run, right.runs[name])]
+        if self.installed != right.installed:
+            found = [one for one in found if not one.text.startswith(INSTALLED)]
         if keys:
             found += [Difference("key", name, f"has no {KEY_TAG}") for name in self.unkeyed]
             found += [Difference("key", key, "is that of several runs") for key in self.twice]
@@ -151,6 +158,7 @@ def snapshot(uri: str, experiment: str | None = None, *, artifacts: bool = True)
         ),
         twice=tuple(key for (_, key), count in keys.items() if count > 1),
         orphan_models=tuple(m.model_id for m in models if m.source_run_id not in of_run),
+        installed=_installed(),
     )
 
 
@@ -296,6 +304,12 @@ def _without_times(content: bytes) -> bytes:
     kept = [i for i, column in enumerate(table["columns"]) if not str(column).startswith(_TIMES)]
     rows = [[table["columns"][i] for i in kept], *([row[i] for i in kept] for row in table["data"])]
     return json.dumps(rows).encode()
+
+
+def _installed() -> str:
+    """A digest of the installed packages, which may change while a long benchmark runs."""
+    names = sorted(f"{one.metadata['Name']}=={one.version}" for one in distributions())
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
 
 def _named(text: str, ids: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from mlflow.entities import ViewType
 from mlflow.tracking import MlflowClient
 from tracking.servers import Server
 
@@ -51,6 +52,20 @@ def registry(uri: str, experiment: str) -> tuple[int, dict[str, str]]:
     return len(versions), champion.tags
 
 
+def test_creates_that_arrive_after_they_were_given_up_are_deleted(
+    world: World, right: Snapshot, server: Server, new_place: Callable[..., Place], experiment: str
+) -> None:
+    late = Rule(fault=Fault.LATE, method="POST", path=CREATES["runs"], first_of_each=True, seconds=0.7)
+    with proxying(server.url, late) as proxy:
+        mechdiff(new_place(proxy.url), *world.words(CELLS, experiment))
+        assert proxy.counts("/runs/create")[Fault.LATE] >= 1 + 3
+    found = MlflowClient(server.url).get_experiment_by_name(experiment)
+    assert found is not None
+    every = MlflowClient(server.url).search_runs([found.experiment_id], "", ViewType.ALL)
+    assert len(every) > len(right.runs), "none arrived late enough to be made twice"
+    assert snapshot(server.url, experiment).differences(right) == []
+
+
 @pytest.mark.parametrize("what", ["each create", "each request but reads and uploads"])
 def test_a_lost_answer_makes_nothing_twice(
     world: World,
@@ -89,20 +104,19 @@ def test_a_lost_answer_makes_nothing_twice(
 def test_a_bad_network_changes_no_number(
     world: World, right: Snapshot, server: Server, new_place: Callable[..., Place], experiment: str
 ) -> None:
-    rules = [
-        Rule(fault=fault, path=BUT_THE_FIRST, probability=0.03, status=status)
-        for fault, status in [
-            (Fault.DROP_ANSWER, 0),
-            (Fault.DROP_REQUEST, 0),
-            (Fault.TRUNCATE_ANSWER, 0),
-            (Fault.TRUNCATE_REQUEST, 0),
-            *((Fault.REFUSE, status) for status in (429, 500, 502, 503, 504)),
-        ]
+    faults = [
+        *((fault, 0) for fault in Fault if fault not in (Fault.REFUSE, Fault.DELAY, Fault.LATE)),
+        *((Fault.REFUSE, status) for status in (429, 500, 502, 503, 504)),
     ]
-    with proxying(server.url, *rules, seed=5) as proxy:
+    rules = [
+        Rule(fault=fault, path=BUT_THE_FIRST, status=status, nth=frozenset({5 + 4 * i, 60 + 4 * i}))
+        for i, (fault, status) in enumerate(faults)
+    ]
+    with proxying(server.url, *rules) as proxy:
         mechdiff(new_place(proxy.url), *world.words(CELLS, experiment))
         struck = proxy.counts()
-    assert all(struck[fault] for fault in Fault if fault is not Fault.DELAY)
+    assert all(struck[fault] for fault, _ in faults)
+    assert struck[Fault.REFUSE] >= 5
     assert snapshot(server.url, experiment).differences(right) == []
 
 

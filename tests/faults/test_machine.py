@@ -114,7 +114,7 @@ def test_memory_for_not_even_one_prompt_is_a_sentence_and_resumable(
     assert_resumed(place, right)
 
 
-@pytest.mark.parametrize("clock", [conditions.clock_ahead, conditions.clock_behind, conditions.clock_jumps])
+@pytest.mark.parametrize("clock", [conditions.clock_behind, conditions.clock_jumps])
 def test_a_clock_that_is_wrong_breaks_no_lease(
     world: World, right: Snapshot, place: Place, clock: Callable[[], None]
 ) -> None:

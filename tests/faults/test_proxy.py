@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from faults.harness import wait_until
 from faults.proxy import Fault, FaultProxy, Rule, proxying
 
 
@@ -61,6 +62,7 @@ def post(proxy: FaultProxy, body: bytes, path: str = "/create") -> tuple[int, by
     ("fault", "answer", "arrived"),
     [
         (Fault.DROP_ANSWER, "RemoteDisconnected", [b"body"]),
+        (Fault.LATE, "RemoteDisconnected", [b"body"]),
         (Fault.DROP_REQUEST, "RemoteDisconnected", []),
         (Fault.REFUSE, (503, b"refused by the proxy"), []),
         (Fault.DELAY, (200, b"bodybody"), [b"body"]),
@@ -73,6 +75,7 @@ def test_each_fault(
     proxy.rules = [Rule(fault=fault, method="POST", path="/create$")]
     assert post(proxy, b"body", "/other") == (200, b"bodybody")
     assert post(proxy, b"body") == answer
+    wait_until(lambda: proxy.counts().total() == 2)
     assert got == [b"body", *arrived]
     assert proxy.counts() == {None: 1, fault: 1}
 
