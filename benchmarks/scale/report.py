@@ -111,6 +111,7 @@ def validation(model: Model) -> str:
     wide = [run for run in wide if "width 8192" in run.name]
     rows.extend(_predicted("width 4096", run, seen) for run in wide)
     other, other_rate = measured_8b(RESULTS / "gpu-h200.json")
+    unlike = replace(model.engine, rate=other_rate)
     left_out = [
         abs(EngineCost.fitted(model.runs[:i] + model.runs[i + 1 :], model.engine.rate).error(run))
         for i, run in enumerate(model.runs)
@@ -122,7 +123,7 @@ def validation(model: Model) -> str:
         f"another H100 and is predicted with the {rate / 1e12:.0f} TFLOP/s of its own products; with the "
         f"{model.engine.rate / 1e12:.0f} of the 8B pair's, which all tables below use, the errors are "
         f"{_range(model.engine, wide)}. Of the {len(other)} runs on an H200 before, with its "
-        f"{other_rate / 1e12:.0f} TFLOP/s and all else as on the H100: {_range(replace(model.engine, rate=other_rate), other)}."
+        f"{other_rate / 1e12:.0f} TFLOP/s and all else as on the H100: {_range(unlike, other)}."
     )
     head = ("run", "predicted from", "measured, s (m)", "predicted, s (x)", "error")
     return table(head, rows) + "\n\n" + textwrap.fill(summary, WRAP)
