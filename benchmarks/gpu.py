@@ -1,6 +1,6 @@
 """Time the engine on one GPU at the size of an 8B model, against what the GPU can do at most.
 
-    python -m benchmarks.gpu --out benchmarks/results/gpu.md
+    python -m benchmarks.gpu --out benchmarks/results/gpu-h100.md
 
 Base and tuned are Llamas of the 8B shape with random weights in bfloat16. In one run: the ceilings (matrix
 products of random numbers, copies), capture of both models, with the tuned one's clean run kept and without,

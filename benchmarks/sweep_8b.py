@@ -199,7 +199,7 @@ def track(uri: str, pair: Pair, cells: list[Cell], folder: Path, clock: Clock) -
         with clock.stage("report on test"):
             patches = study.patch(
                 [fit.to_patch for fit in fits],
-                lambda i, patch: run.log_soon(fields.cell_run(fits[i], patch, study)),
+                lambda i, patch: run.log_soon(lambda: fields.cell_run(fits[i], patch, study)),
             )
         with clock.stage("what is left to store"):
             run.wait()
@@ -241,8 +241,11 @@ def sweep(
     sizes = dict(zip(SPLITS, map(int, args.prompts.split(",")), strict=True))
     write_prompts(folder, sizes, args.tokens, shape.vocabulary)
     pair = make_pair(shape, folder, args.device)
-    with Clock().stage("warm up"):
-        demand_sound(pair)
+    demand_sound(pair)  # warms up
+    for clock in (*plain, tracked):
+        pair.recordings.forget()
+        with clock.stage("check the plumbing"):
+            demand_sound(pair)
     cells = cells_for(shape, args.ranks)
     compute(pair, cells, folder, plain[0])
     store = folder / "store"
@@ -313,7 +316,7 @@ def main() -> None:
         f"**Tracking costs {tracking:.2f} s, {100 * tracking / total:.1f} % of the sweep** "
         f"({made:.2f} s of it to make the store, once; without that "
         f"{100 * (tracking - made) / (total - made):.1f} %), {1e3 * tracking / n_cells:.0f} ms a cell. "
-        "Loading the models and the checks before a run are not counted as part of the sweep.",
+        "Loading the models is not counted as part of the sweep, the checks before it are.",
     ]
     print("\n".join(lines))
     if args.out is not None:

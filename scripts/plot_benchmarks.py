@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    tables = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text(encoding="utf-8"))
+    tables = json.loads((ROOT / "benchmarks" / "results" / "gpu-h100.json").read_text(encoding="utf-8"))
     by_head: dict[str, list[list[Any]]] = {table[0][0]: table[1:] for table in tables}
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.4), constrained_layout=True)
 

@@ -43,7 +43,8 @@ a window of the prompt only.
 
 **Placement.** Blocks may lie on several GPUs, in main memory or on disk (`device_map`), and weights may have
 8 or 4 bits (`quantization`). Tests offload a tiny Llama to main memory, to disk and in part, and load one in
-8 and 4 bits on the CPU; a test with two GPUs runs where there are two.
+8 and 4 bits on the CPU; those that need two GPUs run where there are two. On two H100s, with torch 2.11 for
+CUDA 13.0 and transformers 5.17, 62 tests passed, all of placement among them.
 
 **Another model.** If its blocks are not recognised, the error says what there is. Name the modules in the
 pair's spec:

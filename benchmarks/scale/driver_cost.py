@@ -128,18 +128,13 @@ class DriverCost:
             each,
             product,
             probe,
-            tracking_ms(probe),
+            tracking_ms(),
         )
 
     @property
-    def alone_ms(self) -> float:
-        """A run's, written by one writer to a server on PostgreSQL."""
-        return self.run_ms.get(TRACKED_SERVER, self.run_ms["a team's server, 1 at once"])
-
-    @property
-    def together_ms(self) -> float:
-        """A run's share of the time of several writers, at the most that was measured."""
-        return min(self.alone_ms, self.run_ms["a team's server, 2 at once"])
+    def tracked_ms(self) -> float:
+        """A run's share of the time of one command's writers, to a server on PostgreSQL."""
+        return self.run_ms[TRACKED_SERVER]
 
     def controls_s(self, n: int, d: int) -> float:
         """One site's controls on all threads: their products and the QR grow as r·n·d."""
@@ -150,17 +145,14 @@ class DriverCost:
         return self.probe.statistics_s * n_test / PROBED_N
 
 
-def tracking_ms(probe: Probe, folder: Path = RESULTS) -> dict[str, float]:
-    """Milliseconds a run by store: the probe's, a team's server, `benchmarks.tracking_cost` if it ran."""
-    found = {"SQLite, a toy's cells": probe.ms_per_cell}
+def tracking_ms(folder: Path = RESULTS) -> dict[str, float]:
+    """Milliseconds a run by store: a team's server, and those of `benchmarks.tracking_cost`."""
+    found = {}
     text = (folder / "team-server.md").read_text(encoding="utf-8")
     # | auth_cache_ttl_seconds | people at once | ms a run of one person | runs a second in all |
     for people, rate in re.findall(r"\| 60 \| (\d+) \| \d+ \| ([\d.]+) \|", text):
         found[f"a team's server, {people} at once"] = 1000 / float(rate)
-    costs = folder / "tracking-cost.md"
-    if costs.exists():
-        # | store | way | ms a cell | …
-        text = costs.read_text(encoding="utf-8")
-        rows = re.findall(r"^\| ([^|]+) \| ours \| (\d+) \|", text, re.MULTILINE)
-        found |= {f"tracking cost, {store}": float(ms) for store, ms in rows}
-    return found
+    # | store | way | ms a cell | …
+    text = (folder / "tracking-cost.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| ours \| (\d+) \|", text, re.MULTILINE)
+    return found | {f"tracking cost, {store}": float(ms) for store, ms in rows}

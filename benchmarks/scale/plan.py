@@ -24,6 +24,10 @@ STORE_RATE = 1e9
 """Bytes a second to and from the artifact store; assumed, 10 Gbit/s Ethernet."""
 
 
+LAST_SHARE = 0.2
+"""Of a run's tracking, what waits for all cells: adjusted p-values and FINISHED; assumed, 2 of 10 commits."""
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where a pair lives.
@@ -60,16 +64,12 @@ class Way:
     Args:
         name: For tables.
         fit_on_slots: Whether sites are fitted on the slots' GPUs, dealt out, or on the driver one by one.
-        controls_once: Whether controls are built once a site, or as often as `probe` counted.
         statistics_workers: Processes that do the cells' statistics.
-        run_ms: Of tracking one cell, with all writers at work.
     """
 
     name: str
     fit_on_slots: bool
-    controls_once: bool
     statistics_workers: int
-    run_ms: float
 
 
 def stages(
@@ -78,37 +78,42 @@ def stages(
     """What a sweep does between its barriers."""
     n, d, n_sites = work.n_train, work.shape.width, len(work.sites)
     fit = driver.gpu_fit if way.fit_on_slots else driver.cpu_fit
-    builds = n_sites if way.controls_once else driver.probe.control_builds_per_cell * work.n_cells
-    controls_s = builds * driver.controls_s(n, d)
+    controls_s = driver.probe.control_builds_per_site * n_sites * driver.controls_s(n, d)
     recording = [
         2 * engine.seconds(clean_work(work.shape, size, work.tokens))
         for size in shards(n_slots, work.n_train)
     ]
+    scoring = _scoring(
+        *("score test", work, work.n_test, work.test_rows, len(work.alphas)),
+        *(n_slots, placement, engine, driver),
+    )
+    statistics = Stage(
+        "statistics", (driver.statistics_s(work.n_test),) * work.n_cells, way.statistics_workers
+    )
     return [
         Stage("load", (placement.load_s(work),) * n_slots, n_slots, on_slots=True),
         Stage("record", tuple(recording), n_slots, on_slots=True),
         Stage("fit", (fit.seconds(n, d),) * n_sites, n_slots if way.fit_on_slots else 1, way.fit_on_slots),
         Stage("controls", (controls_s,), 1),
         _scoring("score val", work, work.n_val, work.val_rows, 0, n_slots, placement, engine, driver),
-        _scoring(
-            "score test",
-            work,
-            work.n_test,
-            work.test_rows,
-            len(work.alphas),
-            n_slots,
-            placement,
-            engine,
-            driver,
-        ),
-        Stage("statistics", (driver.statistics_s(work.n_test),) * work.n_cells, way.statistics_workers),
-        Stage("track", (tracking_s(work, way),) * work.n_cells, 1),
+        scoring,
+        statistics,
+        Stage("track", (tracking_left_s(work, scoring.undisturbed_s + statistics.undisturbed_s, driver),), 1),
     ]
 
 
-def tracking_s(work: Workload, way: Way) -> float:
+def tracking_s(work: Workload, driver: DriverCost) -> float:
     """One cell's: what was measured with small maps, and its map's bytes, sent and read back."""
-    return way.run_ms / 1000 + 2 * sizes.maps_bytes(work) / work.n_cells / STORE_RATE
+    return driver.tracked_ms / 1000 + 2 * sizes.maps_bytes(work) / work.n_cells / STORE_RATE
+
+
+def tracking_left_s(work: Workload, beside_s: float, driver: DriverCost) -> float:
+    """What is left of tracking all cells after so many seconds in which it went on beside.
+
+    Maps are sent from the moment they are fitted and numbers as statistics give them.
+    """
+    last_s = work.n_cells * LAST_SHARE * driver.tracked_ms / 1000
+    return max(work.n_cells * tracking_s(work, driver) - beside_s, last_s)
 
 
 def shards(n_slots: int, n: int, chunk: int = sizes.MOST.batch_size) -> list[int]:

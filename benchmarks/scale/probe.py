@@ -37,8 +37,6 @@ from mechdiff_mlflow.spec import Alpha, Cell, Rank
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
 
-import itertools
-
 from toy import write_pair
 
 GROWS = {"map.pt", "probe.safetensors", "per_prompt.json", "input_example.json", "serving_input_example.json"}
@@ -60,10 +58,9 @@ class Probe:
         rows_per_sweep: By table; what the parent adds.
         files_per_cell: Artifact files.
         fixed_bytes_per_cell: Of the artifacts that do not grow with the pair or the prompts.
-        control_builds_per_cell: How often a sweep builds all controls of a site, for each of its cells.
+        control_builds_per_site: How often a sweep builds all controls of a site.
         bytes_per_prompt: Of the per-prompt table, the prompt's own text apart.
         database_bytes_per_cell: Growth of the SQLite file.
-        ms_per_cell: From one cell's run to the next, SQLite.
         statistics_s: CPU seconds of one cell's statistics, 1000 prompts of width 8192.
         load: Load average before, of so many cores.
         cores: Of the machine.
@@ -73,10 +70,9 @@ class Probe:
     rows_per_sweep: dict[str, float]
     files_per_cell: float
     fixed_bytes_per_cell: float
-    control_builds_per_cell: float
+    control_builds_per_site: float
     bytes_per_prompt: float
     database_bytes_per_cell: float
-    ms_per_cell: float
     statistics_s: float
     load: float
     cores: int
@@ -128,6 +124,7 @@ def tracked_sweeps(folder: Path) -> dict[str, object]:
         per_cell[table] = slope
         per_sweep[table] = first[table] - small * slope
     n_cells = small + large
+    n_sites = sum(len(sites.split(",")) for sites, _, _ in SWEEPS)
     files = list((folder / "mlartifacts").rglob("*"))
     of_cells = [f for f in files if f.is_file() and not _of_parent(f)]
     tables = [f.stat().st_size for f in of_cells if f.name == "per_prompt.json"]
@@ -137,10 +134,9 @@ def tracked_sweeps(folder: Path) -> dict[str, object]:
         "rows_per_sweep": per_sweep,
         "files_per_cell": len(of_cells) / n_cells,
         "fixed_bytes_per_cell": sum(f.stat().st_size for f in of_cells if f.name not in GROWS) / n_cells,
-        "control_builds_per_cell": builds / len(controls.CONTROLS) / n_cells,
+        "control_builds_per_site": builds / len(controls.CONTROLS) / n_sites,
         "bytes_per_prompt": statistics.mean(tables) / n_test - text,
         "database_bytes_per_cell": (second["bytes"] - first["bytes"]) / large,
-        "ms_per_cell": _ms_between_cells(folder),
     }
 
 
@@ -169,14 +165,6 @@ def _state(folder: Path) -> dict[str, int]:
             for table in (*TABLES, *MODEL_TABLES)
         }
     return {**counts, "bytes": path.stat().st_size}
-
-
-def _ms_between_cells(folder: Path) -> float:
-    """Median time between the starts of runs that follow each other under the second parent."""
-    with closing(sqlite3.connect(folder / "mlflow.db")) as database:
-        starts = [row[0] for row in database.execute("SELECT start_time FROM runs ORDER BY start_time")]
-    cells = starts[-8:]
-    return statistics.median(b - a for a, b in itertools.pairwise(cells))
 
 
 def cpu_seconds(work: Callable[[], object], rounds: int) -> float:

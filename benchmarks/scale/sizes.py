@@ -167,18 +167,12 @@ def factors_bytes(work: Workload) -> float:
     return DOUBLE * (spectrum + 2 * d * r)
 
 
-def driver_bytes(work: Workload, *, controls_once: bool) -> dict[str, float]:
-    """What a driver that fits and reports everything holds at once.
-
-    Args:
-        work: The sweep.
-        controls_once: Whether controls are built once a site; `Study.patch` builds them for every cell and
-            holds them all.
-    """
+def driver_bytes(work: Workload) -> dict[str, float]:
+    """What a driver that fits and reports everything holds at once; a site's cells share its controls."""
     return {
         "captured rows": train_bytes(work) + rows_bytes(work, work.n_val + work.n_test),
         "factorisations and factors": len(work.sites) * factors_bytes(work),
-        "controls": (len(work.sites) if controls_once else work.n_cells) * controls_bytes(work),
+        "controls": len(work.sites) * controls_bytes(work),
         "scores": scores_bytes(work),
     }
 
@@ -210,9 +204,9 @@ def pickled_maps_bytes(work: Workload) -> float:
     return float(work.n_cells * DOUBLE * 2 * work.shape.width * work.span)
 
 
-def sites_that_fit(work: Workload, n_bytes: float, *, controls_once: bool) -> int:
+def sites_that_fit(work: Workload, n_bytes: float) -> int:
     """How many sites one command may have so that its driver stays within so many bytes."""
-    total = sum(driver_bytes(work, controls_once=controls_once).values())
+    total = sum(driver_bytes(work).values())
     return min(len(work.sites), int(n_bytes / (total / len(work.sites))))
 
 

@@ -195,7 +195,7 @@ def sweep_command(**given: Any) -> None:
         now.run.prepare(fields.planned_cell(fit, now.study) for fit in fits)
         patches = now.study.patch(
             [fit.to_patch for fit in fits],
-            lambda index, patch: now.run.log_soon(fields.cell_run(fits[index], patch, now.study)),
+            lambda i, patch: now.run.log_soon(lambda: fields.cell_run(fits[i], patch, now.study)),
         )
         with now.study.stage("logging runs", len(fits)) as advance:
             now.run.wait(advance)

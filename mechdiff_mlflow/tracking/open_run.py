@@ -31,7 +31,7 @@ EPOCH_TAG = "mechdiff.epoch"
 _WRITERS = 8
 """Threads that log at once to a server; a SQLite file takes one writer at a time."""
 _PAGE = 1000
-_SWITCH_S = 2e-4
+_SWITCH_S = 2e-5
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class OpenRun:
         """Ids of the runs below this one that this process has written, by key; empty while it has not."""
         self._runs: dict[str, Run] = {}
         self._prepared: dict[str, Future[None]] = {}
-        self._soon: list[tuple[str, RunRecord, Future[str]]] = []
+        self._soon: list[tuple[Callable[[], RunRecord], Future[str]]] = []
         self._pool: ThreadPoolExecutor | None = None
         self._left = {child.data.tags[KEY_TAG]: child for child in self._below()} if resumed else {}
 
@@ -128,10 +128,13 @@ class OpenRun:
         with self._interrupts.deferred():
             return self._log(self._begun(record), record, under or self.run_id)
 
-    def log_soon(self, record: RunRecord) -> None:
-        """Write one finished run below this one in the background; `wait` says how that went."""
-        key = self._begun(record)
-        self._soon.append((key, record, self._writers().submit(self._log, key, record, self.run_id)))
+    def log_soon(self, make: Callable[[], RunRecord]) -> None:
+        """Write one finished run below this one in the background; `wait` says how that went.
+
+        Args:
+            make: Gives the record, there too, and the same whenever it is called.
+        """
+        self._soon.append((make, self._writers().submit(self._log_made, make)))
 
     def wait(self, progress: Callable[[int], None] | None = None) -> list[str]:
         """The ids of all that `log_soon` was given since the last call, in order, once they are written.
@@ -148,20 +151,22 @@ class OpenRun:
         soon, self._soon = self._soon, []
         ids = []
         try:
-            for key, record, future in soon:
+            for make, future in soon:
                 try:
                     ids.append(future.result())
                 except LeaseLost:
                     raise
                 except MechdiffError:
+                    record = make()
                     with self._interrupts.deferred():
+                        key = key_of(record, code_version())
                         ids.append(self._log(key, record, self.run_id, look=True))
                 if progress is not None:
                     progress(1)
         except BaseException:
-            for _, _, future in soon:
+            for _, future in soon:
                 future.cancel()
-            wait([future for _, _, future in soon])
+            wait([future for _, future in soon])
             raise
         return ids
 
@@ -178,7 +183,7 @@ class OpenRun:
             MechdiffError: As `log`; those that were begun are brought to their end first.
         """
         for record in records:
-            self.log_soon(record)
+            self.log_soon(lambda record=record: record)  # type: ignore[misc]
         return self.wait(progress)
 
     def end(self, error: BaseException | None) -> None:
@@ -215,6 +220,10 @@ class OpenRun:
         run = self._run_of(key, record, self.run_id)
         if run.info.status != "FINISHED":
             self._writer.begin(run, record, again=key in self._left)
+
+    def _log_made(self, make: Callable[[], RunRecord]) -> str:
+        record = make()
+        return self._log(self._begun(record), record, self.run_id)
 
     def _begun(self, record: RunRecord) -> str:
         """The key of a record that is about to be logged."""

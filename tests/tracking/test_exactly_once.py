@@ -337,7 +337,7 @@ def test_what_is_prepared_in_the_background_is_finished_once(store: Store, track
         whole = {k: cell(k, metrics={"drop_pct": 10.0 * k}) for k in (1, 2)}
         run.prepare(replace(record, metrics={}, tables={}) for record in whole.values())
         for record in whole.values():
-            run.log_soon(record)
+            run.log_soon(lambda record=record: record)  # type: ignore[misc]
         ids = run.wait()
         assert run.wait() == []
     found = {r.info.run_name: r for r in active(store)}
