@@ -242,7 +242,7 @@ class OpenRun:
             look: Whether an earlier attempt of this process failed.
         """
         self._lease.demand()
-        prepared = self._prepared.pop(key, None)
+        prepared = self._prepared.get(key)
         look = look or (prepared is not None and prepared.exception() is not None)
         run = self._run_of(key, record, parent, look=look)
         run_id: str = run.info.run_id
@@ -251,6 +251,8 @@ class OpenRun:
             check_same(run_id, record, run.data.metrics)
             return run_id
         try:
+            if prepared is not None:  # as it was, or would have been: a map's card has no numbers then
+                self._writer.begin(run, _planned(record), again=look or key in self._left)
             self._writer.write(run, record, again=look or key in self._left)
             self._lease.demand()
             with self._store.errors():
@@ -377,6 +379,11 @@ class OpenRun:
                 f"start it with -P {key}={text}."
             )
         return True
+
+
+def _planned(record: RunRecord) -> RunRecord:
+    """What a record was before it was measured."""
+    return replace(record, metrics={}, stepped_metrics={}, undefined={})
 
 
 def made_once(
