@@ -17,7 +17,6 @@ from benchmarks.scale.__main__ import filled
 from benchmarks.scale.driver_cost import PROBED, FitCost, TimedFit
 from benchmarks.scale.engine_cost import EngineCost, Timed, Work, clean_work, measured_8b, patch_work
 from benchmarks.scale.plan import (
-    LAST_SHARE,
     Placement,
     Way,
     shards,
@@ -243,8 +242,8 @@ def test_what_is_written_while_cells_are_computed_is_not_waited_for_again() -> N
     alone = tracking_left_s(work, 0.0, driver)
     assert alone == pytest.approx(work.n_cells * tracking_s(work, driver))
     assert tracking_left_s(work, alone / 2, driver) == pytest.approx(alone / 2)
-    # A run's end waits for all statistics, however long they take.
-    last = work.n_cells * LAST_SHARE * driver.tracked_ms / 1000
+    # The last run is written after all statistics, however long they take.
+    last = tracking_s(work, driver)
     assert tracking_left_s(work, 10 * alone, driver) == pytest.approx(last)
     assert 0 < last < alone / 4
 

@@ -68,7 +68,7 @@ class OpenRun:
         self._logged: dict[str, str] = {}
         """Ids of the runs below this one that this process has written, by key; empty while it has not."""
         self._runs: dict[str, Run] = {}
-        self._prepared: dict[str, tuple[RunRecord, Future[None]]] = {}
+        self._prepared: dict[str, Future[None]] = {}
         self._soon: list[tuple[Callable[[], RunRecord], Future[str]]] = []
         self._pool: ThreadPoolExecutor | None = None
         self._left = {child.data.tags[KEY_TAG]: child for child in self._below()} if resumed else {}
@@ -116,7 +116,7 @@ class OpenRun:
         """
         for record in records:
             key = key_of(record, code_version())
-            self._prepared[key] = (record, self._writers().submit(self._prepare, key, record))
+            self._prepared[key] = self._writers().submit(self._prepare, key, record)
 
     def log(self, record: RunRecord, *, under: str | None = None) -> str:
         """Write one finished run below this one, or below `under`, one of its children; the new run's id.
@@ -242,11 +242,8 @@ class OpenRun:
             look: Whether an earlier attempt of this process failed.
         """
         self._lease.demand()
-        begun, preparing = self._prepared.get(key, (None, None))
-        if preparing is not None and preparing.exception() is not None:
-            look = True
-        else:
-            begun = None
+        prepared = self._prepared.get(key)
+        look = look or (prepared is not None and prepared.exception() is not None)
         run = self._run_of(key, record, parent, look=look)
         run_id: str = run.info.run_id
         self._logged[key] = run_id
@@ -254,8 +251,8 @@ class OpenRun:
             check_same(run_id, record, run.data.metrics)
             return run_id
         try:
-            if begun is not None:  # as it would have been: the whole record would give its map another card
-                self._writer.begin(run, begun, again=True)
+            if prepared is not None:  # as it was, or would have been: a map's card has no numbers then
+                self._writer.begin(run, _planned(record), again=look or key in self._left)
             self._writer.write(run, record, again=look or key in self._left)
             self._lease.demand()
             with self._store.errors():
@@ -264,7 +261,6 @@ class OpenRun:
             if self._lost(error) is None:
                 self._finish(run_id, error, record.description)
             raise
-        self._prepared.pop(key, None)
         return run_id
 
     def _lost(self, error: BaseException | None) -> LeaseLost | None:
@@ -383,6 +379,11 @@ class OpenRun:
                 f"start it with -P {key}={text}."
             )
         return True
+
+
+def _planned(record: RunRecord) -> RunRecord:
+    """What a record was before it was measured."""
+    return replace(record, metrics={}, stepped_metrics={}, undefined={})
 
 
 def made_once(

@@ -65,8 +65,10 @@ class RecordWriter:
         Raises:
             MechdiffError: The store refuses, or does not hold what was sent.
         """
+        done = self._of(run)
         with self._store.errors():
-            self._of(run).model_id = self._model_of(run, record, again)
+            if done.model_id is None:
+                done.model_id = self._model_of(run, record, again)
 
     def write(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
         """Everything but the status, the cheap checks before the first request; what is written stays.
