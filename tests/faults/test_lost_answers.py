@@ -174,3 +174,16 @@ def test_runs_that_are_the_first_to_use_a_prompt_set_at_once_all_have_it(
     for run_id in runs:
         found = store.client.get_run(run_id).inputs.dataset_inputs
         assert sorted(given.dataset.digest for given in found) == [one.digest for one in sets]
+
+
+def test_maps_that_could_not_be_stored_in_the_background_are_stored_alike_later(
+    world: World, right: Snapshot, server: Server, new_place: Callable[..., Place], experiment: str
+) -> None:
+    """The first three logged models are refused for good; what is tried once more makes the same."""
+    refused = Rule(
+        fault=Fault.REFUSE, method="POST", path=CREATES["logged models"], nth=frozenset({1, 2, 3}), status=403
+    )
+    with proxying(server.url, refused) as proxy:
+        mechdiff(new_place(proxy.url), *world.words(CELLS, experiment))
+        assert proxy.counts("/logged-models")[Fault.REFUSE] == 3
+    assert snapshot(server.url, experiment).differences(right) == []
