@@ -1,7 +1,7 @@
 import pytest
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking import lookup
+from mechdiff_mlflow.tracking import lookup, results
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.results import results_df
 from mechdiff_mlflow.tracking.runs import Tracker
