@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 
-from mlflow.entities import Run, RunTag, ViewType
+from mlflow.entities import Run, RunTag
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.artifacts import LongParams
@@ -19,6 +17,7 @@ from mechdiff_mlflow.tracking.endings import cut, ending, params_of, same_number
 from mechdiff_mlflow.tracking.interrupts import Interrupts
 from mechdiff_mlflow.tracking.keys import KEY_TAG, ROOT_TAG, check_same, key_of
 from mechdiff_mlflow.tracking.lease import Lease, LeaseLost
+from mechdiff_mlflow.tracking.lookup import all_runs, made_once
 from mechdiff_mlflow.tracking.provenance import code_version, provenance_tags
 from mechdiff_mlflow.tracking.records import RunRecord, param_text
 from mechdiff_mlflow.tracking.redaction import redact
@@ -318,7 +317,7 @@ class OpenRun:
 
     def _below(self) -> list[Run]:
         """All that is below this run and not deleted, unfinished ones first, then the oldest first."""
-        found = _search(self._store, self.experiment_id, f"tags.`{ROOT_TAG}` = '{self.run_id}'")
+        found = all_runs(self._store, [self.experiment_id], f"tags.`{ROOT_TAG}` = '{self.run_id}'")
         return sorted(
             (run for run in found if KEY_TAG in run.data.tags),
             key=lambda run: (run.info.status == "FINISHED", run.info.start_time, run.info.run_id),
@@ -344,13 +343,13 @@ class OpenRun:
         key = self._run.data.tags.get(KEY_TAG)
         if key is None:  # `mlflow run` made it
             return []
-        found = _search(self._store, self.experiment_id, f"tags.`{KEY_TAG}` = '{key}'")
+        found = all_runs(self._store, [self.experiment_id], f"tags.`{KEY_TAG}` = '{key}'")
         others = [run for run in found if run.info.run_id != self.run_id and ROOT_TAG not in run.data.tags]
         below = "tags.`{}` = '{}'"
         return [
             run
             for run in others
-            if not _search(self._store, self.experiment_id, below.format(ROOT_TAG, run.info.run_id))
+            if not all_runs(self._store, [self.experiment_id], below.format(ROOT_TAG, run.info.run_id))
         ]
 
     def _finish(self, run_id: str, error: BaseException | None, description: str) -> None:
@@ -384,39 +383,3 @@ class OpenRun:
 def _planned(record: RunRecord) -> RunRecord:
     """What a record was before it was measured."""
     return replace(record, metrics={}, stepped_metrics={}, undefined={})
-
-
-def made_once(
-    store: Store,
-    experiment_id: str,
-    where: str,
-    record: RunRecord,
-    tags: dict[str, str],
-    *,
-    look: bool = False,
-) -> Run:
-    """A new run, made exactly once: the one that `where` finds after an answer was lost, or to begin with."""
-
-    def find() -> Run | None:
-        return next(iter(_search(store, experiment_id, where)), None)
-
-    started_ms = record.started_ms or int(time.time() * 1000)
-    create = partial(store.client.create_run, experiment_id, started_ms, tags, record.name)
-    with store.errors():
-        if look and (found := find()) is not None:
-            return found
-        return store.patience.once(create, find)
-
-
-def _search(store: Store, experiment_id: str, where: str) -> list[Run]:
-    runs: list[Run] = []
-    token = None
-    with store.errors():
-        while True:
-            page = store.client.search_runs(
-                [experiment_id], where, ViewType.ACTIVE_ONLY, max_results=_PAGE, page_token=token
-            )
-            runs += page
-            token = page.token
-            if not token:
-                return runs

@@ -13,13 +13,13 @@ from mlflow.entities import Run, ViewType
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.keys import ROOT_TAG
 from mechdiff_mlflow.tracking.lease import LEASE_S, Holder, holder_in, is_alive
+from mechdiff_mlflow.tracking.lookup import all_runs
 from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.store import Store
 
 RESUME_TAG = "mechdiff.resume"
 """Tag of a top run: the command that it is of, as JSON."""
 
-_PAGE = 1000
 _POLL_S = 2.0
 _DIED = "The process that wrote this run died"
 
@@ -212,19 +212,4 @@ def _runs(store: Store, where: str) -> list[Run]:
     """All of every experiment, the newest first."""
     with store.errors():
         experiments = [e.experiment_id for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)]
-        runs: list[Run] = []
-        token = None
-        while experiments:
-            page = store.client.search_runs(
-                experiments,
-                where,
-                ViewType.ACTIVE_ONLY,
-                max_results=_PAGE,
-                order_by=["attributes.start_time DESC"],
-                page_token=token,
-            )
-            runs += page
-            token = page.token
-            if not token:
-                break
-    return runs
+    return all_runs(store, experiments, where, newest_first=True)

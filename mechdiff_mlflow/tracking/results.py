@@ -15,10 +15,10 @@ from mlflow.entities import Run
 
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.lookup import all_runs
 from mechdiff_mlflow.tracking.sent import check_read
 from mechdiff_mlflow.tracking.store import Store
 
-_PAGE = 1000
 _MAX_TABLE = 256 << 20
 # Not what Python reads as numbers: 1_000, nan and 007 stay text.
 _INTEGER = r"-?(?:0|[1-9]\d{0,17})"
@@ -45,7 +45,7 @@ def results_df(store: Store, experiment: str, *, where: str = "", kind: str | No
     conditions = [where] if where else []
     if kind is not None:
         conditions.append(f"tags.`mechdiff.kind` = '{kind}'")
-    rows = [_row(run) for run in _search(store, store.experiment_id(experiment), " and ".join(conditions))]
+    rows = [_row(run) for run in all_runs(store, [store.experiment_id(experiment)], " and ".join(conditions))]
     columns = _FIRST + sorted({key for row in rows for key in row if key not in _FIRST})
     table: pd.DataFrame = pd.DataFrame(rows, columns=columns)
     return table
@@ -74,18 +74,6 @@ def _table(path: Path) -> pd.DataFrame:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise MechdiffError(f"{path.name} is not a table that was logged; run that step again.") from error
     return table
-
-
-def _search(store: Store, experiment_id: str, where: str) -> list[Run]:
-    runs: list[Run] = []
-    token = None
-    with store.errors():
-        while True:
-            page = store.client.search_runs([experiment_id], where, max_results=_PAGE, page_token=token)
-            runs += page
-            token = page.token
-            if not token:
-                return runs
 
 
 def _row(run: Run) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from mechdiff_mlflow.tracking.endings import RUN_ID_VARIABLE, enclosing_run, sam
 from mechdiff_mlflow.tracking.interrupts import Interrupts
 from mechdiff_mlflow.tracking.keys import KEY_TAG
 from mechdiff_mlflow.tracking.lease import Lease, taken_over
-from mechdiff_mlflow.tracking.open_run import OpenRun, made_once
+from mechdiff_mlflow.tracking.lookup import made_once
+from mechdiff_mlflow.tracking.open_run import OpenRun
 from mechdiff_mlflow.tracking.provenance import provenance_tags
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.redaction import redact

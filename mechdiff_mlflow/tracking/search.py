@@ -9,11 +9,11 @@ from mlflow.entities import Run, ViewType
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.tracking.lookup import all_runs
 from mechdiff_mlflow.tracking.policy import SELECTION_LEAK
 from mechdiff_mlflow.tracking.records import check_key
 from mechdiff_mlflow.tracking.store import Store
 
-_PAGE = 1000
 _LOWER_IS_BETTER = ("KL_", "rho", "noise_floor", "p/", "reverse/", "control/", "time/")
 
 
@@ -80,16 +80,7 @@ def find_runs(
         where += [f"params.layer = '{site.layer}'", f"params.hook = '{site.hook}'"]
     with store.errors():
         experiments = {e.experiment_id: e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)}
-        runs: list[Run] = []
-        token = None
-        while experiments:
-            page = store.client.search_runs(
-                list(experiments), " and ".join(where), max_results=_PAGE, page_token=token
-            )
-            runs += page
-            token = page.token
-            if not token:
-                break
+    runs = all_runs(store, list(experiments), " and ".join(where))
     found = [_found(run, experiments, metric) for run in runs if metric in run.data.metrics]
     if not found:
         known = sorted(

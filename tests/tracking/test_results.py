@@ -1,7 +1,7 @@
 import pytest
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking import results
+from mechdiff_mlflow.tracking import lookup, results
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.results import results_df
 from mechdiff_mlflow.tracking.runs import Tracker
@@ -33,7 +33,7 @@ def test_mlflows_filters_and_every_page_are_used(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log(tracker)
-    monkeypatch.setattr(results, "_PAGE", 2)
+    monkeypatch.setattr(lookup, "_PAGE", 2)
     assert len(results_df(store, "demo")) == 4
     assert list(results_df(store, "demo", kind="patch", where="metrics.drop_pct > 10")["drop_pct"]) == [
         34,

@@ -1,0 +1,71 @@
+"""Runs that are looked up: all that a filter finds, and a new one only where it finds none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from mlflow.entities import Run, ViewType
+
+from mechdiff_mlflow.tracking.records import RunRecord
+from mechdiff_mlflow.tracking.store import Store
+
+_PAGE = 1000
+
+
+def all_runs(
+    store: Store, experiment_ids: Sequence[str], where: str = "", *, newest_first: bool = False
+) -> list[Run]:
+    """Every run of some experiments that MLflow's filter `where` finds, deleted ones left out.
+
+    Raises:
+        MechdiffError: The filter is not valid, or the store cannot be read.
+    """
+    order = ["attributes.start_time DESC"] if newest_first else None
+    runs: list[Run] = []
+    token = None
+    with store.errors():
+        while experiment_ids:
+            page = store.client.search_runs(
+                list(experiment_ids), where, ViewType.ACTIVE_ONLY, _PAGE, order, page_token=token
+            )
+            runs += page
+            token = page.token
+            if not token:
+                break
+    return runs
+
+
+def made_once(
+    store: Store,
+    experiment_id: str,
+    where: str,
+    record: RunRecord,
+    tags: dict[str, str],
+    *,
+    look: bool = False,
+) -> Run:
+    """A new run, made exactly once: the one that `where` finds after an answer was lost, or to begin with.
+
+    Args:
+        store: Where to.
+        experiment_id: In which experiment.
+        where: Filter that finds this run and no other, by its tags.
+        record: What it will hold; gives its name and start.
+        tags: Of the run.
+        look: Look before it is made the first time, too.
+
+    Raises:
+        MechdiffError: The store refuses.
+    """
+
+    def find() -> Run | None:
+        return next(iter(all_runs(store, [experiment_id], where)), None)
+
+    started_ms = record.started_ms or int(time.time() * 1000)
+    create = partial(store.client.create_run, experiment_id, started_ms, tags, record.name)
+    with store.errors():
+        if look and (found := find()) is not None:
+            return found
+        return store.patience.once(create, find)
