@@ -151,33 +151,32 @@ def twice(bench: Bench) -> list[Outcome]:
 
 
 def worker(bench: Bench) -> list[Outcome]:
-    """A worker of the Ray engine killed at random moments; the driver lives."""
+    """One of two workers of the Ray engine killed at random moments of their work; the driver lives."""
     right = bench.right(RAY_SWEEP)
     # Ray brings packages of its own along, which the list of what is installed then has too.
     others = [d for d in right.differences(bench.right(SWEEP)) if not d.text.startswith(INSTALLED)]
     if others:
         raise SystemExit(f"Without any kill Ray leaves something else than the local engine: {others[0]}.")
-    place, experiment = bench.place()
-    start = time.monotonic()
-    mechdiff(place, *bench.world.words(RAY_SWEEP, experiment))
-    whole_s, rng = time.monotonic() - start, random.Random(bench.seed)
+    rng, at_work_s = random.Random(bench.seed), 0.0
     outcomes: list[Outcome] = []
-    for _ in range(bench.n * GIVE_UP):
+    while len(outcomes) < bench.n:
         place, experiment = bench.place()
         mark = uuid.uuid4().hex
-        place = with_environment(place, **{MARK: mark})
-        command = Command(place, *bench.world.words(RAY_SWEEP, experiment))
-        time.sleep(rng.uniform(0, whole_s))
+        command = Command(with_environment(place, **{MARK: mark}), *bench.world.words(RAY_SWEEP, experiment))
+        command.wait_for(lambda mark=mark: any(_workers(mark)))
+        start = time.monotonic()
+        if at_work_s:
+            command.leave(rng.uniform(0, at_work_s))
         victims = list(_workers(mark)) if command.is_alive else []
-        if victims:
+        if victims and at_work_s:
             with contextlib.suppress(ProcessLookupError):
                 die(rng.choice(victims))
         command.wait()
+        # The first is left alone, to see how long there are workers to kill.
+        at_work_s = at_work_s or time.monotonic() - start
         outcome = bench.finished(RAY_SWEEP, right, f"one of {len(victims)} workers", (place, experiment))
         if victims:
             outcomes.append(outcome)
-        if len(outcomes) == bench.n:
-            break
     return outcomes
 
 
@@ -215,7 +214,7 @@ def _workers(mark: str) -> Iterator[int]:
     """Processes that work for the command that was started with this mark."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            is_worker = (folder / "cmdline").read_bytes().startswith(b"ray::")
+            is_worker = (folder / "cmdline").read_bytes().startswith(b"ray::PairWorker")
             if is_worker and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
                 yield int(folder.name)
 
