@@ -165,16 +165,17 @@ def worker(bench: Bench) -> list[Outcome]:
         command = Command(with_environment(place, **{MARK: mark}), *bench.world.words(RAY_SWEEP, experiment))
         command.wait_for(lambda mark=mark: any(_workers(mark)))
         start = time.monotonic()
-        if at_work_s:
-            command.leave(rng.uniform(0, at_work_s))
-        victims = list(_workers(mark)) if command.is_alive else []
-        if victims and at_work_s:
+        if not at_work_s:  # the first is left alone, to see how long there are workers to kill
+            command.wait_for(lambda mark=mark: not any(_workers(mark)))
+            at_work_s = time.monotonic() - start
+        command.leave(rng.uniform(0, at_work_s))
+        victims = list(_workers(mark))
+        if victims:
             with contextlib.suppress(ProcessLookupError):
                 die(rng.choice(victims))
         command.wait()
-        # The first is left alone, to see how long there are workers to kill.
-        at_work_s = at_work_s or time.monotonic() - start
-        outcome = bench.finished(RAY_SWEEP, right, f"one of {len(victims)} workers", (place, experiment))
+        how = f"one of {len(victims)} workers"
+        outcome = bench.finished(RAY_SWEEP, right, how, (place, experiment))
         if victims:
             outcomes.append(outcome)
     return outcomes
