@@ -58,6 +58,7 @@ from mechdiff_mlflow.tracking.provenance import code_version  # noqa: E402
 
 RAY_SWEEP = (*SWEEP, "--engine", "ray", "--workers", "2")
 MARK = "MECHDIFF_FAULTS_MARK"
+_LEAST_WORK_S = 0.5
 GIVE_UP = 6
 """So many times more tries than kills that are wanted in one phase."""
 
@@ -168,8 +169,11 @@ def worker(bench: Bench) -> list[Outcome]:
         if not at_work_s:  # the first is left alone, to see how long there are workers to kill
             command.wait_for(lambda mark=mark: not any(_workers(mark)))
             at_work_s = time.monotonic() - start
-        command.leave(rng.uniform(0, at_work_s))
+        after_s = rng.uniform(0, at_work_s)
+        command.leave(after_s)
         victims = list(_workers(mark))
+        if not victims:  # the machine was busier when that was measured
+            at_work_s = max(_LEAST_WORK_S, min(at_work_s, after_s))
         if victims:
             with contextlib.suppress(ProcessLookupError):
                 die(rng.choice(victims))
