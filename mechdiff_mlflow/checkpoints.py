@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.engine import ModuleNames
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.load_report import load_whole
+from mechdiff_mlflow.modelfiles import check_model
+from mechdiff_mlflow.peft_adapters import adapter_folder, check_config, put_on
 from mechdiff_mlflow.planted import Plant, plant_in
 from mechdiff_mlflow.spec import PairSpec
 
@@ -47,6 +52,8 @@ class Checkpoint:
     def place(self) -> str:
         """Path, or id."""
         place = self.spec.locate(self.reference)
+        if os.path.isabs(place):
+            check_model(Path(place))
         if self.spec.trust_remote_code:
             warnings.warn(f"Code from {place} runs on this machine: trust_remote_code is on.", stacklevel=2)
         return place
@@ -82,15 +89,9 @@ class Checkpoint:
         if quantized and device_map is None:
             device_map = {"": self.device}  # such weights cannot be moved later
         with self._explained(), quiet_transformers():
-            # use_safetensors: a .bin checkpoint is a pickle, which runs code when it is read.
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                self.place,
-                dtype=getattr(torch, self.spec.dtype),
-                device_map=device_map,
-                use_safetensors=True,
-                **quantized,
-                **self._options,
-            )
+            options = {"dtype": getattr(torch, self.spec.dtype), "device_map": device_map}
+            what = f"Model {self.place} of pair {self.spec.name!r}"
+            model = load_whole(self._auto, self.place, what, **options, **quantized, **self._options)
         if device_map is None:
             model.to(self.device)
         if self.plant is not None:
@@ -101,8 +102,7 @@ class Checkpoint:
     def n_bytes(self) -> int:
         """Of the weights once loaded, from the configuration alone; 0 where it does not say."""
         try:
-            with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(self._config)
+            model = self.skeleton
         except Exception:  # any model's own code; an estimate is not worth an error
             return 0
         number = {"8bit": 1.0, "4bit": 0.5}.get(self.spec.quantization or "")
@@ -113,6 +113,33 @@ class Checkpoint:
     def _config(self) -> Any:
         with self._explained():
             return transformers.AutoConfig.from_pretrained(self.place, **self._options)
+
+    @property
+    def width(self) -> int:
+        """Dimensions of its residual stream, as its configuration says."""
+        return int(self._config.get_text_config().hidden_size)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of the longest prompt that it has positions for; None where there is no bound."""
+        config = self._config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
+        scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+        factor = scaling.get("factor") if isinstance(scaling, dict) else None
+        return int(most * max(1.0, factor or 1.0)) if isinstance(most, int) and most > 0 else None
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The model without weights."""
+        with torch.device("meta"):
+            model: nn.Module = self._auto.from_config(self._config)
+        return model
+
+    @property
+    def _auto(self) -> Any:
+        """The class that loads it: a multimodal model as a whole, of which text uses the language model."""
+        whole = transformers.AutoModelForImageTextToText
+        return whole if type(self._config) in whole._model_mapping else transformers.AutoModelForCausalLM
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -135,12 +162,12 @@ class Checkpoint:
         return {"quantization_config": config}
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
-        return explained(f"Model {self.place} of pair {self.spec.name!r}")
+        return explained(f"Model {self.place} of pair {self.spec.name!r}", self.place)
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Errors of loading as one sentence.
+def explained(what: str, place: str) -> Iterator[None]:
+    """Errors of loading what is at `place`, a folder or an id, as one sentence.
 
     Raises:
         MechdiffError: In place of what libraries raise.
@@ -150,14 +177,18 @@ def explained(what: str) -> Iterator[None]:
     except MechdiffError:
         raise
     except Exception as error:  # configurations and weights of strangers fail in every way
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split()) or type(error).__name__
+        is_local = os.path.isabs(place)
         if isinstance(error, ImportError) or "requires `accelerate`" in reason:
             remedy = "install what it needs, e.g. mechdiff-mlflow[multigpu] for a device map"
+        elif is_local:
+            reason = re.split(r"(?<=[a-z0-9'\")])[.!] |\. ?If | Please ", reason)[0]  # of the hub
+            remedy = "check its files there, or copy them again from where they were made"
         elif huggingface_hub.constants.HF_HUB_OFFLINE:
             remedy = "HF_HUB_OFFLINE is set, so only what is on this machine was tried: download it first"
         else:
             remedy = "correct the id or path, download it first, or log in to the hub"
-        raise MechdiffError(f"{what} cannot be loaded ({reason}); {remedy}.") from error
+        raise MechdiffError(f"{what} cannot be loaded ({reason[:300]}); {remedy}.") from error
 
 
 def plant_into(model: nn.Module, plant: Plant, spec: PairSpec) -> None:
@@ -175,21 +206,35 @@ def load_adapter(spec: PairSpec, model: nn.Module) -> Any:
     """The spec's PEFT adapter on a model.
 
     Raises:
-        MechdiffError: peft is not installed, or the adapter is missing or malformed.
+        MechdiffError: The adapter is missing or malformed, or cannot be switched off.
     """
-    try:
-        import peft
-    except ImportError:
+    with _explained_adapter(spec), quiet_transformers():
+        return put_on(model, _adapter_folder(spec))
+
+
+def check_adapter(spec: PairSpec, base: Checkpoint) -> None:
+    """Refuse the spec's adapter, where its configuration says enough, before the base is loaded.
+
+    Raises:
+        MechdiffError: peft is not installed, or the adapter is missing, malformed or of no use here.
+    """
+    if importlib.util.find_spec("peft") is None:
         raise MechdiffError(
             f"Pair {spec.name!r} has a PEFT adapter and peft is not installed; install mechdiff-mlflow[peft]."
-        ) from None
-    reference, revision = spec.tuned.adapter, spec.tuned.revision
-    assert reference is not None
-    place = spec.locate(reference)
-    with explained(f"Adapter {place} of pair {spec.name!r}"):
-        adapted = peft.PeftModel.from_pretrained(model, place, revision=revision)
-    adapted.eval().requires_grad_(False)
-    return adapted
+        )
+    with _explained_adapter(spec):
+        check_config(_adapter_folder(spec), base.width, (name for name, _ in base.skeleton.named_modules()))
+
+
+def _adapter_folder(spec: PairSpec) -> Path:
+    assert spec.tuned.adapter is not None
+    return adapter_folder(spec.locate(spec.tuned.adapter), spec.tuned.revision)
+
+
+def _explained_adapter(spec: PairSpec) -> contextlib.AbstractContextManager[None]:
+    assert spec.tuned.adapter is not None
+    place = spec.locate(spec.tuned.adapter)
+    return explained(f"Adapter {place} of pair {spec.name!r}", place)
 
 
 def adapter_revision(spec: PairSpec) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mechdiff_mlflow.checkpoints import (
     Checkpoint,
     adapter_revision,
+    check_adapter,
     layer_digests,
     load_adapter,
     module_names,
@@ -69,6 +70,7 @@ class Side:
         tokenizer: Its tokenizer.
         revision: Commit of the hub, or `sha256:` and the digest of local weights; with an adapter, both.
         n_layers: Decoder blocks.
+        max_tokens: Of the longest prompt that it has positions for; None for no bound.
         load: Loads the model.
         key: What the model is held as; two sides may share one and switch its adapter.
         switch: Context in which the model is this side.
@@ -80,6 +82,7 @@ class Side:
     tokenizer: transformers.PreTrainedTokenizerBase
     revision: str
     n_layers: int
+    max_tokens: int | None
     load: Callable[[], nn.Module]
     key: str
     switch: Callable[[], contextlib.AbstractContextManager[object]]
@@ -201,10 +204,29 @@ class Pair:
         if key not in self._tokens:
             reader = {"own": role, "none": role}.get(self.spec.template, self.spec.template)
             tokenizer = (self.base if reader == "base" else self.tuned).tokenizer
-            self._tokens[key] = tokenize(
-                tokenizer, prompts, chat=self.spec.template != "none", position=position
-            )
+            tokens = tokenize(tokenizer, prompts, chat=self.spec.template != "none", position=position)
+            most = (self.base if role == "base" else self.tuned).max_tokens
+            lengths = [len(ids) for ids in tokens.ids]
+            if most is not None and max(lengths, default=0) > most:
+                longest = lengths.index(max(lengths))
+                raise MechdiffError(
+                    f"Prompt {longest + 1} of {prompts.split} has {lengths[longest]} tokens and {role} has "
+                    f"positions for {most}; shorten or remove it, and any other that is as long."
+                )
+            self._tokens[key] = tokens
         return self._tokens[key]
+
+    def check_lengths(self) -> None:
+        """Before weights are loaded, look at splits with prompts so long that positions may not suffice.
+
+        Raises:
+            MechdiffError: They do not; or as `tokens`.
+        """
+        for side in (self.base, self.tuned):
+            for prompts in self.prompts.values():
+                longest = max((len(str(prompt.messages).encode()) for prompt in prompts), default=0)
+                if side.max_tokens is not None and longest > side.max_tokens:
+                    self.tokens(side.role, prompts, Position.DECISION)
 
     def recorded_base(self, prompts: PromptSet, position: Position) -> Mapping[Site, Tensor]:
         """Every activation of the base model on some prompts, recorded the first time.
@@ -318,7 +340,10 @@ def load_pair(
         if getattr(spec.prompts, split)
     }
     check_disjoint(prompts.values())
-    device = device if lazily and device != "auto" else _existing_device(device)
+    device = device if lazily and device not in ("auto", "meta") else _existing_device(device)
+    for part in spec.device_map.values() if isinstance(spec.device_map, dict) else [spec.device_map]:
+        if str(part) == "meta":
+            _existing_device("meta")
     bounds = options or EngineOptions()
     base_weights = Checkpoint(spec, spec.base.model, spec.base.revision, device)
     tuned_weights = _tuned_weights(spec, base_weights)
@@ -336,6 +361,7 @@ def load_pair(
                     c.tokenizer,
                     c.revision,
                     c.n_layers,
+                    c.max_tokens,
                     c.load,
                     role,
                     nullcontext,
@@ -345,15 +371,18 @@ def load_pair(
                 for role, c in (("base", base_weights), ("tuned", tuned_weights))
             )
         else:
+            check_adapter(spec, base_weights)
             both = f"{revision}+{adapter_revision(spec)}"
             load = Adapted("base", base_weights.load, partial(load_adapter, spec), residence)
-            shared = (base_weights.n_layers, load, load.name)
+            shared = (base_weights.n_layers, base_weights.max_tokens, load, load.name)
             base = Side("base", tokenizer, revision, *shared, load.disabled, make_engine, residence)
             tuned = Side("tuned", tokenizer, both, *shared, nullcontext, make_engine, residence)
+        pair = Pair(spec, base, tuned, prompts, device, options=bounds)
+        pair.check_lengths()
         if not one_at_a_time and not lazily:
             for side in (base, tuned):
                 residence.model(side.key, side.load)
-    return Pair(spec, base, tuned, prompts, device, options=bounds)
+    return pair
 
 
 def _tuned_weights(spec: PairSpec, base: Checkpoint) -> Checkpoint | None:
@@ -419,7 +448,7 @@ def _existing_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.ones(1, device=name).cpu()  # `meta` has places and no numbers
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise MechdiffError(
             f"Device {name!r} cannot be used here; pass --device cpu, cuda or auto."
