@@ -70,24 +70,24 @@ class Side:
         tokenizer: Its tokenizer.
         revision: Commit of the hub, or `sha256:` and the digest of local weights; with an adapter, both.
         n_layers: Decoder blocks.
-        max_tokens: Of the longest prompt that it has positions for; None for no bound.
         load: Loads the model.
         key: What the model is held as; two sides may share one and switch its adapter.
         switch: Context in which the model is this side.
         make_engine: Builds the patch engine, inside `switch`.
         residence: Where models are held.
+        max_tokens: Of the longest prompt that it has positions for; None for no bound.
     """
 
     role: str
     tokenizer: transformers.PreTrainedTokenizerBase
     revision: str
     n_layers: int
-    max_tokens: int | None
     load: Callable[[], nn.Module]
     key: str
     switch: Callable[[], contextlib.AbstractContextManager[object]]
     make_engine: Callable[[nn.Module], PatchEngine]
     residence: Residence
+    max_tokens: int | None = None
     _digests: list[list[str] | None] = field(default_factory=list)
 
     @property
@@ -224,7 +224,9 @@ class Pair:
         """
         for side in (self.base, self.tuned):
             for prompts in self.prompts.values():
-                longest = max((len(str(prompt.messages).encode()) for prompt in prompts), default=0)
+                longest = max(
+                    len(str(prompt.messages).encode("utf-8", "replace")) for prompt in prompts.prompts
+                )
                 if side.max_tokens is not None and longest > side.max_tokens:
                     self.tokens(side.role, prompts, Position.DECISION)
 
@@ -361,12 +363,12 @@ def load_pair(
                     c.tokenizer,
                     c.revision,
                     c.n_layers,
-                    c.max_tokens,
                     c.load,
                     role,
                     nullcontext,
                     make_engine,
                     residence,
+                    c.max_tokens,
                 )
                 for role, c in (("base", base_weights), ("tuned", tuned_weights))
             )
@@ -374,9 +376,10 @@ def load_pair(
             check_adapter(spec, base_weights)
             both = f"{revision}+{adapter_revision(spec)}"
             load = Adapted("base", base_weights.load, partial(load_adapter, spec), residence)
-            shared = (base_weights.n_layers, base_weights.max_tokens, load, load.name)
-            base = Side("base", tokenizer, revision, *shared, load.disabled, make_engine, residence)
-            tuned = Side("tuned", tokenizer, both, *shared, nullcontext, make_engine, residence)
+            shared = (base_weights.n_layers, load, load.name)
+            more = (make_engine, residence, base_weights.max_tokens)
+            base = Side("base", tokenizer, revision, *shared, load.disabled, *more)
+            tuned = Side("tuned", tokenizer, both, *shared, nullcontext, *more)
         pair = Pair(spec, base, tuned, prompts, device, options=bounds)
         pair.check_lengths()
         if not one_at_a_time and not lazily:

@@ -75,7 +75,7 @@ def check_config(folder: Path, width: int, names: Iterator[str]) -> None:
         names: Of the modules of the base model; asked for only where patterns are matched.
 
     Raises:
-        MechdiffError: Its effect is not in the layers alone, its rank is beyond reason, a number is not finite,
+        MechdiffError: Its effect is not in the layers alone, its rank is beyond reason, a number is infinite,
             or a pattern of module names is malformed or slow.
     """
     path = folder / ADAPTER_FILES[0]
@@ -84,14 +84,9 @@ def check_config(folder: Path, width: int, names: Iterator[str]) -> None:
     by_input = next((key for key in _BY_INPUT if config.get(key)), None)
     if kind in _OUTSIDE or by_input:
         what = f"{kind} with {by_input}" if by_input else kind
-        can_merge = by_input == "layer_replication"
         raise MechdiffError(
             f"Adapter {folder} is of kind {what}, which does more than change the layers of its base, so it "
-            + (
-                f"cannot be switched off; {_MERGE}."
-                if can_merge
-                else "cannot be patched; use a LoRA or a whole model."
-            )
+            "cannot be patched; use a plain LoRA or a whole model."
         )
     ranks = {key: config.get(key) for key in ("r", "init_r", "target_r")}
     scales = {"lora_alpha": config.get("lora_alpha"), "alpha": config.get("alpha")}
@@ -187,7 +182,7 @@ def put_on(model: nn.Module, folder: Path) -> Any:
     if not _same(on, inner, exact=exact):
         raise MechdiffError(
             f"Adapter {folder} of kind {kind} gives other numbers the second time or outside of its wrapper, "
-            "so it cannot be patched; use a LoRA or a whole model."
+            "so it cannot be patched; use a plain LoRA or a whole model."
         )
     return adapted
 
