@@ -67,7 +67,7 @@ FITTING: dict[str, Callable[[], Any]] = {
     "everything linear": lambda: peft.LoraConfig(**{**LORA, "target_modules": "all-linear"}),
     "head and embeddings saved": lambda: peft.LoraConfig(**LORA, modules_to_save=["lm_head", "embed_tokens"]),
     "on the embeddings": lambda: peft.LoraConfig(**{**LORA, "target_modules": ["q_proj", "embed_tokens"]}),
-    "rows of embeddings": lambda: peft.LoraConfig(**LORA, trainable_token_indices={"embed_tokens": [9, 30]}),
+    "rows of embeddings": lambda: peft.LoraConfig(**LORA, trainable_token_indices={"embed_tokens": [9, 25]}),
     "IA3": lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
     "VeRA": lambda: peft.VeraConfig(**LINEAR, r=256),
     "LoHa": lambda: peft.LoHaConfig(**LINEAR, r=2),
@@ -75,7 +75,7 @@ FITTING: dict[str, Callable[[], Any]] = {
     "OFT": lambda: peft.OFTConfig(**LINEAR, r=0, oft_block_size=4),
     "AdaLoRA": lambda: peft.AdaLoraConfig(**LINEAR, init_r=3, target_r=2, total_step=10),
     "VB-LoRA": lambda: peft.VBLoRAConfig(**LINEAR, r=2, num_vectors=8, vector_length=4),
-    "FourierFT": lambda: peft.FourierFTConfig(**LINEAR, n_frequency=10),
+    "FourierFT": lambda: peft.FourierFTConfig(**LINEAR, n_frequency=10, scaling=1.0),
     "norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
 }
 

@@ -202,7 +202,7 @@ def test_what_is_refused_is_mended_by_the_remedy(spec: Path) -> None:
     edit(folder, lambda w: {name.removeprefix("policy."): weight for name, weight in w.items()})
     shallower(folder)
     with pytest.raises(
-        MechdiffError, match="put the config.json beside it that these weights were saved with"
+        MechdiffError, match=r"put the config\.json beside it that these weights were saved with"
     ):
         load(spec)
     expected.config.save_pretrained(folder)
