@@ -88,7 +88,7 @@ def check_config(folder: Path, width: int, names: Iterator[str]) -> None:
             f"Adapter {folder} is of kind {what}, which does more than change the layers of its base, so it "
             "cannot be patched; use a plain LoRA or a whole model."
         )
-    ranks = {key: config.get(key) for key in ("r", "init_r", "target_r")}
+    ranks = {key: config.get(key) for key in ("r", "init_r", "target_r", "num_vectors")}
     scales = {"lora_alpha": config.get("lora_alpha"), "alpha": config.get("alpha")}
     for field, values in (("rank_pattern", ranks), ("alpha_pattern", scales)):
         own = config.get(field)
@@ -100,26 +100,24 @@ def check_config(folder: Path, width: int, names: Iterator[str]) -> None:
                 f"Adapter {folder} has rank {str(rank)[:40]} ({key[:80]}), which is no whole number up to "
                 f"{most}, for a base of width {width}; train it with a rank of at most {width}."
             )
-    for key, scale in {**scales, **_numbers(config)}.items():
-        if isinstance(scale, int | float) and not math.isfinite(scale):
+    for key, scale in {**scales, **config}.items():
+        if isinstance(scale, float) and not math.isfinite(scale):
             raise MechdiffError(f"Adapter {folder} has {key[:80]}={scale}, which is not finite; correct it.")
     _check_patterns(folder, config, names)
 
 
-def _numbers(config: Mapping[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in config.items() if isinstance(value, float)}
-
-
 def _check_patterns(folder: Path, config: Mapping[str, Any], names: Iterator[str]) -> None:
     """Match patterns as peft does, in a process that can be stopped: some take exponential time."""
-    patterns = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    layers = config.get("layers_pattern")
+    patterns = [config.get("target_modules"), config.get("exclude_modules")]
+    patterns += layers if isinstance(layers, list) else [layers]
     patterns += [key for field in ("rank_pattern", "alpha_pattern") for key in config.get(field) or {}]
     patterns = [pattern for pattern in patterns if isinstance(pattern, str) and pattern != "all-linear"]
     if not patterns:
         return
     asked = json.dumps([patterns, list(names)])
     command = [sys.executable, "-I", "-S", "-c", _MATCH]
-    shown = ", ".join(repr(pattern[:80]) for pattern in patterns[:3])
+    shown = ", ".join(repr(str(pattern)[:80]) for pattern in patterns[:3])
     try:
         subprocess.run(
             command, input=asked, text=True, capture_output=True, check=True, timeout=_MATCH_SECONDS
