@@ -21,7 +21,7 @@ from torch import nn
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.sites import Hook, Site
 
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn", "mamba", "conv")
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
 _POST_NORMS = (
     ("post_attention_layernorm", "post_feedforward_layernorm"),
