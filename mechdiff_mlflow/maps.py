@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,13 +13,18 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mechdiff_mlflow import mapfiles
 from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.sites import Site
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | Mapping[str, JSON] | None"
+
+
+_DIGESTS: MutableMapping[Tensor, tuple[int, str]] = WeakTensorKeyDictionary()
 
 
 class Family(Choice):
@@ -301,6 +306,13 @@ class AffineMap:
             self.to_bytes()
         return self._sha256[0]
 
+    @property
+    def digest(self) -> str:
+        """Hex digest of what the map computes, α included, and not of what its meta says."""
+        tensors = sorted(self._tensors().items())
+        parts = [repr(self.alpha), *(f"{name} {_digest_of(tensor)}" for name, tensor in tensors)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
     def save(self, path: str | Path) -> None:
         """Write the map as `.pt` (loads with `torch.load(weights_only=True)`) or `.safetensors`.
 
@@ -357,7 +369,7 @@ class AffineMap:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"AffineMap({self.weight!r}, alpha={self.alpha:g}, meta={dict(self.meta)!r})"
+        return f"AffineMap({self.weight!r}, alpha={text_of(self.alpha)}, meta={dict(self.meta)!r})"
 
 
 def identity_map(d: int) -> AffineMap:
@@ -377,6 +389,17 @@ def _own_json(meta: Mapping[str, JSON]) -> dict[str, JSON]:
         raise MechdiffError(f"The map's meta is not a JSON object ({error}); give plain values.") from error
     assert isinstance(copy, dict)
     return copy
+
+
+def _digest_of(tensor: Tensor) -> str:
+    """Hex digest of a tensor, kept for as long as it lives: maps that differ in α alone share tensors."""
+    known = _DIGESTS.get(tensor)
+    if known is None or known[0] != tensor._version:
+        own = tensor.detach().resolve_neg().cpu().contiguous()
+        found = hashlib.sha256(f"{own.dtype} {tuple(own.shape)}".encode())
+        found.update(own.flatten().view(torch.uint8).numpy().data)
+        known = _DIGESTS[tensor] = tensor._version, found.hexdigest()
+    return known[1]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.adapting import AdapterRecord
 from mechdiff_mlflow.experiments.steering import Steered
@@ -97,9 +98,8 @@ def continuations(rows: Sequence[Steered], title: str) -> None:
 def adapter(record: AdapterRecord, folder: Path) -> None:
     """Print what was written and what it achieves."""
     kind = "a hook module" if record.rank is None else f"a PEFT LoRA of rank {record.rank}"
-    lines(
-        [f"{folder} is {kind} on {record.target}, α = {record.alpha:g}; its README.md says how to load it."]
-    )
+    at = f"on {record.target}, α = {text_of(record.alpha)}"
+    lines([f"{folder} is {kind} {at}; its README.md says how to load it."])
     if not record.closeness:
         lines(["Not measured: base and tuned have different vocabularies."])
         return

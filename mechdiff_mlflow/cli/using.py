@@ -16,6 +16,7 @@ from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.computing import settle_threads
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments.adapting import make_adapter
 from mechdiff_mlflow.experiments.steering import steer
 from mechdiff_mlflow.maps import AffineMap
@@ -90,7 +91,8 @@ def steer_command(**given: Any) -> None:
         rows = [dataclasses.asdict(row) for row in found]
         show.lines([json.dumps({**about, "continuations": rows}, ensure_ascii=False, indent=2)])
         return
-    show.continuations(found, f"{given['map']} at {the_map.meta['site']}, α = {the_map.alpha:g}, {pair.name}")
+    at = f"{the_map.meta['site']}, α = {text_of(the_map.alpha)}"
+    show.continuations(found, f"{given['map']} at {at}, {pair.name}")
 
 
 @click.command("adapter")

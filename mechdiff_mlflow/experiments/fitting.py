@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mechdiff_mlflow import controls, solvers
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.workers import Workers
@@ -117,7 +118,7 @@ class Fitter:
         nulls = {}
         for title, made in self._controls_of(cell).items():
             scales = (1.0,) if title == "zero" else sorted({1.0, *self.alphas(cell)})
-            nulls.update({f"{title} α={alpha:g}": made.with_alpha(alpha) for alpha in scales})
+            nulls.update({f"{title} α={text_of(alpha)}": made.with_alpha(alpha) for alpha in scales})
         return nulls
 
     def _controls_of(self, cell: Cell) -> Offers:
@@ -240,7 +241,6 @@ class Fitter:
 
 
 def label_of(cell: Cell, map_: AffineMap) -> str:
-    """What tells the maps of a site apart, under one protocol."""
-    return (
-        f"{cell.site} {cell.solver} {cell.family} k={cell.rank} α={map_.alpha:g} {map_.meta.get('off_span')}"
-    )
+    """What a map of a site is called among others; ends in what it computes, for settings are left out."""
+    about = f"{cell.site} {cell.solver} {cell.family} k={cell.rank} α={text_of(map_.alpha)}"
+    return f"{about} {map_.meta.get('off_span')} {map_.digest}"

@@ -81,6 +81,12 @@ class SiteRows:
         """Mean KL(patched ‖ clean) in nats over prompts and some replacements."""
         return float(np.mean([self.patched[label].mean_kl for label in labels]))
 
+    def labelled(self, labels: Mapping[str, str]) -> SiteRows:
+        """Some of these rows under other labels, beside identity and raw."""
+        patched = {label: self.patched[label] for label in (IDENTITY, RAW) if label in self.patched}
+        patched |= {label: self.patched[there] for label, there in labels.items()}
+        return SiteRows(self.site, self.base_rows, self.tuned_rows, patched)
+
     def with_rows(self, more: Mapping[str, Patched]) -> SiteRows:
         """These rows and more of the same site and split."""
         return SiteRows(self.site, self.base_rows, self.tuned_rows, {**self.patched, **more})
@@ -160,8 +166,8 @@ def score(
         for site, maps in replacements.items():
             d_base = base[site].shape[1]
             same_width = d_base == engine.width
-            for label, map_ in maps.items():
-                _check_fits(map_, label, site, d_base, engine.width)
+            for map_ in maps.values():
+                _check_fits(map_, site, d_base, engine.width)
             groups.append(VariantGroup.identity(site))
             labels.append((site, [IDENTITY]))
             if names := [*([RAW] if same_width else []), *maps]:
@@ -205,9 +211,9 @@ def _group(site: Site, base: Mapping[Site, Tensor], raw: bool, maps: list[Affine
     return VariantGroup(site, replace, n_variants=len(maps) + raw)
 
 
-def _check_fits(map_: AffineMap, label: str, site: Site, d_base: int, d_tuned: int) -> None:
+def _check_fits(map_: AffineMap, site: Site, d_base: int, d_tuned: int) -> None:
     if (map_.d_in, map_.d_out) != (d_base, d_tuned):
         raise MechdiffError(
-            f"Map {label} takes {map_.d_in} to {map_.d_out} dimensions and {site} of this pair needs "
+            f"A map takes {map_.d_in} to {map_.d_out} dimensions and {site} of this pair needs "
             f"{d_base} to {d_tuned}; use a map that was fitted on this pair."
         )

@@ -37,7 +37,7 @@ FLOOR_LIMIT_NATS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2, "float16
 """An identity patch that moves the logits further than rounding can is a broken patch, not noise."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Study:
     """A pair under one protocol, with what has been recorded so far.
 
@@ -190,13 +190,17 @@ class Study:
         return Fitter(self.computing, self.protocol, self.train_prompts, self.stage)
 
     def _score(self, split: str, requests: dict[Site, dict[str, AffineMap]]) -> dict[Site, SiteRows]:
-        """Rows of a split, scored only where they are not known yet."""
+        """Rows of a split by the labels of the request, scored only where they are not known yet.
+
+        What is known is told apart by what maps compute: settings that labels leave out change that too.
+        """
         known = self._rows.setdefault(split, {})
+        wanted = {site: {map_.digest: map_ for map_ in maps.values()} for site, maps in requests.items()}
         missing = {
-            site: {label: map_ for label, map_ in maps.items() if label not in known[site].patched}
+            site: {digest: map_ for digest, map_ in maps.items() if digest not in known[site].patched}
             if site in known
             else maps
-            for site, maps in requests.items()
+            for site, maps in wanted.items()
         }
         missing = {site: maps for site, maps in missing.items() if maps or site not in known}
         if missing:
@@ -207,7 +211,10 @@ class Study:
             self._seconds[split] = self._seconds.get(split, 0.0) + time.perf_counter() - started
             for site, rows in scored.items():
                 known[site] = known[site].with_rows(rows.patched) if site in known else rows
-        return known
+        return {
+            site: known[site].labelled({label: map_.digest for label, map_ in maps.items()})
+            for site, maps in requests.items()
+        }
 
     def _choose(self, cell: Cell, offers: Mapping[str, AffineMap], val: SiteRows) -> FitRecord:
         """The offer with the least mean KL on val; of one there is nothing to choose."""

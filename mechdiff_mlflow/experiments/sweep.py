@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mechdiff_mlflow import stats
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Alpha, Cell, Rank
@@ -20,7 +21,7 @@ class SweepSite:
     alpha: float | None
 
     def __str__(self) -> str:
-        return str(self.site) if self.alpha is None else f"{self.site}:{self.alpha:g}"
+        return str(self.site) if self.alpha is None else f"{self.site}:{text_of(self.alpha)}"
 
     @classmethod
     def parse(cls, text: str) -> SweepSite:
@@ -61,7 +62,7 @@ class LeastRank:
             self._rank(k) for k in (self.found.k, self.found.low, self.found.high, self.found.conservative_k)
         )
         return (
-            f"min k for {self.found.target_pct:g} % @ {self.site} (α={self.alpha:g}): {least}, "
+            f"min k for {text_of(self.found.target_pct)} % @ {self.site} (α={text_of(self.alpha)}): {least}, "
             f"interval [{low}, {high}], reached in {100 * self.found.p_reached:.0f} % of resamples, "
             f"conservative k {sure}"
         )

@@ -9,6 +9,7 @@ import pandas as pd
 
 from mechdiff_mlflow import stats
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.atlas import first_difference
 from mechdiff_mlflow.report.document import Block, Bullets, Document, Grid, Heading, Text
@@ -50,7 +51,7 @@ def matches(first: Evidence, second: Evidence) -> list[Match]:
 
     others = {key(patch): patch for patch in second.patches if patch.source != "atlas"}
     found = [
-        Match(f"{p.site} {p.solver} {p.family} k={p.rank} α={p.alpha:g}", p, others[key(p)])
+        Match(f"{p.site} {p.solver} {p.family} k={p.rank} α={text_of(p.alpha)}", p, others[key(p)])
         for p in first.patches
         if p.source != "atlas" and key(p) in others
     ]
@@ -58,7 +59,8 @@ def matches(first: Evidence, second: Evidence) -> list[Match]:
     for one in first.quoted():
         other = quoted.get(one.patch.site)
         if one.picked_among == 1 and other is not None and key(one.patch) != key(other):
-            scales = f"α={one.patch.alpha:g}, k={one.patch.rank} against α={other.alpha:g}, k={other.rank}"
+            ours, theirs = (f"α={text_of(p.alpha)}, k={p.rank}" for p in (one.patch, other))
+            scales = f"{ours} against {theirs}"
             found.append(Match(f"{one.patch.site}, each pair's own map ({scales})", one.patch, other))
     if not found:
         raise MechdiffError(
@@ -186,7 +188,7 @@ def _rank_blocks(first: Evidence, second: Evidence) -> list[Block]:
                 says = f"says little: KL_raw of {evidence.pair} is negligible"
         rows.append(
             [
-                *(str(row["site"]), str(row["family"]), f"{row['alpha']:g}", f"{row['target_pct']:g}"),
+                *(str(row["site"]), str(row["family"]), text_of(row["alpha"]), text_of(row["target_pct"])),
                 *(*texts, says),
             ]
         )

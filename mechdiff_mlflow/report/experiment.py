@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.atlas import atlas_figures, first_difference
 from mechdiff_mlflow.report.curves import curve_figures
@@ -144,8 +145,8 @@ def _rank_control(evidence: Evidence) -> list[Block]:
             [
                 str(row["site"]),
                 str(row["family"]),
-                f"{row['alpha']:g}",
-                f"{row['target_pct']:g}",
+                text_of(row["alpha"]),
+                text_of(row["target_pct"]),
                 wording.rank(row["k"], width),
                 ends,
                 f"{100 * row['p_reached']:.0f} %",
@@ -183,7 +184,7 @@ def _patch_table(patches: Sequence[Measured]) -> Grid:
         columns,
         [
             [
-                *(str(p.site), p.solver, p.family, p.rank, f"{p.alpha:g}"),
+                *(str(p.site), p.solver, p.family, p.rank, text_of(p.alpha)),
                 *(p.conditions.split, str(p.conditions.n)),
                 *(wording.number(p.kl_raw), wording.number(p.kl_mapped)),
                 *(wording.percent(p.drop), wording.percent(p.skill), p.null),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.report.evidence import Measured, Quoted
 from mechdiff_mlflow.stats import Interval
 
@@ -52,7 +53,7 @@ def below(interval: Interval | None, limit: float = 0.0) -> bool:
 def transport(quoted: Quoted) -> str:
     """One sentence on a site: how far KL falls, and whether that beats the best control."""
     patch = quoted.patch
-    what = f"`{patch.site}` (α={patch.alpha:g}, k={patch.rank})"
+    what = f"`{patch.site}` (α={text_of(patch.alpha)}, k={patch.rank})"
     if patch.drop is None:
         return f"{what}: no drop is defined; {patch.undefined.get('drop_pct', 'KL_raw was not measured')}."
     drop = f"{percent(patch.drop)} % KL drop"
@@ -90,8 +91,8 @@ def scale(patch: Measured, tried: list[float]) -> str | None:
         return f"At `{patch.site}` val chose α=1: no change of scale.{edge}"
     way = "smaller" if patch.alpha < 1 else "larger"
     return (
-        f"At `{patch.site}` val chose α={patch.alpha:g} of {', '.join(f'{a:g}' for a in tried)}: the mapped "
-        f"vector, mean included, works best {way} than the fit itself has it.{edge}"
+        f"At `{patch.site}` val chose α={text_of(patch.alpha)} of {', '.join(map(text_of, tried))}: the "
+        f"mapped vector, mean included, works best {way} than the fit itself has it.{edge}"
     )
 
 
@@ -104,7 +105,8 @@ def low_rank(row: Mapping[str, Any], patches: Sequence[Measured], low_rank_share
         low_rank_share: Up to which share of the width a rank is called low.
     """
     width, alpha = int(row["width"]), float(row["alpha"])
-    what = f"On `{row['site']}` (α={alpha:g}, {row['family']} family) the {row['target_pct']:g} % target"
+    where = f"On `{row['site']}` (α={text_of(alpha)}, {row['family']} family)"
+    what = f"{where} the {text_of(row['target_pct'])} % target"
     share = f"{100 * row['p_reached']:.0f} % of resamples"
     if rank(row["k"], width) == "not reached":
         return f"{what} is **not reached** at any tested rank (reached in {share})."

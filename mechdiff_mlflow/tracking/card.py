@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from mechdiff_mlflow.exact import text_of
+
 if TYPE_CHECKING:
     from mechdiff_mlflow.maps import AffineMap
 
@@ -54,7 +56,7 @@ def model_card(
         "",
         f"Takes the *base* model's activation at {site}{_meaning(site)} to what the *tuned* "
         f"model{of} has there: ŷ = α·((x − μ_base)·W + μ_tuned), "
-        f"{the_map.d_in} → {the_map.d_out} dimensions, α = {the_map.alpha:g}.{_fitted(meta)}",
+        f"{the_map.d_in} → {the_map.d_out} dimensions, α = {text_of(the_map.alpha)}.{_fitted(meta)}",
         "",
         "## How good",
         "",
@@ -81,7 +83,7 @@ def version_card(
     """The model card under a line that says all, which is what a list of versions shows of it."""
     shown = [f"{key} {metrics[f'{key}_pct']:.1f} %" for key in ("drop", "skill") if f"{key}_pct" in metrics]
     settings = [
-        f"α = {the_map.alpha:g}",
+        f"α = {text_of(the_map.alpha)}",
         *(f"k = {the_map.meta[key]}" for key in ("k",) if key in the_map.meta),
     ]
     line = f"{', '.join(shown).capitalize() or 'Not measured'} ({', '.join(settings)})"
@@ -213,5 +215,5 @@ def _use(the_map: AffineMap, uri: str) -> list[str]:
 
 
 def _cell(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = text_of(value) if isinstance(value, float) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")

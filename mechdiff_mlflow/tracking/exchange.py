@@ -9,6 +9,7 @@ from pathlib import Path
 from mechdiff_mlflow import bundles
 from mechdiff_mlflow.bundles import Manifest
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Position
@@ -169,7 +170,7 @@ def _record(row: _Read, written_pair: str, pair: str) -> RunRecord:
     source = f"{row.path} (sha256 {meta.get('bundle_sha256', 'unknown')})"
     return RunRecord(
         kind="import",
-        name=f"import {site} {meta['solver']} α={row.the_map.alpha:g}",
+        name=f"import {site} {meta['solver']} α={text_of(row.the_map.alpha)}",
         params={
             "pair": pair,
             "layer": site.layer,
@@ -180,8 +181,8 @@ def _record(row: _Read, written_pair: str, pair: str) -> RunRecord:
         tags={"mechdiff.site": str(site), IMPORTED_FROM: source, **known},
         map=row.the_map,
         description=(
-            f"Imported from `{row.path}` of pair `{written_pair}`, α={row.the_map.alpha:g}. Not measured "
-            "here: the predecessor patched every hook but attn_out into the block's output, so its numbers "
-            "are not comparable; measure it with `mechdiff patch --allow-pair-mismatch`."
+            f"Imported from `{row.path}` of pair `{written_pair}`, α={text_of(row.the_map.alpha)}. Not "
+            "measured here: the predecessor patched every hook but attn_out into the block's output, so its "
+            "numbers are not comparable; measure it with `mechdiff patch --allow-pair-mismatch`."
         ),
     )

@@ -9,6 +9,7 @@ from importlib.metadata import distributions
 
 import pandas as pd
 
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.sweep import LeastRank
 from mechdiff_mlflow.maps import AffineMap
@@ -171,7 +172,7 @@ def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -
             best = max(best or (drop, patch), (drop, patch), key=lambda pair: pair[0])
     metrics = {} if best is None else {"best/drop_pct": best[0], "best/KL_mapped": best[1].kl_mapped}
     metrics |= {
-        f"min_k/{least.site.slug} alpha {least.alpha:g}": float(least.found.k)
+        f"min_k/{least.site.slug} alpha {text_of(least.alpha)}": float(least.found.k)
         for least in found
         if least.found.k is not None
     }

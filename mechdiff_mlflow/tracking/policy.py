@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.spec import explain
 
 PAIR_FINGERPRINT = "pair_fingerprint"
@@ -89,7 +90,8 @@ class PromotionPolicy:
         plain = asdict(PromotionPolicy())
         changed = [(rule, value) for rule, value in asdict(self).items() if value != plain[rule]]
         return (
-            ", ".join(rule if value is True else f"{rule} {value:g}" for rule, value in changed) or "default"
+            ", ".join(rule if value is True else f"{rule} {text_of(value)}" for rule, value in changed)
+            or "default"
         )
 
     def refusals(self, candidate: Candidate, incumbent: Mapping[str, str] | None) -> list[str]:
@@ -97,7 +99,9 @@ class PromotionPolicy:
         found = []
         for metric, least in (("drop_pct", self.min_drop_pct), ("skill_pct", self.min_skill_pct)):
             if least is not None and not candidate.metrics.get(metric, -math.inf) >= least:
-                found.append(f"min_{metric}: {_shown(candidate, metric)}, at least {least:g} is asked for")
+                found.append(
+                    f"min_{metric}: {_shown(candidate, metric)}, at least {text_of(least)} is asked for"
+                )
         if self.ci_above_zero and not candidate.metrics.get("ci/drop_pct_low", -math.inf) > 0:
             found.append(f"ci_above_zero: {_shown(candidate, 'ci/drop_pct_low')}")
         if not self.allow_leak and candidate.facts.get(SELECTION_LEAK, "").lower() == "true":

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,7 +168,7 @@ def param_text(key: str, value: object) -> str:
         return str(value).lower()
     if not isinstance(value, str | int | float) or value == "":
         raise MechdiffError(f"Param {key!r} is {value!r}; give a number or some text, or leave the key out.")
-    return str(value)
+    return text_of(value) if isinstance(value, float) else str(value)
 
 
 def _check_number(key: str, value: object) -> None:
