@@ -13,7 +13,7 @@ from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.session import AS_MANY, session
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import PatchRecord, Study
-from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks
+from mechdiff_mlflow.experiments.sweep import SweepSite, Targets, cells_of, least_ranks
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.report.curves import curve_figures
 from mechdiff_mlflow.report.evidence import of_record
@@ -110,7 +110,7 @@ def fit_command(**given: Any) -> None:
 @options.pair
 @click.option(
     "--alpha",
-    type=options.Text("alpha", lambda text: None if text == "map" else options.one_alpha(text)),
+    type=options.Text("alpha", options.one_alpha, none="map"),
     default="map",
     show_default=True,
     help="Scale instead of the map's own; replaces it, does not multiply it.",
@@ -167,10 +167,11 @@ def patch_command(**given: Any) -> None:
 )
 @click.option(
     "--targets",
-    type=options.Text("targets", options.listed(float)),
-    default="30,12",
+    type=options.Text("targets", Targets.parse),
+    default="auto",
     show_default=True,
-    help="Drop in percent whose smallest rank is sought, one a site (or one for all).",
+    help="Drop in percent whose smallest rank is sought: 30 for all sites, 30,12 one a site in order, or by "
+    "site, L26/attn_out:30,L24/resid_post:12; auto: those for the default sites, 30 for others.",
 )
 @options.solver
 @options.position
@@ -189,6 +190,7 @@ def sweep_command(**given: Any) -> None:
       mechdiff sweep --sites L26/attn_out:0.3 --ranks 1,8,32,full --targets 30
     """
     cells = cells_of(given["sites"], given["ranks"], given["alphas"], given["solver"], given["family"])
+    targets = given["targets"].at(list(dict.fromkeys(cell.site for cell in cells)))
     with session("sweep", f"sweep of {len(cells)} cells", given) as now:
         fits = now.study.fit(cells)
         # Maps, then numbers, are stored while the next are computed.
@@ -199,7 +201,7 @@ def sweep_command(**given: Any) -> None:
         )
         with now.study.stage("logging runs", len(fits)) as advance:
             now.run.wait(advance)
-        found = least_ranks(patches, given["targets"], seed=given["seed"])
+        found = least_ranks(patches, targets, seed=given["seed"])
         with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
             figures = curve_figures([of_record(patch) for patch in patches])
             files = write_figures(figures, f"Sweep of {now.study.pair.name}", Path(folder))
@@ -215,7 +217,9 @@ def sweep_command(**given: Any) -> None:
 @click.option(
     "--n",
     type=options.Text(
-        "count", lambda text: text if text == AS_MANY else options.count("--n").convert(text, None, None)
+        "count",
+        lambda text: text if text == AS_MANY else options.count("--n").convert(text, None, None),
+        none="all",
     ),
     default=AS_MANY,
     show_default=True,

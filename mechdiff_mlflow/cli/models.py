@@ -43,7 +43,7 @@ ALL_HOOKS = ",".join(map(str, Hook))
 )
 @click.option(
     "--promote-best",
-    type=options.whole("--promote-best", 3),
+    type=options.whole("--promote-best", 3, most=100_000),
     default="0",
     show_default=True,
     help="Register the maps of this many sites, those with the highest drop on val.",
@@ -126,11 +126,15 @@ def layers_command(**given: Any) -> None:
 @click.command("heads")
 @options.pair
 @click.option(
-    "--layer", type=options.whole("Layer", 26), default="26", show_default=True, help="Whose attention."
+    "--layer",
+    type=options.whole("Layer", 26, most=99_999),
+    default="26",
+    show_default=True,
+    help="Whose attention.",
 )
 @click.option(
     "--n-random",
-    type=options.whole("--n-random", 20, least=2),
+    type=options.whole("--n-random", 20, least=2, most=10_000),
     default="20",
     show_default=True,
     help="Random sets of every size, to compare the greedy ones with.",

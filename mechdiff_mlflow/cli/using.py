@@ -34,7 +34,7 @@ _pair = click.option(
 )
 _alpha = click.option(
     "--alpha",
-    type=options.Text("alpha", lambda text: None if text == "map" else options.one_alpha(text)),
+    type=options.Text("alpha", options.one_alpha, none="map"),
     default="map",
     show_default=True,
     help="Scale instead of the map's own; replaces it, does not multiply it.",
@@ -58,7 +58,7 @@ _mismatch = click.option(
 )
 @click.option(
     "--max-new-tokens",
-    type=options.whole("--max-new-tokens", 32, least=1),
+    type=options.whole("--max-new-tokens", 32, least=1, most=100_000),
     default="32",
     show_default=True,
     help="At most so many tokens a continuation.",
