@@ -100,14 +100,31 @@ class Checkpoint:
 
     def n_bytes(self) -> int:
         """Of the weights once loaded, from the configuration alone; 0 where it does not say."""
-        try:
-            with torch.device("meta"):
-                model = transformers.AutoModelForCausalLM.from_config(self._config)
-        except Exception:  # any model's own code; an estimate is not worth an error
+        model = self._skeleton
+        if model is None:
             return 0
         number = {"8bit": 1.0, "4bit": 0.5}.get(self.spec.quantization or "")
         number = number or getattr(torch, self.spec.dtype).itemsize
         return int(number * sum(weight.numel() for weight in model.parameters()))
+
+    def outline(self) -> Decoder | None:
+        """Its blocks without any weights; None where that takes the weights to find out."""
+        try:
+            return None if self._skeleton is None else Decoder.of(self._skeleton, module_names(self.spec))
+        except MechdiffError:  # once it is loaded, that may be another class, or is said then
+            return None
+
+    @cached_property
+    def _skeleton(self) -> nn.Module | None:
+        """The model on no device, from the configuration alone."""
+        try:
+            with torch.device("meta"), quiet_transformers():
+                model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+                    self._config, trust_remote_code=self.spec.trust_remote_code
+                )
+        except Exception:  # any model's own code; what is wrong is said when it is loaded
+            return None
+        return model
 
     @cached_property
     def _config(self) -> Any:

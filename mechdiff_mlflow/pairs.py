@@ -74,6 +74,7 @@ class Side:
         switch: Context in which the model is this side.
         make_engine: Builds the patch engine, inside `switch`.
         residence: Where models are held.
+        outline: Gives the model without weights; None where it cannot be made.
     """
 
     role: str
@@ -85,6 +86,7 @@ class Side:
     switch: Callable[[], contextlib.AbstractContextManager[object]]
     make_engine: Callable[[nn.Module], PatchEngine]
     residence: Residence
+    outline: Callable[[], Decoder | None] = lambda: None
     _digests: list[list[str] | None] = field(default_factory=list)
 
     @property
@@ -295,6 +297,7 @@ def load_pair(
     device: str = "auto",
     options: EngineOptions | None = None,
     lazily: bool = False,
+    check: Callable[[Pair], None] | None = None,
 ) -> Pair:
     """Read the prompts, then load both models.
 
@@ -305,6 +308,7 @@ def load_pair(
         options: Memory bounds of the engines.
         lazily: Load a model only once it is touched: where others compute, this process needs tokenizers,
             prompts and digests alone, and no device.
+        check: Called with the pair before any weights are loaded, to refuse what is asked of it.
 
     Raises:
         MechdiffError: Prompts, weights or tokenizers are missing or malformed.
@@ -341,6 +345,7 @@ def load_pair(
                     nullcontext,
                     make_engine,
                     residence,
+                    c.outline,
                 )
                 for role, c in (("base", base_weights), ("tuned", tuned_weights))
             )
@@ -348,12 +353,16 @@ def load_pair(
             both = f"{revision}+{adapter_revision(spec)}"
             load = Adapted("base", base_weights.load, partial(load_adapter, spec), residence)
             shared = (base_weights.n_layers, load, load.name)
-            base = Side("base", tokenizer, revision, *shared, load.disabled, make_engine, residence)
-            tuned = Side("tuned", tokenizer, both, *shared, nullcontext, make_engine, residence)
+            outline = base_weights.outline
+            base = Side("base", tokenizer, revision, *shared, load.disabled, make_engine, residence, outline)
+            tuned = Side("tuned", tokenizer, both, *shared, nullcontext, make_engine, residence, outline)
+        pair = Pair(spec, base, tuned, prompts, device, options=bounds)
+        if check is not None:
+            check(pair)
         if not one_at_a_time and not lazily:
             for side in (base, tuned):
                 residence.model(side.key, side.load)
-    return Pair(spec, base, tuned, prompts, device, options=bounds)
+    return pair
 
 
 def _tuned_weights(spec: PairSpec, base: Checkpoint) -> Checkpoint | None:

@@ -69,6 +69,18 @@ class Plant:
             f":seed{self.seed}"
         )
 
+    def check_width(self, d: int) -> None:
+        """Make sure that the change can be planted in d dimensions.
+
+        Raises:
+            MechdiffError: The rank is above d/4, where a scaled change could not be told from others.
+        """
+        if self.rank > d // 4:
+            raise MechdiffError(
+                f"Rank {self.rank} is too much to plant in {d} dimensions, where α would be lost; give at "
+                f"most {d // 4}."
+            )
+
     @property
     def slug(self) -> str:
         """For the pair's name, without defaults: `attn_out-L14-r4-alpha0_7`."""
@@ -107,14 +119,10 @@ def operator(plant: Plant, weight: Tensor) -> Weight:
         weight: Of the projection, [d, width of its input].
 
     Raises:
-        MechdiffError: The rank is above d/4, where a scaled change could not be told from others.
+        MechdiffError: The rank is too high.
     """
     d = len(weight)
-    if plant.rank > d // 4:
-        raise MechdiffError(
-            f"Rank {plant.rank} is too much to plant in {d} dimensions, where α would be lost; give at most "
-            f"{d // 4}."
-        )
+    plant.check_width(d)
     generator = torch.Generator().manual_seed(plant.seed)
     n_written = min(2 * plant.rank, *weight.shape)
     written = torch.linalg.svd(weight.double().cpu(), full_matrices=False).U[:, :n_written]

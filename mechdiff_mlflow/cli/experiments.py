@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import click
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.session import AS_MANY, session
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments import PatchRecord, Study
+from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
+from mechdiff_mlflow.experiments.possible import check_cells, check_map, check_pair
 from mechdiff_mlflow.experiments.sweep import SweepSite, Targets, cells_of, least_ranks
 from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.report.curves import curve_figures
 from mechdiff_mlflow.report.evidence import of_record
 from mechdiff_mlflow.report.figures import write_figures
@@ -64,7 +67,7 @@ def run_command(**given: Any) -> None:
     cell = _cell(given)
     if given["promote"] != "none":
         check_alias(given["promote"])  # not after the work
-    with session("run", str(cell), given) as now:
+    with session("run", str(cell), given, partial(check_cells, [cell])) as now:
         (fit,) = now.study.fit([cell])
         fit_id = now.run.log(fields.fit_run(fit, now.study))
         (patch,) = now.study.patch([fit.to_patch])
@@ -98,7 +101,7 @@ def fit_command(**given: Any) -> None:
       mechdiff fit --layer 24 --hook resid_post --solver reduced_rank --k 8 --alpha 0.7
     """
     cell = _cell(given)
-    with session("fit", f"fit {cell}", given) as now:
+    with session("fit", f"fit {cell}", given, partial(check_cells, [cell])) as now:
         (fit,) = now.study.fit([cell])
         fit_id = now.place(fields.fit_run(fit, now.study))
     show.fits([fit], now.study)
@@ -133,8 +136,13 @@ def patch_command(**given: Any) -> None:
     map_ = map_ if given["alpha"] is None else map_.with_alpha(given["alpha"])
     given["position"] = Position(str(map_.meta["position"]))
     cell = _cell_of(map_, given["map"])
-    with session("patch", f"patch {given['map']}", given) as now:
-        _check_same_pair(map_, given["map"], now.study.pair.fingerprint, allowed=given["allow_pair_mismatch"])
+
+    def check(protocol: Protocol, pair: Pair) -> None:
+        check_pair(protocol, pair)
+        _check_map(map_, given["map"], pair, given["allow_pair_mismatch"])
+
+    with session("patch", f"patch {given['map']}"[:200], given, check) as now:
+        now.run.pin("mechdiff.map_sha256", map_.sha256(), f"map {given['map']}")
         (patch,) = now.study.patch([(cell, map_, ())])
         now.place(fields.patch_run(patch, now.study, map_name=given["map"]))
         _demand_signal([patch])
@@ -191,7 +199,7 @@ def sweep_command(**given: Any) -> None:
     """
     cells = cells_of(given["sites"], given["ranks"], given["alphas"], given["solver"], given["family"])
     targets = given["targets"].at(list(dict.fromkeys(cell.site for cell in cells)))
-    with session("sweep", f"sweep of {len(cells)} cells", given) as now:
+    with session("sweep", f"sweep of {len(cells)} cells", given, partial(check_cells, cells)) as now:
         fits = now.study.fit(cells)
         # Maps, then numbers, are stored while the next are computed.
         now.run.prepare(fields.planned_cell(fit, now.study) for fit in fits)
@@ -249,23 +257,32 @@ def report_pass_command(**given: Any) -> None:
     """
     store = open_store(given["tracking_uri"])
     versions = winners_of(store, PairSpec.load(given["pair"]).name, given["alias"])
-    with session("report_pass", f"report pass of {len(versions)} winners", given) as now:
+    maps = [load_map(version.uri, store=store) for version in versions]
+    maps = [
+        map_.with_alpha(float(version.tags.get("alpha", map_.alpha)))
+        for version, map_ in zip(versions, maps, strict=True)
+    ]
+    cells = [_cell_of(map_, str(version)) for version, map_ in zip(versions, maps, strict=True)]
+
+    def check(protocol: Protocol, pair: Pair) -> None:
+        for version, map_ in zip(versions, maps, strict=True):
+            check_pair(replace(protocol, position=Position(str(map_.meta["position"]))), pair)
+            _check_map(map_, str(version), pair, given["allow_pair_mismatch"])
+
+    with session("report_pass", f"report pass of {len(versions)} winners", given, check) as now:
         pair, protocol = now.study.pair, now.study.protocol
         if given["n"] == AS_MANY:
             protocol = replace(protocol, n=min(SEED_N, len(pair.prompts_of(protocol.split))))
             show.lines([f"{protocol.n} {protocol.split} prompts (of the {SEED_N} aimed at)."])
         studies: dict[Position, Study] = {}
         patches = []
-        for version in versions:
-            map_ = load_map(version.uri, store=store)
-            map_ = map_.with_alpha(float(version.tags.get("alpha", map_.alpha)))
-            _check_same_pair(map_, str(version), pair.fingerprint, allowed=given["allow_pair_mismatch"])
+        for version, map_, cell in zip(versions, maps, cells, strict=True):
             position = Position(str(map_.meta["position"]))
             if position not in studies:
                 at = replace(protocol, position=position)
                 studies[position] = Study(pair, at, now.study.stage, now.study.workers)
             study = studies[position]
-            (patch,) = study.patch([(_cell_of(map_, str(version)), map_, ())])
+            (patch,) = study.patch([(cell, map_, ())])
             now.run.log(fields.patch_run(patch, study, map_name=str(version)))
             patches.append(patch)
         now.run.add(report_pass_run(patches))
@@ -290,17 +307,12 @@ def _cell_of(map_: AffineMap, name: str) -> Cell:
     return Cell(site, str(meta["solver"]), str(meta["family"]), rank, Alpha((map_.alpha,)))
 
 
-def _check_same_pair(map_: AffineMap, name: str, fingerprint: str, *, allowed: bool = False) -> None:
+def _check_map(map_: AffineMap, name: str, pair: Pair, any_pair: bool) -> None:
     """Refuse, or where that is allowed say, that a map is of another pair; the run's tags say it too."""
-    fitted_on = map_.meta.get("fingerprint", "unknown")
-    if fitted_on == fingerprint:
-        return
-    if not allowed:
-        raise MechdiffError(
-            f"Map {name} was fitted on pair {fitted_on} and this is {fingerprint} "
-            "(other weights, tokenizer, template, dtype or prompts); fit again or --allow-pair-mismatch."
-        )
-    show.warn(f"map {name} was fitted on pair {fitted_on} and patches {fingerprint}; the run says so")
+    check_map(map_, name, Site.parse(str(map_.meta["site"])), pair, any_pair=any_pair)
+    theirs = map_.meta.get("fingerprint", "unknown")
+    if theirs != pair.fingerprint:
+        show.warn(f"map {name} was fitted on pair {theirs} and patches {pair.fingerprint}; the run says so")
 
 
 def _demand_signal(patches: list[PatchRecord]) -> None:

@@ -10,13 +10,17 @@ import click
 
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.session import session
+from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments.atlas import atlas
 from mechdiff_mlflow.experiments.heads import heads_of
 from mechdiff_mlflow.experiments.layers import layer_profile
+from mechdiff_mlflow.experiments.possible import check_cells, check_pair, check_sites
+from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.report.atlas import atlas_figures, first_difference
 from mechdiff_mlflow.report.figures import write_figures
 from mechdiff_mlflow.report.profiles import heads_figures, heads_sentence, layer_figures, layers_sentence
-from mechdiff_mlflow.sites import Hook
+from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec import Alpha, Cell, Rank
 from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.parents import atlas_run, heads_run, layers_run
@@ -68,7 +72,13 @@ def atlas_command(**given: Any) -> None:
       mechdiff atlas --hooks attn_out,resid_post --promote-best 1
     """
     check_alias(given["alias"])
-    with session("atlas", f"atlas of {given['pair']}", given) as now:
+
+    def check(protocol: Protocol, pair: Pair) -> None:
+        how = (given["solver"], given["family"], Rank(None), Alpha((given["alpha"],)))
+        sites = [Site(layer, hook) for layer in range(pair.n_layers) for hook in given["hooks"]]
+        check_cells([Cell(site, *how) for site in sites], protocol, pair)
+
+    with session("atlas", f"atlas of {given['pair']}", given, check) as now:
         found = atlas(
             now.study,
             hooks=given["hooks"],
@@ -154,7 +164,12 @@ def heads_command(**given: Any) -> None:
     Example:
       mechdiff heads --layer 26
     """
-    with session("heads", f"heads of layer {given['layer']}", given) as now:
+
+    def check(protocol: Protocol, pair: Pair) -> None:
+        check_pair(protocol, pair)
+        check_sites([Site(given["layer"], Hook.ATTN_OUT)], pair)
+
+    with session("heads", f"heads of layer {given['layer']}", given, check) as now:
         record = heads_of(now.study, given["layer"], n_random=given["n_random"])
         sentence = heads_sentence(record.table)
         with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:

@@ -353,7 +353,11 @@ tracking = _stacked(
         default=None,
         help="MLflow server or store; default MLFLOW_TRACKING_URI, then ./mlflow.db.",
     ),
-    click.option("--experiment", default=None, help="MLflow experiment; default the pair's name."),
+    click.option(
+        "--experiment",
+        default=None,
+        help="MLflow experiment; default MLFLOW_EXPERIMENT_NAME or _ID, the active run's, the pair's name.",
+    ),
 )
 store = click.option(
     "--tracking-uri",

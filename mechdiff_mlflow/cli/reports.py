@@ -14,11 +14,12 @@ from mechdiff_mlflow.cli.recovery import list_stuck
 from mechdiff_mlflow.cli.session import tracked
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.report.comparison import comparison, matches, needed_runs
-from mechdiff_mlflow.report.document import joined
+from mechdiff_mlflow.report.document import check_out, joined
 from mechdiff_mlflow.report.evidence import Evidence
 from mechdiff_mlflow.report.experiment import caveats, report
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.parents import report_run
 from mechdiff_mlflow.tracking.results import results_df, tables_of
 from mechdiff_mlflow.tracking.search import find_runs
@@ -45,9 +46,11 @@ def report_command(**given: Any) -> None:
     Example:
       mechdiff report --pair cultural-demo --out mechdiff-report.md
     """
+    check_out(Path(given["out"]))
     name = PairSpec.load(given["pair"]).name
-    experiment = given["experiment"] or name
-    evidence = evidence_of(open_store(given["tracking_uri"]), name, experiment)
+    store = open_store(given["tracking_uri"])
+    experiment = experiment_of(store, given["experiment"], name)
+    evidence = evidence_of(store, name, experiment)
     with tracked("report", f"report of {name}", experiment, given) as now:
         document = report(evidence)
         written = document.write(Path(given["out"]))
@@ -70,7 +73,8 @@ def report_command(**given: Any) -> None:
 def compare_command(**given: Any) -> None:
     """Compare fine-tunes by their runs: where, how transportable, how low-rank, and how sure.
 
-    PAIRS are two or more; each is compared with the first. Every pair's runs are those of its own experiment.
+    PAIRS are two or more; each is compared with the first. Every pair's runs are those of its own experiment,
+    or of the one that MLFLOW_EXPERIMENT_NAME names.
     Measure both the same way first: mechdiff sweep (and atlas) on each.
 
     \b
@@ -80,9 +84,11 @@ def compare_command(**given: Any) -> None:
     names = [PairSpec.load(pair).name for pair in given["pairs"]]
     if len(names) < 2 or len(set(names)) < len(names):
         raise MechdiffError(f"Pairs {', '.join(names)} cannot be compared; name two or more different ones.")
+    check_out(Path(given["out"]))
     store = open_store(given["tracking_uri"])
-    first, *others = [evidence_of(store, name, name) for name in names]
-    with tracked("compare", " against ".join(names), names[0], given) as now:
+    places = [experiment_of(store, None, name) for name in names]
+    first, *others = map(evidence_of, [store] * len(names), names, places)
+    with tracked("compare", " against ".join(names), places[0], given) as now:
         documents = []
         for other in others:
             tables = tables_of(store, sorted(needed_runs(matches(first, other))), "per_prompt.json")

@@ -6,18 +6,24 @@ import contextlib
 import dataclasses
 import os
 import shlex
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import click
 
 from mechdiff_mlflow.cli.computing import workers_of
+from mechdiff_mlflow.cli.options import Text
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.cli.recovery import resumption
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
+from mechdiff_mlflow.experiments.possible import check_pair
+from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.spec import PairSpec
 from mechdiff_mlflow.tracking.cache import staging
+from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.recovery import Command
@@ -62,24 +68,23 @@ def _words(options: dict[str, Any], leave_out: Container[str]) -> list[str]:
     words = [context.info_name or ""]
     for parameter in context.command.params:
         name = parameter.name or ""
+        value = options.get(name)
         if name in leave_out:
             continue
-        value = options.get(name)
         if isinstance(parameter, click.Argument):
             words += map(str, value if isinstance(value, tuple) else (value,))
         elif isinstance(parameter, click.Option) and parameter.is_flag:
             words += [parameter.opts[0]] if value else []
-        elif parameter.opts:
+        elif parameter.opts and _typed(parameter, value):
             words += [parameter.opts[0], _typed(parameter, value)]
     return words
 
 
-def _typed(parameter: click.Parameter, value: Any) -> str:
-    """A value as it is typed; None is what the default stands for, or in the words of `_text`."""
-    name = parameter.name or ""
-    if value is None and name not in ("n", "n_train", "off_span"):
-        return parameter.default if isinstance(parameter.default, str) else ""
-    return str(_text(name, value))
+def _typed(parameter: click.Parameter | None, value: Any) -> str:
+    """A value as it is typed; empty for an option that was left out."""
+    if parameter is not None and isinstance(parameter.type, Text):
+        return parameter.type.text(value)
+    return "" if value is None else str(value)
 
 
 @dataclass(frozen=True)
@@ -95,34 +100,45 @@ def tracked(kind: str, name: str, experiment: str, options: dict[str, Any]) -> I
     """A tracked run of a command that works from runs alone."""
     store = open_store(options["tracking_uri"])
     tags = {"mechdiff.command": command_line(options)}
-    with Tracker(store, experiment).run(kind, name, asked(options), tags=tags) as run:
+    tracker = Tracker(store, experiment, as_asked=as_asked)
+    with tracker.run(kind, name, asked(options), tags=tags) as run:
         yield Tracked(store, run)
 
 
 @contextlib.contextmanager
-def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
+def session(
+    kind: str, name: str, options: dict[str, Any], check: Callable[[Protocol, Pair], None] = check_pair
+) -> Iterator[Session]:
     """A tracked run around a study of the pair in `options`.
 
     Args:
         kind: `run`, `fit`, `patch` or `sweep`.
         name: What the UI shows.
         options: The command's parameters by name.
+        check: Refuses what is impossible for the pair, of which no weights have been loaded.
     """
     spec = PairSpec.load(options["pair"])
     store = open_store(options["tracking_uri"])
     resumed = resumption()
     tracker = Tracker(
-        store, options["experiment"] or spec.name, resume=None if resumed is None else resumed.run_id
+        store,
+        experiment_of(store, options["experiment"], spec.name),
+        resume=None if resumed is None else resumed.run_id,
+        as_asked=as_asked,
     )
     # A lone fit or patch is one run, whose params are what was resolved; what was asked would contradict it.
     has_parent = kind not in LONE or RUN_ID_VARIABLE in os.environ if resumed is None else resumed.has_parent
     again = Command.here(_words(options, _NOT_RESUMED), has_parent=has_parent)
     tags = {"mechdiff.command": command_line(options), **again.tag}
-    with tracker.run(kind, name, asked(options) if has_parent else {}, tags=tags) as run:
-        protocol = protocol_of(options)
-        with bars() as stage, workers_of(spec, options, staging(run.run_id), stage) as workers:
-            run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair")
-            yield Session(store, run, Study(workers.pair, protocol, stage, workers), has_parent)
+    protocol = protocol_of(options)
+    params = asked(options) if has_parent else {}
+    with (
+        tracker.run(kind, name, params, tags=tags) as run,
+        bars() as stage,
+        workers_of(spec, options, staging(run.run_id), stage, partial(check, protocol)) as workers,
+    ):
+        run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair")
+        yield Session(store, run, Study(workers.pair, protocol, stage, workers), has_parent)
     workers.discard()  # only now: the run is finished, and nobody will resume it
 
 
@@ -135,12 +151,21 @@ def protocol_of(options: dict[str, Any]) -> Protocol:
 
 def asked(options: dict[str, Any]) -> dict[str, ParamValue]:
     """Parameters as the user gave them, by the names that MLproject uses."""
-    return {name: _text(name, value) for name, value in options.items() if name not in _NOT_SETTINGS}
+    known = {parameter.name: parameter for parameter in click.get_current_context().command.params}
+    given = {name: value for name, value in options.items() if name not in _NOT_SETTINGS}
+    return {
+        name: value if isinstance(value, bool) else _typed(known.get(name), value)
+        for name, value in given.items()
+    }
 
 
-def _text(name: str, value: Any) -> ParamValue:
-    if value is None:
-        return "auto" if name == "off_span" else "all"
-    if isinstance(value, tuple):
-        return ",".join(str(_text(name, item)) for item in value)
-    return value if isinstance(value, int | float) else str(value)
+def as_asked(name: str, text: str) -> str:
+    """A param that `mlflow run` has logged, as typed, in the words in which `asked` has that value."""
+    context = click.get_current_context()
+    parameter = next((p for p in context.command.params if p.name == name), None)
+    if parameter is None or not isinstance(parameter.type, Text):
+        return text
+    try:
+        return _typed(parameter, parameter.type.convert(text, parameter, context))
+    except MechdiffError:  # the command itself was given another value
+        return text

@@ -13,16 +13,18 @@ import click
 from mechdiff_mlflow.adapters import Form
 from mechdiff_mlflow.attach import Tokens
 from mechdiff_mlflow.cli import options, show
-from mechdiff_mlflow.cli.computing import settle_threads
+from mechdiff_mlflow.cli.computing import load_as_asked, settle_threads
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.exact import text_of
+from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments.adapting import make_adapter
-from mechdiff_mlflow.experiments.steering import steer
+from mechdiff_mlflow.experiments.possible import check_map, check_pair
+from mechdiff_mlflow.experiments.steering import prompt_set, site_of, steer
 from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.report.adapter import adapter_card
-from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.spec import PairSpec, Position
 from mechdiff_mlflow.tracking.fetch import load_map
 from mechdiff_mlflow.tracking.store import open_store
 
@@ -154,20 +156,18 @@ def _ready(given: dict[str, Any]) -> tuple[AffineMap, Pair]:
         ) from None
     if given["sequential"] == "yes":
         raise MechdiffError("This command needs both models at once; leave out --sequential.")
+
+    def check(pair: Pair) -> None:
+        if "prompts" in given:
+            said = prompt_set(given["prompts"], spec.system)
+            for role in ("base", "tuned"):
+                pair.tokens(role, said, Position.DECISION)
+        else:
+            check_pair(Protocol(split=given["split"], n=given["n"]), pair)
+        any_pair = given["allow_pair_mismatch"]
+        check_map(the_map, given["map"], site_of(the_map), pair, any_pair=any_pair)
+
     with bars() as stage, stage("loading both models", 1):
-        pair = load_pair(
-            spec,
-            dtype=None if given["dtype"] == "spec" else given["dtype"],
-            device=given["device"],
-            options=EngineOptions(
-                batch_size=given["batch_size"], memory_budget=given["memory_budget"], sequential="no"
-            ),
-        )
+        pair = load_as_asked(spec, {**given, "sequential": "no"}, check=check)
     settle_threads(pair)
-    theirs = the_map.meta.get("fingerprint")
-    if theirs != pair.fingerprint and not given["allow_pair_mismatch"]:
-        raise MechdiffError(
-            f"Map {given['map']} was fitted on pair {theirs or 'unknown'} and this is {pair.fingerprint} "
-            "(other weights, tokenizer, template, dtype or prompts); name its own or --allow-pair-mismatch."
-        )
     return the_map, pair

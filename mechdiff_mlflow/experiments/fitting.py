@@ -72,15 +72,8 @@ class Fitter:
         self._train.update({site: (base, tuned) for site in missing})
 
     def elsewhere(self, site: Site) -> Site:
-        """The same hook an eighth of the model further on, or back near the end, for the wrong-layer control.
-
-        Never round to the first layer: what enters it is the same for all prompts.
-        """
-        n_layers = self.workers.pair.n_layers
-        if n_layers == 1:
-            return site
-        step = max(1, n_layers // 8)
-        return replace(site, layer=site.layer + (step if site.layer + step < n_layers else -step))
+        """Where the wrong-layer control of a site is fitted."""
+        return elsewhere(site, self.workers.pair.n_layers)
 
     def alphas(self, cell: Cell) -> tuple[float, ...]:
         """The scales that a cell's map may have, α of the identity among them where that was asked for."""
@@ -238,6 +231,17 @@ class Fitter:
             position, seed = self.protocol.position, self.protocol.seed
             self._gradients.update(self.workers.gradients(self.prompts, position, missing, seed))
         return self._gradients[site]
+
+
+def elsewhere(site: Site, n_layers: int) -> Site:
+    """The same hook an eighth of the model further on, or back near the end, for the wrong-layer control.
+
+    Never round to the first layer: what enters it is the same for all prompts.
+    """
+    if n_layers == 1:
+        return site
+    step = max(1, n_layers // 8)
+    return replace(site, layer=site.layer + (step if site.layer + step < n_layers else -step))
 
 
 def label_of(cell: Cell, map_: AffineMap) -> str:

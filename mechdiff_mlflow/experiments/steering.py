@@ -66,8 +66,8 @@ def steer(
         MechdiffError: A prompt is empty, a template fails, the map does not fit, or the models read other
             tokens and `tokens` is not `decision`.
     """
-    site = _site_of(the_map)
-    prompts = _prompt_set(texts, pair.spec.system)
+    site = site_of(the_map)
+    prompts = prompt_set(texts, pair.spec.system)
     ids = {role: pair.tokens(role, prompts, Position.DECISION) for role in ("base", "tuned")}
     source, context = _source(pair, ids, site, tokens)
     limit = max_new_tokens
@@ -95,13 +95,23 @@ def steer(
     return [Steered(*row) for row in zip(*columns, strict=True)]
 
 
-def _site_of(the_map: AffineMap) -> Site:
+def site_of(the_map: AffineMap) -> Site:
+    """Where a map was fitted.
+
+    Raises:
+        MechdiffError: It does not say.
+    """
     if "site" not in the_map.meta:
         raise MechdiffError("The map does not say at which site it was fitted; fit it with mechdiff fit.")
     return Site.parse(str(the_map.meta["site"]))
 
 
-def _prompt_set(texts: Sequence[str], system: str | None) -> PromptSet:
+def prompt_set(texts: Sequence[str], system: str | None) -> PromptSet:
+    """What users say, as prompts.
+
+    Raises:
+        MechdiffError: A text is empty.
+    """
     if any(not text.strip() for text in texts) or not texts:
         raise MechdiffError("A prompt is empty; write what the user says.")
     before = () if system is None else ({"role": "system", "content": system},)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,8 +82,7 @@ class Document:
         Raises:
             MechdiffError: `out` is neither .md nor .html, or cannot be written.
         """
-        if out.suffix not in (".md", ".html"):
-            raise MechdiffError(f"{out} has an unknown suffix; name a .md or .html file, both are written.")
+        check_out(out)
         folder = out.with_name(f"{out.stem}-figures")
         contents: dict[Path, bytes] = {
             out.with_suffix(".md"): self.markdown(folder.name).encode(),
@@ -95,8 +95,41 @@ class Document:
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(content)
         except OSError as error:
-            raise MechdiffError(f"Cannot write {out} ({error.strerror}); choose another --out.") from error
+            raise MechdiffError(
+                f"Cannot write {str(out)[:200]} ({error.strerror}); choose another --out."
+            ) from error
         return list(contents)
+
+
+def check_out(out: Path) -> None:
+    """Make sure that a report can be written there, before it is made.
+
+    Raises:
+        MechdiffError: `out` is neither .md nor .html, what is there cannot be replaced, or the name is not
+            possible.
+    """
+    if out.suffix not in (".md", ".html"):
+        raise MechdiffError(
+            f"{str(out)[:200]} has an unknown suffix; name a .md or .html file, both are written."
+        )
+    try:
+        for path, is_folder in (
+            (out.with_suffix(".md"), False),
+            (out.with_suffix(".html"), False),
+            (out.with_name(f"{out.stem}-figures"), True),
+        ):
+            if path.exists() and path.is_dir() != is_folder:
+                what = "a file" if is_folder else "a folder"
+                raise MechdiffError(f"{path} is {what} that is there already; choose another --out.")
+            above = next(parent for parent in path.absolute().parents if parent.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                raise MechdiffError(f"Nothing can be written in {above}; choose another --out.")
+    except OSError as error:
+        raise _cannot(out, error) from error
+
+
+def _cannot(out: Path, error: OSError) -> MechdiffError:
+    return MechdiffError(f"Cannot write {str(out)[:200]} ({error.strerror}); choose another --out.")
 
 
 def joined(documents: Sequence[Document]) -> Document:

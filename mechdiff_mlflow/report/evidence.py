@@ -152,7 +152,8 @@ class Evidence:
             MechdiffError: No run has patched anything.
         """
         kinds = dict(zip(runs["run_id"], runs["kind"], strict=True))
-        asked = {row["run_id"]: _text(row, "alpha") for _, row in runs.iterrows()}
+        ours = runs[runs["kind"].notna()]  # others have params of their own
+        asked = {row["run_id"]: _text(row, "alpha") for _, row in ours.iterrows()}
         rows = [row for _, row in runs.iterrows() if _is_patch(row, pair)]
         if not rows:
             raise MechdiffError(

@@ -14,6 +14,7 @@ from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Position
 from mechdiff_mlflow.tracking import registry
+from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.fetch import load_map
 from mechdiff_mlflow.tracking.names import check_alias, registered_name
 from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT, PromotionPolicy
@@ -38,7 +39,7 @@ class Import:
         alias: That every map gets.
         why: For the history.
         allow_pair_mismatch: Whether maps of a known pair may be replaced: a bundle does not say its weights.
-        experiment: For the runs; None for the pair's name.
+        experiment: For the runs; None for what `experiment_of` says.
     """
 
     manifest: Path
@@ -150,7 +151,7 @@ def _register(
 ) -> dict[str, Version | None]:
     policy = PromotionPolicy(allow_pair_mismatch=what.allow_pair_mismatch)
     versions: dict[str, Version | None] = {}
-    tracker = Tracker(store, what.experiment or pair)
+    tracker = Tracker(store, experiment_of(store, what.experiment, pair))
     title = f"import of {len(fresh)} maps"
     with tracker.run("import", title, {"pair": pair, "position": str(what.position)}) as run:
         source = what.manifest.read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,8 +13,7 @@ from dataclasses import replace
 from mlflow.entities import Run, RunTag
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.artifacts import LongParams
-from mechdiff_mlflow.tracking.endings import cut, ending, params_of, same_number
+from mechdiff_mlflow.tracking.endings import cut, ending, params_of, plain
 from mechdiff_mlflow.tracking.interrupts import Interrupts
 from mechdiff_mlflow.tracking.keys import KEY_TAG, ROOT_TAG, check_same, key_of
 from mechdiff_mlflow.tracking.lease import Lease, LeaseLost
@@ -43,8 +43,8 @@ class OpenRun:
         run: As it is.
         lease: Of this process on it.
         interrupts: Held back while something is written.
-        long_params: What to do with a param longer than MLflow keeps.
         resumed: Whether an earlier process may have written a part of it.
+        as_asked: See `Tracker`.
     """
 
     def __init__(
@@ -53,15 +53,16 @@ class OpenRun:
         run: Run,
         lease: Lease,
         interrupts: Interrupts,
-        long_params: LongParams,
         *,
         resumed: bool = False,
+        as_asked: Callable[[str, str], str] = plain,
     ) -> None:
+        self._as_asked = as_asked
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
         self.is_resumed = resumed
         self._store, self._run, self._lease, self._interrupts = store, run, lease, interrupts
-        self._writer = RecordWriter(store, long_params, lease.demand)
+        self._writer = RecordWriter(store, lease.demand)
         self._params: dict[str, str] = params_of(run)
         self._description = ""
         self._logged: dict[str, str] = {}
@@ -372,10 +373,10 @@ class OpenRun:
         logged = self._params.get(key)
         if logged is None:
             return False
-        if logged != text and not same_number(logged, text):
+        if logged != text and plain(key, self._as_asked(key, logged)) != plain(key, text):
             raise MechdiffError(
-                f"Param {key!r} is {text} but run {self.run_id} was started with {logged}; "
-                f"start it with -P {key}={text}."
+                f"Param {key!r} is {text[:200]} but run {self.run_id} was started with {logged[:200]}; "
+                f"start it with -P {shlex.quote(f'{key}={text[:200]}')}."
             )
         return True
 

@@ -159,7 +159,7 @@ def param_text(key: str, value: object) -> str:
     """How a param is stored: numbers in their shortest exact form, booleans as true and false.
 
     Raises:
-        MechdiffError: The value is None, empty or not plain.
+        MechdiffError: The value is None, empty, not plain, or longer than MLflow keeps.
     """
     item = getattr(value, "item", None)
     if callable(item) and getattr(value, "ndim", 0) == 0:
@@ -168,7 +168,13 @@ def param_text(key: str, value: object) -> str:
         return str(value).lower()
     if not isinstance(value, str | int | float) or value == "":
         raise MechdiffError(f"Param {key!r} is {value!r}; give a number or some text, or leave the key out.")
-    return text_of(value) if isinstance(value, float) else str(value)
+    text = text_of(value) if isinstance(value, float) else str(value)
+    if len(text) > MAX_PARAM_CHARS:
+        raise MechdiffError(
+            f"Param {key!r} has {len(text)} characters and MLflow keeps {MAX_PARAM_CHARS}; shorten it, e.g. "
+            "share a long list out to several commands."
+        )
+    return text
 
 
 def _check_number(key: str, value: object) -> None:
