@@ -14,6 +14,11 @@ class MechdiffError(Exception):
         super().__init__("".join(map(_shown, str(message))))
 
 
+def is_text(text: str) -> bool:
+    """Whether a text can be stored: it has no lone surrogates, which stand for bytes that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def _shown(character: str) -> str:
     # Controls, formats (bidi among them), lone surrogates, separators of lines and paragraphs.
     hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character != "\n"

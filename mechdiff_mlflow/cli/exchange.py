@@ -53,7 +53,8 @@ def import_command(manifest: Path, **given: Any) -> None:
     for row in found:
         did = "is" if row.is_new else "was already"
         show.lines([f"{row.key}: {row.version.name} version {row.version.number} {did} @{what.alias}"])
-    show.lines([f"Fetch: mechdiff fetch {found[0].version.name}@{what.alias} -o map.pt"])
+    name = f"{found[0].version.name}@{what.alias}"
+    show.lines([f"Fetch: {show.command('fetch', name, '-o', 'map.pt')}"])
 
 
 @click.command("export")

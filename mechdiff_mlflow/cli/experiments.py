@@ -74,10 +74,11 @@ def run_command(**given: Any) -> None:
         now.run.log(fields.patch_run(patch, now.study, map_run=fit_id))
         now.run.add(fields.headline(patch))
         _demand_signal([patch])
-        fetch = f"Keep:  mechdiff promote {fit_id}"
+        fetch = f"Keep:  {show.command('promote', fit_id)}"
         if given["promote"] != "none":
             version = promote(now.store, fit_id, alias=given["promote"])
-            fetch = f"Fetch: mechdiff fetch {version.name}@{given['promote']} -o map.pt"
+            name = f"{version.name}@{given['promote']}"
+            fetch = f"Fetch: {show.command('fetch', name, '-o', 'map.pt')}"
     show.patches([patch], now.study)
     show.where_to_look(now.store, now.run.experiment_id, fetch)
 
@@ -104,8 +105,9 @@ def fit_command(**given: Any) -> None:
     with session("fit", f"fit {cell}", given, partial(check_cells, [cell])) as now:
         (fit,) = now.study.fit([cell])
         fit_id = now.place(fields.fit_run(fit, now.study))
+    patch = show.command("patch", "--map", f"runs:/{fit_id}", "--pair", given["pair"])
     show.fits([fit], now.study)
-    show.where_to_look(now.store, now.run.experiment_id, f"Patch: mechdiff patch --map runs:/{fit_id}")
+    show.where_to_look(now.store, now.run.experiment_id, f"Patch: {patch}")
 
 
 @click.command("patch")

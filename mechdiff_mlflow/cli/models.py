@@ -92,7 +92,8 @@ def atlas_command(**given: Any) -> None:
             for site in (site for site in found.patches if site in found.best):
                 child = now.run.log(fields.cell_run(found.fits[site], found.patches[site], now.study))
                 version = promote(now.store, child, alias=given["alias"])
-                lines.append(f"Fetch: mechdiff fetch {version.name}@{given['alias']} -o map.pt")
+                name = f"{version.name}@{given['alias']}"
+                lines.append(f"Fetch: {show.command('fetch', name, '-o', 'map.pt')}")
                 advance(1)
             others = [patch for site, patch in found.patches.items() if site not in found.best]
             now.run.log_all([fields.patch_run(patch, now.study) for patch in others], advance)

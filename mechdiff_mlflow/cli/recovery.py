@@ -92,9 +92,9 @@ def list_stuck(given: dict[str, Any]) -> None:
         end_stuck(store, dead)
         show.lines([f"{len(dead)} of {len(found)} are KILLED now."])
     roots = dict.fromkeys(one.root for one in dead if one.can_resume)
-    show.lines([f"Finish: mechdiff resume {root}" for root in roots])
+    show.lines([f"Finish: {show.command('resume', root)}" for root in roots])
     if not given["repair"] and dead:
-        show.lines(["End:    mechdiff runs --stuck --repair"])
+        show.lines([f"End:    {show.command('runs', '--stuck', '--repair')}"])
 
 
 def _verdict(one: Stuck) -> str:

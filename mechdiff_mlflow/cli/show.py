@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -21,10 +22,11 @@ from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows
 from mechdiff_mlflow.stats import Interval
 from mechdiff_mlflow.tracking.compare import MapDiff
 from mechdiff_mlflow.tracking.recovery import Stuck
+from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.registry import Move, Version
 from mechdiff_mlflow.tracking.search import FoundRun
 from mechdiff_mlflow.tracking.store import Store
-from mechdiff_mlflow.tracking.view import view_url
+from mechdiff_mlflow.tracking.view import ui_command, view_url
 
 _PIPE_WIDTH = 160
 
@@ -183,8 +185,16 @@ def stuck(found: Sequence[Stuck], verdicts: Sequence[str], now_s: float) -> None
 def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:
     """Print how to open the experiment in MLflow's UI, and more commands."""
     url = view_url(store, experiment_id)
-    start = [] if store.is_server else [f"Look:  mlflow ui --backend-store-uri {store.shown}"]
+    look = ui_command(store)
+    start = [f"Look:  {look}"] if look else []
     lines([*start, f"{'Then' if start else 'Look'}:  {url}", *commands])
+
+
+def command(*words: object) -> str:
+    """A command of ours to type, quoted for a shell, on the store that the present one was given."""
+    uri = click.get_current_context().params.get("tracking_uri")
+    place = ["--tracking-uri", uri] if uri and redact(uri) == uri else []
+    return shlex.join(["mechdiff", *map(str, words), *place])
 
 
 def lines(texts: Sequence[str]) -> None:

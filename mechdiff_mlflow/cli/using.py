@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def _ready(given: dict[str, Any]) -> tuple[AffineMap, Pair]:
         if given["pair"]:
             raise
         raise MechdiffError(
-            f"The pair {name} of map {given['map']} does not ship; name its spec with --pair {name}.yaml."
+            f"The pair {name} of map {given['map']} does not ship; name its spec with "
+            f"--pair {shlex.quote(f'{name}.yaml')}."
         ) from None
     if given["sequential"] == "yes":
         raise MechdiffError("This command needs both models at once; leave out --sequential.")

@@ -38,7 +38,7 @@ def promote_command(run: str, **given: Any) -> None:
     show.lines(
         [
             f"{version.name} version {version.number} is @{alias}",
-            f"mechdiff fetch {version.name}@{alias} -o map.pt",
+            show.command("fetch", f"{version.name}@{alias}", "-o", "map.pt"),
         ]
     )
 
@@ -123,7 +123,8 @@ def demote_command(name: str, alias: str, why: str, tracking_uri: str | None) ->
       mechdiff maps demote cultural-demo-L26-attn_out --why "does not replicate"
     """
     promotion.demote(open_store(tracking_uri), name, alias, why=why)
-    show.lines([f"{name} has no @{alias} now; mechdiff maps rollback {name} --alias {alias} undoes this"])
+    undo = show.command("maps", "rollback", name, "--alias", alias)
+    show.lines([f"{name} has no @{alias} now; {undo} undoes this"])
 
 
 @maps_command.command("diff")

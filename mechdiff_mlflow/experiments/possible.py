@@ -107,8 +107,8 @@ def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, any_pair: b
     theirs = map_.meta.get("fingerprint", "unknown")
     if theirs != pair.fingerprint and not any_pair:
         raise MechdiffError(
-            f"Map {name} was fitted on pair {theirs} and this is {pair.fingerprint} (other weights, tokenizer, "
-            "template, dtype or prompts); name its own pair, fit again, or --allow-pair-mismatch."
+            f"Map {name} was fitted on pair {theirs} and this is {pair.fingerprint} (other weights, "
+            "tokenizer, template, dtype or prompts); name its own pair, fit again, or --allow-pair-mismatch."
         )
 
 

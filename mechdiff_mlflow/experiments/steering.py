@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.attach import Tokens, attached
-from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.errors import MechdiffError, is_text
 from mechdiff_mlflow.maps import AffineMap, identity_map
 from mechdiff_mlflow.metrics import next_token_divergences
 from mechdiff_mlflow.pairs import Pair, Side
@@ -114,6 +114,8 @@ def prompt_set(texts: Sequence[str], system: str | None) -> PromptSet:
     """
     if any(not text.strip() for text in texts) or not texts:
         raise MechdiffError("A prompt is empty; write what the user says.")
+    if broken := [text for text in texts if not is_text(text)]:
+        raise MechdiffError(f"Prompt {broken[0][:80]!r} is no UTF-8 text; write it without the escapes.")
     before = () if system is None else ({"role": "system", "content": system},)
     return PromptSet("given", tuple(Prompt((*before, {"role": "user", "content": text})) for text in texts))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.errors import MechdiffError, is_text
 from mechdiff_mlflow.exact import text_of
 
 if TYPE_CHECKING:
@@ -124,7 +124,11 @@ class RunRecord:
         for key, curve in self.stepped_metrics.items():
             for number in curve.values():
                 _check_number(key, number)
-        for key, text in (*self.tags.items(), ("description", self.description)):
+        for key, text in (*self.tags.items(), ("name", self.name), ("description", self.description)):
+            if not is_text(text):
+                raise MechdiffError(
+                    f"Tag {key!r} is {text[:80]!r}, which is no UTF-8 text; write it otherwise."
+                )
             if len(text) > MAX_TAG_CHARS:
                 raise MechdiffError(
                     f"Tag {key!r} has {len(text)} characters and MLflow keeps {MAX_TAG_CHARS}; "
@@ -169,6 +173,8 @@ def param_text(key: str, value: object) -> str:
     if not isinstance(value, str | int | float) or value == "":
         raise MechdiffError(f"Param {key!r} is {value!r}; give a number or some text, or leave the key out.")
     text = text_of(value) if isinstance(value, float) else str(value)
+    if not is_text(text):
+        raise MechdiffError(f"Param {key!r} is {text[:80]!r}, which is no UTF-8 text; write it otherwise.")
     if len(text) > MAX_PARAM_CHARS:
         raise MechdiffError(
             f"Param {key!r} has {len(text)} characters and MLflow keeps {MAX_PARAM_CHARS}; shorten it, e.g. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
@@ -88,9 +89,8 @@ def _outdated(schema: database.Schema, shown: str) -> Finding:
         seen = f"at {schema.found}, which MLflow {mlflow.__version__} does not know: a newer one made it"
         return Finding("store migrations", Level.FAIL, seen, "pip install --upgrade mlflow")
     seen = f"at {schema.found}, MLflow {mlflow.__version__} wants {schema.head}"
-    return Finding(
-        "store migrations", Level.FAIL, seen, f"copy the database, then: mlflow db upgrade {shown}"
-    )
+    remedy = f"copy the database, then: mlflow db upgrade {shlex.quote(shown)}"
+    return Finding("store migrations", Level.FAIL, seen, remedy)
 
 
 def _database_encryption(uri: str) -> Finding:

@@ -148,7 +148,7 @@ class Store:
     def _artifact_root(self, experiment: str) -> str | None:
         if self.sqlite_path is None:
             return None
-        slug = re.sub(r"[^\w.-]+", "-", experiment).strip(".-")
+        slug = re.sub(r"[^\w.-]+", "-", experiment).strip(".-")[:60]  # a file name has 255 bytes
         if slug != experiment:
             slug = f"{slug}-{hashlib.sha256(experiment.encode()).hexdigest()[:8]}"
         return (self.sqlite_path.parent / "mlartifacts" / slug).as_uri()

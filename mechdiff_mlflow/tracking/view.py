@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import shlex
 import time
 import zlib
 from typing import Any
@@ -65,7 +66,7 @@ def version_url(store: Store, name: str, number: int) -> str:
 
 def ui_command(store: Store) -> str | None:
     """What to type to see a local store in the browser, where the links lead; None for a server's."""
-    return None if store.is_server else f"mlflow ui --backend-store-uri {store.shown}"
+    return None if store.is_server else f"mlflow ui --backend-store-uri {shlex.quote(store.shown)}"
 
 
 def _ui(store: Store) -> str:
