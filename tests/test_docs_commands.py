@@ -6,9 +6,11 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from cli.conftest import empty_store, here  # noqa: F401
+from cli.test_examples import COMMANDS
 from click.testing import CliRunner
 
 from mechdiff_mlflow import spec
