@@ -30,7 +30,8 @@ class Divergences:
     Args:
         kl_patched_clean: KL(patched ‖ clean) in nats.
         kl_clean_patched: KL(clean ‖ patched) in nats.
-        top1_agrees: 1.0 where the clean run's top token is a top token of the patched run too, else 0.0.
+        top1_agrees: How far the sets A, B of most probable tokens of the two runs agree, |A∩B|/|A∪B|: 1 or 0
+            where both have one, and where some tie, as in half precision, as far as those are shared.
         delta_logprob: Log-probability of the clean run's top token, patched minus clean, in nats.
     """
 
@@ -134,11 +135,13 @@ def _compare(patched: Tensor, log_q: Tensor, q: Tensor, top: int, log_p: Tensor,
     torch.log_softmax(d.copy_(patched), -1, out=log_p)
     torch.sub(log_p, log_q, out=d)
     delta = d[:, top].clone()
-    # A top token, not the top token: half-precision logits tie, and argmax breaks ties as it likes.
-    agrees = patched[:, top] == patched.amax(-1)
+    # Sets, not tokens: half-precision logits tie, and argmax breaks ties as it likes.
+    tops, clean_tops = patched == patched.amax(-1, keepdim=True), (log_q == log_q[top]).nonzero()[:, 0]
+    shared = tops[:, clean_tops].sum(-1)
+    agrees = shared.double() / (tops.sum(-1) + len(clean_tops) - shared)
     backward = -(d @ q)
     forward = log_p.exp_().mul_(d).sum(-1)
-    return Divergences(forward.clamp_(min=0), backward.clamp_(min=0), agrees.double(), delta)
+    return Divergences(forward.clamp_(min=0), backward.clamp_(min=0), agrees, delta)
 
 
 def _kernels(logits: Tensor) -> ModuleType | None:

@@ -82,9 +82,23 @@ def test_top_token_by_hand() -> None:
     assert torch.allclose(found.delta_logprob, expected.double())
 
 
-def test_a_tie_for_the_top_token_is_agreement() -> None:
-    found = next_token_divergences(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 1.0]]))
-    assert found.top1_agrees.item() == 1
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("patched", "clean", "agreement"),
+    [
+        ([1.0, 1.0], [0.0, 1.0], 1 / 2),
+        ([7.0, 7.0, 7.0, 7.0], [0.0, 1.0, 0.5, 0.0], 1 / 4),  # a dead patch has no top token
+        ([0.0, 1.0, 0.0, 0.0], [7.0, 7.0, 7.0, 7.0], 1 / 4),
+        ([2.0, 2.0, 2.0, 0.0], [0.0, 3.0, 3.0, 3.0], 2 / 4),
+        ([2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 3.0], 0),
+        ([4.0, 4.0, 0.0, 0.0], [3.0, 3.0, 1.0, 0.0], 1),
+    ],
+)
+def test_ties_agree_as_far_as_they_are_shared(
+    dtype: torch.dtype, patched: list[float], clean: list[float], agreement: float
+) -> None:
+    found = next_token_divergences(torch.tensor([patched], dtype=dtype), torch.tensor([clean], dtype=dtype))
+    assert found.top1_agrees.item() == agreement
 
 
 def test_clean_logits_broadcast_and_rows_know_their_prompt() -> None:

@@ -76,7 +76,7 @@ class PatchRecord:
         explained_variance: 1 − ‖Y − Ŷ‖² / ‖Y − ȳ‖²; None where y does not vary.
         cka: Debiased linear CKA of base and tuned activations; None where undefined.
         cos_vs_kl: Correlation over prompts of that cosine with KL_raw − KL_mapped; None where undefined.
-        top1_agreement: Share of prompts on which patched and clean prefer the same token.
+        top1_agreement: Mean over prompts of how far patched and clean prefer the same tokens; see `metrics`.
         delta_logprob: Mean change of the log-probability of the clean run's preferred token, nats.
         per_prompt: One row per prompt.
         leak: What was chosen on the very split that is reported.

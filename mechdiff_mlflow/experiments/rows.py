@@ -36,7 +36,7 @@ class Patched:
     Args:
         kl_patched_clean_nats: KL(patched ‖ clean), [n].
         kl_clean_patched_nats: KL(clean ‖ patched), [n].
-        top1_agrees: 1 where patched and clean prefer the same token, [n].
+        top1_agrees: how far patched and clean prefer the same tokens, see `Divergences`, [n].
         delta_logprob_nats: Change of the log-probability of the clean run's preferred token, [n].
     """
 
