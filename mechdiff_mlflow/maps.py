@@ -342,8 +342,8 @@ class AffineMap:
         """Whether both give the same ŷ for every x up to rounding, however they are written down."""
         if (self.d_in, self.d_out) != (other.d_in, other.d_out):
             return False
-        (w, b), (v, c) = ((m.alpha * m.dense().double(), m) for m in (self, other))
-        b, c = (m.alpha * m.mean_out.double() - m.mean_in.double() @ x for x, m in ((w, b), (v, c)))
+        w, v = (m.alpha * m.dense().double() for m in (self, other))
+        b, c = (m.alpha * m.mean_out.double() - m.mean_in.double() @ x for m, x in ((self, w), (other, v)))
         return all(float((x - y).norm()) <= 1e-9 * float(x.norm()) for x, y in ((w, v), (b, c)))
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ def of(the_map: AffineMap) -> list[Mapping[str, JSON]] | None:
     return [one for one in found if isinstance(one, Mapping)]
 
 
-def leaks(the_map: AffineMap, reported: PromptSet, *, but: str = "-") -> tuple[str, ...] | None:
+def leaks(the_map: AffineMap, reported: PromptSet, *, but: str | None = None) -> tuple[str, ...] | None:
     """What was chosen for a map on some of the prompts reported, with how many; None where nobody knows.
 
     Args:
@@ -61,7 +61,7 @@ def leaks(the_map: AffineMap, reported: PromptSet, *, but: str = "-") -> tuple[s
     for one in record:
         what, known = str(one["what"]), _prompts_of(one)
         count = sum(text in known for text in texts)
-        if count and not what.startswith(but):
+        if count and not (but is not None and what.startswith(but)):
             part = "" if count == len(texts) else f" ({count} of {len(texts)} prompts)"
             found.append(what + part)
     return tuple(found)
@@ -74,10 +74,8 @@ def sentence(leak: Sequence[str] | None) -> str:
             "It is not known on which prompts this map's settings were chosen (it was made elsewhere, or "
             "before that was recorded), so these numbers may flatter it"
         )
-    return (
-        f"Leak: {', '.join(leak)} was chosen on the reported prompts; these numbers flatter the map"
-        * bool(leak)
-    )
+    said = f"Leak: {', '.join(leak)} chosen on the reported prompts; these numbers flatter the map"
+    return said if leak else ""
 
 
 REMEDY = (
@@ -85,6 +83,11 @@ REMEDY = (
     "patch (or all winners with report-pass) --pair COPY.yaml --allow-pair-mismatch"
 )
 """What gives a number without that choice."""
+
+
+def n_prompts(one: Mapping[str, JSON]) -> int:
+    """How many prompts an entry of a record is of."""
+    return len(str(one["prompts"])) // _DIGITS
 
 
 def _is_entry(one: object) -> bool:

@@ -24,7 +24,8 @@ from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.fetch import load_map
 from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.parents import report_pass_run
-from mechdiff_mlflow.tracking.promotion import promote
+from mechdiff_mlflow.tracking.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.promotion import PromotionRefused, promote
 from mechdiff_mlflow.tracking.registry import winners_of
 from mechdiff_mlflow.tracking.store import open_store
 
@@ -51,6 +52,7 @@ _pair_mismatch = click.option(
 @options.models
 @options.engine
 @options.promotion
+@options.force
 @options.tracking
 def run_command(**given: Any) -> None:
     """Fit a map at one site, patch with it, and report: the main job.
@@ -62,8 +64,14 @@ def run_command(**given: Any) -> None:
       mechdiff run --layer 26 --hook attn_out --k 8 --alpha 0.3 --promote
     """
     cell = _cell(given)
-    if given["promote"] != "none":
-        check_alias(given["promote"])  # not after the work
+    alias = None if given["promote"] == "none" else check_alias(given["promote"])  # not after the work
+    if alias and given["split"] == "val" and len(cell.alpha.values) > 1 and not given["force"]:
+        raise MechdiffError(
+            "α would be chosen on the val prompts that are reported, and such a map may not be promoted; "
+            "report test, give one --alpha, or add --force."
+        )
+    told: list[str] = []
+    refused = None
     with session("run", str(cell), given) as now:
         (fit,) = now.study.fit([cell])
         fit_id = now.run.log(fields.fit_run(fit, now.study))
@@ -72,11 +80,18 @@ def run_command(**given: Any) -> None:
         now.run.add(fields.headline(patch))
         _demand_signal([patch])
         fetch = f"Keep:  mechdiff promote {fit_id}"
-        if given["promote"] != "none":
-            version = promote(now.store, fit_id, alias=given["promote"])
-            fetch = f"Fetch: mechdiff fetch {version.name}@{given['promote']} -o map.pt"
+        if alias:
+            try:
+                policy = PromotionPolicy(force=given["force"])
+                version = promote(now.store, fit_id, alias=alias, policy=policy, say=told.append)
+                fetch = f"Fetch: mechdiff fetch {version.name}@{alias} -o map.pt"
+            except PromotionRefused as refusal:  # what was measured stays, and the run is a good one
+                refused = refusal
     show.patches([patch], now.study)
+    show.lines(told)
     show.where_to_look(now.store, now.run.experiment_id, fetch)
+    if refused is not None:
+        raise refused
 
 
 @click.command("fit")
@@ -135,7 +150,7 @@ def patch_command(**given: Any) -> None:
     cell = _cell_of(map_, given["map"])
     with session("patch", f"patch {given['map']}", given) as now:
         _check_same_pair(map_, given["map"], now.study.pair.fingerprint, allowed=given["allow_pair_mismatch"])
-        (patch,) = now.study.patch([(cell, map_, ())])
+        (patch,) = now.study.patch([(cell, map_)])
         now.place(fields.patch_run(patch, now.study, map_name=given["map"]))
         _demand_signal([patch])
     show.patches([patch], now.study)
@@ -261,7 +276,7 @@ def report_pass_command(**given: Any) -> None:
                 at = replace(protocol, position=position)
                 studies[position] = Study(pair, at, now.study.stage, now.study.workers)
             study = studies[position]
-            (patch,) = study.patch([(_cell_of(map_, str(version)), map_, ())])
+            (patch,) = study.patch([(_cell_of(map_, str(version)), map_)])
             now.run.log(fields.patch_run(patch, study, map_name=str(version)))
             patches.append(patch)
         now.run.add(report_pass_run(patches))

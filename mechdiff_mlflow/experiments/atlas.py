@@ -7,11 +7,11 @@ above its noise floor: elsewhere no drop is defined, whatever the map.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from mechdiff_mlflow import stats
+from mechdiff_mlflow import selection, stats
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, SiteRows
 from mechdiff_mlflow.experiments.study import Study
@@ -75,6 +75,11 @@ def atlas(
     fits = {fit.cell.site: fit for fit in study.fit(cells)} if cells else {}
     patches = {p.cell.site: p for p in study.patch([fit.to_patch for fit in fits.values()])} if fits else {}
     ranked = _ranked_on_val(study, fits)[:best] if best else []
+    for site in ranked:
+        one_of = selection.entry(f"site (one of {len(fits)})", study.val_prompts)
+        map_ = selection.recorded(fits[site].map, one_of)
+        leak = selection.leaks(map_, study.report_prompts, but=selection.CELL)
+        fits[site], patches[site] = replace(fits[site], map=map_), replace(patches[site], map=map_, leak=leak)
     return AtlasRecord(_table(rows, patches, alpha), fits, patches, ranked)
 
 

@@ -42,9 +42,9 @@ class FitRecord:
     seconds: float
 
     @property
-    def to_patch(self) -> tuple[Cell, AffineMap, tuple[str, ...]]:
+    def to_patch(self) -> tuple[Cell, AffineMap]:
         """What `Study.patch` takes; the cell as asked for, because controls get the same choice of α."""
-        return self.asked, self.map, self.chosen
+        return self.asked, self.map
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ class PatchRecord:
         top1_agreement: Mean over prompts of how far patched and clean prefer the same tokens; see `metrics`.
         delta_logprob: Mean change of the log-probability of the clean run's preferred token, nats.
         per_prompt: One row per prompt.
-        leak: What was chosen on the very split that is reported.
+        leak: What was chosen on prompts that are reported, see `selection`; None where nobody knows.
         undefined: Why a number has no value, by name.
         seconds: Time of the split's recording and sweep, shared by all cells.
     """
@@ -110,7 +110,7 @@ class PatchRecord:
     top1_agreement: float
     delta_logprob: float
     per_prompt: pd.DataFrame
-    leak: tuple[str, ...]
+    leak: tuple[str, ...] | None
     undefined: Mapping[str, str]
     seconds: float
 

@@ -44,7 +44,7 @@ def summarise(
     controls: Mapping[str, Sequence[str]],
     null: str,
     prompts: PromptSet,
-    leak: tuple[str, ...],
+    leak: tuple[str, ...] | None,
     seed: int,
     n_resamples: int,
     seconds: float,
@@ -60,7 +60,7 @@ def summarise(
         controls: By name, which row is each control's; of shuffled fits one row a permutation.
         null: The control that did best on val.
         prompts: The split.
-        leak: What was chosen on this split.
+        leak: What was chosen on these prompts; None where nobody knows.
         seed: Of the bootstrap.
         n_resamples: Of the bootstrap.
         seconds: What scoring took.

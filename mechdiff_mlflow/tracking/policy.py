@@ -24,6 +24,8 @@ SELECTION = "selection"
 """Tag: what was chosen on prompts that are reported, in words."""
 REPORTED = "mechdiff.prompts"
 """Tag: digest of the reported prompts."""
+IMPORTED_FROM = "imported_from"
+"""Tag: which file of the predecessor's a map was imported from."""
 MEASURE = "mechdiff patch --map runs:/RUN does"
 
 _COMPARED = ("KL_mapped", "drop_pct", "skill_pct")
@@ -116,6 +118,10 @@ class PromotionPolicy:
         ours, theirs = candidate.facts, incumbent or {}
         present, metrics = numbers_in(theirs), candidate.metrics
         if "KL_mapped" not in metrics:
+            # By `import`, which says so, and takes nothing away.
+            new = incumbent is None and IMPORTED_FROM in ours
+            if new and self.min_drop_pct is None and self.min_skill_pct is None:
+                return []
             return [f"force: no run has measured this map ({MEASURE}), and nobody knows what it does"]
         found = []
         for metric, least in (("drop_pct", self.min_drop_pct), ("skill_pct", self.min_skill_pct)):

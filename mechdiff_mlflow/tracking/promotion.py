@@ -27,11 +27,12 @@ from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.tracking import flavour, registry
 from mechdiff_mlflow.tracking.card import collection_card, version_card
-from mechdiff_mlflow.tracking.fetch import load_map, read_back, verified_map
+from mechdiff_mlflow.tracking.fetch import read_back, verified_map
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.names import check_alias, check_name, registered_name
 from mechdiff_mlflow.tracking.policy import (
     FITTED_ON,
+    IMPORTED_FROM,
     PAIR_FINGERPRINT,
     REPORTED,
     SELECTION,
@@ -47,9 +48,6 @@ from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS
 from mechdiff_mlflow.tracking.registry import Version
 from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
-
-IMPORTED_FROM = "imported_from"
-"""Tag: which file of the predecessor's a map was imported from."""
 
 _MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # how a logged model's page knows its registered versions
 _NOTE_TAG = "mlflow.note.content"
@@ -109,7 +107,8 @@ def promote(
 
     Raises:
         PromotionRefused: A rule of the policy is not met.
-        MechdiffError: The run is not FINISHED or has no map, the name or alias is not possible, or the files are not what was logged.
+        MechdiffError: The run is not FINISHED or has no map, the name or alias is not possible, or the files
+            are not what was logged.
     """
     check_alias(alias)
     policy = policy or PromotionPolicy()
@@ -207,7 +206,7 @@ def _measured(store: Store, run_id: str) -> _Measured:
     if _is_other_number(alpha, the_map.alpha):
         the_map = the_map.with_alpha(float(alpha))
         logged = _with_alpha(store, the_map, run)
-    meta = {key: str(value) for key, value in the_map.meta.items()}
+    meta = {key: str(value) for key, value in the_map.meta.items() if key != selection.META}
     facts = {**meta, **fit.data.params, **run.data.params, **fit.data.tags, **run.data.tags}
     if selection.of(the_map) is None and facts.get(SELECTION_LEAK) != "true":
         facts[SELECTION_LEAK] = "unknown"  # whatever an earlier version of ours took for granted
@@ -304,11 +303,10 @@ def _apply(
     candidate = Candidate(measured.run.info.run_id, measured.run.data.metrics, measured.facts)
     refusals = policy.refusals(candidate, None if incumbent is None else incumbent.tags)
     if refusals and not policy.force:
-        named = "" if name == _name_of(measured) else f"--name {name} "
         raise PromotionRefused(
             f"Run {candidate.run_id} may not become {name}@{alias} by the rule"
             f"{'s' if len(refusals) > 1 else ''} {'; '.join(refusals)}; promote another run, change the "
-            f"policy, or waive it: mechdiff promote {candidate.run_id} {named}--alias {alias} --force."
+            f"policy, or waive it: mechdiff promote {candidate.run_id} --name {name} --alias {alias} --force."
         )
 
 
@@ -399,7 +397,7 @@ def is_same_function(store: Store, the_map: AffineMap, version: Version) -> bool
     if version.sha256 == the_map.sha256():
         return True
     try:
-        other = load_map(version.uri, store=store)
+        other = verified_map(store, version)
     except StoreUnreachable:
         raise
     except MechdiffError:
