@@ -144,6 +144,25 @@ def _compare(patched: Tensor, log_q: Tensor, q: Tensor, top: int, log_p: Tensor,
     return Divergences(forward.clamp_(min=0), backward.clamp_(min=0), agrees, delta)
 
 
+def rounding_kl(logits: Tensor) -> Tensor:
+    """The KL in nats that rounding leaves between two runs that differ in nothing else, float64 [n].
+
+    Each logit z of either run is off by a uniform error of up to half of ulp(z) = eps·2^⌊log₂|z|⌋ of its
+    dtype, so that KL ≈ ½·Var_p of their differences is Σ p(1 − p)·ulp²/12 on average. To that comes what
+    float64 loses when the KL itself is summed: eps₆₄·Σ p·(|z| + |log p|).
+
+    Args:
+        logits: [n, vocabulary], in the dtype in which the model gives them.
+    """
+    z = _double(logits)
+    log_p = torch.log_softmax(z, -1)
+    p = log_p.exp()
+    ulp = torch.finfo(logits.dtype).eps * torch.exp2(torch.frexp(z).exponent - 1.0)
+    summed = torch.finfo(torch.float64).eps * (p * (z.abs() + log_p.abs())).sum(-1)
+    found: Tensor = (p * (1 - p) * ulp**2 / 12).sum(-1) + summed
+    return found.cpu()
+
+
 def _kernels(logits: Tensor) -> ModuleType | None:
     """Kernels for logits on this device, where there are any."""
     return _import_kernels() if logits.is_cuda and logits.dtype != torch.float64 else None

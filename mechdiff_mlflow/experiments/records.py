@@ -60,7 +60,7 @@ class PatchRecord:
         kl_mapped: The same of the mapped patch.
         kl_raw_reverse: Mean KL(clean ‖ patched) of the raw cross-patch.
         kl_mapped_reverse: The same of the mapped patch.
-        noise_floor: Mean KL of the identity patch.
+        noise_floor: What KL must stand out from, see `SiteRows.noise_floor`.
         drop_pct: 100·(1 − ΣKL_mapped/ΣKL_raw) with its bootstrap interval; None with a reason in `undefined`.
         kl_difference: KL_raw − KL_mapped with its interval.
         skill_pct: 100·(1 − ΣKL_mapped/ΣKL_null) with its interval.

@@ -18,7 +18,7 @@ from mechdiff_mlflow.experiments.fitting import Fitter, Offers, label_of
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
-from mechdiff_mlflow.experiments.rows import SiteRows
+from mechdiff_mlflow.experiments.rows import IDENTITY, SiteRows
 from mechdiff_mlflow.experiments.summary import (
     SHUFFLED,
     alignment,
@@ -181,7 +181,7 @@ class Study:
                 seconds=self._seconds[self.protocol.split],
                 p_holm=p_holm[i],
             )
-            self._check_identity(cell.site, record.noise_floor)
+            self._check_identity(cell.site, report[cell.site].patched[IDENTITY].mean_kl)
             each(i, record)
             records.append(record)
         return records
@@ -195,6 +195,11 @@ class Study:
     def engine_mode(self) -> str:
         """Which of the engine's paths patches the tuned model."""
         return self.computing.setting().engine
+
+    @cached_property
+    def noise(self) -> float:
+        """How far apart clean runs of the reported prompts are, nats; measured after a patch, once."""
+        return self.computing.clean_noise("tuned", self.report_prompts, self.protocol.position)
 
     @cached_property
     def _fitter(self) -> Fitter:
@@ -216,7 +221,9 @@ class Study:
             started = time.perf_counter()
             scored = self.computing.score(prompts, self.protocol.position, missing, self.stage)
             self._seconds[split] = self._seconds.get(split, 0.0) + time.perf_counter() - started
+            noise = self.noise if split == self.protocol.split else 0.0
             for site, rows in scored.items():
+                rows = replace(rows, clean_noise=noise)
                 known[site] = known[site].with_rows(rows.patched) if site in known else rows
         return known
 

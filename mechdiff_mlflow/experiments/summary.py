@@ -67,9 +67,9 @@ def summarise(
         p_holm: `p_against_null` by Holm's method over all that are reported together.
     """
     patched = rows.patched
-    mapped, floor, raw = patched[label], patched[IDENTITY], patched.get(RAW)
+    mapped, raw = patched[label], patched.get(RAW)
     rho, cosines = alignment(map_, rows)
-    noise = floor.mean_kl
+    noise = rows.noise_floor
     bootstrap = stats.Bootstrap(n_resamples=n_resamples, seed=seed)
     undefined = {}
     drop = difference = p_sign_flip = None
@@ -131,7 +131,7 @@ def p_against_null(rows: SiteRows, label: str, null: Sequence[str], seed: int) -
         seed: Of the flipped signs.
     """
     best, mapped = _kl(rows, null), rows.patched[label].kl_patched_clean_nats
-    if not stats.is_defined(best, mapped, rows.patched[IDENTITY].mean_kl):
+    if not stats.is_defined(best, mapped, rows.noise_floor):
         return None
     return stats.sign_flip_p(best - mapped, seed=seed)
 

@@ -55,7 +55,7 @@ class Measured:
         conditions: Of the measurement.
         kl_raw: Mean KL of the raw cross-patch in nats, or None.
         kl_mapped: Mean KL of the mapped patch in nats.
-        noise_floor: Mean KL of the identity patch in nats.
+        noise_floor: What KL must stand out from, nats.
         rho: ‖Y − Ŷ‖ / ‖Y − X‖, or None.
         drop: drop_pct with its interval, or None.
         skill: skill_pct with its interval, or None.

@@ -18,7 +18,7 @@ _QUALITY = {
     "KL_mapped": "the same with the mapped one, nats",
     "drop_pct": "100·(1 − KL_mapped/KL_raw)",
     "skill_pct": "100·(1 − KL_mapped/KL of the best control)",
-    "noise_floor": "KL of putting the tuned model's own activation back, nats",
+    "noise_floor": "KL of putting the tuned model's own activation back, or of two clean runs if more, nats",
     "rho": "‖Y − Ŷ‖ / ‖Y − X‖: 0 is a perfect map, 1 no better than none",
     "top1_agreement": "prompts whose most probable next token stays",
 }
