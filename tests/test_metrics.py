@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.metrics import NextToken, compare_rows, next_token_divergences
+from mechdiff_mlflow.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
 
 
 def reference_kl(p_logits: Tensor, q_logits: Tensor) -> float:
@@ -122,3 +122,17 @@ def test_logits_that_are_not_finite_are_refused(bad: float, which: str) -> None:
         MechdiffError, match=f"The {which} logits hold NaN or infinite values; load the model in"
     ):
         next_token_divergences(*pair)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_rounding_leaves_is_what_random_rounding_gives(dtype: torch.dtype) -> None:
+    clean = logits(0, 300, 4.0, torch.float64)[:1]
+    ulp = torch.finfo(dtype).eps * torch.exp2(torch.floor(torch.log2(clean.abs())))
+    generator = torch.Generator().manual_seed(1)
+    runs = [clean + (torch.rand(2000, 300, generator=generator).double() - 0.5) * ulp for _ in range(2)]
+    found = float(rounding_kl(clean.to(dtype)))
+    measured = float(next_token_divergences(*runs).kl_patched_clean.mean())
+    if dtype is torch.float64:  # where all that is left is what the sum itself loses
+        assert measured <= found < 1e-14
+    else:
+        assert found == pytest.approx(measured, rel=0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.fetch import load_map
+from mechdiff_mlflow.tracking.flavour import maps_of_run
 from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.parents import report_pass_run
 from mechdiff_mlflow.tracking.policy import PromotionPolicy
@@ -144,14 +146,17 @@ def patch_command(**given: Any) -> None:
     Example:
       mechdiff patch --map cultural-demo-L26-attn_out@champion --alpha 0.3
     """
-    map_ = load_map(given["map"], store=open_store(given["tracking_uri"]))
+    store = open_store(given["tracking_uri"])
+    map_ = load_map(given["map"], store=store)
+    run_id = given["map"].removeprefix("runs:/")
+    fit_id = run_id if re.fullmatch("[0-9a-f]{32}", run_id) and maps_of_run(store, run_id) else None
     map_ = map_ if given["alpha"] is None else map_.with_alpha(given["alpha"])
     given["position"] = Position(str(map_.meta["position"]))
     cell = _cell_of(map_, given["map"])
     with session("patch", f"patch {given['map']}", given) as now:
         _check_same_pair(map_, given["map"], now.study.pair.fingerprint, allowed=given["allow_pair_mismatch"])
         (patch,) = now.study.patch([(cell, map_)])
-        now.place(fields.patch_run(patch, now.study, map_name=given["map"]))
+        now.place(fields.patch_run(patch, now.study, map_run=fit_id, map_name=given["map"]))
         _demand_signal([patch])
     show.patches([patch], now.study)
     show.where_to_look(now.store, now.run.experiment_id)

@@ -114,7 +114,7 @@ def promote(
     policy = policy or PromotionPolicy()
     measured = _measured(store, run_id)
     name = check_name(name) if name else _name_of(measured)
-    _apply(policy, name, alias, measured, None)  # before anything is made
+    _apply(policy, name, alias, measured, _holder(store, name, alias))  # before anything is made
     with registry.promotion_lock(store):
         _registered(store, name, measured)
 
@@ -308,6 +308,15 @@ def _apply(
             f"{'s' if len(refusals) > 1 else ''} {'; '.join(refusals)}; promote another run, change the "
             f"policy, or waive it: mechdiff promote {candidate.run_id} --name {name} --alias {alias} --force."
         )
+
+
+def _holder(store: Store, name: str, alias: str) -> Version | None:
+    try:
+        model = store.client.get_registered_model(name)
+    except MlflowException:  # there is none yet, or `registered` says below what is wrong
+        return None
+    number = registry.holder_of(model, alias)
+    return None if number is None else registry.get_version(store, name, number)
 
 
 def _adds_nothing(store: Store, measured: _Measured, present: Version) -> bool:
