@@ -114,7 +114,9 @@ def promote(
     policy = policy or PromotionPolicy()
     measured = _measured(store, run_id)
     name = check_name(name) if name else _name_of(measured)
-    _apply(policy, name, alias, measured, _holder(store, name, alias))  # before anything is made
+    present = _holder(store, name, alias)
+    if present is None or not _adds_nothing(store, measured, present):
+        _apply(policy, name, alias, measured, present)  # before anything is made
     with registry.promotion_lock(store):
         _registered(store, name, measured)
 
