@@ -33,6 +33,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap, Weight
 from mechdiff_mlflow.tracking import registry
 from mechdiff_mlflow.tracking.fetch import load_map, read_back
+from mechdiff_mlflow.tracking.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.promotion import promote
 from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import RunRecord
@@ -150,14 +151,14 @@ def promoter(uri: str, files: Path, run_id: str, point: Point | None, answers: A
     store = open_store(uri)
     client = Deadly(store.client, point, lambda name: steps.append(("request", name)))
     watch_files(files, point, lambda name: steps.append(("file", name)))
-    promote(replace(store, client=client), run_id, name=NAME)  # type: ignore[arg-type]
+    promote(replace(store, client=client), run_id, name=NAME, policy=PromotionPolicy(force=True))  # type: ignore[arg-type]
     answers.put(steps)
 
 
 def points_of(uri: str, files: Path) -> list[Point]:
     """Every point at which a promotion can die."""
     store = open_store(uri)
-    promote(store, measured(store, 0), name=NAME)
+    promote(store, measured(store, 0), name=NAME, policy=PromotionPolicy(force=True))
     answers = FORK.Queue()
     process = FORK.Process(target=promoter, args=(uri, files, measured(store, 1), None, answers))
     process.start()
@@ -185,7 +186,7 @@ def kill_at(uri: str, files: Path, point: Point, seed: int, sound: set[str]) -> 
     if moved and after.run_id != run_id:
         problems.append(f"the alias went to {after}, which is of another run")
     problems += broken(store, sound)
-    promote(store, run_id, name=NAME)
+    promote(store, run_id, name=NAME, policy=PromotionPolicy(force=True))
     done = registry.get_version(store, NAME, "champion")
     expected = some_map(seed).with_alpha(0.3)
     if done.run_id != run_id or load_map(f"{NAME}@champion", store=store).sha256() != expected.sha256():

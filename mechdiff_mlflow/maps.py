@@ -350,6 +350,14 @@ class AffineMap:
             reason = str(error).rstrip(".")
             raise MechdiffError(f"{path} is not a map: {reason}; fetch or fit it again.") from error
 
+    def equals(self, other: AffineMap) -> bool:
+        """Whether both give the same ŷ for every x up to rounding, however they are written down."""
+        if (self.d_in, self.d_out) != (other.d_in, other.d_out):
+            return False
+        w, v = (m.alpha * m.dense().double() for m in (self, other))
+        b, c = (m.alpha * m.mean_out.double() - m.mean_in.double() @ x for m, x in ((self, w), (other, v)))
+        return all(float((x - y).norm()) <= 1e-9 * float(x.norm()) for x, y in ((w, v), (b, c)))
+
     def _tensors(self) -> dict[str, Tensor]:
         parts = (self.mean_in, self.mean_out, self.weight.diagonal, self.weight.left, self.weight.right)
         return {name: t for name, t in zip(_TENSORS, parts, strict=True) if t is not None}

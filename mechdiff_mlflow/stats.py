@@ -96,7 +96,7 @@ def drop_pct(
     Args:
         kl_reference: Nats, one a prompt, [n].
         kl_mapped: Nats, of the same prompts, [n].
-        noise_floor: Mean KL of the identity patch, in nats; undefined below 10 of these, and at 0.
+        noise_floor: See `SiteRows.noise_floor`, in nats; undefined below 10 of these, and at 0.
         bootstrap: How the interval is drawn.
 
     Raises:
@@ -112,7 +112,12 @@ def drop_pct(
 def is_defined(kl_reference: Floats, kl_mapped: Floats, noise_floor: float) -> bool:
     """Whether there is a drop: the reference is large enough to divide by, and `FLOORS` noise floors."""
     (drop,) = _drops(kl_mapped.mean(keepdims=True), kl_reference.mean(keepdims=True))
-    return not math.isnan(drop) and bool(kl_reference.mean() >= FLOORS * noise_floor)
+    return not math.isnan(drop) and above_floor(float(kl_reference.mean()), noise_floor)
+
+
+def above_floor(kl_nats: float, noise_floor: float) -> bool:
+    """The one rule of when a mean KL is told from noise: above 0, and at least `FLOORS` noise floors."""
+    return kl_nats > 0 and kl_nats >= FLOORS * noise_floor
 
 
 def drop_difference(

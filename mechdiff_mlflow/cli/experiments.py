@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -25,9 +26,11 @@ from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.fetch import load_map
+from mechdiff_mlflow.tracking.flavour import maps_of_run
 from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.parents import report_pass_run
-from mechdiff_mlflow.tracking.promotion import promote
+from mechdiff_mlflow.tracking.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.promotion import PromotionRefused, promote
 from mechdiff_mlflow.tracking.registry import winners_of
 from mechdiff_mlflow.tracking.store import open_store
 
@@ -54,6 +57,7 @@ _pair_mismatch = click.option(
 @options.models
 @options.engine
 @options.promotion
+@options.force
 @options.tracking
 def run_command(**given: Any) -> None:
     """Fit a map at one site, patch with it, and report: the main job.
@@ -65,8 +69,14 @@ def run_command(**given: Any) -> None:
       mechdiff run --layer 26 --hook attn_out --k 8 --alpha 0.3 --promote
     """
     cell = _cell(given)
-    if given["promote"] != "none":
-        check_alias(given["promote"])  # not after the work
+    alias = None if given["promote"] == "none" else check_alias(given["promote"])  # not after the work
+    if alias and given["split"] == "val" and len(cell.alpha.values) > 1 and not given["force"]:
+        raise MechdiffError(
+            "α would be chosen on the val prompts that are reported, and such a map may not be promoted; "
+            "report test, give one --alpha, or add --force."
+        )
+    told: list[str] = []
+    refused = None
     with session("run", str(cell), given, partial(check_cells, [cell])) as now:
         (fit,) = now.study.fit([cell])
         fit_id = now.run.log(fields.fit_run(fit, now.study))
@@ -75,12 +85,18 @@ def run_command(**given: Any) -> None:
         now.run.add(fields.headline(patch))
         _demand_signal([patch])
         fetch = f"Keep:  {show.command('promote', fit_id)}"
-        if given["promote"] != "none":
-            version = promote(now.store, fit_id, alias=given["promote"])
-            name = f"{version.name}@{given['promote']}"
-            fetch = f"Fetch: {show.command('fetch', name, '-o', 'map.pt')}"
+        if alias:
+            try:
+                policy = PromotionPolicy(force=given["force"])
+                version = promote(now.store, fit_id, alias=alias, policy=policy, say=told.append)
+                fetch = f"Fetch: {show.command('fetch', f'{version.name}@{alias}', '-o', 'map.pt')}"
+            except PromotionRefused as refusal:  # what was measured stays, and the run is a good one
+                refused = refusal
     show.patches([patch], now.study)
+    show.lines(told)
     show.where_to_look(now.store, now.run.experiment_id, fetch)
+    if refused is not None:
+        raise refused
 
 
 @click.command("fit")
@@ -134,7 +150,10 @@ def patch_command(**given: Any) -> None:
     Example:
       mechdiff patch --map cultural-demo-L26-attn_out@champion --alpha 0.3
     """
-    map_ = load_map(given["map"], store=open_store(given["tracking_uri"]))
+    store = open_store(given["tracking_uri"])
+    map_ = load_map(given["map"], store=store)
+    run_id = given["map"].removeprefix("runs:/")
+    fit_id = run_id if re.fullmatch("[0-9a-f]{32}", run_id) and maps_of_run(store, run_id) else None
     map_ = map_ if given["alpha"] is None else map_.with_alpha(given["alpha"])
     given["position"] = Position(str(map_.meta["position"]))
     cell = _cell_of(map_, given["map"])
@@ -145,8 +164,8 @@ def patch_command(**given: Any) -> None:
 
     with session("patch", f"patch {given['map']}"[:200], given, check) as now:
         now.run.pin("mechdiff.map_sha256", map_.sha256(), f"map {given['map']}")
-        (patch,) = now.study.patch([(cell, map_, ())])
-        now.place(fields.patch_run(patch, now.study, map_name=given["map"]))
+        (patch,) = now.study.patch([(cell, map_)])
+        now.place(fields.patch_run(patch, now.study, map_run=fit_id, map_name=given["map"]))
         _demand_signal([patch])
     show.patches([patch], now.study)
     show.where_to_look(now.store, now.run.experiment_id)
@@ -284,7 +303,7 @@ def report_pass_command(**given: Any) -> None:
                 at = replace(protocol, position=position)
                 studies[position] = Study(pair, at, now.study.stage, now.study.workers)
             study = studies[position]
-            (patch,) = study.patch([(cell, map_, ())])
+            (patch,) = study.patch([(cell, map_)])
             now.run.log(fields.patch_run(patch, study, map_name=str(version)))
             patches.append(patch)
         now.run.add(report_pass_run(patches))

@@ -10,6 +10,7 @@ import click
 
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.session import session
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments.atlas import atlas
 from mechdiff_mlflow.experiments.heads import heads_of
@@ -24,7 +25,8 @@ from mechdiff_mlflow.spec import Alpha, Cell, Rank
 from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.parents import atlas_run, heads_run, layers_run
-from mechdiff_mlflow.tracking.promotion import promote
+from mechdiff_mlflow.tracking.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.promotion import PromotionRefused, promote
 
 ALL_HOOKS = ",".join(map(str, Hook))
 
@@ -53,6 +55,7 @@ ALL_HOOKS = ",".join(map(str, Hook))
     help="Register the maps of this many sites, those with the highest drop on val.",
 )
 @click.option("--alias", default="champion", show_default=True, help="Alias of what is registered.")
+@options.force
 @options.solver
 @options.position
 @options.reported
@@ -87,13 +90,18 @@ def atlas_command(**given: Any) -> None:
             alpha=given["alpha"],
             best=given["promote_best"],
         )
-        lines = []
+        lines: list[str] = []
+        refused: list[str] = []
         with now.study.stage("logging runs", len(found.patches)) as advance:
             for site in (site for site in found.patches if site in found.best):
                 child = now.run.log(fields.cell_run(found.fits[site], found.patches[site], now.study))
-                version = promote(now.store, child, alias=given["alias"])
-                name = f"{version.name}@{given['alias']}"
-                lines.append(f"Fetch: {show.command('fetch', name, '-o', 'map.pt')}")
+                try:
+                    policy = PromotionPolicy(force=given["force"])
+                    version = promote(now.store, child, alias=given["alias"], policy=policy, say=lines.append)
+                    name = f"{version.name}@{given['alias']}"
+                    lines.append(f"Fetch: {show.command('fetch', name, '-o', 'map.pt')}")
+                except PromotionRefused as refusal:
+                    refused.append(str(refusal))
                 advance(1)
             others = [patch for site, patch in found.patches.items() if site not in found.best]
             now.run.log_all([fields.patch_run(patch, now.study) for patch in others], advance)
@@ -106,6 +114,8 @@ def atlas_command(**given: Any) -> None:
         show.patches(list(found.patches.values()), now.study)
     show.lines([sentence])
     show.where_to_look(now.store, now.run.experiment_id, *lines)
+    if refused:
+        raise MechdiffError(" ".join(refused))
 
 
 @click.command("layers")

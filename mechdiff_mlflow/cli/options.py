@@ -379,6 +379,13 @@ alias = click.option(
     "--alias", default="champion", show_default=True, help="Name under which people fetch the map."
 )
 
+force = click.option(
+    "--force",
+    is_flag=True,
+    help="Move the alias to a map that the policy refuses: unmeasured, doing harm, leaking, or worse than "
+    "the one that has it; the history says so.",
+)
+
 why = click.option("--why", default="", help="Reason, for the history of the alias.")
 
 policy = _stacked(
@@ -391,16 +398,15 @@ policy = _stacked(
     click.option("--min-drop", type=number("--min-drop", 30), default=None, help="Least drop in percent."),
     click.option("--min-skill", type=number("--min-skill", 10), default=None, help="Least skill in percent."),
     click.option(
-        "--ci-above-zero",
-        is_flag=True,
+        "--ci-above-zero/--no-ci-above-zero",
         default=None,
-        help="The 95 % interval of the drop must lie above 0.",
+        help="Whether the 95 % intervals of drop and skill must lie above 0, as they must by default.",
     ),
     click.option(
         "--allow-leak",
         is_flag=True,
         default=None,
-        help="Also a map that something was chosen for on the split it is reported on.",
+        help="Also a map that something was chosen for on prompts it is reported on, or nobody knows.",
     ),
     click.option(
         "--allow-pair-mismatch",

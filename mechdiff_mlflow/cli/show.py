@@ -14,11 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mechdiff_mlflow import selection
 from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.adapting import AdapterRecord
 from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows
+from mechdiff_mlflow.report.evidence import Quoted, of_record
+from mechdiff_mlflow.report.wording import plain, transport
 from mechdiff_mlflow.stats import Interval
 from mechdiff_mlflow.tracking.compare import MapDiff
 from mechdiff_mlflow.tracking.recovery import Stuck
@@ -79,10 +82,10 @@ def patches(records: Sequence[PatchRecord], study: Study) -> None:
         tested = [f"{name} {_number(p)}" for name, p in p_values.items() if p is not None]
         if tested:
             console.print("p, one-sided, of KL_mapped being no lower: " + ", ".join(tested))
-    if any(patch.leak for patch in records):
-        console.print(
-            f"Leak: {', '.join(first.leak)} was chosen on the reported split; these numbers flatter the map."
-        )
+    for text in dict.fromkeys(selection.sentence(patch.leak) for patch in records):
+        lines([f"{text}. For a number without that, {selection.REMEDY}."] if text else [])
+    if len(records) == 1:
+        lines([plain(transport(Quoted(of_record(first), 1)))])
 
 
 def continuations(rows: Sequence[Steered], title: str) -> None:
@@ -166,7 +169,8 @@ def found_runs(found: Sequence[FoundRun]) -> None:
     for run in found:
         settings = [run.settings.get(key, "n/a") for key in ("solver", "k", "alpha", "split", "n")]
         interval = "" if run.low is None or run.high is None else f"{run.low:.4g} to {run.high:.4g}"
-        row = (run.pair, run.site, *settings, _number(run.value), interval, "yes" if run.leak else "no")
+        leak = "unknown" if run.leak is None else "yes" if run.leak else "no"
+        row = (run.pair, run.site, *settings, _number(run.value), interval, leak)
         table.add_row(*map(escape, row), run.run_id)
     _console().print(table)
 

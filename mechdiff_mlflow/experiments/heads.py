@@ -82,7 +82,7 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
     scored = dict(zip(sets, on_report(sets=sets), strict=True))
     whole = scored[everything]
     (own,) = on_report(sets=[()])  # the tuned model's heads put back through the projection
-    if not (whole.mean() > 0 and whole.mean() >= stats.FLOORS * own.mean()):
+    if not stats.above_floor(float(whole.mean()), max(float(own.mean()), study.noise)):
         raise MechdiffError(
             f"Replacing all heads at {site} moves KL by {whole.mean():.2g} nats, no further than noise; "
             "choose a layer where the models differ."

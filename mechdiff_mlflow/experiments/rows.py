@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from mechdiff_mlflow.spec import Position
 Array = NDArray[np.float64]
 
 IDENTITY = "identity"
-"""The tuned model's own activation put back: the noise floor, and the oracle map."""
+"""The tuned model's own activation put back: no less is told from noise, and no map does better."""
 RAW = "raw"
 """The base model's activation put in unmapped."""
 
@@ -36,7 +36,7 @@ class Patched:
     Args:
         kl_patched_clean_nats: KL(patched ‖ clean), [n].
         kl_clean_patched_nats: KL(clean ‖ patched), [n].
-        top1_agrees: 1 where patched and clean prefer the same token, [n].
+        top1_agrees: how far patched and clean prefer the same tokens, see `Divergences`, [n].
         delta_logprob_nats: Change of the log-probability of the clean run's preferred token, [n].
     """
 
@@ -60,12 +60,19 @@ class SiteRows:
         base_rows: Base activations [n, d_base] of this site among others, where they are kept.
         tuned_rows: Tuned activations [n, d_tuned], in the same way.
         patched: By label, what each replacement did.
+        clean_noise: How far apart clean runs of the same prompts are, nats; see `Workers.clean_noise`.
     """
 
     site: Site
     base_rows: Mapping[Site, Tensor]
     tuned_rows: Mapping[Site, Tensor]
     patched: Mapping[str, Patched]
+    clean_noise: float = 0.0
+
+    @property
+    def noise_floor(self) -> float:
+        """What a mean KL must stand out from, in nats: the identity patch's, or that of two clean runs."""
+        return max(self.patched[IDENTITY].mean_kl, self.clean_noise)
 
     @property
     def base(self) -> Tensor:
@@ -89,7 +96,7 @@ class SiteRows:
 
     def with_rows(self, more: Mapping[str, Patched]) -> SiteRows:
         """These rows and more of the same site and split."""
-        return SiteRows(self.site, self.base_rows, self.tuned_rows, {**self.patched, **more})
+        return replace(self, patched={**self.patched, **more})
 
 
 Replacements = Mapping[Site, Mapping[str, AffineMap]]

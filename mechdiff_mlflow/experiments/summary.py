@@ -44,7 +44,7 @@ def summarise(
     controls: Mapping[str, Sequence[str]],
     null: str,
     prompts: PromptSet,
-    leak: tuple[str, ...],
+    leak: tuple[str, ...] | None,
     seed: int,
     n_resamples: int,
     seconds: float,
@@ -60,16 +60,16 @@ def summarise(
         controls: By name, which row is each control's; of shuffled fits one row a permutation.
         null: The control that did best on val.
         prompts: The split.
-        leak: What was chosen on this split.
+        leak: What was chosen on these prompts; None where nobody knows.
         seed: Of the bootstrap.
         n_resamples: Of the bootstrap.
         seconds: What scoring took.
         p_holm: `p_against_null` by Holm's method over all that are reported together.
     """
     patched = rows.patched
-    mapped, floor, raw = patched[label], patched[IDENTITY], patched.get(RAW)
+    mapped, raw = patched[label], patched.get(RAW)
     rho, cosines = alignment(map_, rows)
-    noise = floor.mean_kl
+    noise = rows.noise_floor
     bootstrap = stats.Bootstrap(n_resamples=n_resamples, seed=seed)
     undefined = {}
     drop = difference = p_sign_flip = None
@@ -131,7 +131,7 @@ def p_against_null(rows: SiteRows, label: str, null: Sequence[str], seed: int) -
         seed: Of the flipped signs.
     """
     best, mapped = _kl(rows, null), rows.patched[label].kl_patched_clean_nats
-    if not stats.is_defined(best, mapped, rows.patched[IDENTITY].mean_kl):
+    if not stats.is_defined(best, mapped, rows.noise_floor):
         return None
     return stats.sign_flip_p(best - mapped, seed=seed)
 

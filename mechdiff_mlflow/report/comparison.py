@@ -95,10 +95,9 @@ def verdict(match: Match, interval: Interval | None, first: str, second: str) ->
             return f"says little: KL_raw of {pair} is negligible"
     if interval is None or interval.low is None:
         return "n/a"
-    if wording.above(interval):
-        return f"{first} drops further"
-    if wording.below(interval):
-        return f"{second} drops further"
+    if wording.above(interval) or wording.below(interval):
+        ahead, pair = (match.first, first) if wording.above(interval) else (match.second, second)
+        return f"{pair} drops further" if wording.above(ahead.drop) else f"{pair} does less harm"
     return "no evidence of a difference"
 
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from mechdiff_mlflow import selection
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.stats import Interval
 
 LEVEL = 0.95
+_OLD_LEAKS = {"true": "Leak: settings chosen on the reported prompts", "unknown": selection.sentence(None)}
 FROM = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
 """Kinds of runs that patches stand under, by how much their choice of map is worth quoting."""
 SETTINGS = ("shrink", "ridge", "output_metric", "directions", "unembedding", "off_span", "alpha_fit")
@@ -53,13 +55,13 @@ class Measured:
         conditions: Of the measurement.
         kl_raw: Mean KL of the raw cross-patch in nats, or None.
         kl_mapped: Mean KL of the mapped patch in nats.
-        noise_floor: Mean KL of the identity patch in nats.
+        noise_floor: What KL must stand out from, nats.
         rho: ‖Y − Ŷ‖ / ‖Y − X‖, or None.
         drop: drop_pct with its interval, or None.
         skill: skill_pct with its interval, or None.
         null: The best control, chosen on val.
         controls: Mean KL of every control in nats.
-        leak: Whether something was chosen on the reported split.
+        leak: In words what was chosen on prompts that are reported, or that nobody knows; empty if nothing.
         undefined: Why numbers have no value, by name.
         settings: How the map was made beyond solver, family, rank and scale.
         p_permutation: Of fits of shuffled pairs, or None where there were none.
@@ -83,7 +85,7 @@ class Measured:
     skill: Interval | None
     null: str
     controls: Mapping[str, float]
-    leak: bool
+    leak: str
     undefined: Mapping[str, str]
     settings: str
     p_permutation: float | None
@@ -231,7 +233,7 @@ def of_record(record: PatchRecord) -> Measured:
         skill=record.skill_pct,
         null=record.null,
         controls=record.controls,
-        leak=bool(record.leak),
+        leak=selection.sentence(record.leak),
         undefined=record.undefined,
         settings="",
         p_permutation=record.p_permutation,
@@ -275,7 +277,7 @@ def _measured(row: pd.Series, kinds: Mapping[str, str], asked: Mapping[str, str]
             for key in row.index
             if str(key).startswith("control/") and not _missing(row[key])
         },
-        leak=_text(row, "tag.selection_leak") == "true",
+        leak=_text(row, "tag.selection") or _OLD_LEAKS.get(_text(row, "tag.selection_leak"), ""),
         undefined={
             str(key).removeprefix("tag.mechdiff.undefined."): str(row[key])
             for key in row.index

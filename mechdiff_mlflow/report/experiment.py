@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mechdiff_mlflow import selection
 from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.atlas import atlas_figures, first_difference
@@ -80,8 +81,10 @@ def caveats(evidence: Evidence, quoted: Sequence[Quoted]) -> list[str]:
         )
     if leaking := [p for p in evidence.patches if p.leak]:
         found.append(
-            f"{len(leaking)} runs report the very prompts that α or the off-span rule was chosen on; their "
-            "numbers flatter the map."
+            f"{len(leaking)} runs report prompts that something may have been chosen on, at "
+            f"{', '.join(sorted({str(p.site) for p in leaking}))}: "
+            f"{'; '.join(sorted({p.leak for p in leaking}))}. For a number without that choice, "
+            f"{selection.REMEDY}."
         )
     if floor := sorted({p.site for p in evidence.patches if "drop_pct" in p.undefined}):
         found.append(
@@ -91,8 +94,7 @@ def caveats(evidence: Evidence, quoted: Sequence[Quoted]) -> list[str]:
         if one.picked_among > 1 and one.patch.source != "atlas":
             found.append(
                 f"`{one.patch.site}` quotes the best of {one.picked_among} cells, picked on the reported "
-                "split; "
-                "pin a winner and run mechdiff report-pass for a number without that choice."
+                f"prompts. For a number without that choice, promote it, then {selection.REMEDY}."
             )
     if len({p.conditions for p in evidence.patches}) > 1:
         found.append(

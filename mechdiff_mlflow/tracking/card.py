@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from mechdiff_mlflow import selection
 from mechdiff_mlflow.exact import text_of
+from mechdiff_mlflow.report import wording
+from mechdiff_mlflow.selection import META
+from mechdiff_mlflow.stats import Interval
 
 if TYPE_CHECKING:
     from mechdiff_mlflow.maps import AffineMap
@@ -15,7 +19,7 @@ _QUALITY = {
     "KL_mapped": "the same with the mapped one, nats",
     "drop_pct": "100·(1 − KL_mapped/KL_raw)",
     "skill_pct": "100·(1 − KL_mapped/KL of the best control)",
-    "noise_floor": "KL of putting the tuned model's own activation back, nats",
+    "noise_floor": "KL of putting the tuned model's own activation back, or of two clean runs if more, nats",
     "rho": "‖Y − Ŷ‖ / ‖Y − X‖: 0 is a perfect map, 1 no better than none",
     "top1_agreement": "prompts whose most probable next token stays",
 }
@@ -60,7 +64,7 @@ def model_card(
         "",
         "## How good",
         "",
-        *_quality(metrics, facts or {}),
+        *_quality(the_map, metrics, facts or {}),
         "",
         "## How to use it",
         "",
@@ -70,7 +74,8 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {_cell(key)} | {_cell(value)} |" for key, value in sorted(meta.items())),
+        *(f"| {_cell(key)} | {_cell(value)} |" for key, value in sorted(meta.items()) if key != META),
+        f"| chosen | {_cell(_chosen(the_map))} |",
         f"| sha256 of map.pt | {sha256 or the_map.sha256()} |",
         "",
     ]
@@ -135,7 +140,15 @@ def _fitted(meta: Mapping[str, object]) -> str:
     return f" Fitted by `{meta['solver']}`, {rank},{at}." if at else f" Fitted by `{meta['solver']}`, {rank}."
 
 
-def _quality(metrics: Mapping[str, float], facts: Mapping[str, object]) -> list[str]:
+def _chosen(the_map: AffineMap) -> str:
+    """The record of choices in words, without the digests of the prompts."""
+    record = selection.of(the_map)
+    if record is None:
+        return "not known"
+    return "; ".join(f"{one['what']} on {selection.n_prompts(one)} prompts" for one in record) or "nothing"
+
+
+def _quality(the_map: AffineMap, metrics: Mapping[str, float], facts: Mapping[str, object]) -> list[str]:
     known = [(key, what) for key, what in _QUALITY.items() if key in metrics]
     if not known:
         return ["Not measured yet: no patched run has used this map."]
@@ -144,44 +157,46 @@ def _quality(metrics: Mapping[str, float], facts: Mapping[str, object]) -> list[
         low, high = metrics.get(f"ci/{key}_low"), metrics.get(f"ci/{key}_high")
         interval = f"{low:.4g} to {high:.4g}" if low is not None and high is not None else ""
         rows.append(f"| {key} | {metrics[key]:.4g} | {interval} | {what} |")
-    return [*_verdict(metrics, facts), "", *rows, "", "Intervals are bootstraps over the prompts."]
+    return [*_verdict(the_map, metrics, facts), "", *rows, "", "Intervals are bootstraps over the prompts."]
 
 
-def _verdict(metrics: Mapping[str, float], facts: Mapping[str, object]) -> list[str]:
+def _verdict(the_map: AffineMap, metrics: Mapping[str, float], facts: Mapping[str, object]) -> list[str]:
     """The numbers in words, and what they can hide."""
     on = f" on {facts['n']} {facts.get('split', '')} prompts".rstrip() if "n" in facts else ""
     lines = []
     if {"KL_raw", "KL_mapped", "drop_pct"} <= metrics.keys():
         lines.append(
             f"The base activation, put into the tuned model as it is, moves the next-token distribution by "
-            f"{metrics['KL_raw']:.3g} nats; mapped, by {metrics['KL_mapped']:.3g}: a **drop of "
-            f"{metrics['drop_pct']:.1f} %**{_bounds(metrics, 'drop_pct')}{on}."
+            f"{metrics['KL_raw']:.3g} nats; mapped, by {metrics['KL_mapped']:.3g}: the map is "
+            f"{wording.against(_interval(metrics, 'drop_pct'), 'no map at all', 'drop')}{on}."
         )
+    shuffled = "a map fitted on shuffled pairs earns one wherever the base is confidently wrong"
     if "skill_pct" in metrics:
-        null = f" (here `{facts['null']}`)" if "null" in facts else ""
-        lines.append(
-            f"The best control, which knows nothing of the pairing{null}, is beaten by "
-            f"{metrics['skill_pct']:.1f} %{_bounds(metrics, 'skill_pct')}, the **skill**: that is what the "
-            "pairing earned. "
-            "A drop alone does not show it, since a map fitted on shuffled pairs earns one wherever the base "
-            "is confidently wrong."
-        )
+        null = str(facts.get("null", "on val"))
+        best = f"the best control (here `{null}`, {wording.CONTROL.get(null, wording.BLIND)})"
+        lines.append(f"It is {wording.against(_interval(metrics, 'skill_pct'), best, 'skill')}.")
+        lines.append(f"A drop alone does not show that a map is right: {shuffled}.")
     else:
         lines.append(
-            "A drop alone does not show that a map is right: one fitted on shuffled pairs earns a drop "
-            "wherever the base is confidently wrong. Measure its skill against the best control."
+            f"A drop alone does not show that a map is right: {shuffled}. Measure its skill against the best "
+            "control."
         )
-    leak = str(facts.get("selection_leak", "")).lower()
-    if leak == "true":
-        lines.append("**Leak:** choices were made on the prompts reported; these numbers flatter the map.")
-    elif leak == "false":
+    if str(facts.get("selection_leak", "")).lower() == "true":
+        text = facts.get("selection", "Leak: choices made on the prompts reported; these numbers flatter it")
+        lines.append(f"**{text}.**")
+    elif (record := selection.of(the_map)) is None:
+        lines.append(f"**{selection.sentence(None)}.**")
+    elif together := [str(one["what"]) for one in record if str(one["what"]).startswith(selection.CELL)]:
+        lines.append(
+            f"It is a {', '.join(together)} reported together: taken for its numbers, they flatter it."
+        )
+    else:
         lines.append("No leak: nothing was chosen on the prompts reported.")
     return [" ".join(lines)]
 
 
-def _bounds(metrics: Mapping[str, float], key: str) -> str:
-    low, high = metrics.get(f"ci/{key}_low"), metrics.get(f"ci/{key}_high")
-    return "" if low is None or high is None else f" (95 %: {low:.1f} to {high:.1f})"
+def _interval(metrics: Mapping[str, float], key: str) -> Interval:
+    return Interval(metrics[key], metrics.get(f"ci/{key}_low"), metrics.get(f"ci/{key}_high"), 0.95)
 
 
 def _use(the_map: AffineMap, uri: str) -> list[str]:

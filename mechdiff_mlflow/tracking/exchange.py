@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,14 @@ from mechdiff_mlflow.tracking import registry
 from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.fetch import load_map
 from mechdiff_mlflow.tracking.names import check_alias, registered_name
-from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT, PromotionPolicy
-from mechdiff_mlflow.tracking.promotion import IMPORTED_FROM, promote
+from mechdiff_mlflow.tracking.policy import (
+    IMPORTED_FROM,
+    PAIR_FINGERPRINT,
+    PromotionPolicy,
+    numbers,
+    numbers_in,
+)
+from mechdiff_mlflow.tracking.promotion import PromotionRefused, is_same_function, promote
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.registry import Version, winners_of
 from mechdiff_mlflow.tracking.runs import Tracker
@@ -38,7 +44,7 @@ class Import:
         position: Which token the predecessor read.
         alias: That every map gets.
         why: For the history.
-        allow_pair_mismatch: Whether maps of a known pair may be replaced: a bundle does not say its weights.
+        force: Whether maps with the alias may be replaced at all: what is imported is not measured.
         experiment: For the runs; None for what `experiment_of` says.
     """
 
@@ -48,7 +54,7 @@ class Import:
     position: Position = Position.DECISION
     alias: str = "champion"
     why: str = ""
-    allow_pair_mismatch: bool = False
+    force: bool = False
     experiment: str | None = None
 
 
@@ -75,24 +81,34 @@ class _Read:
     the_map: AffineMap
 
 
-def import_manifest(store: Store, what: Import) -> list[Imported]:
+def import_manifest(
+    store: Store, what: Import, say: Callable[[str], object] = lambda text: None
+) -> list[Imported]:
     """Register every winner of a manifest; all are read and converted before the store is touched.
 
     Doing it again changes nothing.
 
     Raises:
-        MechdiffError: The manifest or a bundle is not what it should be, two winners are of one site, or a
-            map of a known pair has the alias.
+        MechdiffError: The manifest or a bundle is not what it should be, two winners are of one site, or
+            another map has the alias.
     """
     check_alias(what.alias)
     manifest = Manifest.load(what.manifest)
     pair = what.pair or manifest.pair_name
     read = [_read(what, manifest, pair, index) for index in range(len(manifest.winners))]
     _check_one_a_site(read)
-    present = {row.name: _holder(store, row, what.alias) for row in read}
+    holders = {row.name: _holder(store, row, what.alias) for row in read}
+    present = {row.name: _if_same(store, row, holders[row.name]) for row in read}
     fresh = [row for row in read if present[row.name] is None]
+    for row in fresh:
+        if (held := holders[row.name]) is not None and not what.force:
+            raise PromotionRefused(
+                f"{held.name}@{what.alias} is version {held.number} with {numbers(numbers_in(held.tags))}, "
+                f"and winner {row.key} is another map, not measured here; import it under another --alias "
+                "and measure it, or add --force."
+            )
     if fresh:
-        present |= _register(store, what, manifest, pair, fresh)
+        present |= _register(store, what, manifest, pair, fresh, say)
     found = ((row, present[row.name]) for row in read)
     return [Imported(row.key, version, row in fresh) for row, version in found if version is not None]
 
@@ -136,20 +152,29 @@ def _check_one_a_site(read: Sequence[_Read]) -> None:
 
 
 def _holder(store: Store, row: _Read, alias: str) -> Version | None:
-    """The version with the alias, if it is this very map."""
+    """The version with the alias."""
     try:
-        version = registry.get_version(store, row.name, alias)
+        return registry.get_version(store, row.name, alias)
     except StoreUnreachable:
         raise
     except MechdiffError:  # no such name or alias yet
         return None
-    return version if version.is_verified and version.sha256 == row.the_map.sha256() else None
+
+
+def _if_same(store: Store, row: _Read, version: Version | None) -> Version | None:
+    same = version is not None and version.is_verified and is_same_function(store, row.the_map, version)
+    return version if same else None
 
 
 def _register(
-    store: Store, what: Import, manifest: Manifest, pair: str, fresh: Sequence[_Read]
+    store: Store,
+    what: Import,
+    manifest: Manifest,
+    pair: str,
+    fresh: Sequence[_Read],
+    say: Callable[[str], object],
 ) -> dict[str, Version | None]:
-    policy = PromotionPolicy(allow_pair_mismatch=what.allow_pair_mismatch)
+    policy = PromotionPolicy(force=what.force)
     versions: dict[str, Version | None] = {}
     tracker = Tracker(store, experiment_of(store, what.experiment, pair))
     title = f"import of {len(fresh)} maps"
@@ -159,7 +184,7 @@ def _register(
         logged = {row.name: run.log(_record(row, manifest.pair, pair)) for row in fresh}
         for name, run_id in logged.items():
             versions[name] = promote(
-                store, run_id, name=name, alias=what.alias, policy=policy, why=what.why or title
+                store, run_id, name=name, alias=what.alias, policy=policy, why=what.why or title, say=say
             )
     return versions
 

@@ -9,6 +9,7 @@ from importlib.metadata import distributions
 
 import pandas as pd
 
+from mechdiff_mlflow import selection
 from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.sweep import LeastRank
@@ -17,7 +18,7 @@ from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.spec import Cell
 from mechdiff_mlflow.stats import Correlation, Interval
 from mechdiff_mlflow.tracking import records
-from mechdiff_mlflow.tracking.policy import FITTED_ON
+from mechdiff_mlflow.tracking.policy import FITTED_ON, REPORTED, SELECTION, SELECTION_LEAK
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
 
 NOT_APPLICABLE = "n/a"
@@ -66,7 +67,8 @@ def patch_run(
         map_name: What the user called the map, where they named one.
     """
     cell = record.cell
-    caveats = [f"chosen on the reported split: {', '.join(record.leak)}"] if record.leak else []
+    leak = selection.sentence(record.leak)
+    caveats = [leak] if leak else []
     if record.n < 100:
         caveats.append(f"n={record.n} is small, intervals under-cover")
     for fitted_on in fitted_elsewhere(record.map, study).values():
@@ -80,9 +82,11 @@ def patch_run(
         tags=_tags(cell, study)
         | {
             "null": record.null,
-            "selection_leak": str(bool(record.leak)).lower(),
+            SELECTION_LEAK: "unknown" if record.leak is None else str(bool(record.leak)).lower(),
+            REPORTED: study.report_prompts.digest,
             "mechdiff.map_sha256": record.map.sha256(),
         }
+        | ({SELECTION: leak} if leak else {})
         | fitted_elsewhere(record.map, study)
         | ({"mechdiff.map": map_name} if map_name else {}),
         datasets=_datasets(study, *study.prompt_sets),

@@ -7,9 +7,10 @@ only then the alias moves. Whatever step a promotion dies at, the alias stays, a
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
+from mechdiff_mlflow import selection
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Site
@@ -30,19 +32,22 @@ from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.names import check_alias, check_name, registered_name
 from mechdiff_mlflow.tracking.policy import (
     FITTED_ON,
+    IMPORTED_FROM,
     PAIR_FINGERPRINT,
+    REPORTED,
+    SELECTION,
     SELECTION_LEAK,
     Candidate,
     PromotionPolicy,
+    numbers,
+    numbers_in,
+    same_prompts,
 )
 from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS
 from mechdiff_mlflow.tracking.registry import Version
 from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG
-from mechdiff_mlflow.tracking.store import Store
-
-IMPORTED_FROM = "imported_from"
-"""Tag: which file of the predecessor's a map was imported from."""
+from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
 
 _MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # how a logged model's page knows its registered versions
 _NOTE_TAG = "mlflow.note.content"
@@ -60,7 +65,7 @@ _PROVENANCE = (
         "ridge",
         "off_span",
     ),
-    *("position", "split", "n", "seed", "dtype", "null", SELECTION_LEAK, IMPORTED_FROM),
+    *("position", "split", "n", "seed", "dtype", "null", SELECTION_LEAK, SELECTION, REPORTED, IMPORTED_FROM),
 )
 _METRICS = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor", "rho", "top1_agreement")
 
@@ -83,10 +88,12 @@ def promote(
     alias: str = "champion",
     policy: PromotionPolicy | None = None,
     why: str = "",
+    say: Callable[[str], object] = lambda text: None,
 ) -> Version:
     """Register the map that run `run_id` fitted or measured, and give the version `alias`.
 
-    Doing it again changes nothing, or finishes what an earlier attempt left.
+    Doing it again changes nothing, or finishes what an earlier attempt left. A map that has the alias already
+    is not registered a second time, unless only now it is measured, or on prompts that no choice was made on.
 
     Args:
         store: Where the run is and the version goes.
@@ -95,32 +102,52 @@ def promote(
         alias: To move; the last step.
         policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
         why: In the user's words, for the history.
+        say: Told in a sentence which version gives way to which, or that nothing moves.
 
     Raises:
-        MechdiffError: The run is not FINISHED or has no map, a rule of the policy refuses it, the name or
-            alias is not possible, or the files are not what was logged.
+        PromotionRefused: A rule of the policy is not met.
+        MechdiffError: The run is not FINISHED or has no map, the name or alias is not possible, or the files
+            are not what was logged.
     """
     check_alias(alias)
     policy = policy or PromotionPolicy()
     measured = _measured(store, run_id)
     name = check_name(name) if name else _name_of(measured)
-    _apply(policy, name, alias, measured, None)  # before anything is made
+    present = _holder(store, name, alias)
+    if present is None or not _adds_nothing(store, measured, present):
+        _apply(policy, name, alias, measured, present)  # before anything is made
     with registry.promotion_lock(store):
         _registered(store, name, measured)
 
-        def check(model: RegisteredModel) -> None:
+        def check(model: RegisteredModel) -> Version | None:
             number = registry.holder_of(model, alias)
             incumbent = None if number is None else registry.get_version(store, name, number)
-            _apply(policy, name, alias, measured, incumbent)
+            if incumbent is None or not _adds_nothing(store, measured, incumbent):
+                _apply(policy, name, alias, measured, incumbent)
+            return incumbent
 
-        check(registry.registered(store, name))
+        before = check(registry.registered(store, name))
+        if before is not None and _adds_nothing(store, measured, before):
+            say(f"{name}@{alias} is this very map already, version {before.number}; nothing moves.")
+            return before
         version = _existing(store, name, measured) or _create_version(store, name, measured)
         if not version.is_verified:
             _verify(store, version)
         registry.move_alias(
             store, name, alias, version.number, "promote", check=check, why=why, rules=str(policy)
         )
+    if before is not None:
+        ours = measured.run.data.metrics
+        same = " (on the same prompts)" if same_prompts(measured.facts, before.tags) else ""
+        say(
+            f"{name}@{alias}: version {before.number} with {numbers(numbers_in(before.tags))} gives way to "
+            f"version {version.number} with {numbers(ours)}{same}."
+        )
     return registry.get_version(store, name, version.number)
+
+
+class PromotionRefused(MechdiffError):
+    """The policy does not let a map have an alias; what was measured is as it was."""
 
 
 def rollback(store: Store, name: str, alias: str = "champion", *, why: str = "") -> Version:
@@ -182,8 +209,10 @@ def _measured(store: Store, run_id: str) -> _Measured:
     if not is_measured and _is_other_number(alpha, the_map.alpha):
         the_map = the_map.with_alpha(float(alpha))
         logged = _with_alpha(store, the_map, run)
-    meta = {key: str(value) for key, value in the_map.meta.items()}
+    meta = {key: str(value) for key, value in the_map.meta.items() if key != selection.META}
     facts = {**meta, **fit.data.params, **run.data.params, **fit.data.tags, **run.data.tags}
+    if selection.of(the_map) is None and facts.get(SELECTION_LEAK) != "true":
+        facts[SELECTION_LEAK] = "unknown"  # whatever an earlier version of ours took for granted
     return _Measured(logged, the_map, run, facts)
 
 
@@ -276,12 +305,34 @@ def _apply(
 ) -> None:
     candidate = Candidate(measured.run.info.run_id, measured.run.data.metrics, measured.facts)
     refusals = policy.refusals(candidate, None if incumbent is None else incumbent.tags)
-    if refusals:
-        raise MechdiffError(
+    if refusals and not policy.force:
+        raise PromotionRefused(
             f"Run {candidate.run_id} may not become {name}@{alias} by the rule"
-            f"{'s' if len(refusals) > 1 else ''} {'; '.join(refusals)}; promote another run or change "
-            "the policy."
+            f"{'s' if len(refusals) > 1 else ''} {'; '.join(refusals)}; promote another run, change the "
+            f"policy, or waive it: mechdiff promote {candidate.run_id} --name {name} --alias {alias} --force."
         )
+
+
+def _holder(store: Store, name: str, alias: str) -> Version | None:
+    try:
+        model = store.client.get_registered_model(name)
+    except MlflowException:  # there is none yet, or `registered` says below what is wrong
+        return None
+    number = registry.holder_of(model, alias)
+    return None if number is None else registry.get_version(store, name, number)
+
+
+def _adds_nothing(store: Store, measured: _Measured, present: Version) -> bool:
+    """Whether `present` is this map already, and as well measured."""
+    ours, theirs = measured.run.data.metrics, numbers_in(present.tags)
+    if "KL_mapped" in ours and "KL_mapped" in theirs:
+        cleaner = measured.facts.get(SELECTION_LEAK) == "false" != present.tags.get(SELECTION_LEAK)
+        same = same_prompts(measured.facts, present.tags)
+        if cleaner or (same and not math.isclose(ours["KL_mapped"], theirs["KL_mapped"], rel_tol=1e-6)):
+            return False
+    elif "KL_mapped" in ours:
+        return False
+    return present.is_verified and is_same_function(store, measured.the_map, present)
 
 
 def _registered(store: Store, name: str, measured: _Measured) -> None:
@@ -351,6 +402,19 @@ def _verify(store: Store, version: Version) -> None:
                 # It was logged before it was measured; the version's card has the numbers.
                 client.set_logged_model_tags(model_id, {**tags, _NOTE_TAG: card[:MAX_TAG_CHARS]})
         client.set_model_version_tag(version.name, str(version.number), registry.VERIFIED_TAG, version.sha256)
+
+
+def is_same_function(store: Store, the_map: AffineMap, version: Version) -> bool:
+    """Whether a version does to every x what `the_map` does; a version that cannot be read does not."""
+    if version.sha256 == the_map.sha256():
+        return True
+    try:
+        other = verified_map(store, version)
+    except StoreUnreachable:
+        raise
+    except MechdiffError:
+        return False
+    return the_map.equals(other)
 
 
 @contextmanager

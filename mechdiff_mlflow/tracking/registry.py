@@ -226,7 +226,7 @@ def move_alias(
     target: int | None,
     action: str,
     *,
-    check: Callable[[RegisteredModel], None],
+    check: Callable[[RegisteredModel], object],
     why: str = "",
     rules: str = "",
 ) -> None:

@@ -31,7 +31,7 @@ class FoundRun:
         value: Of that metric.
         low: End of its 95 % interval, if logged.
         high: The other end.
-        leak: Whether something was chosen on the split that is reported.
+        leak: Whether something was chosen on prompts that are reported; None where nobody knows.
         prompts: Name, digest and split of each prompt set.
         started_ms: Unix time in ms.
     """
@@ -45,7 +45,7 @@ class FoundRun:
     value: float
     low: float | None
     high: float | None
-    leak: bool
+    leak: bool | None
     prompts: tuple[dict[str, str], ...]
     started_ms: int
 
@@ -120,7 +120,7 @@ def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:
         value=value if math.isfinite(value) else math.nan,
         low=metrics.get(f"ci/{metric}_low"),
         high=metrics.get(f"ci/{metric}_high"),
-        leak=run.data.tags.get(SELECTION_LEAK) == "true",
+        leak={"true": True, "false": False}.get(run.data.tags.get(SELECTION_LEAK, "")),
         prompts=tuple(sorted(prompts, key=lambda row: (row["split"], row["name"]))),
         started_ms=run.info.start_time or 0,
     )

@@ -37,7 +37,12 @@ METRICS = {
     "drop_pct": 34.2,
     "ci/drop_pct_low": 30.1,
     "ci/drop_pct_high": 38.0,
+    "skill_pct": 30.0,
+    "ci/skill_pct_low": 25.0,
+    "ci/skill_pct_high": 35.0,
 }
+UNFORCED = PromotionPolicy()
+FORCED = PromotionPolicy(force=True)
 
 
 class Patch:
@@ -54,6 +59,7 @@ class Patch:
                 name="patch",
                 params={**PARAMS, "alpha": alpha},
                 metrics=METRICS,
+                tags={"selection_leak": "false"},
                 map_run=self.fit,
             )
             return run.log(replace(record, **changes), under=self.fit)
@@ -158,7 +164,7 @@ def test_names_come_from_the_run_or_the_user(store: Store, tracker: Tracker, pat
     nameless = tracker.log(RunRecord(kind="fit", name="f", map=make_map(), params={"layer": 3}))
     with pytest.raises(MechdiffError, match="no param 'hook' to name the map by; use --name"):
         promote(store, nameless)
-    assert promote(store, nameless, name="mine").name == "mine"
+    assert promote(store, nameless, name="mine", policy=FORCED).name == "mine"
     with pytest.raises(MechdiffError, match="cannot be registered as 'a/b'"):
         promote(store, nameless, name="a/b")
     with pytest.raises(MechdiffError, match="Alias 'latest' is not possible"):
@@ -377,13 +383,29 @@ def test_winners_of_every_name_are_listed(store: Store, patched: Patch) -> None:
     ("policy", "changes", "words"),
     [
         (PromotionPolicy(min_drop_pct=40), {}, "min_drop_pct: drop_pct is 34.2, at least 40"),
-        (PromotionPolicy(min_skill_pct=5), {}, "min_skill_pct: no skill_pct, at least 5"),
         (
-            PromotionPolicy(ci_above_zero=True),
-            {"metrics": {"ci/drop_pct_low": -1.0}},
-            "ci_above_zero: .* is -1",
+            PromotionPolicy(min_skill_pct=5),
+            {"metrics": {"KL_mapped": 1.0}},
+            "min_skill_pct: no skill_pct, at least 5",
         ),
-        (PromotionPolicy(), {"tags": {"selection_leak": "true"}}, "allow_leak: a choice was made"),
+        (UNFORCED, {"metrics": {**METRICS, "ci/drop_pct_low": -1.0}}, "ci_above_zero: ci/drop_pct_low is -1"),
+        (UNFORCED, {"metrics": {**METRICS, "ci/skill_pct_low": 0.0}}, "ci_above_zero: ci/skill_pct_low is 0"),
+        (UNFORCED, {"metrics": {"KL_mapped": 1.0, "KL_raw": 2.0}}, "ci_above_zero: no ci/drop_pct_low"),
+        (UNFORCED, {"metrics": {}}, "force: no run has measured this map"),
+        (UNFORCED, {"tags": {"selection_leak": "true"}}, "allow_leak: a choice was made"),
+        (UNFORCED, {"tags": {"selection_leak": "unknown"}}, "allow_leak: the map does not say"),
+        (UNFORCED, {"tags": {}}, "allow_leak: the map does not say"),
+        (
+            UNFORCED,
+            {"metrics": {**METRICS, "skill_pct": 28.0}},
+            r"force: it is worse on the same prompts; the present version has drop 34.2 \[30.1, 38.0\] %, "
+            r"skill 30.0 \[25.0, 35.0\] %, this one .* skill 28.0",
+        ),
+        (
+            UNFORCED,
+            {"tags": {"selection_leak": "false", "mechdiff.prompts": "p2"}, "params": {**PARAMS, "n": 9}},
+            "force: they were measured on different prompts and cannot be compared",
+        ),
         (
             PromotionPolicy(),
             {"params": {**PARAMS, "pair_fingerprint": "f2"}},
@@ -391,7 +413,7 @@ def test_winners_of_every_name_are_listed(store: Store, patched: Patch) -> None:
         ),
         (
             PromotionPolicy(),
-            {"tags": {"pair_fingerprint": "f1", "fitted_on_pair": "f0"}},
+            {"tags": {"selection_leak": "false", "pair_fingerprint": "f1", "fitted_on_pair": "f0"}},
             "allow_pair_mismatch: it was measured on pair f1 and fitted on f0",
         ),
     ],
@@ -404,11 +426,55 @@ def test_a_refusal_names_the_rule_and_leaves_the_alias(
         promote(store, patched(2, **changes), policy=policy)
     assert get_version(store, NAME, "champion").number == 1
     assert len(list_versions(store, NAME)) == 1
+    # The waiver that every refusal names works, and the history tells it.
+    promote(store, patched(2, **changes), policy=replace(policy, force=True))
+    assert get_version(store, NAME, "champion").number == 2
+    assert history(store, NAME)[-1].rules.endswith("force")
+
+
+def test_old_and_new_are_said(store: Store, patched: Patch) -> None:
+    said: list[str] = []
+    promote(store, patched(1), say=said.append)
+    assert said == []
+    better = {"metrics": {**METRICS, "skill_pct": 31.0}}
+    promote(store, patched(2, **better), say=said.append)
+    assert said.pop() == (
+        f"{NAME}@champion: version 1 with drop 34.2 [30.1, 38.0] %, skill 30.0 [25.0, 35.0] % gives way to "
+        "version 2 with drop 34.2 [30.1, 38.0] %, skill 31.0 [25.0, 35.0] % (on the same prompts)."
+    )
+    promote(store, patched(2, **better), say=said.append)  # the same map, from another run
+    assert said == [f"{NAME}@champion is this very map already, version 2; nothing moves."]
+    assert [m.target for m in history(store, NAME)] == [1, 2]
+
+
+def test_a_map_of_the_alias_gets_the_numbers_that_it_had_not(store: Store, patched: Patch) -> None:
+    promote(store, patched(1, metrics={}), policy=FORCED)
+    assert promote(store, patched(1)).number == 2
+    assert promote(store, patched(1)).number == 2
+
+
+def test_a_map_without_a_record_of_its_choices_is_not_taken_for_clean(
+    store: Store, tracker: Tracker, patched: Patch
+) -> None:
+    """Earlier versions tagged `selection_leak=false` whatever the map had gone through."""
+    old = replace(make_map(), meta={k: v for k, v in make_map().meta.items() if k != "selection"})
+    with tracker.run("run", "old") as run:
+        record = RunRecord(kind="patch", name="old", params=PARAMS, metrics=METRICS, map=old)
+        found = run.log(replace(record, tags={"selection_leak": "false"}))
+    with pytest.raises(MechdiffError, match="allow_leak: the map does not say on which prompts"):
+        promote(store, found)
+    version = promote(store, found, policy=PromotionPolicy(allow_leak=True))
+    assert version.tags["selection_leak"] == "unknown"
+    assert "It is not known on which prompts" in store.client.get_model_version(NAME, "1").description
 
 
 def test_a_policy_that_is_met_or_relaxed_lets_pass(store: Store, patched: Patch) -> None:
     promote(store, patched(1), policy=PromotionPolicy(min_drop_pct=34.2, ci_above_zero=True))
     leaking = patched(2, tags={"selection_leak": "true"}, params={**PARAMS, "pair_fingerprint": "f2"})
+    harmful = patched(3, metrics={**METRICS, "ci/drop_pct_low": -9.0})
+    loose = PromotionPolicy(ci_above_zero=False)
+    assert promote(store, harmful, policy=loose, name="loose").number == 1
+    assert str(loose) == "no ci_above_zero"
     relaxed = PromotionPolicy(allow_leak=True, allow_pair_mismatch=True)
     assert promote(store, leaking, policy=relaxed).number == 2
     with pytest.raises(MechdiffError, match="min_drop_pct is nan"):
