@@ -1,7 +1,7 @@
 """How long the search for near duplicates between splits takes, on prompts of several kinds, on one core.
 
-Prompts that share a template, and are told apart by a few words, are the hard case: most pairs share most trigrams.
-Ratios are to comparing every pair of prompts of different splits, on the first `--brute` prompts of each kind.
+Prompts that share a template, and are told apart by a few words, are the hard case: most pairs share most
+trigrams. Ratios are to comparing every pair of prompts of different splits, among `--brute` of each kind.
 
     python benchmarks/near_duplicates.py --n 50000 --out benchmarks/results/near-duplicates.md
 """
@@ -29,7 +29,7 @@ def kinds(rng: random.Random) -> dict[str, Callable[[int], list[str]]]:
     return {
         "5 to 40 words of 20,000": lambda i: words(rng.randint(5, 40)),
         "a template of 40 words about 3 new ones": lambda i: (
-            TEMPLATE[:20] + [f"a{i}", f"b{i}", f"c{i}"] + TEMPLATE[20:]
+            [*TEMPLATE[:20], f"a{i}", f"b{i}", f"c{i}", *TEMPLATE[20:]]
         ),
         "the same about 12 to 20 of 20,000": lambda i: (
             TEMPLATE[:20] + words(rng.randint(12, 20)) + TEMPLATE[20:]

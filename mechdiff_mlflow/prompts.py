@@ -154,7 +154,12 @@ def read_prompts(path: Path, split: str, *, system: str | None = None) -> Prompt
     if not prompts:
         raise MechdiffError(f'Prompt file {path} is empty; write one {{"text": "…"}} a line.')
     _check_repeats(path, prompts)
-    return PromptSet(split, tuple(prompts.values()))
+    found = PromptSet(split, tuple(prompts.values()))
+    if found.n_groups < 2 <= len(found):
+        raise MechdiffError(
+            f"All prompts of {path} are of one group, so no interval can be; name two or more."
+        )
+    return found
 
 
 def _lines(file: BinaryIO, size: int) -> Iterator[tuple[int, str]]:

@@ -317,8 +317,11 @@ def test_a_repeated_prompt_is_refused_unless_a_group_says_so(tmp_path: Path, aga
     assert says.startswith("2 of 4 prompts of ")
     assert f"first line 3 as line {1 if 'caf' in again else 2} (" in says
     assert read_prompts(written(tmp_path, *lines[:2]), "test").groups == ()  # removed
-    grouped = read_prompts(written(tmp_path, *({**line, "group": "g"} for line in lines)), "test")
-    assert (grouped.groups, grouped.n_groups, len(grouped)) == ((0, 0, 0, 0), 1, 4)
+    grouped = [{**line, "group": "g"} for line in lines]
+    found = read_prompts(written(tmp_path, {"text": "other"}, *grouped), "test")
+    assert (found.groups, found.n_groups, len(found)) == ((0, 1, 1, 1, 1), 2, 5)
+    with pytest.raises(MechdiffError, match=r"are of one group.*name two or more"):
+        read_prompts(written(tmp_path, *grouped), "test")
     with pytest.raises(MechdiffError, match="3 as line"):  # groups that keep them apart do not help
         read_prompts(written(tmp_path, *({**line, "group": f"g{i}"} for i, line in enumerate(lines))), "test")
 
