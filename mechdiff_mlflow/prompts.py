@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.duplicates import near_duplicates, repeats
-from mechdiff_mlflow.errors import MechdiffError, cut
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.positions import Position
+from mechdiff_mlflow.shown import cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

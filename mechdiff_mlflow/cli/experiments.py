@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from mechdiff_mlflow import foreign
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.session import AS_MANY, session
 from mechdiff_mlflow.errors import MechdiffError
@@ -131,8 +132,8 @@ def patch_command(**given: Any) -> None:
     """
     map_ = load_map(given["map"], store=open_store(given["tracking_uri"]))
     map_ = map_ if given["alpha"] is None else map_.with_alpha(given["alpha"])
-    given["position"] = Position(str(map_.meta["position"]))
     cell = _cell_of(map_, given["map"])
+    given["position"] = Position.parse(str(map_.meta["position"]))
     with session("patch", f"patch {given['map']}", given) as now:
         _check_same_pair(map_, given["map"], now.study.pair.fingerprint, allowed=given["allow_pair_mismatch"])
         (patch,) = now.study.patch([(cell, map_, ())])
@@ -254,9 +255,11 @@ def report_pass_command(**given: Any) -> None:
         patches = []
         for version in versions:
             map_ = load_map(version.uri, store=store)
-            map_ = map_.with_alpha(float(version.tags.get("alpha", map_.alpha)))
+            if "alpha" in version.tags:
+                map_ = map_.with_alpha(foreign.number(version.tags, "alpha"))
             _check_same_pair(map_, str(version), pair.fingerprint, allowed=given["allow_pair_mismatch"])
-            position = Position(str(map_.meta["position"]))
+            _cell_of(map_, str(version))
+            position = Position.parse(str(map_.meta["position"]))
             if position not in studies:
                 at = replace(protocol, position=position)
                 studies[position] = Study(pair, at, now.study.stage, now.study.workers)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from mechdiff_mlflow import shown
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.report.figures import Figure, page
 
@@ -67,8 +67,8 @@ class Document:
 
     def html(self) -> str:
         """One HTML file with interactive figures, which needs nothing from the network."""
-        body = "\n".join([f"<h1>{html.escape(self.title)}</h1>", *map(_html, self.blocks)])
-        return page(html.escape(self.title), body)
+        body = "\n".join([f"<h1>{shown.html(self.title)}</h1>", *map(_html, self.blocks)])
+        return page(shown.html(self.title), body)
 
     @property
     def figures(self) -> list[Figure]:
@@ -121,7 +121,9 @@ def _markdown(block: Block, pictures: str) -> str:
     if isinstance(block, Figure):
         return f"![{block.title}]({pictures}/{block.name}.png)"
     rows = [block.columns, ["---"] * len(block.columns), *block.rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', '&#124;').replace(chr(10), ' ') for cell in row)} |" for row in rows
+    )
 
 
 def _html(block: Block) -> str:
@@ -132,7 +134,7 @@ def _html(block: Block) -> str:
     if isinstance(block, Bullets):
         return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Code):
-        return f"<pre>{html.escape(chr(10).join(block.lines))}</pre>"
+        return f"<pre>{shown.html(chr(10).join(block.lines))}</pre>"
     if isinstance(block, Figure):
         return f"<figure>{block.div}</figure>"
     head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.columns)
@@ -142,5 +144,5 @@ def _html(block: Block) -> str:
 
 def _inline(text: str) -> str:
     """Escaped text with bold and code marked up."""
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", shown.html(text))
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)

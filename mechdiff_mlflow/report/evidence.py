@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from mechdiff_mlflow import foreign
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.records import PatchRecord
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.shown import markdown
+from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.stats import Interval
 
 LEVEL = 0.95
@@ -159,11 +161,18 @@ class Evidence:
                 f"No finished patch run of pair {pair!r} is there to report on; make one with mechdiff run "
                 "or mechdiff sweep, or name its --experiment."
             )
-        fingerprint = _text(rows[0], "tag.pair_fingerprint")
-        own = [row for row in rows if _text(row, "tag.pair_fingerprint") == fingerprint]
+        every: list[tuple[str, Measured]] = []
+        for row in rows:
+            try:
+                every.append((_text(row, "tag.pair_fingerprint"), _measured(row, kinds, asked)))
+            except foreign.Malformed as error:
+                foreign.left_out(f"run {row['run_id']}", error)
+        fingerprint = every[0][0] if every else ""
+        own = [patch for theirs, patch in every if theirs == fingerprint]
+        if not own:
+            raise MechdiffError(f"Every patch run of pair {pair!r} is malformed; correct or delete them.")
         newest: dict[tuple[object, ...], Measured] = {}
-        for row in own:
-            patch = _measured(row, kinds, asked)
+        for patch in own:
             map_ = (patch.solver, patch.family, patch.k, patch.alpha, patch.settings)
             cell = (patch.site, *map_, patch.conditions)
             # A map that was pinned under a report pass is the same cell as the sweep's that found it.
@@ -177,7 +186,7 @@ class Evidence:
         layers_run, layers = _newest(runs, tables.get("layers.json", {}))
         return cls(
             pair,
-            fingerprint,
+            markdown(fingerprint, 80),
             sorted(newest.values(), key=lambda p: (p.site, p.solver, p.family, p.k or math.inf, p.alpha)),
             parents,
             _stacked(runs, tables.get("least_ranks.json", {})),
@@ -186,7 +195,7 @@ class Evidence:
             layers,
             layers_run,
             _by_site(runs, tables.get("heads.json", {})),
-            len(rows) - len(own),
+            len(every) - len(own),
         )
 
     def quoted(self) -> list[Quoted]:
@@ -239,52 +248,53 @@ def of_record(record: PatchRecord) -> Measured:
 
 
 def _is_patch(row: pd.Series, pair: str) -> bool:
-    measured = row["kind"] == "patch" and row["status"] == "FINISHED" and not _missing(row.get("KL_mapped"))
+    measured = (
+        row["kind"] == "patch"
+        and row["status"] == "FINISHED"
+        and not foreign.is_missing(row.get("KL_mapped"))
+    )
     return bool(measured and row.get("pair") == pair)
 
 
 def _measured(row: pd.Series, kinds: Mapping[str, str], asked: Mapping[str, str]) -> Measured:
-    parent = None if _missing(row["parent_id"]) else str(row["parent_id"])
+    parent = None if foreign.is_missing(row["parent_id"]) else str(row["parent_id"])
     return Measured(
         run_id=str(row["run_id"]),
         parent_id=parent,
         source=kinds.get(parent or "", "patch"),
-        site=Site(int(row["layer"]), Hook.parse(str(row["hook"]))),
-        solver=str(row["solver"]),
-        family=str(row["family"]),
-        k=None if row["k"] == "full" else int(row["k"]),
-        alpha=float(row["alpha"]),
+        site=foreign.site(row),
+        solver=foreign.word(row, "solver"),
+        family=foreign.word(row, "family"),
+        k=foreign.rank(row, "k"),
+        alpha=foreign.number(row, "alpha"),
         conditions=Conditions(
-            str(row["split"]),
-            int(row["n"]),
-            int(row["n_train"]),
-            int(row["seed"]),
-            str(row["position"]),
-            str(row["dtype"]),
+            foreign.word(row, "split"),
+            *(foreign.whole(row, key) for key in ("n", "n_train", "seed")),
+            *(foreign.word(row, key) for key in ("position", "dtype")),
         ),
-        kl_raw=_number(row.get("KL_raw")),
-        kl_mapped=float(row["KL_mapped"]),
-        noise_floor=float(row["noise_floor"]),
-        rho=_number(row.get("rho")),
+        kl_raw=_number(row, "KL_raw"),
+        kl_mapped=foreign.number(row, "KL_mapped"),
+        noise_floor=foreign.number(row, "noise_floor"),
+        rho=_number(row, "rho"),
         drop=_interval(row, "drop_pct"),
         skill=_interval(row, "skill_pct"),
-        null=_text(row, "tag.null"),
+        null=markdown(_text(row, "tag.null")),
         controls={
-            str(key).removeprefix("control/"): float(row[key])
+            markdown(str(key).removeprefix("control/")): foreign.number(row, key)
             for key in row.index
-            if str(key).startswith("control/") and not _missing(row[key])
+            if str(key).startswith("control/") and not foreign.is_missing(row[key])
         },
         leak=_text(row, "tag.selection_leak") == "true",
         undefined={
-            str(key).removeprefix("tag.mechdiff.undefined."): str(row[key])
+            str(key).removeprefix("tag.mechdiff.undefined."): markdown(row[key])
             for key in row.index
-            if str(key).startswith("tag.mechdiff.undefined.") and not _missing(row[key])
+            if str(key).startswith("tag.mechdiff.undefined.") and not foreign.is_missing(row[key])
         },
         settings=", ".join(
-            f"{key}={_text(row, key)}" for key in SETTINGS if _text(row, key) not in ("", "n/a")
+            f"{key}={markdown(_text(row, key), 80)}" for key in SETTINGS if _text(row, key) not in ("", "n/a")
         ),
-        p_permutation=_number(row.get("p/permutation")),
-        asked_alpha=asked.get(parent or "", ""),
+        p_permutation=_number(row, "p/permutation"),
+        asked_alpha=str(foreign.scales(asked, parent)) if asked.get(parent or "") else "",
     )
 
 
@@ -315,20 +325,16 @@ def _by_site(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> dict[str,
 
 
 def _interval(row: pd.Series, key: str) -> Interval | None:
-    estimate = _number(row.get(key))
+    estimate = _number(row, key)
     if estimate is None:
         return None
-    return Interval(estimate, _number(row.get(f"ci/{key}_low")), _number(row.get(f"ci/{key}_high")), LEVEL)
+    return Interval(estimate, _number(row, f"ci/{key}_low"), _number(row, f"ci/{key}_high"), LEVEL)
 
 
-def _number(value: object) -> float | None:
-    return None if _missing(value) else float(str(value))
+def _number(row: pd.Series, key: str) -> float | None:
+    return None if foreign.is_missing(row.get(key)) else foreign.number(row, key)
 
 
 def _text(row: pd.Series, key: str) -> str:
     value = row.get(key)
-    return "" if _missing(value) else str(value)
-
-
-def _missing(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if foreign.is_missing(value) else str(value)
