@@ -197,7 +197,7 @@ def shuffled_pairs(
     """
     generator = torch.Generator().manual_seed(seed)
     group = torch.tensor(groups) if len(groups) else torch.arange(p.n)
-    rows = torch.argsort(group, stable=True).split(torch.bincount(group).tolist())
+    rows = torch.split(torch.argsort(group, stable=True), torch.bincount(group).tolist())
     alike = [torch.stack([r for r in rows if len(r) == size]) for size in sorted({*map(len, rows)})]
     for _ in range(times):
         order = torch.empty(p.n, dtype=torch.long)

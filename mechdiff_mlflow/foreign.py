@@ -10,7 +10,6 @@ import logging
 import math
 import re
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -23,6 +22,7 @@ from mechdiff_mlflow.spec import Alpha
 _log = logging.getLogger("mechdiff_mlflow")
 _MOST = 1e300
 _WORD = re.compile(r"[\w.+-]{1,100}")
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 T = TypeVar("T")
 
 
@@ -132,11 +132,8 @@ def record(form: type[T], field: str, text: str) -> T:
         Malformed: The text is something else.
     """
     try:
-        return _adapter(form).validate_json(text[:20_000], strict=True)
+        adapter = _ADAPTERS.get(form) or _ADAPTERS.setdefault(form, TypeAdapter(form))
+        found: T = adapter.validate_json(text[:20_000], strict=True)
+        return found
     except ValidationError:
         raise Malformed(field, text, f"the JSON of a {getattr(form, '__name__', form)}") from None
-
-
-@cache
-def _adapter(form: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(form)

@@ -347,7 +347,8 @@ def sign_flip_p(
         MechdiffError: Fewer than two differences, or some not finite.
     """
     (d,) = _paired(differences=differences)
-    d = np.bincount(np.unique(groups, return_inverse=True)[1], d) if groups else d
+    if groups:
+        d = np.bincount(np.unique(groups, return_inverse=True)[1], d).astype(np.float64)
     observed, flipped = float(d.sum()), _flips(len(d), n_flips, seed) @ d
     if alternative == "two-sided":
         observed, flipped = abs(observed), np.abs(flipped)

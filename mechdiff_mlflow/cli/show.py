@@ -42,7 +42,10 @@ def _cell(text: object) -> Text:
 
 
 def _table(*heads: str, title: str = "", **options: Any) -> Table:
-    return Table(*map(_cell, heads), title=_cell(title) if title else None, **options)
+    table = Table(title=_cell(title) if title else None, **options)
+    for head in heads:
+        table.add_column(_cell(head))
+    return table
 
 
 def _row(table: Table, *cells: object) -> None:

@@ -121,9 +121,7 @@ def _markdown(block: Block, pictures: str) -> str:
     if isinstance(block, Figure):
         return f"![{block.title}]({pictures}/{block.name}.png)"
     rows = [block.columns, ["---"] * len(block.columns), *block.rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', '&#124;').replace(chr(10), ' ') for cell in row)} |" for row in rows
-    )
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in rows)
 
 
 def _html(block: Block) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 
@@ -154,8 +155,8 @@ class Evidence:
             MechdiffError: No run has patched anything.
         """
         kinds = dict(zip(runs["run_id"], runs["kind"], strict=True))
-        asked = {row["run_id"]: _text(row, "alpha") for _, row in runs.iterrows()}
-        rows = [row for _, row in runs.iterrows() if _is_patch(row, pair)]
+        asked = {row["run_id"]: _text(row.to_dict(), "alpha") for _, row in runs.iterrows()}
+        rows = [row.to_dict() for _, row in runs.iterrows() if _is_patch(row, pair)]
         if not rows:
             raise MechdiffError(
                 f"No finished patch run of pair {pair!r} is there to report on; make one with mechdiff run "
@@ -256,7 +257,7 @@ def _is_patch(row: pd.Series, pair: str) -> bool:
     return bool(measured and row.get("pair") == pair)
 
 
-def _measured(row: pd.Series, kinds: Mapping[str, str], asked: Mapping[str, str]) -> Measured:
+def _measured(row: Mapping[Any, Any], kinds: Mapping[str, str], asked: Mapping[str, str]) -> Measured:
     parent = None if foreign.is_missing(row["parent_id"]) else str(row["parent_id"])
     return Measured(
         run_id=str(row["run_id"]),
@@ -269,8 +270,11 @@ def _measured(row: pd.Series, kinds: Mapping[str, str], asked: Mapping[str, str]
         alpha=foreign.number(row, "alpha"),
         conditions=Conditions(
             foreign.word(row, "split"),
-            *(foreign.whole(row, key) for key in ("n", "n_train", "seed")),
-            *(foreign.word(row, key) for key in ("position", "dtype")),
+            foreign.whole(row, "n"),
+            foreign.whole(row, "n_train"),
+            foreign.whole(row, "seed"),
+            foreign.word(row, "position"),
+            foreign.word(row, "dtype"),
         ),
         kl_raw=_number(row, "KL_raw"),
         kl_mapped=foreign.number(row, "KL_mapped"),
@@ -281,20 +285,20 @@ def _measured(row: pd.Series, kinds: Mapping[str, str], asked: Mapping[str, str]
         null=markdown(_text(row, "tag.null")),
         controls={
             markdown(str(key).removeprefix("control/")): foreign.number(row, key)
-            for key in row.index
+            for key in row
             if str(key).startswith("control/") and not foreign.is_missing(row[key])
         },
         leak=_text(row, "tag.selection_leak") == "true",
         undefined={
             str(key).removeprefix("tag.mechdiff.undefined."): markdown(row[key])
-            for key in row.index
+            for key in row
             if str(key).startswith("tag.mechdiff.undefined.") and not foreign.is_missing(row[key])
         },
         settings=", ".join(
             f"{key}={markdown(_text(row, key), 80)}" for key in SETTINGS if _text(row, key) not in ("", "n/a")
         ),
         p_permutation=_number(row, "p/permutation"),
-        asked_alpha=str(foreign.scales(asked, parent)) if asked.get(parent or "") else "",
+        asked_alpha=str(foreign.scales(asked, parent or "")) if asked.get(parent or "") else "",
     )
 
 
@@ -324,17 +328,17 @@ def _by_site(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> dict[str,
     return newest
 
 
-def _interval(row: pd.Series, key: str) -> Interval | None:
+def _interval(row: Mapping[Any, Any], key: str) -> Interval | None:
     estimate = _number(row, key)
     if estimate is None:
         return None
     return Interval(estimate, _number(row, f"ci/{key}_low"), _number(row, f"ci/{key}_high"), LEVEL)
 
 
-def _number(row: pd.Series, key: str) -> float | None:
+def _number(row: Mapping[Any, Any], key: str) -> float | None:
     return None if foreign.is_missing(row.get(key)) else foreign.number(row, key)
 
 
-def _text(row: pd.Series, key: str) -> str:
+def _text(row: Mapping[Any, Any], key: str) -> str:
     value = row.get(key)
     return "" if foreign.is_missing(value) else str(value)

@@ -120,7 +120,14 @@ def winners_of(store: Store, pair: str, alias: str) -> list[Version]:
     Raises:
         MechdiffError: There is none.
     """
-    found = [v for v in list_winners(store) if alias in v.aliases and v.tags.get("pair") == pair]
+    found = []
+    for version in list_winners(store):
+        if alias in version.aliases and version.tags.get("pair") == pair:
+            try:
+                foreign.number({"alpha": 0, **version.tags}, "alpha")
+                found.append(version)
+            except foreign.Malformed as error:
+                foreign.left_out(f"map {version}", error)
     if not found:
         raise MechdiffError(
             f"No map of pair {pair!r} has the alias {alias!r}; promote one with mechdiff promote RUN --alias "
