@@ -185,7 +185,8 @@ def test_every_command_shows_the_other_rows_and_obeys_nothing(
         assert good in done.output
         for planted, run_id in ids.items():
             assert (run_id in done.output) == RUNS[planted].is_listed, planted
-            assert f"run {run_id}" in warned or RUNS[planted].is_listed, planted
+            elsewhere = name == "runs of a site" and {"layer", "hook"} & RUNS[planted].params.keys()
+            assert f"run {run_id}" in warned or RUNS[planted].is_listed or elsewhere, planted
     if name == "maps":
         assert NAME in done.output
         for i in "abcde":
@@ -193,7 +194,6 @@ def test_every_command_shows_the_other_rows_and_obeys_nothing(
     if name == "history":
         assert re.search(r"promote +│ none +│ 1 ", done.output)
         assert warned.count(f"a move of {NAME}") == len(MOVES) - 1
-        assert "[/red]x" in done.output
     if name == "report":
         for path in ("mechdiff-report.md", "mechdiff-report.html"):
             text = (at / path).read_text(encoding="utf-8")
@@ -201,5 +201,5 @@ def test_every_command_shows_the_other_rows_and_obeys_nothing(
             assert "<img src=x" not in text
             assert "\x1b" not in text
             assert "](javascript" not in text
-            assert good in text
+            assert {"L2/attn_out", "L3/attn_out"} <= set(re.findall(r"L\d/attn_out", text))
         assert all(f"run {ids[p]}" in warned for p in RUNS if not RUNS[p].is_listed)
