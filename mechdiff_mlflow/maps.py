@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
@@ -59,6 +58,8 @@ class Weight:
         parts = {"diagonal": self.diagonal, "left": self.left}
         if self.right is not None:
             parts["right"] = self.right
+        for name, t in parts.items():
+            object.__setattr__(self, name, mapfiles.plain_tensor(f"The weight's part {name}", t))
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in parts.items())
         fits = self.left.ndim == 2 and (
             self.right is None or (self.right.ndim == 2 and self.left.shape[1] == self.right.shape[0])
@@ -84,6 +85,7 @@ class Weight:
     @classmethod
     def from_dense(cls, weight: Tensor) -> Weight:
         """W itself, [d_in, d_out]."""
+        weight = mapfiles.plain_tensor("The weight", weight)
         return cls(weight.new_zeros(()), weight)
 
     @classmethod
@@ -193,7 +195,9 @@ class AffineMap:
     _sha256: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, mean, d in (("mean_in", self.mean_in, self.d_in), ("mean_out", self.mean_out, self.d_out)):
+        for name, given, d in (("mean_in", self.mean_in, self.d_in), ("mean_out", self.mean_out, self.d_out)):
+            mean = mapfiles.plain_tensor(name, given)
+            object.__setattr__(self, name, mean)
             if mean.shape != (d,):
                 raise MechdiffError(
                     f"{name} of a map from {self.d_in} to {self.d_out} dimensions has the shape "
@@ -203,10 +207,14 @@ class AffineMap:
                 raise MechdiffError(f"{name} is {mean.dtype} and the weight {self.dtype}; give one dtype.")
             if not bool(torch.isfinite(mean).all()):
                 raise MechdiffError(f"{name} has NaN or infinite entries; check the activations it is of.")
-        if not 0 <= self.alpha < math.inf:
-            raise MechdiffError(f"alpha is {self.alpha}; give a finite number that is not negative.")
-        object.__setattr__(self, "alpha", float(self.alpha))
-        object.__setattr__(self, "meta", _own_json(self.meta))
+        try:
+            alpha = math.nan if isinstance(self.alpha, str | bool) else float(self.alpha)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            alpha = math.nan
+        if not 0 <= alpha < math.inf:
+            raise MechdiffError(f"alpha is {self.alpha!r:.80}; give a finite number that is not negative.")
+        object.__setattr__(self, "alpha", alpha)
+        object.__setattr__(self, "meta", mapfiles.own_json(self.meta))
 
     @property
     def d_in(self) -> int:
@@ -330,7 +338,7 @@ class AffineMap:
         """
         tensors, header = mapfiles.read(path)
         if (
-            not {"mean_in", "mean_out", "diagonal", "left"} <= tensors.keys() <= {*_TENSORS}
+            not {"mean_in", "mean_out", "diagonal", "left"} <= tensors.keys() <= {*mapfiles.PARTS}
             or not {
                 "alpha",
                 "meta",
@@ -343,6 +351,9 @@ class AffineMap:
             )
         if type(header["alpha"]) not in (int, float) or not isinstance(header["meta"], dict):
             raise MechdiffError(f"{path} is not a map: its alpha is no number or its meta no JSON object.")
+        from mechdiff_mlflow.mapmeta import check_meta  # needs what a compute node need not have
+
+        check_meta(header["meta"], path)
         try:
             weight = Weight(tensors["diagonal"], tensors["left"], tensors.get("right"))
             return cls(tensors["mean_in"], tensors["mean_out"], weight, header["alpha"], header["meta"])
@@ -360,7 +371,7 @@ class AffineMap:
 
     def _tensors(self) -> dict[str, Tensor]:
         parts = (self.mean_in, self.mean_out, self.weight.diagonal, self.weight.left, self.weight.right)
-        return {name: t for name, t in zip(_TENSORS, parts, strict=True) if t is not None}
+        return {name: t for name, t in zip(mapfiles.PARTS, parts, strict=True) if t is not None}
 
     def _header(self) -> dict[str, JSON]:
         return {"alpha": self.alpha, "meta": dict(self.meta)}
@@ -384,19 +395,6 @@ def identity_map(d: int) -> AffineMap:
     """The map that changes nothing: with it, a patch is raw."""
     zero = torch.zeros(d, dtype=torch.float64)
     return AffineMap(zero, zero, Weight.scaled_identity(d))
-
-
-_TENSORS = ("mean_in", "mean_out", "diagonal", "left", "right")
-
-
-def _own_json(meta: Mapping[str, JSON]) -> dict[str, JSON]:
-    """A copy of `meta` that is what a file would give back."""
-    try:
-        copy = json.loads(json.dumps(dict(meta), allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise MechdiffError(f"The map's meta is not a JSON object ({error}); give plain values.") from error
-    assert isinstance(copy, dict)
-    return copy
 
 
 def _digest_of(tensor: Tensor) -> str:

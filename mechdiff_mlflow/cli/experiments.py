@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from mechdiff_mlflow import foreign
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.session import AS_MANY, session
 from mechdiff_mlflow.errors import MechdiffError
@@ -155,13 +156,13 @@ def patch_command(**given: Any) -> None:
     run_id = given["map"].removeprefix("runs:/")
     fit_id = run_id if re.fullmatch("[0-9a-f]{32}", run_id) and maps_of_run(store, run_id) else None
     map_ = map_ if given["alpha"] is None else map_.with_alpha(given["alpha"])
-    given["position"] = Position(str(map_.meta["position"]))
     cell = _cell_of(map_, given["map"])
 
     def check(protocol: Protocol, pair: Pair) -> None:
         check_pair(protocol, pair)
         _check_map(map_, given["map"], pair, given["allow_pair_mismatch"])
 
+    given["position"] = Position.parse(str(map_.meta["position"]))
     with session("patch", f"patch {given['map']}"[:200], given, check) as now:
         now.run.pin("mechdiff.map_sha256", map_.sha256(), f"map {given['map']}")
         (patch,) = now.study.patch([(cell, map_)])
@@ -280,14 +281,14 @@ def report_pass_command(**given: Any) -> None:
     versions = winners_of(store, PairSpec.load(given["pair"]).name, given["alias"])
     maps = [load_map(version.uri, store=store) for version in versions]
     maps = [
-        map_.with_alpha(float(version.tags.get("alpha", map_.alpha)))
+        map_.with_alpha(foreign.number(version.tags, "alpha") if "alpha" in version.tags else map_.alpha)
         for version, map_ in zip(versions, maps, strict=True)
     ]
     cells = [_cell_of(map_, str(version)) for version, map_ in zip(versions, maps, strict=True)]
 
     def check(protocol: Protocol, pair: Pair) -> None:
         for version, map_ in zip(versions, maps, strict=True):
-            check_pair(replace(protocol, position=Position(str(map_.meta["position"]))), pair)
+            check_pair(replace(protocol, position=Position.parse(str(map_.meta["position"]))), pair)
             _check_map(map_, str(version), pair, given["allow_pair_mismatch"])
 
     with session("report_pass", f"report pass of {len(versions)} winners", given, check) as now:
@@ -298,7 +299,7 @@ def report_pass_command(**given: Any) -> None:
         studies: dict[Position, Study] = {}
         patches = []
         for version, map_, cell in zip(versions, maps, cells, strict=True):
-            position = Position(str(map_.meta["position"]))
+            position = Position.parse(str(map_.meta["position"]))
             if position not in studies:
                 at = replace(protocol, position=position)
                 studies[position] = Study(pair, at, now.study.stage, now.study.workers)

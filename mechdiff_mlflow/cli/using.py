@@ -144,6 +144,8 @@ def _ready(given: dict[str, Any]) -> tuple[AffineMap, Pair]:
     """The map and its pair, loaded."""
     the_map = load_map(given["map"], store=open_store(given["tracking_uri"]))
     the_map = the_map if given["alpha"] is None else the_map.with_alpha(given["alpha"])
+    if "site" not in the_map.meta:
+        raise MechdiffError(f"Map {given['map']} does not say its site; fit it again with mechdiff fit.")
     name = given["pair"] or the_map.meta.get("pair")
     if name is None:
         raise MechdiffError(f"Map {given['map']} does not say its pair; name it with --pair.")

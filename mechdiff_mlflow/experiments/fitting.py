@@ -173,7 +173,8 @@ class Fitter:
             protocol, spectrum = self.protocol, self._spectrum(cell.site)
             with self.stage("fitting shuffled pairs", protocol.permutations) as advance:
                 self._shuffled[key] = []
-                for mixed in controls.shuffled_pairs(spectrum, protocol.permutations, protocol.seed):
+                times, groups = protocol.permutations, self.prompts.groups
+                for mixed in controls.shuffled_pairs(spectrum, times, protocol.seed, groups):
                     self._shuffled[key].append(self._solve(cell, mixed, alpha))
                     advance(1)
         return self._shuffled[key]

@@ -41,7 +41,8 @@ def layer_profile(study: Study) -> pd.DataFrame:
     columns["cka"] = [
         similarity.debiased_cka(own[f"base/{site}"].double(), own[f"tuned/{site}"].double()) for site in sites
     ]
-    bootstrap = stats.Bootstrap(n_resamples=study.protocol.n_resamples, seed=study.protocol.seed)
+    protocol = study.protocol
+    bootstrap = stats.Bootstrap(protocol.n_resamples, seed=protocol.seed, groups=prompts.groups)
     for name, found in swapped.items():
         kls: list[Array] = list(found["KL"].numpy().T)
         means = [stats.kl_difference(kl, 0 * kl, bootstrap=bootstrap) for kl in kls]

@@ -155,7 +155,7 @@ class Study:
         ]
         seed = self.protocol.seed
         p_values = [
-            p_against_null(report[cell.site], label, rows_of[null], seed)
+            p_against_null(report[cell.site], label, rows_of[null], seed, self.report_prompts.groups)
             for (cell, _), label, rows_of, null in zip(fits, labels, best, null_of, strict=True)
         ]
         # Whoever looks at many sees the luckiest (Holm 1979, A simple sequentially rejective procedure).

@@ -206,7 +206,7 @@ def least_ranks(patches: Sequence[PatchRecord], targets: Sequence[float], *, see
             curve[0].per_prompt["KL_raw"],
             [patch.per_prompt["KL_mapped"] for patch in curve],
             target_pct=targets[0] if len(targets) == 1 else targets[sites.index(site)],
-            bootstrap=stats.Bootstrap(seed=seed),
+            bootstrap=stats.Bootstrap(seed=seed, groups=tuple(curve[0].per_prompt.get("group", ()))),
         )
         if found is not None:
             least.append(LeastRank(site, curve[0].cell.solver, curve[0].cell.family, alpha, width, found))

@@ -83,8 +83,12 @@ def difference(match: Match, tables: PerPrompt, *, seed: int) -> Interval | None
         (tables[patch.run_id]["KL_raw"], tables[patch.run_id]["KL_mapped"])
         for patch in (match.first, match.second)
     )
+    groups, others = (tuple(tables[p.run_id].get("group", ())) for p in (match.first, match.second))
     return stats.drop_difference(
-        (raw, mapped), (other_raw, other_mapped), bootstrap=stats.Bootstrap(seed=seed)
+        (raw, mapped),
+        (other_raw, other_mapped),
+        bootstrap=stats.Bootstrap(seed=seed),
+        groups=(groups, others),
     )
 
 

@@ -13,6 +13,7 @@ from mechdiff_mlflow.report.document import Block, Bullets, Code, Document, Grid
 from mechdiff_mlflow.report.evidence import Evidence, Measured, Quoted
 from mechdiff_mlflow.report.figures import bars
 from mechdiff_mlflow.report.profiles import heads_blocks, layers_blocks
+from mechdiff_mlflow.shown import markdown, plain
 from mechdiff_mlflow.spec import ALPHA_GRID
 
 LOW_RANK_SHARE = 0.25
@@ -219,7 +220,10 @@ def _commands(evidence: Evidence) -> list[str]:
     if "tag.mechdiff.command" not in evidence.parents:
         return []
     commands = evidence.parents.sort_values("started")["tag.mechdiff.command"].dropna()
-    return [*dict.fromkeys(map(str, commands)), f"mechdiff report --pair {evidence.pair}"]
+    ours = [
+        plain(str(text)) for text in commands if str(text).startswith("mechdiff ") and "\n" not in str(text)
+    ]
+    return [*dict.fromkeys(ours), f"mechdiff report --pair {evidence.pair}"]
 
 
 def _run_table(evidence: Evidence) -> Grid:
@@ -227,7 +231,7 @@ def _run_table(evidence: Evidence) -> Grid:
     return Grid(
         ("run", "kind", "name", "started"),
         [
-            [f"`{row.run_id}`", str(row.kind), str(row.name_), f"{row.started:%Y-%m-%d %H:%M} UTC"]
+            [f"`{row.run_id}`", markdown(row.kind), markdown(row.name_), f"{row.started:%Y-%m-%d %H:%M} UTC"]
             for row in rows.rename(columns={"name": "name_"}).itertuples()
         ],
     )

@@ -9,6 +9,7 @@ from mechdiff_mlflow import selection
 from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.selection import META
+from mechdiff_mlflow.shown import markdown
 from mechdiff_mlflow.stats import Interval
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def model_card(
         facts: What that run says beside its metrics: n, split, null, selection_leak.
         sha256: Digest of the map's `.pt` form, where it is known: to make it takes a while.
     """
-    meta = the_map.meta
+    meta = {markdown(key, 60): markdown(_text(value)) for key, value in the_map.meta.items()}
+    facts = {key: markdown(value) for key, value in (facts or {}).items()}
     site = str(meta.get("site", "a site"))
     of = f" of the pair `{meta['pair']}`" if "pair" in meta else ""
     lines = [
@@ -64,7 +66,7 @@ def model_card(
         "",
         "## How good",
         "",
-        *_quality(the_map, metrics, facts or {}),
+        *_quality(the_map, metrics, facts),
         "",
         "## How to use it",
         "",
@@ -74,8 +76,8 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {_cell(key)} | {_cell(value)} |" for key, value in sorted(meta.items()) if key != META),
-        f"| chosen | {_cell(_chosen(the_map))} |",
+        *(f"| {key} | {value} |" for key, value in sorted(meta.items()) if key != META),
+        f"| chosen | {markdown(_chosen(the_map))} |",
         f"| sha256 of map.pt | {sha256 or the_map.sha256()} |",
         "",
     ]
@@ -89,7 +91,7 @@ def version_card(
     shown = [f"{key} {metrics[f'{key}_pct']:.1f} %" for key in ("drop", "skill") if f"{key}_pct" in metrics]
     settings = [
         f"α = {text_of(the_map.alpha)}",
-        *(f"k = {the_map.meta[key]}" for key in ("k",) if key in the_map.meta),
+        *(f"k = {markdown(the_map.meta[key])}" for key in ("k",) if key in the_map.meta),
     ]
     line = f"{', '.join(shown).capitalize() or 'Not measured'} ({', '.join(settings)})"
     _, _, rest = model_card(the_map, metrics, uri, facts).partition("\n\n")
@@ -98,6 +100,7 @@ def version_card(
 
 def collection_card(name: str, facts: Mapping[str, object]) -> str:
     """Markdown for the page of a registered map, whatever its versions."""
+    facts = {key: markdown(value) for key, value in facts.items()}
     site = f"L{facts['layer']}/{facts['hook']}" if {"layer", "hook"} <= facts.keys() else "a site"
     pair = f" of the pair `{facts['pair']}`" if "pair" in facts else ""
     return "\n".join(
@@ -229,6 +232,5 @@ def _use(the_map: AffineMap, uri: str) -> list[str]:
     ]
 
 
-def _cell(value: object) -> str:
-    text = text_of(value) if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+def _text(value: object) -> str:
+    return text_of(value) if isinstance(value, float) else str(value)

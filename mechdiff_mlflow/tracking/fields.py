@@ -69,8 +69,8 @@ def patch_run(
     cell = record.cell
     leak = selection.sentence(record.leak)
     caveats = [leak] if leak else []
-    if record.n < 100:
-        caveats.append(f"n={record.n} is small, intervals under-cover")
+    if (n := study.report_prompts.n_groups) < 100:
+        caveats.append(f"n={n} is small, intervals under-cover")
     for fitted_on in fitted_elsewhere(record.map, study).values():
         caveats.append(f"the map was fitted on another pair, {fitted_on}")
     return RunRecord(
@@ -263,6 +263,7 @@ def params_of(cell: Cell, study: Study) -> dict[str, ParamValue]:
         "position": str(protocol.position),
         "split": protocol.split,
         "n": len(study.report_prompts),
+        **({"n_groups": study.report_prompts.n_groups} if study.report_prompts.groups else {}),
         "n_train": len(study.train_prompts),
         "permutations": protocol.permutations,
         "seed": protocol.seed,

@@ -26,10 +26,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock, Timeout
 from mlflow.entities import Run
+from pydantic import Field
 
+from mechdiff_mlflow import foreign
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.locks import run_lock_file
 from mechdiff_mlflow.tracking.store import Store
@@ -59,12 +62,12 @@ class Holder:
         beat: Counted up while it works.
     """
 
-    epoch: int
+    epoch: Annotated[int, Field(ge=0, lt=1 << 53)]
     token: str
     machine: str
     host: str
-    pid: int
-    beat: int = 0
+    pid: Annotated[int, Field(ge=0, lt=1 << 53)]
+    beat: Annotated[int, Field(ge=0, lt=1 << 53)] = 0
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -80,11 +83,8 @@ def holder_in(tags: Mapping[str, str]) -> Holder | None:
     found = []
     for key, text in tags.items():
         if key.startswith(LEASE_TAG):
-            try:
-                holder = Holder(**json.loads(text))
-                found.append(replace(holder, epoch=int(holder.epoch)))
-            except (ValueError, TypeError):
-                continue  # not written by us
+            with suppress(foreign.Malformed):  # not written by us
+                found.append(foreign.record(Holder, key, text))
     return max(found, key=lambda holder: holder.epoch, default=None)
 
 

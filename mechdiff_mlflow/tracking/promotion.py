@@ -21,7 +21,7 @@ from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
-from mechdiff_mlflow import selection
+from mechdiff_mlflow import foreign, selection
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Site
@@ -394,7 +394,11 @@ def _verify(store: Store, version: Version) -> None:
         client = store.client
         model_id = version.source.removeprefix("models:/")
         if version.source != model_id:
-            known = json.loads(client.get_logged_model(model_id).tags.get(_MODEL_VERSIONS_TAG, "[]"))
+            text = client.get_logged_model(model_id).tags.get(_MODEL_VERSIONS_TAG, "[]")
+            try:
+                known = foreign.record(list[dict[str, str]], _MODEL_VERSIONS_TAG, text)
+            except foreign.Malformed:  # a page's list of links, written anew
+                known = []
             entry = {"name": version.name, "version": str(version.number)}
             if entry not in known:
                 card = client.get_model_version(version.name, str(version.number)).description

@@ -70,7 +70,7 @@ class Command:
                 or not isinstance(parent, bool)
             ):
                 raise ValueError("not as written")
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise MechdiffError(
                 f"Run {run.info.run_id} does not say which command it is of; repeat that command instead."
             ) from error

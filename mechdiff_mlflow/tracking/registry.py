@@ -16,10 +16,13 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
+from pydantic import Field
 
+from mechdiff_mlflow import foreign
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.locks import file_lock, lock_file
 from mechdiff_mlflow.tracking.names import check_alias
@@ -94,10 +97,10 @@ class Move:
     """
 
     action: str
-    source: int | None
-    target: int | None
+    source: Annotated[int, Field(ge=0, lt=1 << 31)] | None
+    target: Annotated[int, Field(ge=0, lt=1 << 31)] | None
     who: str = ""
-    when_ms: int = 0
+    when_ms: Annotated[int, Field(ge=0, lt=1 << 43)] = 0
     why: str = ""
     rules: str = ""
 
@@ -117,7 +120,14 @@ def winners_of(store: Store, pair: str, alias: str) -> list[Version]:
     Raises:
         MechdiffError: There is none.
     """
-    found = [v for v in list_winners(store) if alias in v.aliases and v.tags.get("pair") == pair]
+    found = []
+    for version in list_winners(store):
+        if alias in version.aliases and version.tags.get("pair") == pair:
+            try:
+                foreign.number({"alpha": 0, **version.tags}, "alpha")
+                found.append(version)
+            except foreign.Malformed as error:
+                foreign.left_out(f"map {version}", error)
     if not found:
         raise MechdiffError(
             f"No map of pair {pair!r} has the alias {alias!r}; promote one with mechdiff promote RUN --alias "
@@ -328,7 +338,13 @@ def holder_of(model: RegisteredModel, alias: str) -> int | None:
 
 def _announced(model: RegisteredModel, alias: str) -> list[Move]:
     prefix = f"{_MOVE_TAG}{alias}."
-    return [Move(**json.loads(model.tags[key])) for key in sorted(model.tags) if key.startswith(prefix)]
+    found = []
+    for key in sorted(key for key in model.tags if key.startswith(prefix)):
+        try:
+            found.append(foreign.record(Move, key, model.tags[key]))
+        except foreign.Malformed as error:
+            foreign.left_out(f"a move of {model.name}", error)
+    return found
 
 
 def _happened(announced: Sequence[Move], holder: int | None) -> list[Move]:

@@ -84,7 +84,7 @@ def _row(run: Run) -> dict[str, Any]:
         "kind": tags.get("mechdiff.kind"),
         "status": run.info.status,
         "parent_id": tags.get("mlflow.parentRunId"),
-        "started": pd.Timestamp(run.info.start_time, unit="ms", tz="UTC"),
+        "started": pd.to_datetime(run.info.start_time, unit="ms", utc=True, errors="coerce"),
     }
     row |= {key if key not in _FIRST else f"param.{key}": _value(text) for key, text in params.items()}
     row |= {key if key not in row else f"metric.{key}": value for key, value in run.data.metrics.items()}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from mlflow.entities import Run, ViewType
 
+from mechdiff_mlflow import foreign
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.tracking.lookup import all_runs
@@ -14,6 +14,10 @@ from mechdiff_mlflow.tracking.policy import SELECTION_LEAK
 from mechdiff_mlflow.tracking.records import check_key
 from mechdiff_mlflow.tracking.store import Store
 
+_SETTINGS = {
+    **dict.fromkeys(("solver", "family"), foreign.word),
+    **{"k": foreign.rank, "alpha": foreign.scales, "split": foreign.word, "n": foreign.whole},
+}
 _LOWER_IS_BETTER = ("KL_", "rho", "noise_floor", "p/", "reverse/", "control/", "time/")
 
 
@@ -81,7 +85,13 @@ def find_runs(
     with store.errors():
         experiments = {e.experiment_id: e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)}
     runs = all_runs(store, list(experiments), " and ".join(where))
-    found = [_found(run, experiments, metric) for run in runs if metric in run.data.metrics]
+    found = []
+    for run in runs:
+        if metric in run.data.metrics:
+            try:
+                found.append(_found(run, experiments, metric))
+            except foreign.Malformed as error:
+                foreign.left_out(f"run {run.info.run_id}", error)
     if not found:
         known = sorted(
             {key for run in runs for key in run.data.metrics if not key.startswith(("ci/", "time/"))}
@@ -109,17 +119,24 @@ def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:
         contexts = [tag.value for tag in item.tags if tag.key == "mlflow.data.context"]
         split = contexts[0] if contexts else ""
         prompts.append({"name": item.dataset.name, "digest": item.dataset.digest, "split": split})
-    value = metrics[metric]
+    site = foreign.site(params)
+    for key, parse in _SETTINGS.items():
+        if key in params:
+            parse(params, key)
+    ends = [
+        foreign.number(metrics, key) if (key := f"ci/{metric}_{end}") in metrics else None
+        for end in ("low", "high")
+    ]
     return FoundRun(
         run_id=run.info.run_id,
         experiment=experiments.get(run.info.experiment_id, run.info.experiment_id),
-        pair=params.get("pair", ""),
-        site=f"L{params.get('layer', '?')}/{params.get('hook', '?')}",
-        settings={k: params[k] for k in ("solver", "family", "k", "alpha", "split", "n") if k in params},
+        pair=foreign.word(params, "pair"),
+        site=str(site),
+        settings={k: params[k] for k in _SETTINGS if k in params},
         metric=metric,
-        value=value if math.isfinite(value) else math.nan,
-        low=metrics.get(f"ci/{metric}_low"),
-        high=metrics.get(f"ci/{metric}_high"),
+        value=foreign.number(metrics, metric),
+        low=ends[0],
+        high=ends[1],
         leak={"true": True, "false": False}.get(run.data.tags.get(SELECTION_LEAK, "")),
         prompts=tuple(sorted(prompts, key=lambda row: (row["split"], row["name"]))),
         started_ms=run.info.start_time or 0,

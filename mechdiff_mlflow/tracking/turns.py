@@ -23,8 +23,11 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from typing import Annotated, Protocol
 
+from pydantic import Field
+
+from mechdiff_mlflow import foreign
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.locks import lock_file, machine_of
 from mechdiff_mlflow.tracking.store import Store
@@ -108,7 +111,7 @@ class Ticket:
         beat: Counts up while its owner waits, to show that it lives.
     """
 
-    number: int
+    number: Annotated[int, Field(ge=0, lt=1 << 53)]
     machine: str
     beat: int = 0
 
@@ -223,8 +226,8 @@ def tickets_in(tags: Mapping[str, str]) -> dict[str, Ticket]:
     for key, text in tags.items():
         if key.startswith(TURN_TAG):
             try:
-                found[key.removeprefix(TURN_TAG)] = Ticket(**json.loads(text))
-            except (ValueError, TypeError):  # written by something else: it ages like a dead one's
+                found[key.removeprefix(TURN_TAG)] = foreign.record(Ticket, key, text)
+            except foreign.Malformed:  # written by something else: it ages like a dead one's
                 found[key.removeprefix(TURN_TAG)] = Ticket(0, "")
     return found
 

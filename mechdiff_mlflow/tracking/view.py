@@ -43,7 +43,7 @@ def install_view(store: Store, experiment_id: str, *, kind: str = "patch") -> No
             now = int(time.time() * 1000)
             view = {"name": "mechdiff", "createdAt": now, "updatedAt": now, "state": state}
             store.client.set_experiment_tag(experiment_id, _TAG, json.dumps(view))
-    except (MechdiffError, ValueError, AttributeError) as error:
+    except (MechdiffError, ValueError, AttributeError, RecursionError) as error:
         _log.debug("The shared view of experiment %s was not written: %s", experiment_id, error)
 
 
