@@ -8,6 +8,7 @@ import json
 import operator
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,18 +19,21 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from mechdiff_mlflow.chat import Reading, read
 from mechdiff_mlflow.checkpoints import (
     Checkpoint,
     adapter_revision,
+    adapter_tokenizer,
     layer_digests,
     load_adapter,
     module_names,
+    pinned,
     quiet_transformers,
 )
 from mechdiff_mlflow.engine import MemoryBudget, ModuleNames, PatchEngine, Shelf
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts, tokenize
+from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts
 from mechdiff_mlflow.recordings import Recordings
 from mechdiff_mlflow.residence import Adapted, Residence
 from mechdiff_mlflow.sites import Hook, Site
@@ -74,6 +78,7 @@ class Side:
         switch: Context in which the model is this side.
         make_engine: Builds the patch engine, inside `switch`.
         residence: Where models are held.
+        n_embeddings: Tokens that the model has embeddings for; None if unknown.
     """
 
     role: str
@@ -85,6 +90,7 @@ class Side:
     switch: Callable[[], contextlib.AbstractContextManager[object]]
     make_engine: Callable[[nn.Module], PatchEngine]
     residence: Residence
+    n_embeddings: int | None = None
     _digests: list[list[str] | None] = field(default_factory=list)
 
     @property
@@ -155,7 +161,7 @@ class Pair:
     device: str
     recordings: Recordings = field(default_factory=Recordings)
     options: EngineOptions = EngineOptions()
-    _tokens: dict[tuple[str, str, Position], TokenizedPrompts] = field(default_factory=dict)
+    _readings: dict[tuple[str, str, Position], Reading] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -169,15 +175,24 @@ class Pair:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over weights, tokenizers, templates, dtype and prompts."""
+        """16 hex digits over all that changes numbers: weights, code, dtype, modules, tokens of the prompts.
+
+        Raises:
+            MechdiffError: As `tokens`.
+        """
+        spec = self.spec
+        settings = {"template", "system", "dtype", "quantization", "modules", "trust_remote_code"}
+        readings = [
+            [tokens.ids for tokens in self._reading(side.role, Position.DECISION).sets]
+            for side in (self.base, self.tuned)
+        ]
         return _digest(
-            self.base.revision,
-            self.tuned.revision,
-            self.base.tokenizer_digest,
-            self.tuned.tokenizer_digest,
-            f"{self.spec.template} {self.spec.system!r} {self.spec.dtype}"
-            + (f" {self.spec.quantization}" if self.spec.quantization else ""),
-            *(f"{split} {prompts.digest}" for split, prompts in sorted(self.prompts.items())),
+            *(side.revision for side in (self.base, self.tuned)),
+            *(side.tokenizer_digest for side in (self.base, self.tuned)),
+            *(json.dumps(side.tokenizer.special_tokens_map, default=str) for side in (self.base, self.tuned)),
+            spec.model_dump_json(include=settings),
+            *(f"{split} {prompts.digest}" for split, prompts in self.prompts.items()),
+            json.dumps(readings),
         )
 
     def prompts_of(self, split: str, n: int | None = None, *, option: str = "--n") -> PromptSet:
@@ -195,16 +210,47 @@ class Pair:
         """Prompts as one side sees them.
 
         Raises:
-            MechdiffError: A template fails, doubles BOS, or leaves no tokens.
+            MechdiffError: A template fails, doubles BOS, or leaves no tokens; see `chat.tokenize`.
         """
-        key = (role, prompts.digest, position)
-        if key not in self._tokens:
-            reader = {"own": role, "none": role}.get(self.spec.template, self.spec.template)
-            tokenizer = (self.base if reader == "base" else self.tuned).tokenizer
-            self._tokens[key] = tokenize(
-                tokenizer, prompts, chat=self.spec.template != "none", position=position
+        own = self.prompts.get(prompts.split)
+        if own is None or own.prompts[: len(prompts)] != prompts.prompts:
+            return self._reading(role, position, prompts).sets[0]
+        return self._reading(role, position).sets[list(self.prompts).index(prompts.split)][: len(prompts)]
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the chat templates in use leave out of the prompts or lack, a sentence each."""
+        found = (self._reading(role, Position.DECISION).remarks for role in ("base", "tuned"))
+        return list(dict.fromkeys(remark for remarks in found for remark in remarks))
+
+    def _reading(self, role: str, position: Position, given: PromptSet | None = None) -> Reading:
+        """All prompts of the pair, or those given, as one side sees them."""
+        template = self.spec.template
+        reader = {"base": self.base, "tuned": self.tuned}[template if template in ("base", "tuned") else role]
+        key = (reader.role, "" if given is None else given.digest, position)
+        if key not in self._readings:
+            self._check_templates()
+            sets = list(self.prompts.values()) if given is None else [given]
+            what = f"Reading prompts through the {reader.role} tokenizer of {self.name}"
+            load, chat = (lambda: reader.tokenizer), template != "none"
+            reading = read(load, sets, what=what, chat=chat, position=position)
+            for side in (self.base, self.tuned) if reader.role == template else (reader,):
+                _check_embedded(reading, reader, side)
+            self._readings[key] = reading
+        return self._readings[key]
+
+    def _check_templates(self) -> None:
+        """Refuse `own` where one side has no template of its own, and say what works."""
+        sides = {"base": self.base, "tuned": self.tuned}
+        has = [role for role, side in sides.items() if getattr(side.tokenizer, "chat_template", None)]
+        needs = [*sides] if self.spec.template == "own" else [self.spec.template]
+        lack = [role for role in needs if role in sides and role not in has]
+        if lack:
+            others = f"template: {has[0]}, for both to read the {has[0]} side's, or " if has else ""
+            raise MechdiffError(
+                f"The {' and the '.join(lack)} tokenizer of {self.name} has no chat template, which "
+                f"template: {self.spec.template} asks for; set {others}template: none in the pair spec."
             )
-        return self._tokens[key]
 
     def recorded_base(self, prompts: PromptSet, position: Position) -> Mapping[Site, Tensor]:
         """Every activation of the base model on some prompts, recorded the first time.
@@ -318,6 +364,7 @@ def load_pair(
         if getattr(spec.prompts, split)
     }
     check_disjoint(prompts.values())
+    spec = pinned(spec)
     device = device if lazily and device != "auto" else _existing_device(device)
     bounds = options or EngineOptions()
     base_weights = Checkpoint(spec, spec.base.model, spec.base.revision, device)
@@ -328,7 +375,15 @@ def load_pair(
     residence = Residence(one_at_a_time=one_at_a_time)
     make_engine = _engine_maker(spec, bounds)
     with quiet_transformers():
-        tokenizer, revision = base_weights.tokenizer, base_weights.revision
+        # A tokenizer may be as hostile as a template: loaded within bounds first.
+        tokenizers = {
+            "base": lambda: base_weights.tokenizer,
+            "tuned": partial(adapter_tokenizer, spec, base_weights)
+            if tuned_weights is None
+            else lambda: tuned_weights.tokenizer,
+        }
+        for role, load_tokenizer in tokenizers.items():
+            read(load_tokenizer, [], what=f"Loading the {role} tokenizer of {spec.name}")
         if tuned_weights is not None:
             base, tuned = (
                 Side(
@@ -341,19 +396,39 @@ def load_pair(
                     nullcontext,
                     make_engine,
                     residence,
+                    c.n_embeddings,
                 )
                 for role, c in (("base", base_weights), ("tuned", tuned_weights))
             )
         else:
-            both = f"{revision}+{adapter_revision(spec)}"
+            both = f"{base_weights.revision}+{adapter_revision(spec)}"
             load = Adapted("base", base_weights.load, partial(load_adapter, spec), residence)
             shared = (base_weights.n_layers, load, load.name)
-            base = Side("base", tokenizer, revision, *shared, load.disabled, make_engine, residence)
-            tuned = Side("tuned", tokenizer, both, *shared, nullcontext, make_engine, residence)
+            last = (make_engine, residence, base_weights.n_embeddings)
+            tokenizer, revision = base_weights.tokenizer, base_weights.revision
+            base = Side("base", tokenizer, revision, *shared, load.disabled, *last)
+            tuned = Side("tuned", tokenizers["tuned"](), both, *shared, nullcontext, *last)
+        pair = Pair(spec, base, tuned, prompts, device, options=bounds)
+        for remark in pair.remarks:  # all prompts are read for it, so what is wrong with them is said now
+            warnings.warn(remark, stacklevel=2)
         if not one_at_a_time and not lazily:
             for side in (base, tuned):
                 residence.model(side.key, side.load)
-    return Pair(spec, base, tuned, prompts, device, options=bounds)
+    return pair
+
+
+def _check_embedded(reading: Reading, reader: Side, side: Side) -> None:
+    """Refuse tokens that a model has no embeddings for."""
+    rows = side.n_embeddings
+    top = max((max(ids) for tokens in reading.sets for ids in tokens.ids), default=0)
+    if rows is not None and top >= rows:
+        other = "base" if reader.role == "tuned" else "tuned"
+        token = reader.tokenizer.convert_ids_to_tokens(top)
+        raise MechdiffError(
+            f"The {reader.role} tokenizer gives token {top} ({str(token)[:80]!r}) and the {side.role} model "
+            f"has embeddings for {rows}; set template: {other}, or none, in the pair spec, or save the model with "
+            "its embeddings resized."
+        )
 
 
 def _tuned_weights(spec: PairSpec, base: Checkpoint) -> Checkpoint | None:
