@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import json
 import os
@@ -90,6 +91,7 @@ def _answer(work: Callable[[], Any], file: int, seconds: int) -> None:
     """In the child: do the work within bounds, and write what came of it."""
     import resource  # there is none on Windows
 
+    faulthandler.disable()
     gc.freeze()  # nothing of the parent's is to be finalised here
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

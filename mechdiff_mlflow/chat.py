@@ -5,24 +5,32 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from unittest import mock
+
+import transformers.utils.chat_template_utils
+from transformers import PreTrainedTokenizerBase
 
 from mechdiff_mlflow.bounded import bounded
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.positions import Position
 from mechdiff_mlflow.prompts import Message, Prompt, PromptSet, TokenizedPrompts
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-TODAY = datetime.datetime(2024, 7, 26)
+TODAY = datetime.date(2024, 7, 26)
 """What a template that asks for the date is told, so that every day gives the same tokens.
 
 It is the date that templates of Llama 3 print where they cannot ask.
 """
+
+
+class _Still(datetime.datetime):
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> _Still:
+        return cls(TODAY.year, TODAY.month, TODAY.day, tzinfo=tz)
+
 
 MAX_TOKENS = 1 << 20
 """Of one prompt."""
@@ -81,6 +89,103 @@ def _read(
     tokenizer = load()
     tokens = [dataclasses.asdict(tokenize(tokenizer, s, chat=chat, position=position)) for s in sets]
     return {"sets": tokens, "remarks": _remarks(tokenizer, sets) if chat else []}
+
+
+@dataclass(frozen=True, slots=True)
+class Tongue:
+    """What a side reads with.
+
+    Args:
+        tokenizer: Its tokenizer, with its chat template.
+        n_embeddings: Tokens that its model has embeddings for; None if unknown.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    n_embeddings: int | None
+
+
+class Readers:
+    """Reads prompts for both sides of a pair, each set once.
+
+    Args:
+        name: Of the pair.
+        tongues: Of `base` and `tuned`.
+        template: Which of them is used, as in the pair's spec.
+        prompts: All that the pair has, by split.
+    """
+
+    def __init__(
+        self, name: str, tongues: Mapping[str, Tongue], template: str, prompts: Mapping[str, PromptSet]
+    ) -> None:
+        self._name, self._tongues, self._template, self._prompts = name, tongues, template, prompts
+        self._readings: dict[tuple[str, str, Position], Reading] = {}
+
+    def tokens(self, role: str, prompts: PromptSet, position: Position) -> TokenizedPrompts:
+        """Prompts as one side sees them.
+
+        Raises:
+            MechdiffError: One side has no template or no embedding that it needs; or as `read`.
+        """
+        own = self._prompts.get(prompts.split)
+        if own is None or own.prompts[: len(prompts)] != prompts.prompts:
+            return self._reading(role, position, [prompts], prompts.digest).sets[0]
+        at = list(self._prompts).index(prompts.split)
+        return self.all_of(role, position).sets[at][: len(prompts)]
+
+    def all_of(self, role: str, position: Position) -> Reading:
+        """All prompts of the pair as one side sees them.
+
+        Raises:
+            MechdiffError: As `tokens`.
+        """
+        return self._reading(role, position, list(self._prompts.values()), "")
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the chat templates in use leave out of the prompts or lack, a sentence each."""
+        found = [r for role in self._tongues for r in self.all_of(role, Position.DECISION).remarks]
+        return list(dict.fromkeys(found))
+
+    def of(self, role: str) -> PreTrainedTokenizerBase:
+        """The tokenizer that one side's prompts are read through."""
+        return self._tongues[self._template if self._template in self._tongues else role].tokenizer
+
+    def _reading(self, role: str, position: Position, sets: list[PromptSet], which: str) -> Reading:
+        reader = self._template if self._template in self._tongues else role
+        key = (reader, which, position)
+        if key not in self._readings:
+            self._check_templates()
+            what = f"Reading prompts through the {reader} tokenizer of {self._name}"
+            tokenizer, chat = self._tongues[reader].tokenizer, self._template != "none"
+            found = read(lambda: tokenizer, sets, what=what, chat=chat, position=position)
+            for side in self._tongues if reader == self._template else (reader,):
+                self._check_embedded(found, reader, side)
+            self._readings[key] = found
+        return self._readings[key]
+
+    def _check_templates(self) -> None:
+        """Refuse a side without the template that it is to read through, and say what works."""
+        has = [role for role, it in self._tongues.items() if getattr(it.tokenizer, "chat_template", None)]
+        needs = {"own": [*self._tongues], "none": []}.get(self._template, [self._template])
+        lack = [role for role in needs if role not in has]
+        if lack:
+            other = f"template: {has[0]} for both to read the {has[0]} side's, or " if has else ""
+            raise MechdiffError(
+                f"The {' and the '.join(lack)} tokenizer of {self._name} has no chat template, which "
+                f"template: {self._template} asks for; set {other}template: none in the pair spec."
+            )
+
+    def _check_embedded(self, found: Reading, reader: str, side: str) -> None:
+        """Refuse tokens that a model has no embeddings for."""
+        rows = self._tongues[side].n_embeddings
+        top = max((max(ids) for tokens in found.sets for ids in tokens.ids), default=0)
+        if rows is not None and top >= rows:
+            token = str(self._tongues[reader].tokenizer.convert_ids_to_tokens(top))[:80]
+            other = "base" if reader == "tuned" else "tuned"
+            raise MechdiffError(
+                f"The {reader} tokenizer gives token {top} ({token!r}) and the {side} model has embeddings "
+                f"for {rows}; set template: {other}, or none, or save the model with its embeddings resized."
+            )
 
 
 def tokenize(
@@ -178,14 +283,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) ->
 def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Iterable[Message], *, answering: bool = True
 ) -> str:
-    # Given only to templates that ask: some tokenizers refuse variables that they do not know.
-    asks = "strftime_now" in str(tokenizer.chat_template)
-    text: str = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=False,
-        add_generation_prompt=answering,
-        **({"strftime_now": TODAY.strftime} if asks else {}),
-    )
+    # The clock cannot be passed in: transformers lets templates have plain data alone.
+    with mock.patch.object(transformers.utils.chat_template_utils, "datetime", _Still):
+        text: str = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=answering
+        )
     return text
 
 

@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mechdiff_mlflow.chat import Reading, read
+from mechdiff_mlflow.chat import Readers, Tongue, read
 from mechdiff_mlflow.checkpoints import (
     Checkpoint,
     adapter_revision,
@@ -161,7 +161,6 @@ class Pair:
     device: str
     recordings: Recordings = field(default_factory=Recordings)
     options: EngineOptions = EngineOptions()
-    _readings: dict[tuple[str, str, Position], Reading] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -180,19 +179,16 @@ class Pair:
         Raises:
             MechdiffError: As `tokens`.
         """
-        spec = self.spec
+        sides = (self.base, self.tuned)
         settings = {"template", "system", "dtype", "quantization", "modules", "trust_remote_code"}
-        readings = [
-            [tokens.ids for tokens in self._reading(side.role, Position.DECISION).sets]
-            for side in (self.base, self.tuned)
-        ]
+        ids = [t.ids for side in sides for t in self.readers.all_of(side.role, Position.DECISION).sets]
         return _digest(
-            *(side.revision for side in (self.base, self.tuned)),
-            *(side.tokenizer_digest for side in (self.base, self.tuned)),
-            *(json.dumps(side.tokenizer.special_tokens_map, default=str) for side in (self.base, self.tuned)),
-            spec.model_dump_json(include=settings),
+            *(side.revision for side in sides),
+            *(side.tokenizer_digest for side in sides),
+            *(json.dumps(side.tokenizer.special_tokens_map, default=str) for side in sides),
+            self.spec.model_dump_json(include=settings),
             *(f"{split} {prompts.digest}" for split, prompts in self.prompts.items()),
-            json.dumps(readings),
+            json.dumps(ids),
         )
 
     def prompts_of(self, split: str, n: int | None = None, *, option: str = "--n") -> PromptSet:
@@ -212,45 +208,13 @@ class Pair:
         Raises:
             MechdiffError: A template fails, doubles BOS, or leaves no tokens; see `chat.tokenize`.
         """
-        own = self.prompts.get(prompts.split)
-        if own is None or own.prompts[: len(prompts)] != prompts.prompts:
-            return self._reading(role, position, prompts).sets[0]
-        return self._reading(role, position).sets[list(self.prompts).index(prompts.split)][: len(prompts)]
+        return self.readers.tokens(role, prompts, position)
 
-    @property
-    def remarks(self) -> list[str]:
-        """What the chat templates in use leave out of the prompts or lack, a sentence each."""
-        found = (self._reading(role, Position.DECISION).remarks for role in ("base", "tuned"))
-        return list(dict.fromkeys(remark for remarks in found for remark in remarks))
-
-    def _reading(self, role: str, position: Position, given: PromptSet | None = None) -> Reading:
-        """All prompts of the pair, or those given, as one side sees them."""
-        template = self.spec.template
-        reader = {"base": self.base, "tuned": self.tuned}[template if template in ("base", "tuned") else role]
-        key = (reader.role, "" if given is None else given.digest, position)
-        if key not in self._readings:
-            self._check_templates()
-            sets = list(self.prompts.values()) if given is None else [given]
-            what = f"Reading prompts through the {reader.role} tokenizer of {self.name}"
-            load, chat = (lambda: reader.tokenizer), template != "none"
-            reading = read(load, sets, what=what, chat=chat, position=position)
-            for side in (self.base, self.tuned) if reader.role == template else (reader,):
-                _check_embedded(reading, reader, side)
-            self._readings[key] = reading
-        return self._readings[key]
-
-    def _check_templates(self) -> None:
-        """Refuse `own` where one side has no template of its own, and say what works."""
-        sides = {"base": self.base, "tuned": self.tuned}
-        has = [role for role, side in sides.items() if getattr(side.tokenizer, "chat_template", None)]
-        needs = [*sides] if self.spec.template == "own" else [self.spec.template]
-        lack = [role for role in needs if role in sides and role not in has]
-        if lack:
-            others = f"template: {has[0]}, for both to read the {has[0]} side's, or " if has else ""
-            raise MechdiffError(
-                f"The {' and the '.join(lack)} tokenizer of {self.name} has no chat template, which "
-                f"template: {self.spec.template} asks for; set {others}template: none in the pair spec."
-            )
+    @cached_property
+    def readers(self) -> Readers:
+        """The tokenizers and chat templates of both sides."""
+        both = {side.role: Tongue(side.tokenizer, side.n_embeddings) for side in (self.base, self.tuned)}
+        return Readers(self.name, both, self.spec.template, self.prompts)
 
     def recorded_base(self, prompts: PromptSet, position: Position) -> Mapping[Site, Tensor]:
         """Every activation of the base model on some prompts, recorded the first time.
@@ -376,59 +340,36 @@ def load_pair(
     make_engine = _engine_maker(spec, bounds)
     with quiet_transformers():
         # A tokenizer may be as hostile as a template: loaded within bounds first.
+        own = partial(adapter_tokenizer, spec, base_weights)
         tokenizers = {
             "base": lambda: base_weights.tokenizer,
-            "tuned": partial(adapter_tokenizer, spec, base_weights)
-            if tuned_weights is None
-            else lambda: tuned_weights.tokenizer,
+            "tuned": own if tuned_weights is None else lambda: tuned_weights.tokenizer,
         }
         for role, load_tokenizer in tokenizers.items():
             read(load_tokenizer, [], what=f"Loading the {role} tokenizer of {spec.name}")
         if tuned_weights is not None:
             base, tuned = (
                 Side(
-                    role,
-                    c.tokenizer,
-                    c.revision,
-                    c.n_layers,
-                    c.load,
-                    role,
-                    nullcontext,
-                    make_engine,
-                    residence,
-                    c.n_embeddings,
+                    *(role, c.tokenizer, c.revision, c.n_layers, c.load, role, nullcontext),
+                    *(make_engine, residence, c.n_embeddings),
                 )
                 for role, c in (("base", base_weights), ("tuned", tuned_weights))
             )
         else:
-            both = f"{base_weights.revision}+{adapter_revision(spec)}"
+            revision = base_weights.revision
             load = Adapted("base", base_weights.load, partial(load_adapter, spec), residence)
             shared = (base_weights.n_layers, load, load.name)
             last = (make_engine, residence, base_weights.n_embeddings)
-            tokenizer, revision = base_weights.tokenizer, base_weights.revision
-            base = Side("base", tokenizer, revision, *shared, load.disabled, *last)
+            base = Side("base", base_weights.tokenizer, revision, *shared, load.disabled, *last)
+            both = f"{revision}+{adapter_revision(spec)}"
             tuned = Side("tuned", tokenizers["tuned"](), both, *shared, nullcontext, *last)
         pair = Pair(spec, base, tuned, prompts, device, options=bounds)
-        for remark in pair.remarks:  # all prompts are read for it, so what is wrong with them is said now
+        for remark in pair.readers.remarks:  # all prompts are read, so what is wrong with them is said now
             warnings.warn(remark, stacklevel=2)
         if not one_at_a_time and not lazily:
             for side in (base, tuned):
                 residence.model(side.key, side.load)
     return pair
-
-
-def _check_embedded(reading: Reading, reader: Side, side: Side) -> None:
-    """Refuse tokens that a model has no embeddings for."""
-    rows = side.n_embeddings
-    top = max((max(ids) for tokens in reading.sets for ids in tokens.ids), default=0)
-    if rows is not None and top >= rows:
-        other = "base" if reader.role == "tuned" else "tuned"
-        token = reader.tokenizer.convert_ids_to_tokens(top)
-        raise MechdiffError(
-            f"The {reader.role} tokenizer gives token {top} ({str(token)[:80]!r}) and the {side.role} model "
-            f"has embeddings for {rows}; set template: {other}, or none, in the pair spec, or save the model with "
-            "its embeddings resized."
-        )
 
 
 def _tuned_weights(spec: PairSpec, base: Checkpoint) -> Checkpoint | None:
