@@ -1,4 +1,4 @@
-"""What identifies a pair: commits of the hub, and a fingerprint that changes with all that changes numbers."""
+"""What identifies a pair: commits of the hub, and a fingerprint of all that changes numbers."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_tokens_that_the_base_has_no_embeddings_for(adapted: Path) -> None:
     chatml(n_more=2).save_pretrained(adapted.parent / "lora")
     n = len(toys.tokenizer())
     for template in ("own", "tuned"):
-        says = rf"tuned tokenizer gives token {n + 1} \('<\|im_end\|>'\) and the \w+ model has embeddings for {n}"
+        says = rf"tuned tokenizer gives token {n + 1} \('<\|im_end\|>'\) and the \w+ model has .* for {n}"
         with pytest.raises(MechdiffError, match=says + "; set template: base, or none"):
             load(adapted, ADAPTED + f"template: {template}\n")
     load(adapted, ADAPTED + "template: base\n")

@@ -294,7 +294,8 @@ def _check_same_pair(map_: AffineMap, name: str, fingerprint: str, *, allowed: b
     if not allowed:
         raise MechdiffError(
             f"Map {name} was fitted on pair {fitted_on} and this is {fingerprint} "
-            "(other weights, tokenizer, template, dtype or prompts); fit again or --allow-pair-mismatch."
+            "(other weights, tokenizer, template, dtype or prompts, or an earlier mechdiff); fit again or "
+            "--allow-pair-mismatch."
         )
     show.warn(f"map {name} was fitted on pair {fitted_on} and patches {fingerprint}; the run says so")
 

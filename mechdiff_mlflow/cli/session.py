@@ -121,7 +121,7 @@ def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
     with tracker.run(kind, name, asked(options) if has_parent else {}, tags=tags) as run:
         protocol = protocol_of(options)
         with bars() as stage, workers_of(spec, options, staging(run.run_id), stage) as workers:
-            run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair")
+            run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair or mechdiff")
             yield Session(store, run, Study(workers.pair, protocol, stage, workers), has_parent)
     workers.discard()  # only now: the run is finished, and nobody will resume it
 

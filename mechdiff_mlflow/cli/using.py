@@ -166,6 +166,7 @@ def _ready(given: dict[str, Any]) -> tuple[AffineMap, Pair]:
     if theirs != pair.fingerprint and not given["allow_pair_mismatch"]:
         raise MechdiffError(
             f"Map {given['map']} was fitted on pair {theirs or 'unknown'} and this is {pair.fingerprint} "
-            "(other weights, tokenizer, template, dtype or prompts); name its own or --allow-pair-mismatch."
+            "(other weights, tokenizer, template, dtype or prompts, or an earlier mechdiff); name its own "
+            "or --allow-pair-mismatch."
         )
     return the_map, pair

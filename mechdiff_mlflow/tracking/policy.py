@@ -112,7 +112,8 @@ class PromotionPolicy:
         ours = candidate.facts.get(PAIR_FINGERPRINT)
         if not self.allow_pair_mismatch and theirs is not None and ours != theirs:
             found.append(
-                f"allow_pair_mismatch: it is of pair {ours or 'unknown'}, the present version of {theirs}"
+                f"allow_pair_mismatch: it is of pair {ours or 'unknown'}, the present version of {theirs} "
+                "(another pair, or measured with an earlier version of mechdiff)"
             )
         return found
 
