@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -91,34 +91,24 @@ def _read(
     return {"sets": tokens, "remarks": _remarks(tokenizer, sets) if chat else []}
 
 
-@dataclass(frozen=True, slots=True)
-class Tongue:
-    """What a side reads with.
-
-    Args:
-        tokenizer: Its tokenizer, with its chat template.
-        n_embeddings: Tokens that its model has embeddings for; None if unknown.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    n_embeddings: int | None
-
-
+@dataclass(frozen=True, eq=False)
 class Readers:
     """Reads prompts for both sides of a pair, each set once.
 
     Args:
         name: Of the pair.
-        tongues: Of `base` and `tuned`.
+        tokenizers: Of `base` and `tuned`, with their chat templates.
+        n_embeddings: Tokens that their models have embeddings for; None if unknown.
         template: Which of them is used, as in the pair's spec.
         prompts: All that the pair has, by split.
     """
 
-    def __init__(
-        self, name: str, tongues: Mapping[str, Tongue], template: str, prompts: Mapping[str, PromptSet]
-    ) -> None:
-        self._name, self._tongues, self._template, self._prompts = name, tongues, template, prompts
-        self._readings: dict[tuple[str, str, Position], Reading] = {}
+    name: str
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    n_embeddings: Mapping[str, int | None]
+    template: str
+    prompts: Mapping[str, PromptSet]
+    _readings: dict[tuple[str, str, Position], Reading] = field(default_factory=dict)
 
     def tokens(self, role: str, prompts: PromptSet, position: Position) -> TokenizedPrompts:
         """Prompts as one side sees them.
@@ -126,10 +116,10 @@ class Readers:
         Raises:
             MechdiffError: One side has no template or no embedding that it needs; or as `read`.
         """
-        own = self._prompts.get(prompts.split)
+        own = self.prompts.get(prompts.split)
         if own is None or own.prompts[: len(prompts)] != prompts.prompts:
             return self._reading(role, position, [prompts], prompts.digest).sets[0]
-        at = list(self._prompts).index(prompts.split)
+        at = list(self.prompts).index(prompts.split)
         return self.all_of(role, position).sets[at][: len(prompts)]
 
     def all_of(self, role: str, position: Position) -> Reading:
@@ -138,49 +128,52 @@ class Readers:
         Raises:
             MechdiffError: As `tokens`.
         """
-        return self._reading(role, position, list(self._prompts.values()), "")
+        return self._reading(role, position, list(self.prompts.values()), "")
 
     @property
     def remarks(self) -> list[str]:
         """What the chat templates in use leave out of the prompts or lack, a sentence each."""
-        found = [r for role in self._tongues for r in self.all_of(role, Position.DECISION).remarks]
+        found = [r for role in self.tokenizers for r in self.all_of(role, Position.DECISION).remarks]
         return list(dict.fromkeys(found))
 
     def of(self, role: str) -> PreTrainedTokenizerBase:
         """The tokenizer that one side's prompts are read through."""
-        return self._tongues[self._template if self._template in self._tongues else role].tokenizer
+        return self.tokenizers[self._reader(role)]
+
+    def _reader(self, role: str) -> str:
+        return self.template if self.template in self.tokenizers else role
 
     def _reading(self, role: str, position: Position, sets: list[PromptSet], which: str) -> Reading:
-        reader = self._template if self._template in self._tongues else role
+        reader = self._reader(role)
         key = (reader, which, position)
         if key not in self._readings:
             self._check_templates()
-            what = f"Reading prompts through the {reader} tokenizer of {self._name}"
-            tokenizer, chat = self._tongues[reader].tokenizer, self._template != "none"
+            what = f"Reading prompts through the {reader} tokenizer of {self.name}"
+            tokenizer, chat = self.tokenizers[reader], self.template != "none"
             found = read(lambda: tokenizer, sets, what=what, chat=chat, position=position)
-            for side in self._tongues if reader == self._template else (reader,):
+            for side in self.tokenizers if reader == self.template else (reader,):
                 self._check_embedded(found, reader, side)
             self._readings[key] = found
         return self._readings[key]
 
     def _check_templates(self) -> None:
         """Refuse a side without the template that it is to read through, and say what works."""
-        has = [role for role, it in self._tongues.items() if getattr(it.tokenizer, "chat_template", None)]
-        needs = {"own": [*self._tongues], "none": []}.get(self._template, [self._template])
+        has = [role for role, it in self.tokenizers.items() if getattr(it, "chat_template", None)]
+        needs = {"own": [*self.tokenizers], "none": []}.get(self.template, [self.template])
         lack = [role for role in needs if role not in has]
         if lack:
             other = f"template: {has[0]} for both to read the {has[0]} side's, or " if has else ""
             raise MechdiffError(
-                f"The {' and the '.join(lack)} tokenizer of {self._name} has no chat template, which "
-                f"template: {self._template} asks for; set {other}template: none in the pair spec."
+                f"The {' and the '.join(lack)} tokenizer of {self.name} has no chat template, which "
+                f"template: {self.template} asks for; set {other}template: none in the pair spec."
             )
 
     def _check_embedded(self, found: Reading, reader: str, side: str) -> None:
         """Refuse tokens that a model has no embeddings for."""
-        rows = self._tongues[side].n_embeddings
+        rows = self.n_embeddings[side]
         top = max((max(ids) for tokens in found.sets for ids in tokens.ids), default=0)
         if rows is not None and top >= rows:
-            token = str(self._tongues[reader].tokenizer.convert_ids_to_tokens(top))[:80]
+            token = str(self.tokenizers[reader].convert_ids_to_tokens(top))[:80]
             other = "base" if reader == "tuned" else "tuned"
             raise MechdiffError(
                 f"The {reader} tokenizer gives token {top} ({token!r}) and the {side} model has embeddings "

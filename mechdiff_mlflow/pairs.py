@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mechdiff_mlflow.chat import Readers, Tongue, read
+from mechdiff_mlflow.chat import Readers, read
 from mechdiff_mlflow.checkpoints import (
     Checkpoint,
     adapter_revision,
@@ -213,8 +213,10 @@ class Pair:
     @cached_property
     def readers(self) -> Readers:
         """The tokenizers and chat templates of both sides."""
-        both = {side.role: Tongue(side.tokenizer, side.n_embeddings) for side in (self.base, self.tuned)}
-        return Readers(self.name, both, self.spec.template, self.prompts)
+        sides = (self.base, self.tuned)
+        tokenizers = {side.role: side.tokenizer for side in sides}
+        n_embeddings = {side.role: side.n_embeddings for side in sides}
+        return Readers(self.name, tokenizers, n_embeddings, self.spec.template, self.prompts)
 
     def recorded_base(self, prompts: PromptSet, position: Position) -> Mapping[Site, Tensor]:
         """Every activation of the base model on some prompts, recorded the first time.
