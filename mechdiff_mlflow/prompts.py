@@ -1,4 +1,4 @@
-"""Prompts as the models see them: text to tokens, positions and splits."""
+"""Prompts: files of conversations, splits, and what they are as tokens."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.duplicates import near_duplicates, repeats
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.positions import Position
 from mechdiff_mlflow.shown import cut
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MAX_FILE_BYTES = 256 << 20
 MAX_LINE_BYTES = 1 << 20
-
-_STAND_IN = "\ue000\ue001"
-"""Private-use characters, which no text has."""
 
 Message = Mapping[str, str]
 
@@ -280,113 +273,3 @@ def check_disjoint(sets: Iterable[PromptSet]) -> None:
             f"The {split} prompt {cut(repr(text))} is nearly {cut(repr(other_text))} in {other}; "
             "remove it from one of the two files."
         )
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: PromptSet,
-    *,
-    chat: bool = True,
-    position: Position = Position.DECISION,
-) -> TokenizedPrompts:
-    """Prompts through a tokenizer and its chat template, with the generation prompt.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        prompts: The prompts.
-        chat: Apply the chat template; otherwise the user's text alone, with the tokenizer's special tokens.
-        position: Which token is read and replaced.
-
-    Raises:
-        MechdiffError: There is no chat template, it fails, it doubles BOS, it gives no tokens, or
-            the user's text cannot be located.
-    """
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise MechdiffError(f"{_name(tokenizer)} has no chat template; set template: none in the pair spec.")
-    ids: list[tuple[int, ...]] = []
-    positions: list[int] = []
-    spans: list[int] = []
-    for number, prompt in enumerate(prompts.prompts, 1):
-        where = f"{prompts.split} prompt {number}"
-        tokens = _token_ids(tokenizer, prompt, chat, where)
-        _check_bos(tokenizer, tokens, where)
-        ids.append(tokens)
-        if position is Position.DECISION:
-            positions.append(len(tokens) - 1)
-            continue
-        first, last = _content(tokenizer, prompt, chat, tokens, where)
-        if position is Position.CONTENT_MEAN:
-            positions.append(first)
-            spans.append(last - first + 1)
-        else:
-            positions.append(last)
-    return TokenizedPrompts(tuple(ids), tuple(positions), tuple(spans))
-
-
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return f"The tokenizer of {tokenizer.name_or_path or 'the model'}"
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, where: str) -> tuple[int, ...]:
-    tokens = (
-        _templated(tokenizer, prompt, where, as_tokens=True) if chat else tokenizer(prompt.text)["input_ids"]
-    )
-    if not tokens:
-        raise MechdiffError(
-            f"{_name(tokenizer)} turns {where} into no tokens; check the prompt and the template."
-        )
-    return tuple(int(token) for token in tokens)
-
-
-def _templated(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, as_tokens: bool
-) -> str | list[int]:
-    messages = [dict(message) for message in prompt.messages]
-    try:
-        # Without return_dict=False, transformers 5 gives a mapping where 4 gave ids.
-        rendered: str | list[int] = tokenizer.apply_chat_template(
-            messages,
-            tokenize=as_tokens,
-            add_generation_prompt=True,
-            **({"return_dict": False} if as_tokens else {}),
-        )
-    except Exception as error:  # a template is a program of the model's author and may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MechdiffError(
-            f"The chat template of {tokenizer.name_or_path} fails on {where} ({reason}); change the prompt, "
-            "or set template: none in the pair spec."
-        ) from error
-    return rendered
-
-
-def _check_bos(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...], where: str) -> None:
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokens[:2] == (bos, bos):
-        raise MechdiffError(
-            f"{_name(tokenizer)} starts {where} with two BOS tokens; remove one from its template."
-        )
-
-
-def _content(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, tokens: tuple[int, ...], where: str
-) -> tuple[int, int]:
-    """Indices of the first and the last token that hold a character of the user's text."""
-    if not tokenizer.is_fast:
-        raise MechdiffError(f"{_name(tokenizer)} is slow and gives no offsets; use --position decision.")
-    content = prompt.text.strip()
-    blanks = prompt.text.partition(content)[0]
-    if chat:
-        # The text may also occur elsewhere in the template ("user"); a stand-in shows where its place is.
-        stand_in = Prompt((*prompt.messages[:-1], {"role": "user", "content": _STAND_IN}))
-        start = str(_templated(tokenizer, stand_in, where, as_tokens=False)).find(_STAND_IN)
-        rendered = str(_templated(tokenizer, prompt, where, as_tokens=False))
-    else:
-        start, rendered = 0, prompt.text
-    if blanks and rendered.startswith(blanks + content, max(start, 0)):  # most templates strip them
-        start += len(blanks)
-    end = start + len(content)
-    encoded = tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
-    if tuple(encoded["input_ids"]) != tokens or start < 0 or rendered[start:end] != content:
-        raise MechdiffError(f"{_name(tokenizer)} hides the user's text of {where}; use --position decision.")
-    held = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > max(a, start)]
-    return held[0], held[-1]

@@ -12,9 +12,10 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from mechdiff_mlflow.chat import tokenize
 from mechdiff_mlflow.duplicates import NEAR_DUPLICATE, near_duplicates, shingles
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.prompts import Prompt, PromptSet, check_disjoint, read_prompts, tokenize
+from mechdiff_mlflow.prompts import Prompt, PromptSet, check_disjoint, read_prompts
 from mechdiff_mlflow.spec import Position
 
 TEMPLATE = (

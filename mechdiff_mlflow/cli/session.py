@@ -137,7 +137,7 @@ def session(
         bars() as stage,
         workers_of(spec, options, staging(run.run_id), stage, partial(check, protocol)) as workers,
     ):
-        run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair")
+        run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair or mechdiff")
         yield Session(store, run, Study(workers.pair, protocol, stage, workers), has_parent)
     workers.discard()  # only now: the run is finished, and nobody will resume it
 

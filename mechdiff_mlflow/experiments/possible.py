@@ -108,7 +108,8 @@ def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, any_pair: b
     if theirs != pair.fingerprint and not any_pair:
         raise MechdiffError(
             f"Map {name} was fitted on pair {theirs} and this is {pair.fingerprint} (other weights, "
-            "tokenizer, template, dtype or prompts); name its own pair, fit again, or --allow-pair-mismatch."
+            "tokenizer, template, dtype or prompts, or an earlier mechdiff); name its own pair, fit again, "
+            "or --allow-pair-mismatch."
         )
 
 

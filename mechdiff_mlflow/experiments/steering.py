@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.attach import Tokens, attached
+from mechdiff_mlflow.bounded import bounded
 from mechdiff_mlflow.errors import MechdiffError, is_text
 from mechdiff_mlflow.maps import AffineMap, identity_map
 from mechdiff_mlflow.metrics import next_token_divergences
@@ -157,7 +158,9 @@ def _continue(
             pad_token_id=pad,
             **_GREEDY,
         )
-    texts = tokenizer.batch_decode(out.sequences[:, length:], skip_special_tokens=True)
+    said = out.sequences[:, length:].tolist()
+    what = f"Decoding with the {side.role} tokenizer"  # whose decoder may grow what it gets
+    texts = bounded(what, lambda: tokenizer.batch_decode(said, skip_special_tokens=True))
     return [text.strip() for text in texts], out.logits[0]
 
 

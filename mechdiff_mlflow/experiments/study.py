@@ -106,7 +106,7 @@ class Study:
         if len(found) > 1:  # reported together, and people take the best
             one_of = selection.entry(f"{selection.CELL} (one of {len(found)})", self.report_prompts)
             found = [replace(fit, map=selection.recorded(fit.map, one_of)) for fit in found]
-        self._fitted += [fit.map for fit in found]
+        self._fitted.extend(fit.map for fit in found)
         return found
 
     def patch(

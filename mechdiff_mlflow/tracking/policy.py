@@ -152,7 +152,8 @@ class PromotionPolicy:
         if other_pair and not self.allow_pair_mismatch:
             found.append(
                 f"allow_pair_mismatch: it is of pair {ours.get(PAIR_FINGERPRINT, 'unknown')}, the present "
-                f"version of {theirs[PAIR_FINGERPRINT]}"
+                f"version of {theirs[PAIR_FINGERPRINT]} (another pair, or measured with an earlier version "
+                "of mechdiff)"
             )
         if present and not other_pair:
             found += self._not_better(candidate, present, theirs)

@@ -151,9 +151,9 @@ def test_positions_are_right_in_padded_batches(pair: Pair) -> None:
     ids=["a failing template", "a doubled BOS"],
 )
 def test_stops_the_run(toy: Path, tmp_path: Path, template: str, says: str) -> None:
-    pair = loaded(edited(toy, tmp_path, lambda f: (f / "tuned" / "chat_template.jinja").write_text(template)))
+    spec = edited(toy, tmp_path, lambda f: (f / "tuned" / "chat_template.jinja").write_text(template))
     with pytest.raises(MechdiffError, match=says):
-        Study(pair, Protocol()).fit([cell()])
+        loaded(spec)
 
 
 def test_special_tokens_that_differ_under_one_tokenizer_stop_the_run(toy: Path, tmp_path: Path) -> None:
