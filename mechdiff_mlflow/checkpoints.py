@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,10 +20,12 @@ import torch
 import transformers
 from torch import nn
 
+from mechdiff_mlflow import peft_adapters
 from mechdiff_mlflow.engine import ModuleNames
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.modelfiles import check_folder
+from mechdiff_mlflow.load_report import load_whole
+from mechdiff_mlflow.modelfiles import check_model
 from mechdiff_mlflow.planted import Plant, plant_in
 from mechdiff_mlflow.revisions import code_commit, commit_of, folder_digest
 from mechdiff_mlflow.spec import PairSpec
@@ -52,6 +56,8 @@ class Checkpoint:
     def place(self) -> str:
         """Path, or id."""
         place = self.spec.locate(self.reference)
+        if os.path.isabs(place):
+            check_model(Path(place))
         if self.spec.trust_remote_code:
             warnings.warn(f"Code from {place} runs on this machine: trust_remote_code is on.", stacklevel=2)
         return place
@@ -98,15 +104,9 @@ class Checkpoint:
         if quantized and device_map is None:
             device_map = {"": self.device}  # such weights cannot be moved later
         with self._explained(), quiet_transformers():
-            # use_safetensors: a .bin checkpoint is a pickle, which runs code when it is read.
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                self.place,
-                dtype=getattr(torch, self.spec.dtype),
-                device_map=device_map,
-                use_safetensors=True,
-                **quantized,
-                **self._options,
-            )
+            options = {"dtype": getattr(torch, self.spec.dtype), "device_map": device_map}
+            what = f"Model {self.place} of pair {self.spec.name!r}"
+            model = load_whole(self._auto, self.place, what, **options, **quantized, **self._options)
         if device_map is None:
             model.to(self.device)
         if self.plant is not None:
@@ -132,15 +132,10 @@ class Checkpoint:
 
     @cached_property
     def _skeleton(self) -> nn.Module | None:
-        """The model on no device, from the configuration alone."""
         try:
-            with torch.device("meta"), quiet_transformers():
-                model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                    self.config, trust_remote_code=self.spec.trust_remote_code
-                )
+            return self.skeleton
         except Exception:  # any model's own code; what is wrong is said when it is loaded
             return None
-        return model
 
     @cached_property
     def config(self) -> Any:
@@ -168,6 +163,35 @@ class Checkpoint:
             return code_commit([Path(path) for path in found if path is not None])
 
     @property
+    def width(self) -> int:
+        """Dimensions of its residual stream, as its configuration says."""
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of the longest prompt that it has positions for; None where there is no bound."""
+        config = self.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
+        scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+        factor = scaling.get("factor") if isinstance(scaling, dict) else None
+        return int(most * max(1.0, factor or 1.0)) if isinstance(most, int) and most > 0 else None
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model without weights, on no device, from the configuration alone."""
+        with torch.device("meta"), quiet_transformers():
+            model: nn.Module = self._auto.from_config(
+                self.config, trust_remote_code=self.spec.trust_remote_code
+            )
+        return model
+
+    @property
+    def _auto(self) -> Any:
+        """The class that loads it: a multimodal model as a whole, of which text uses the language model."""
+        whole = transformers.AutoModelForImageTextToText
+        return whole if type(self.config) in whole._model_mapping else transformers.AutoModelForCausalLM
+
+    @property
     def _options(self) -> dict[str, Any]:
         code = {"code_revision": self._code_commit} if self._code_commit else {}
         return {"revision": self._commit, "trust_remote_code": self.spec.trust_remote_code, **code}
@@ -189,12 +213,12 @@ class Checkpoint:
         return {"quantization_config": config}
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
-        return explained(f"Model {self.place} of pair {self.spec.name!r}")
+        return explained(f"Model {self.place} of pair {self.spec.name!r}", self.place)
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Errors of loading as one sentence.
+def explained(what: str, place: str) -> Iterator[None]:
+    """Errors of loading what is at `place`, a folder or an id, as one sentence.
 
     Raises:
         MechdiffError: In place of what libraries raise.
@@ -204,14 +228,18 @@ def explained(what: str) -> Iterator[None]:
     except MechdiffError:
         raise
     except Exception as error:  # configurations and weights of strangers fail in every way
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split()) or type(error).__name__
+        is_local = os.path.isabs(place)
         if isinstance(error, ImportError) or "requires `accelerate`" in reason:
             remedy = "install what it needs, e.g. mechdiff-mlflow[multigpu] for a device map"
+        elif is_local:
+            reason = re.split(r"(?<=[a-z0-9'\")])[.!] |\. ?If | Please ", reason)[0]  # of the hub
+            remedy = "check its files there, or copy them again from where they were made"
         elif huggingface_hub.constants.HF_HUB_OFFLINE:
             remedy = "HF_HUB_OFFLINE is set, so only what is on this machine was tried: download it first"
         else:
             remedy = "correct the id or path, download it first, or log in to the hub"
-        raise MechdiffError(f"{what} cannot be loaded ({reason}); {remedy}.") from error
+        raise MechdiffError(f"{what} cannot be loaded ({reason[:300]}); {remedy}.") from error
 
 
 def plant_into(model: nn.Module, plant: Plant, spec: PairSpec) -> None:
@@ -229,19 +257,31 @@ def load_adapter(spec: PairSpec, model: nn.Module) -> Any:
     """The spec's PEFT adapter on a model.
 
     Raises:
-        MechdiffError: peft is not installed, or the adapter is missing or malformed.
+        MechdiffError: The adapter is missing or malformed, or cannot be switched off.
     """
-    try:
-        import peft
-    except ImportError:
+    with _explained_adapter(spec), quiet_transformers():
+        return peft_adapters.put_on(model, adapter_folder(spec))
+
+
+def check_adapter(spec: PairSpec, base: Checkpoint) -> None:
+    """Refuse the spec's adapter, where its configuration says enough, before the base is loaded.
+
+    Raises:
+        MechdiffError: peft is not installed, or the adapter is missing, malformed or of no use here.
+    """
+    if importlib.util.find_spec("peft") is None:
         raise MechdiffError(
             f"Pair {spec.name!r} has a PEFT adapter and peft is not installed; install mechdiff-mlflow[peft]."
-        ) from None
-    place = adapter_folder(spec)
-    with explained(f"Adapter {place} of pair {spec.name!r}"):
-        adapted = peft.PeftModel.from_pretrained(model, place)
-    adapted.eval().requires_grad_(False)
-    return adapted
+        )
+    with _explained_adapter(spec):
+        names = (name for name, _ in base.skeleton.named_modules())
+        peft_adapters.check_config(adapter_folder(spec), base.width, names)
+
+
+def _explained_adapter(spec: PairSpec) -> contextlib.AbstractContextManager[None]:
+    assert spec.tuned.adapter is not None
+    place = spec.locate(spec.tuned.adapter)
+    return explained(f"Adapter {place} of pair {spec.name!r}", place)
 
 
 def pinned(spec: PairSpec) -> PairSpec:
@@ -256,7 +296,7 @@ def pinned(spec: PairSpec) -> PairSpec:
         reference = adapter or side.model
         if reference is not None and not Path(place := spec.locate(reference)).is_dir():
             what, file = ("Adapter", "adapter_config.json") if adapter else ("Model", "config.json")
-            with explained(f"{what} {place} of pair {spec.name!r}"):
+            with explained(f"{what} {place} of pair {spec.name!r}", place):
                 commit = commit_of(place, side.revision, file)
             sides[role] = side.model_copy(update={"revision": commit})
     return spec.model_copy(update=sides)
@@ -270,15 +310,11 @@ def adapter_folder(spec: PairSpec) -> Path:
     """
     assert spec.tuned.adapter is not None
     place = spec.locate(spec.tuned.adapter)
-    if Path(place).is_dir():
-        return Path(place)
-    with explained(f"Adapter {place} of pair {spec.name!r}"):
-        commit = commit_of(place, spec.tuned.revision, "adapter_config.json")
-        folder = huggingface_hub.snapshot_download(
-            place, revision=commit, allow_patterns=["adapter_*", *_VOCABULARIES, *_TOKENIZER_SETTINGS]
-        )
-    check_folder(Path(folder))
-    return Path(folder)
+    with _explained_adapter(spec):
+        commit = None
+        if not Path(place).is_dir():
+            commit = commit_of(place, spec.tuned.revision, "adapter_config.json")
+        return peft_adapters.adapter_folder(place, commit, (*_VOCABULARIES, *_TOKENIZER_SETTINGS))
 
 
 def adapter_revision(spec: PairSpec) -> str:
@@ -296,7 +332,7 @@ def adapter_tokenizer(spec: PairSpec, base: Checkpoint) -> transformers.PreTrain
         MechdiffError: What it brings is malformed.
     """
     folder = adapter_folder(spec)
-    with explained(f"Tokenizer of adapter {folder} of pair {spec.name!r}"):
+    with explained(f"Tokenizer of adapter {folder} of pair {spec.name!r}", str(folder)):
         if any(any(folder.glob(name)) for name in _VOCABULARIES):
             own = transformers.AutoTokenizer.from_pretrained(
                 folder, config=base.config, trust_remote_code=spec.trust_remote_code

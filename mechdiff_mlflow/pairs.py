@@ -24,6 +24,7 @@ from mechdiff_mlflow.checkpoints import (
     Checkpoint,
     adapter_revision,
     adapter_tokenizer,
+    check_adapter,
     layer_digests,
     load_adapter,
     module_names,
@@ -79,6 +80,7 @@ class Side:
         make_engine: Builds the patch engine, inside `switch`.
         residence: Where models are held.
         n_embeddings: Tokens that the model has embeddings for; None if unknown.
+        max_tokens: Of the longest prompt that it has positions for; None for no bound.
         outline: Gives the model without weights; None where it cannot be made.
     """
 
@@ -92,6 +94,7 @@ class Side:
     make_engine: Callable[[nn.Module], PatchEngine]
     residence: Residence
     n_embeddings: int | None = None
+    max_tokens: int | None = None
     outline: Callable[[], Decoder | None] = lambda: None
     _digests: list[list[str] | None] = field(default_factory=list)
 
@@ -210,7 +213,16 @@ class Pair:
         Raises:
             MechdiffError: A template fails, doubles BOS, or leaves no tokens; see `chat.tokenize`.
         """
-        return self.readers.tokens(role, prompts, position)
+        tokens = self.readers.tokens(role, prompts, position)
+        most = (self.base if role == "base" else self.tuned).max_tokens
+        lengths = [len(ids) for ids in tokens.ids]
+        if most is not None and max(lengths, default=0) > most:
+            longest = lengths.index(max(lengths))
+            raise MechdiffError(
+                f"Prompt {longest + 1} of {prompts.split} has {lengths[longest]} tokens and {role} has "
+                f"positions for {most}; shorten or remove it, and any other that is as long."
+            )
+        return tokens
 
     @cached_property
     def readers(self) -> Readers:
@@ -335,7 +347,10 @@ def load_pair(
     }
     check_disjoint(prompts.values())
     spec = pinned(spec)
-    device = device if lazily and device != "auto" else _existing_device(device)
+    device = device if lazily and device not in ("auto", "meta") else _existing_device(device)
+    for part in spec.device_map.values() if isinstance(spec.device_map, dict) else [spec.device_map]:
+        if str(part) == "meta":
+            _existing_device("meta")
     bounds = options or EngineOptions()
     base_weights = Checkpoint(spec, spec.base.model, spec.base.revision, device)
     tuned_weights = _tuned_weights(spec, base_weights)
@@ -366,11 +381,13 @@ def load_pair(
                     make_engine,
                     residence,
                     c.n_embeddings,
+                    c.max_tokens,
                     c.outline,
                 )
                 for role, c in (("base", base_weights), ("tuned", tuned_weights))
             )
         else:
+            check_adapter(spec, base_weights)
             load = Adapted("base", base_weights.load, partial(load_adapter, spec), residence)
             base = Side(
                 "base",
@@ -383,6 +400,7 @@ def load_pair(
                 make_engine,
                 residence,
                 base_weights.n_embeddings,
+                base_weights.max_tokens,
                 base_weights.outline,
             )
             both = f"{base.revision}+{adapter_revision(spec)}"
@@ -397,6 +415,9 @@ def load_pair(
         pair = Pair(spec, base, tuned, prompts, device, options=bounds)
         for remark in pair.readers.remarks:  # all prompts are read, so what is wrong with them is said now
             warnings.warn(remark, stacklevel=2)
+        for side in (base, tuned):
+            for one in prompts.values():
+                pair.tokens(side.role, one, Position.DECISION)
         if check is not None:
             check(pair)
         if not one_at_a_time and not lazily:
@@ -468,7 +489,7 @@ def _existing_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.ones(1, device=name).cpu()  # `meta` has places and no numbers
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise MechdiffError(
             f"Device {name!r} cannot be used here; pass --device cpu, cuda or auto."
