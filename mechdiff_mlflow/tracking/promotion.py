@@ -315,8 +315,11 @@ def _apply(
 
 def _holder(store: Store, name: str, alias: str) -> Version | None:
     try:
-        model = store.client.get_registered_model(name)
-    except MlflowException:  # there is none yet, or `registered` says below what is wrong
+        with store.errors():
+            model = store.client.get_registered_model(name)
+    except StoreUnreachable:
+        raise
+    except MechdiffError:  # there is none yet, or `registered` says below what is wrong
         return None
     number = registry.holder_of(model, alias)
     return None if number is None else registry.get_version(store, name, number)
