@@ -134,11 +134,16 @@ def rollback(store: Store, name: str, alias: str = "champion", *, why: str = "")
         MechdiffError: There is nothing to go back to, or that version's files are not what they were.
     """
     with registry.promotion_lock(store):
-        target = _held_before(registry.registered(store, name), alias)
+        held = registry.holders(registry.history(store, name, alias))
+        target = held[-2] if len(held) > 1 else None
+        if target is None:
+            raise MechdiffError(
+                f"Alias {alias!r} of {name} has no earlier version to go back to; see its history."
+            )
         verified_map(store, registry.get_version(store, name, target))
 
         def check(model: RegisteredModel) -> None:
-            if _held_before(model, alias) != target:
+            if registry.holder_of(model, alias) != held[-1]:
                 raise MechdiffError(f"Alias {alias!r} of {name} was moved meanwhile; see its history.")
 
         registry.move_alias(store, name, alias, target, "rollback", check=check, why=why)
@@ -154,16 +159,6 @@ def demote(store: Store, name: str, alias: str = "champion", *, why: str = "") -
     with registry.promotion_lock(store):
         registry.get_version(store, name, alias)
         registry.move_alias(store, name, alias, None, "demote", check=lambda model: None, why=why)
-
-
-def _held_before(model: RegisteredModel, alias: str) -> int:
-    """Which version had the alias before the last promotion or demotion."""
-    holders = registry.holders(registry.history_of(model, alias))
-    if len(holders) < 2 or holders[-2] is None:
-        raise MechdiffError(
-            f"Alias {alias!r} of {model.name} has no earlier version to go back to; see its history."
-        )
-    return holders[-2]
 
 
 def _measured(store: Store, run_id: str) -> _Measured:
