@@ -24,7 +24,7 @@ from mechdiff_mlflow.tracking.lease import LEASE_TAG, LeaseLost, holder_in, is_a
 from mechdiff_mlflow.tracking.locks import lock_file
 from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import RunRecord
-from mechdiff_mlflow.tracking.recovery import end_stuck, run_to_resume, stuck_runs
+from mechdiff_mlflow.tracking.recovery import end_stuck, newest_of_mine, stuck_runs
 from mechdiff_mlflow.tracking.results import tables_of
 from mechdiff_mlflow.tracking.runs import OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import Store
@@ -183,7 +183,7 @@ def test_a_live_owner_is_not_disturbed_and_a_dead_one_is_replaced(
             pytest.fail("both wrote")
         assert is_alive(store, store.client.get_run(run.run_id)) is True
         assert stuck_runs(store) == []
-        assert run_to_resume(store, None) is None
+        assert newest_of_mine(store) == (None, [])
     assert statuses(store) == {"ranks": "FINISHED"}
     assert not list(Path(f"{store.sqlite_path}.running").glob("*"))
     dead = crash(tracker, lambda run: run.log(cell(1)))
