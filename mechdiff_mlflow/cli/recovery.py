@@ -197,7 +197,7 @@ def _check_taken(run_id: str, option: click.Parameter, text: str) -> None:
     if option.name in ("pair", "map"):
         try:
             path = Path(text)
-            if path.is_absolute() or text.startswith("~") or ".." in path.parts or is_there(path):
+            if path.is_absolute() or ".." in path.parts or is_there(path):
                 inside(Path.cwd(), text, "It")
         except MechdiffError:
             asks = "names a file outside of this folder"
