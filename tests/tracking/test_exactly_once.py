@@ -325,6 +325,7 @@ def test_what_a_former_owner_made_too_late_is_deleted_at_the_end(
     def half(run: OpenRun) -> None:
         run.prepare([replace(cell(2), metrics={})])
         wait(run._prepared.values())
+        sys.setswitchinterval(run._switch_s)
 
     run_id = crash(tracker, half)
     [left] = [r for r in active(store) if r.info.run_name == "k=2"]
