@@ -224,9 +224,7 @@ def log_model(
         try:
             demand()
         except LeaseLost:  # the other process goes on with this one, unless it has its own
-            if any(
-                model.model_id != logged.model_id for model in _made(store, experiment_id, run_id, sha256)
-            ):
+            if len(_made(store, experiment_id, run_id, sha256)) > 1:
                 client.delete_logged_model(logged.model_id)
             raise
         if logged.status == "READY":  # the other process died before the run named its model

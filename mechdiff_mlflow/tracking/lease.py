@@ -25,7 +25,7 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -238,20 +238,11 @@ def taken_over(store: Store, run: Run) -> Iterator[Lease]:
             yield lease
 
 
-def is_alive(store: Store, run: Run, watched: Callable[[str], bool] | None = None) -> bool | None:
-    """Whether a run's owner is at work; None where that cannot be told at once.
-
-    Args:
-        store: Where the run is.
-        run: As it is.
-        watched: Whether the tag of the run with this id changed while it was watched; asked for owners on
-            other machines.
-    """
+def is_alive(store: Store, run: Run) -> bool | None:
+    """Whether a run's owner is at work; None where that cannot be told at once."""
     last = holder_in(run.data.tags)
-    if last is None:
+    if last is None or not _is_near(store, last):
         return None
-    if not _is_near(store, last):
-        return None if watched is None else watched(run.info.run_id)
     lock = _lock(store, run.info.run_id)
     if not Path(lock.lock_file).exists():
         return _is_process(store, run, last)
