@@ -81,7 +81,7 @@ def atlas_command(**given: Any) -> None:
         with now.study.stage("logging runs", len(found.patches)) as advance:
             for site in (site for site in found.patches if site in found.best):
                 child = now.run.log(fields.cell_run(found.fits[site], found.patches[site], now.study))
-                version = promote(now.store, child, alias=given["alias"])
+                version = promote(now.store, child, alias=given["alias"], demand=now.run.demand)
                 lines.append(f"Fetch: mechdiff fetch {version.name}@{given['alias']} -o map.pt")
                 advance(1)
             others = [patch for site, patch in found.patches.items() if site not in found.best]

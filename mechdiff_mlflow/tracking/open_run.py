@@ -64,6 +64,8 @@ class OpenRun:
         self.experiment_id: str = run.info.experiment_id
         self.is_resumed = resumed
         self._store, self._run, self._lease, self._interrupts = store, run, lease, interrupts
+        self.demand = lease.demand
+        """Makes sure that this process still owns the run; see `Lease.demand`."""
         self._writer = RecordWriter(store, long_params, lease.demand)
         self._params: dict[str, str] = params_of(run)
         self._description = ""

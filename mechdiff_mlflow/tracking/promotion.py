@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,6 +85,7 @@ def promote(
     alias: str = "champion",
     policy: PromotionPolicy | None = None,
     why: str = "",
+    demand: Callable[[], None] = lambda: None,
 ) -> Version:
     """Register the map that run `run_id` fitted or measured, and give the version `alias`.
 
@@ -97,6 +98,7 @@ def promote(
         alias: To move; the last step.
         policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
         why: In the user's words, for the history.
+        demand: Called before what is made or moved; raises if another process has taken the command over.
 
     Raises:
         MechdiffError: The run is not FINISHED or has no map, a rule of the policy refuses it, the name or
@@ -104,7 +106,7 @@ def promote(
     """
     check_alias(alias)
     policy = policy or PromotionPolicy()
-    measured = _measured(store, run_id)
+    measured = _measured(store, run_id, demand)
     name = check_name(name) if name else _name_of(measured)
     _apply(policy, name, alias, measured, None)  # before anything is made
     with registry.promotion_lock(store):
@@ -116,9 +118,10 @@ def promote(
             _apply(policy, name, alias, measured, incumbent)
 
         check(registry.registered(store, name))
-        version = _existing(store, name, measured) or _create_version(store, name, measured)
+        version = _existing(store, name, measured) or _create_version(store, name, measured, demand)
         if not version.is_verified:
             _verify(store, version)
+        demand()
         registry.move_alias(
             store, name, alias, version.number, "promote", check=check, why=why, rules=str(policy)
         )
@@ -161,7 +164,7 @@ def demote(store: Store, name: str, alias: str = "champion", *, why: str = "") -
         registry.move_alias(store, name, alias, None, "demote", check=lambda model: None, why=why)
 
 
-def _measured(store: Store, run_id: str) -> _Measured:
+def _measured(store: Store, run_id: str, demand: Callable[[], None]) -> _Measured:
     run = _with_a_map(store, _finished(store, run_id))
     run_id = run.info.run_id
     fit_id = run.data.tags.get(MAP_RUN_TAG)
@@ -176,7 +179,7 @@ def _measured(store: Store, run_id: str) -> _Measured:
     alpha = run.data.params.get("alpha", "")
     if _is_other_number(alpha, the_map.alpha):
         the_map = the_map.with_alpha(float(alpha))
-        logged = _with_alpha(store, the_map, run)
+        logged = _with_alpha(store, the_map, run, demand)
     meta = {key: str(value) for key, value in the_map.meta.items()}
     facts = {**meta, **fit.data.params, **run.data.params, **fit.data.tags, **run.data.tags}
     return _Measured(logged, the_map, run, facts)
@@ -226,7 +229,7 @@ def _measurement_of(store: Store, fit: Run) -> Run:
     return patches[0] if patches else fit
 
 
-def _with_alpha(store: Store, the_map: AffineMap, run: Run) -> LoggedMap:
+def _with_alpha(store: Store, the_map: AffineMap, run: Run, demand: Callable[[], None]) -> LoggedMap:
     """The map with the alpha that `run` measured it at: logged to that run, unless an earlier attempt did."""
     wanted = the_map.sha256()
     for logged in flavour.maps_of_run(store, run.info.run_id):
@@ -241,6 +244,7 @@ def _with_alpha(store: Store, the_map: AffineMap, run: Run) -> LoggedMap:
         params=run.data.params,
         metrics=run.data.metrics,
         again=True,
+        demand=demand,
     )
     with store.errors():
         client = store.client
@@ -303,7 +307,7 @@ def _existing(store: Store, name: str, measured: _Measured) -> Version | None:
     return next((v for v in versions if v.sha256 == measured.logged.sha256), None)
 
 
-def _create_version(store: Store, name: str, measured: _Measured) -> Version:
+def _create_version(store: Store, name: str, measured: _Measured, demand: Callable[[], None]) -> Version:
     run, metrics = measured.run, measured.run.data.metrics
     tags = {key: measured.facts[key] for key in _PROVENANCE if key in measured.facts}
     tags |= {"alpha": repr(measured.the_map.alpha), "code_version": code_version()}
@@ -322,10 +326,15 @@ def _create_version(store: Store, name: str, measured: _Measured) -> Version:
         description=version_card(measured.the_map, metrics, f"models:/{name}@champion", measured.facts),
         model_id=measured.logged.model_id,
     )
+
+    def make() -> int:
+        demand()
+        return int(create().version)
+
     with store.errors(), _default_store(store):
         # Promoters of a map come one after the other: what is found now was made by an earlier attempt.
         made = store.patience.once(
-            lambda: int(create().version),
+            make,
             lambda: None if (found := _existing(store, name, measured)) is None else found.number,
         )
     return registry.get_version(store, name, made)

@@ -22,6 +22,7 @@ from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking import cache, flavour, registry
 from mechdiff_mlflow.tracking.compare import diff
 from mechdiff_mlflow.tracking.fetch import fetch, load_map, resolve
+from mechdiff_mlflow.tracking.lease import LeaseLost
 from mechdiff_mlflow.tracking.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.promotion import demote, promote, rollback
 from mechdiff_mlflow.tracking.records import RunRecord
@@ -413,6 +414,18 @@ def test_who_was_overtaken_is_told_and_the_last_move_stays(
     ]
     promote(store, mine)  # the remedy
     assert get_version(store, NAME, "champion").number == 2
+
+
+def test_a_command_that_was_taken_over_registers_nothing(store: Store, patched: Patch) -> None:
+    calls: list[str] = []
+
+    def lost() -> None:
+        calls.append("asked")
+        raise LeaseLost("Run r was taken over by process 7 on far.")
+
+    with pytest.raises(LeaseLost):
+        promote(store, patched(1), demand=lost)
+    assert (calls, list_versions(store, NAME)) == (["asked"], [])
 
 
 def test_a_record_that_is_none_is_left_out_and_disturbs_nobody(store: Store, patched: Patch) -> None:
