@@ -89,7 +89,9 @@ def run_command(**given: Any) -> None:
         if alias:
             try:
                 policy = PromotionPolicy(force=given["force"])
-                version = promote(now.store, fit_id, alias=alias, policy=policy, say=told.append)
+                version = promote(
+                    now.store, fit_id, alias=alias, policy=policy, say=told.append, demand=now.run.demand
+                )
                 fetch = f"Fetch: {show.command('fetch', f'{version.name}@{alias}', '-o', 'map.pt')}"
             except PromotionRefused as refusal:  # what was measured stays, and the run is a good one
                 refused = refusal

@@ -97,7 +97,14 @@ def atlas_command(**given: Any) -> None:
                 child = now.run.log(fields.cell_run(found.fits[site], found.patches[site], now.study))
                 try:
                     policy = PromotionPolicy(force=given["force"])
-                    version = promote(now.store, child, alias=given["alias"], policy=policy, say=lines.append)
+                    version = promote(
+                        now.store,
+                        child,
+                        alias=given["alias"],
+                        policy=policy,
+                        say=lines.append,
+                        demand=now.run.demand,
+                    )
                     name = f"{version.name}@{given['alias']}"
                     lines.append(f"Fetch: {show.command('fetch', name, '-o', 'map.pt')}")
                 except PromotionRefused as refusal:

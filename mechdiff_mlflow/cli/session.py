@@ -26,18 +26,19 @@ from mechdiff_mlflow.tracking.cache import staging
 from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
-from mechdiff_mlflow.tracking.recovery import Command
+from mechdiff_mlflow.tracking.recovery import Command, user_of
 from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import Store, open_store
 
 AS_MANY = "500-or-all"
 """As the number of prompts: the seed's 500 where there are as many, otherwise all there are."""
 LONE = ("fit", "patch")
-_NOT_RESUMED = ("tracking_uri", "address")
-_NOT_SETTINGS = (
+NOT_RESUMED = ("tracking_uri", "address")
+MACHINE_OPTIONS = (
     *("tracking_uri", "experiment", "device", "batch_size", "memory_budget", "sequential", "out"),
     *("engine", "address", "workers", "gpus_per_worker"),
 )
+"""Where results go and how they are computed, not what they are."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,12 @@ class Session:
 
 def command_line(options: dict[str, Any]) -> str:
     """What to type to run the current command again, defaults written out; no store, which may be secret."""
-    return shlex.join(["mechdiff", *_words(options, set(_NOT_SETTINGS) - {"out"})])
+    leave_out = set(MACHINE_OPTIONS) - {"out"}
+    return shlex.join(["mechdiff", *words_of(click.get_current_context(), options, leave_out)])
 
 
-def _words(options: dict[str, Any], leave_out: Container[str]) -> list[str]:
-    """The current command and its parameters as typed."""
-    context = click.get_current_context()
+def words_of(context: click.Context, options: dict[str, Any], leave_out: Container[str]) -> list[str]:
+    """A command and its parameters as typed."""
     words = [context.info_name or ""]
     for parameter in context.command.params:
         name = parameter.name or ""
@@ -120,6 +121,8 @@ def session(
     spec = PairSpec.load(options["pair"])
     store = open_store(options["tracking_uri"])
     resumed = resumption()
+    if resumed is not None:
+        resumed.check_trust(options["pair"], spec.trust_remote_code)
     tracker = Tracker(
         store,
         experiment_of(store, options["experiment"], spec.name),
@@ -128,18 +131,21 @@ def session(
     )
     # A lone fit or patch is one run, whose params are what was resolved; what was asked would contradict it.
     has_parent = kind not in LONE or RUN_ID_VARIABLE in os.environ if resumed is None else resumed.has_parent
-    again = Command.here(_words(options, _NOT_RESUMED), has_parent=has_parent)
+    words = words_of(click.get_current_context(), options, NOT_RESUMED)
+    again = Command.here(words, user_of(store), has_parent=has_parent, trusts=bool(spec.trust_remote_code))
     tags = {"mechdiff.command": command_line(options), **again.tag}
     protocol = protocol_of(options)
     params = asked(options) if has_parent else {}
-    with (
-        tracker.run(kind, name, params, tags=tags) as run,
-        bars() as stage,
-        workers_of(spec, options, staging(run.run_id), stage, partial(check, protocol)) as workers,
-    ):
-        run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair or mechdiff")
-        yield Session(store, run, Study(workers.pair, protocol, stage, workers), has_parent)
+    with tracker.run(kind, name, params, tags=tags) as run:
+        again.begun(run.run_id, None if resumed is None else resumed.record)
+        with (
+            bars() as stage,
+            workers_of(spec, options, staging(run.run_id), stage, partial(check, protocol)) as workers,
+        ):
+            run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair or mechdiff")
+            yield Session(store, run, Study(workers.pair, protocol, stage, workers), has_parent)
     workers.discard()  # only now: the run is finished, and nobody will resume it
+    again.done()
 
 
 def protocol_of(options: dict[str, Any]) -> Protocol:
@@ -152,7 +158,7 @@ def protocol_of(options: dict[str, Any]) -> Protocol:
 def asked(options: dict[str, Any]) -> dict[str, ParamValue]:
     """Parameters as the user gave them, by the names that MLproject uses."""
     known = {parameter.name: parameter for parameter in click.get_current_context().command.params}
-    given = {name: value for name, value in options.items() if name not in _NOT_SETTINGS}
+    given = {name: value for name, value in options.items() if name not in MACHINE_OPTIONS}
     return {
         name: value if isinstance(value, bool) else _typed(known.get(name), value)
         for name, value in given.items()

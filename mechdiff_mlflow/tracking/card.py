@@ -111,7 +111,7 @@ def collection_card(name: str, facts: Mapping[str, object]) -> str:
             "",
             "Each version is one map with its numbers; open one to see how good it is. The alias `champion` "
             "names the one to use; its files were read back and verified before the alias moved. Tags "
-            "`mechdiff.move.…` are the history of an alias.",
+            "`mechdiff.move.…` of the versions are the history of an alias.",
             "",
             "```bash",
             f"mechdiff fetch {name}@champion -o map.pt  # verified",

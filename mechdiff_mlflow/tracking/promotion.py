@@ -89,6 +89,7 @@ def promote(
     policy: PromotionPolicy | None = None,
     why: str = "",
     say: Callable[[str], object] = lambda text: None,
+    demand: Callable[[], None] = lambda: None,
 ) -> Version:
     """Register the map that run `run_id` fitted or measured, and give the version `alias`.
 
@@ -103,6 +104,7 @@ def promote(
         policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
         why: In the user's words, for the history.
         say: Told in a sentence which version gives way to which, or that nothing moves.
+        demand: Called before what is made or moved; raises if another process has taken the command over.
 
     Raises:
         PromotionRefused: A rule of the policy is not met.
@@ -111,7 +113,7 @@ def promote(
     """
     check_alias(alias)
     policy = policy or PromotionPolicy()
-    measured = _measured(store, run_id)
+    measured = _measured(store, run_id, demand)
     name = check_name(name) if name else _name_of(measured)
     present = _holder(store, name, alias)
     if present is None or not _adds_nothing(store, measured, present):
@@ -130,9 +132,10 @@ def promote(
         if before is not None and _adds_nothing(store, measured, before):
             say(f"{name}@{alias} is this very map already, version {before.number}; nothing moves.")
             return before
-        version = _existing(store, name, measured) or _create_version(store, name, measured)
+        version = _existing(store, name, measured) or _create_version(store, name, measured, demand)
         if not version.is_verified:
             _verify(store, version)
+        demand()
         registry.move_alias(
             store, name, alias, version.number, "promote", check=check, why=why, rules=str(policy)
         )
@@ -159,11 +162,16 @@ def rollback(store: Store, name: str, alias: str = "champion", *, why: str = "")
         MechdiffError: There is nothing to go back to, or that version's files are not what they were.
     """
     with registry.promotion_lock(store):
-        target = _held_before(registry.registered(store, name), alias)
+        held = registry.holders(registry.history(store, name, alias))
+        target = held[-2] if len(held) > 1 else None
+        if target is None:
+            raise MechdiffError(
+                f"Alias {alias!r} of {name} has no earlier version to go back to; see its history."
+            )
         verified_map(store, registry.get_version(store, name, target))
 
         def check(model: RegisteredModel) -> None:
-            if _held_before(model, alias) != target:
+            if registry.holder_of(model, alias) != held[-1]:
                 raise MechdiffError(f"Alias {alias!r} of {name} was moved meanwhile; see its history.")
 
         registry.move_alias(store, name, alias, target, "rollback", check=check, why=why)
@@ -181,17 +189,7 @@ def demote(store: Store, name: str, alias: str = "champion", *, why: str = "") -
         registry.move_alias(store, name, alias, None, "demote", check=lambda model: None, why=why)
 
 
-def _held_before(model: RegisteredModel, alias: str) -> int:
-    """Which version had the alias before the last promotion or demotion."""
-    holders = registry.holders(registry.history_of(model, alias))
-    if len(holders) < 2 or holders[-2] is None:
-        raise MechdiffError(
-            f"Alias {alias!r} of {model.name} has no earlier version to go back to; see its history."
-        )
-    return holders[-2]
-
-
-def _measured(store: Store, run_id: str) -> _Measured:
+def _measured(store: Store, run_id: str, demand: Callable[[], None]) -> _Measured:
     run = _with_a_map(store, _finished(store, run_id))
     run_id = run.info.run_id
     fit_id = run.data.tags.get(MAP_RUN_TAG)
@@ -208,7 +206,7 @@ def _measured(store: Store, run_id: str) -> _Measured:
     is_measured = run.data.tags.get("mechdiff.map_sha256") == the_map.sha256()
     if not is_measured and _is_other_number(alpha, the_map.alpha):
         the_map = the_map.with_alpha(float(alpha))
-        logged = _with_alpha(store, the_map, run)
+        logged = _with_alpha(store, the_map, run, demand)
     meta = {key: str(value) for key, value in the_map.meta.items() if key != selection.META}
     facts = {**meta, **fit.data.params, **run.data.params, **fit.data.tags, **run.data.tags}
     if selection.of(the_map) is None and facts.get(SELECTION_LEAK) != "true":
@@ -260,7 +258,7 @@ def _measurement_of(store: Store, fit: Run) -> Run:
     return patches[0] if patches else fit
 
 
-def _with_alpha(store: Store, the_map: AffineMap, run: Run) -> LoggedMap:
+def _with_alpha(store: Store, the_map: AffineMap, run: Run, demand: Callable[[], None]) -> LoggedMap:
     """The map with the alpha that `run` measured it at: logged to that run, unless an earlier attempt did."""
     wanted = the_map.sha256()
     for logged in flavour.maps_of_run(store, run.info.run_id):
@@ -275,6 +273,7 @@ def _with_alpha(store: Store, the_map: AffineMap, run: Run) -> LoggedMap:
         params=run.data.params,
         metrics=run.data.metrics,
         again=True,
+        demand=demand,
     )
     with store.errors():
         client = store.client
@@ -362,7 +361,7 @@ def _existing(store: Store, name: str, measured: _Measured) -> Version | None:
     return next((v for v in versions if v.sha256 == measured.logged.sha256), None)
 
 
-def _create_version(store: Store, name: str, measured: _Measured) -> Version:
+def _create_version(store: Store, name: str, measured: _Measured, demand: Callable[[], None]) -> Version:
     run, metrics = measured.run, measured.run.data.metrics
     tags = {key: measured.facts[key] for key in _PROVENANCE if key in measured.facts}
     tags |= {"alpha": repr(measured.the_map.alpha), "code_version": code_version()}
@@ -381,10 +380,15 @@ def _create_version(store: Store, name: str, measured: _Measured) -> Version:
         description=version_card(measured.the_map, metrics, f"models:/{name}@champion", measured.facts),
         model_id=measured.logged.model_id,
     )
+
+    def make() -> int:
+        demand()
+        return int(create().version)
+
     with store.errors(), _default_store(store):
         # Promoters of a map come one after the other: what is found now was made by an earlier attempt.
         made = store.patience.once(
-            lambda: int(create().version),
+            make,
             lambda: None if (found := _existing(store, name, measured)) is None else found.number,
         )
     return registry.get_version(store, name, made)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from mlflow.entities import Run, ViewType
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking import began
+from mechdiff_mlflow.tracking.began import Began
 from mechdiff_mlflow.tracking.keys import ROOT_TAG
 from mechdiff_mlflow.tracking.lease import LEASE_S, Holder, holder_in, is_alive
 from mechdiff_mlflow.tracking.lookup import all_runs
-from mechdiff_mlflow.tracking.provenance import code_version
-from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.provenance import code_version, provenance_tags
+from mechdiff_mlflow.tracking.store import Store, login_name
+from mechdiff_mlflow.untrusted import is_there
 
 RESUME_TAG = "mechdiff.resume"
 """Tag of a top run: the command that it is of, as JSON."""
@@ -32,25 +38,35 @@ class Command:
         argv: Its words after `mechdiff`, with every option that its numbers depend on.
         folder: The working directory that relative paths in it start from; empty where there are none.
         code: Version of the code.
-        has_parent: Whether its results lie below its run, and not in it.
+        parent: Whether its results lie below its run, and not in it.
+        record: Name of the local record of who began it.
+        proof: That it is the command of that record.
     """
 
-    argv: tuple[str, ...]
+    argv: Annotated[tuple[str, ...], Field(min_length=1)]
     folder: str
     code: str
-    has_parent: bool
+    parent: bool
+    record: str = ""
+    proof: str = ""
 
     @classmethod
-    def here(cls, argv: Sequence[str], *, has_parent: bool) -> Command:
-        """A command of this process."""
-        is_relative = any(word and not Path(word).is_absolute() and Path(word).exists() for word in argv[1:])
-        return cls(tuple(argv), str(Path.cwd()) if is_relative else "", code_version(), has_parent)
+    def here(cls, argv: Sequence[str], who: str, *, has_parent: bool, trusts: bool) -> Command:
+        """A command of this process, noted on this machine."""
+        is_relative = any(word and not Path(word).is_absolute() and is_there(Path(word)) for word in argv[1:])
+        command = cls(tuple(argv), str(Path.cwd()) if is_relative else "", code_version(), has_parent)
+        record, proof = began.begin(command.text, who, trusts=trusts)
+        return replace(command, record=record, proof=proof)
+
+    @property
+    def text(self) -> str:
+        """What the proof is of."""
+        return json.dumps([self.argv, self.folder, self.code, self.parent])
 
     @property
     def tag(self) -> dict[str, str]:
         """The tag that says so."""
-        fields = {"argv": self.argv, "folder": self.folder, "code": self.code, "parent": self.has_parent}
-        return {RESUME_TAG: json.dumps(fields)}
+        return {RESUME_TAG: _COMMAND.dump_json(self).decode()}
 
     @classmethod
     def of(cls, run: Run) -> Command:
@@ -60,24 +76,28 @@ class Command:
             MechdiffError: The run does not say how to go on with it.
         """
         try:
-            fields = json.loads(run.data.tags[RESUME_TAG])
-            argv, folder, code, parent = (fields[key] for key in ("argv", "folder", "code", "parent"))
-            texts = [*argv, folder, code]
-            if (
-                not isinstance(argv, list)
-                or not argv
-                or not all(isinstance(text, str) for text in texts)
-                or not isinstance(parent, bool)
-            ):
-                raise ValueError("not as written")
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            return _COMMAND.validate_json(run.data.tags.get(RESUME_TAG, ""), strict=True)
+        except ValidationError:
             raise MechdiffError(
                 f"Run {run.info.run_id} does not say which command it is of; repeat that command instead."
-            ) from error
-        return cls(tuple(argv), folder, code, parent)
+            ) from None
 
-    def check(self, run: Run) -> None:
-        """Make sure that the same code would go on with the same files.
+    def begun_by(self, run_id: str) -> Began | None:
+        """What this machine knows of who began it, if it was begun here and as it is now."""
+        return began.proven(self.record, self.text, self.proof, run_id)
+
+    def begun(self, run_id: str, before: str | None) -> None:
+        """Note which run the command got; `before` is the record of the command that it goes on with."""
+        began.bind(self.record, run_id)
+        if before:
+            began.forget(before)
+
+    def done(self) -> None:
+        """Forget the command, which is finished."""
+        began.forget(self.record)
+
+    def check(self, run: Run, *, is_ours: bool) -> None:
+        """Make sure that the same code would go on, and with the same files where they are ours.
 
         Raises:
             MechdiffError: It would not.
@@ -89,24 +109,53 @@ class Command:
                 "numbers may differ; use that version, or repeat the command."
             )
         is_here = Path(self.folder).is_dir() and Path(self.folder).samefile(Path.cwd())
-        if self.folder and not is_here:
+        if is_ours and self.folder and not is_here:
             raise MechdiffError(
                 f"Run {run_id} was begun in {self.folder}, where the paths of its command start; go there "
                 "(on that machine) and resume."
             )
 
 
-def run_to_resume(store: Store, run_id: str | None) -> Run | None:
-    """The run that was asked for, or the newest unfinished one that no process is at work on, if any.
+_COMMAND = TypeAdapter(Command)
+
+
+def unfinished(store: Store) -> Iterator[tuple[Run, Command, Began | None]]:
+    """Commands whose run is not FINISHED, the newest first, and who began them where that was here."""
+    for run in _runs(store, f"attributes.status != 'FINISHED' and tags.`{RESUME_TAG}` LIKE '{{%'"):
+        with suppress(MechdiffError):  # what says no command is none
+            command = Command.of(run)
+            yield run, command, command.begun_by(run.info.run_id)
+
+
+def newest_of_mine(store: Store) -> tuple[Run | None, list[str]]:
+    """This user's newest unfinished run that no process is at work on, if any; and what others' runs are."""
+    me, mine, others = user_of(store), None, []
+    for run, _, known in unfinished(store):
+        if known is None or known.who != me:
+            others.append(f"{run.info.run_id} {run.info.run_name} ({who_began(run)})")
+        elif mine is None and is_alive(store, run) is not True:
+            mine = run
+    return mine, others
+
+
+def user_of(store: Store) -> str:
+    """Who this user is to a store: the login where there is one, else the name on this machine."""
+    login = login_name(store.uri) if store.is_server else None
+    return f"login {login}" if login else provenance_tags()["mlflow.user"]
+
+
+def who_began(run: Run) -> str:
+    """User and host as a run's tags have them, for people."""
+    user, host = (run.data.tags.get(key, "unknown")[:100] for key in ("mlflow.user", "mechdiff.host"))
+    return f"{user} on {host}"
+
+
+def top_run(store: Store, run_id: str) -> Run:
+    """The run that was asked for.
 
     Raises:
-        MechdiffError: The run does not exist, or is below another.
+        MechdiffError: It does not exist, or is below another.
     """
-    if run_id is None:
-        for run in _runs(store, "attributes.status != 'FINISHED'"):
-            if RESUME_TAG in run.data.tags and is_alive(store, run) is not True:
-                return run
-        return None
     with store.errors():
         run = store.client.get_run(run_id)
     if run.info.lifecycle_stage == "deleted":

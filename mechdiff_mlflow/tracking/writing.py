@@ -43,7 +43,7 @@ class RecordWriter:
 
     Args:
         store: Where to.
-        demand: Called before what cannot be done twice; raises if this process may not write any more.
+        demand: Called before each request that writes; raises if this process may not write any more.
     """
 
     def __init__(self, store: Store, demand: Callable[[], None]) -> None:
@@ -88,10 +88,13 @@ class RecordWriter:
             self._send(run, _unsent(record, done), done)
             models = [LoggedModelInput(done.model_id)] if done.model_id and record.map_run else None
             if (record.datasets or models) and not done.has_inputs:
+                self._demand()
                 inputs = [artifacts.dataset_input(prompts) for prompts in record.datasets]
                 self._store.client.log_inputs(run_id, inputs, models)
                 done.has_inputs = True
             at_ms = record.ended_ms or run.info.start_time
+            if again:  # a former owner's last request may have come in since
+                run = self._store.client.get_run(run_id)
             known = keys.fresh({key: value for key, value, _ in metrics}, run.data.metrics)
             points = [
                 Metric(key, value, at_ms, step, model_id=done.model_id)
@@ -102,6 +105,7 @@ class RecordWriter:
             new_tags = {key: text for key, text in tags.items() if done.tags.get(key) != text}
             new_params = {key: text for key, text in params.items() if key not in done.params}
             if points or new_params or new_tags:
+                self._demand()
                 self._store.client.log_batch(
                     run_id,
                     points,
@@ -122,6 +126,7 @@ class RecordWriter:
         def send(folder: str) -> None:
             sent = files_of(Path(folder))
             files = StoredFiles(self._store, run.info.artifact_uri)
+            self._demand()
             files.send(Path(folder))
             files.demand_present(sent)
             done.sent |= sent

@@ -1,7 +1,9 @@
+import json
 import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking import cache, flavour, registry
 from mechdiff_mlflow.tracking.compare import diff
 from mechdiff_mlflow.tracking.fetch import fetch, load_map, resolve
+from mechdiff_mlflow.tracking.lease import LeaseLost
 from mechdiff_mlflow.tracking.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.promotion import demote, promote, rollback
 from mechdiff_mlflow.tracking.records import RunRecord
@@ -370,6 +373,93 @@ def test_history_tells_moves_that_happened_from_those_that_a_crash_prevented(
     assert registry._happened(announced, at) == made
 
 
+A = Move("promote", 1, 2, when_ms=10, made_ms=20)
+B = Move("promote", 1, 3, when_ms=11, made_ms=21)
+FIRST = Move("promote", None, 1, when_ms=1, made_ms=2)
+THEN = Move("promote", 2, 4, when_ms=30, made_ms=31)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "holder", "made"),
+    [
+        ([FIRST, A, B], 3, [FIRST, A, B]),
+        ([FIRST, A, B], 2, [FIRST, B, A]),
+        ([FIRST, A, B, THEN], 4, [FIRST, B, A, THEN]),
+        ([FIRST, A, B], 1, [FIRST, A, B, Move("outside", 3, 1)]),
+        ([FIRST, A, replace(THEN, source=1)], 4, [FIRST, A, Move("outside", 2, 1), replace(THEN, source=1)]),
+    ],
+)
+def test_moves_made_at_once_are_all_in_the_history_and_none_is_taken_for_another_programs(
+    recorded: list[Move], holder: int, made: list[Move]
+) -> None:
+    assert registry._happened(recorded, holder) == made
+
+
+def test_who_was_overtaken_is_told_and_the_last_move_stays(
+    store: Store, patched: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, patched(1))
+    others = patched(2)
+    mine = patched(3)
+    move = store.client._client.set_registered_model_alias
+    monkeypatch.setattr(registry, "promotion_lock", lambda _: nullcontext())  # two machines
+
+    def and_another(name: str, alias: str, version: str) -> None:
+        move(name, alias, version)
+        monkeypatch.setattr(store.client._client, "set_registered_model_alias", move)
+        promote(store, others)
+
+    monkeypatch.setattr(store.client._client, "set_registered_model_alias", and_another)
+    with pytest.raises(registry.MovedMeanwhile, match="went to version 2 and is at version 3 now"):
+        promote(store, mine)
+    assert get_version(store, NAME, "champion").run_id == others
+    assert [(m.action, m.source, m.target) for m in history(store, NAME)] == [
+        ("promote", None, 1),
+        ("promote", 1, 2),
+        ("promote", 2, 3),
+    ]
+    promote(store, mine)  # the remedy
+    assert get_version(store, NAME, "champion").number == 2
+
+
+def test_a_command_that_was_taken_over_registers_nothing(store: Store, patched: Patch) -> None:
+    calls: list[str] = []
+
+    def lost() -> None:
+        calls.append("asked")
+        raise LeaseLost("Run r was taken over by process 7 on far.")
+
+    with pytest.raises(LeaseLost):
+        promote(store, patched(1), demand=lost)
+    assert (calls, list_versions(store, NAME)) == (["asked"], [])
+
+
+def test_a_record_that_is_none_is_left_out_and_disturbs_nobody(store: Store, patched: Patch) -> None:
+    promote(store, patched(1))
+    for n, text in enumerate(["[" * 4000, "{", "7", '{"action": [], "source": 1}', '{"when_ms": 1e400}']):
+        store.client.set_model_version_tag(NAME, "1", f"mechdiff.move.champion.{n}.0123abcd", text)
+    wild = Move("rollback", 7, 9, when_ms=3)
+    store.client.set_model_version_tag(NAME, "1", "mechdiff.move.champion.3.0123abce", registry._text(wild))
+    promote(store, patched(2))
+    assert history(store, NAME)[-1].target == 2
+    assert rollback(store, NAME).number == 1
+
+
+def test_moves_of_earlier_releases_are_read_from_the_registered_map(store: Store, patched: Patch) -> None:
+    promote(store, patched(1))
+    promote(store, patched(2))
+    for version in list_versions(store, NAME):
+        for n, key in enumerate(key for key in version.tags if key.startswith("mechdiff.move.")):
+            fields = json.loads(version.tags[key])
+            del fields["made_ms"]
+            old = f"mechdiff.move.champion.{version.number + n:06d}.0123abcd"
+            store.client.set_registered_model_tag(NAME, old, json.dumps(fields))
+            store.client.delete_model_version_tag(NAME, str(version.number), key)
+    promote(store, patched(3))
+    assert [m.source for m in history(store, NAME)] == [None, 1, 2]
+    assert rollback(store, NAME).number == 2
+
+
 def test_winners_of_every_name_are_listed(store: Store, patched: Patch) -> None:
     promote(store, patched(1))
     promote(store, patched(2), alias="second")
@@ -538,14 +628,16 @@ def test_a_promoter_killed_at_any_step_leaves_the_alias_and_is_finished_later(
     counting = CrashingClient(store.client)
     promote(replace(store, client=counting), patched(1, alpha=0.3))  # type: ignore[arg-type]
     steps = counting.calls
-    assert steps[-1] == "set_registered_model_alias"  # the last step of all
+    # The last step of all but one, which marks the move as made.
+    assert steps[-2:] == ["set_registered_model_alias", "set_model_version_tag"]
     assert len(steps) >= 10
     # To die after a step is to die before the next one, but for the last.
     points = [(step, False) for step in range(len(steps))] + [(len(steps) - 1, True)]
-    for seed, (step, after) in enumerate(points, start=2):
+    for seed, (step, finished_after) in enumerate(points, start=2):
+        after = finished_after or step == len(steps) - 1
         before = get_version(store, NAME, "champion")
         run_id = patched(seed, alpha=0.3)
-        crashing = replace(store, client=CrashingClient(store.client, step, after))  # type: ignore[arg-type]
+        crashing = replace(store, client=CrashingClient(store.client, step, finished_after))  # type: ignore[arg-type]
         with pytest.raises(Crash):
             promote(crashing, run_id)
         champion = get_version(store, NAME, "champion")

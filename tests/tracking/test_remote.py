@@ -16,10 +16,9 @@ from mechdiff_mlflow.tracking.fetch import CachedAnswer, fetch, load_map
 from mechdiff_mlflow.tracking.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.promotion import promote
 from mechdiff_mlflow.tracking.records import RunRecord
-from mechdiff_mlflow.tracking.registry import history, registered
+from mechdiff_mlflow.tracking.registry import history
 from mechdiff_mlflow.tracking.runs import Tracker
 from mechdiff_mlflow.tracking.store import open_store
-from mechdiff_mlflow.tracking.turns import tickets_in
 
 from .conftest import flip_byte, make_map
 from .servers import Server, serving
@@ -76,7 +75,6 @@ def test_maps_by_name_from_a_server_and_then_without_it(
         code, shown = mechdiff("fetch", name, "-o", "none.pt")
         assert (code, words in shown) == (1, True), shown
     assert [m.target for m in history(store, NAME)] == [1, 2]
-    assert tickets_in(registered(store, NAME).tags) == {}
 
     server.stop()
     code, shown = mechdiff("fetch", champion, "-o", "map.pt")
