@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+from mlflow.entities import Run
 
 from mechdiff_mlflow import bundles
 from mechdiff_mlflow.bundles import Manifest
@@ -14,11 +17,15 @@ from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Position
 from mechdiff_mlflow.tracking import registry
 from mechdiff_mlflow.tracking.fetch import load_map
+from mechdiff_mlflow.tracking.keys import KEY_TAG, ROOT_TAG, key_of
+from mechdiff_mlflow.tracking.lookup import all_runs
 from mechdiff_mlflow.tracking.names import check_alias, registered_name
 from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT, PromotionPolicy
 from mechdiff_mlflow.tracking.promotion import IMPORTED_FROM, promote
+from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.registry import Version, winners_of
+from mechdiff_mlflow.tracking.repeats import Earlier, earlier
 from mechdiff_mlflow.tracking.runs import Tracker
 from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
 
@@ -89,8 +96,10 @@ def import_manifest(store: Store, what: Import) -> list[Imported]:
     _check_one_a_site(read)
     present = {row.name: _holder(store, row, what.alias) for row in read}
     fresh = [row for row in read if present[row.name] is None]
-    if fresh:
-        present |= _register(store, what, manifest, pair, fresh)
+    digests = sorted((row.name, row.path, row.the_map.sha256()) for row in read)
+    left = earlier(store, what.experiment or pair, ["import", manifest.pair, pair, digests])
+    if fresh or left.unfinished:
+        present |= _register(store, what, manifest, pair, fresh, left)
     found = ((row, present[row.name]) for row in read)
     return [Imported(row.key, version, row in fresh) for row, version in found if version is not None]
 
@@ -145,21 +154,38 @@ def _holder(store: Store, row: _Read, alias: str) -> Version | None:
 
 
 def _register(
-    store: Store, what: Import, manifest: Manifest, pair: str, fresh: Sequence[_Read]
+    store: Store, what: Import, manifest: Manifest, pair: str, fresh: Sequence[_Read], left: Earlier
 ) -> dict[str, Version | None]:
+    """Log the maps that no earlier attempt logged whole, then promote each."""
     policy = PromotionPolicy(allow_pair_mismatch=what.allow_pair_mismatch)
-    versions: dict[str, Version | None] = {}
-    tracker = Tracker(store, what.experiment or pair)
-    title = f"import of {len(fresh)} maps"
-    with tracker.run("import", title, {"pair": pair, "position": str(what.position)}) as run:
-        source = what.manifest.read_text(encoding="utf-8")
-        run.add(RunRecord(kind="import", name=title, texts={bundles.MANIFEST: source}))
-        logged = {row.name: run.log(_record(row, manifest.pair, pair)) for row in fresh}
-        for name, run_id in logged.items():
-            versions[name] = promote(
-                store, run_id, name=name, alias=what.alias, policy=policy, why=what.why or title
+    records = {row.name: _record(row, manifest.pair, pair) for row in fresh}
+    logged = {} if left.finished is None else _logged_below(store, left.finished, records)
+    rest = [name for name in records if name not in logged]
+    title = f"import of {len(manifest.winners)} maps"
+    with ExitStack() as stack:
+        if rest or left.unfinished is not None:
+            tracker = Tracker(store, what.experiment or pair, resume=left.unfinished)
+            params = {"pair": pair, "position": str(what.position)}
+            run = stack.enter_context(tracker.run("import", title, params, tags=left.tag))
+            source = what.manifest.read_text(encoding="utf-8")
+            run.add(RunRecord(kind="import", name=title, texts={bundles.MANIFEST: source}))
+            logged |= {name: run.log(records[name]) for name in rest}
+        return {
+            name: promote(
+                store, logged[name], name=name, alias=what.alias, policy=policy, why=what.why or title
             )
-    return versions
+            for name in records
+        }
+
+
+def _logged_below(store: Store, parent: Run, records: Mapping[str, RunRecord]) -> dict[str, str]:
+    """Ids of the runs below `parent` that hold some of the records."""
+    names = {key_of(record, code_version()): name for name, record in records.items()}
+    where = f"tags.`{ROOT_TAG}` = '{parent.info.run_id}' and attributes.status = 'FINISHED'"
+    found = all_runs(store, [parent.info.experiment_id], where)
+    return {
+        names[run.data.tags[KEY_TAG]]: run.info.run_id for run in found if run.data.tags[KEY_TAG] in names
+    }
 
 
 def _record(row: _Read, written_pair: str, pair: str) -> RunRecord:

@@ -219,7 +219,8 @@ def log_model(
             )
 
         find = partial(_begun, store, experiment_id, run_id, sha256)
-        logged = (find() if again else None) or store.patience.once(create, find)
+        begun = find() if again else None
+        logged = begun or store.patience.once(create, find)
         if logged.status == "READY":  # the other process died before the run named its model
             if logged.model_id not in _outputs(store, run_id):
                 client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
@@ -236,7 +237,7 @@ def log_model(
                 )
                 digests = _write(sent, the_map, encoded, record, card)
                 files = StoredFiles(store, logged.artifact_location)
-                files.send(sent)
+                files.send(sent, again=begun is not None)
                 back = files.demand(digests, Path(folder, "back"))
                 _load_map(back)
             demand()
