@@ -229,6 +229,44 @@ def _migrate(path: Path, revision: str) -> None:
         mlflow_db._upgrade_db(_engine(database))
 
 
+_PLACES = {
+    "experiments": ("artifact_location",),
+    "runs": ("artifact_uri",),
+    "logged_models": ("artifact_location",),
+    "model_versions": ("source", "storage_location"),
+}
+"""Where MLflow keeps absolute places of artifacts."""
+
+
+def rebase(path: Path, old: Path, place_tag: str) -> None:
+    """Say of all artifacts that the store says are below the folder `old` that they are in its own folder.
+
+    Args:
+        path: The database file; nothing else is written, and that whole or not at all.
+        old: Where the store lay.
+        place_tag: The experiments' tag with the path of the store.
+    """
+    new = path.parent
+    with file_lock(lock_file(f"sqlite:///{path}", "open")), _one_transaction(path) as database:
+        for before, after in ((old.as_uri(), new.as_uri()), (str(old), str(new))):
+            for table, columns in _PLACES.items():
+                for column in columns:
+                    database.execute(
+                        f"UPDATE {table} SET {column} = :after || substr({column}, length(:before) + 1) "
+                        f"WHERE {column} = :before "
+                        f"OR substr({column}, 1, length(:before) + 1) = :before || '/'",
+                        {"before": before, "after": after},
+                    )
+        for (noted,) in database.execute(
+            "SELECT DISTINCT value FROM experiment_tags WHERE key = ?", (place_tag,)
+        ).fetchall():
+            if Path(noted).parent == old:
+                database.execute(
+                    "UPDATE experiment_tags SET value = ? WHERE key = ? AND value = ?",
+                    (str(path), place_tag, noted),
+                )
+
+
 class _Uncommitted(sqlite3.Connection):
     """A connection on which a migration's own commits and rollbacks do nothing."""
 
