@@ -25,6 +25,7 @@ from mlflow.tracking import MlflowClient
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.locks import file_lock, lock_file
+from mechdiff_mlflow.tracking.patience import full_disk
 from mechdiff_mlflow.tracking.redaction import redact
 
 _QUIET_S = 5.0
@@ -132,6 +133,8 @@ def open_sqlite(path: Path) -> MlflowClient:
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, CommandError) as error:
         raise MechdiffError(_what_is_wrong(path, str(error))) from error
     except OSError as error:
+        if full_disk(error) is not None:
+            raise MechdiffError(_what_is_wrong(path, str(error))) from error
         raise MechdiffError(
             f"The store {path} cannot be opened for writing ({error.strerror}); check its permissions."
         ) from error
@@ -292,6 +295,8 @@ def _engine(database: sqlite3.Connection) -> sqlalchemy.Engine:
 
 
 def _what_is_wrong(path: Path, text: str) -> str:
+    if (reason := full_disk(text)) is not None:
+        return f"The store {path} could not be opened: {reason}; make room on its disk, then run this again."
     if "Can't locate revision" in text:
         return f"The store {path} was made by a newer MLflow; upgrade MLflow or use another store."
     if "file is not a database" in text:

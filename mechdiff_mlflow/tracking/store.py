@@ -25,7 +25,7 @@ from mlflow.utils.uri import is_local_uri
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import database
-from mechdiff_mlflow.tracking.patience import Patience, PatientClient, is_away
+from mechdiff_mlflow.tracking.patience import Patience, PatientClient, full_disk, is_away
 from mechdiff_mlflow.tracking.redaction import redact
 
 PLACE_TAG = "mechdiff.store"
@@ -48,6 +48,10 @@ _PROCESS_SETTINGS = {
 
 class StoreUnreachable(MechdiffError):
     """No server answers, or not any more."""
+
+
+class StoreFull(MechdiffError):
+    """The disk of a store has no room, perhaps not even for the status of a run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +188,13 @@ class Store:
         try:
             yield
         except (MlflowException, requests.RequestException, OSError) as error:
-            text = redact(" ".join(str(error).split()).replace(self.uri, self.shown))
+            if (reason := full_disk(error)) is not None:
+                raise StoreFull(
+                    f"The store {self.shown} could not be written: {reason}; make room on its disk, then "
+                    "finish with mechdiff resume, or run this again where that finds nothing."
+                ) from error
+            text = " ".join(str(error).partition("[SQL: ")[0].split())
+            text = redact(text.replace(self.uri, self.shown))
             if self.is_server and is_away(error):
                 raise StoreUnreachable(
                     f"The tracking server {self.shown} stopped answering; start it, then run this again."
@@ -246,8 +256,10 @@ def prepare_process() -> None:
     """Set what our processes want of MLflow, where the user has not decided otherwise."""
     for name, value in _PROCESS_SETTINGS.items():
         os.environ.setdefault(name, value)
-    for chatty in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic"):
+    for chatty in ("mlflow.store.model_registry.abstract_store", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # It logs the traceback of what it raises, which is the user's to hear of once.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def _check_server(uri: str) -> None:
