@@ -213,21 +213,31 @@ def list_stuck(given: dict[str, Any]) -> None:
     """Show, and if asked end, the runs that stay RUNNING for ever."""
     store = open_store(given["tracking_uri"])
     found = stuck_runs(store, watch=given["repair"])
+    if unknown := set(given["id"]) - {one.run_id for one in found}:
+        raise MechdiffError(f"Run {min(unknown)} is not stuck; see mechdiff runs --stuck for those that are.")
     if not found:
         show.lines(["No run is stuck."])
         return
     show.stuck(found, [_verdict(one) for one in found], time.time())
     dead = [one for one in found if one.is_dead or one.run_id in given["id"]]
+    left = end_stuck(store, dead) if given["repair"] else {}
     if given["repair"]:
-        end_stuck(store, dead)
-        show.lines([f"{len(dead)} of {len(found)} are KILLED now."])
+        show.lines([f"{len(dead) - len(left)} of {len(found)} are KILLED now."])
     roots = dict.fromkeys(one.root for one in dead if one.can_resume)
     show.lines([f"Finish: {show.command('resume', root)}" for root in roots])
     if not given["repair"] and dead:
         show.lines([f"End:    {show.command('runs', '--stuck', '--repair')}"])
+    if left:
+        show.lines([f"Left:   {run_id}: {why}" for run_id, why in left.items()])
+        raise MechdiffError(
+            f"{len(left)} of {len(dead)} runs could not be ended, for the reasons above; have that mended, "
+            "or let somebody who may write them run this again."
+        )
 
 
 def _verdict(one: Stuck) -> str:
+    if one.orphaned:
+        return f"orphan: {one.orphaned}"
     if one.is_dead:
         return "dead"
     if one.owner is None:

@@ -11,7 +11,7 @@ import click
 
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.recovery import list_stuck
-from mechdiff_mlflow.cli.session import tracked
+from mechdiff_mlflow.cli.session import log_document
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.report.comparison import comparison, matches, needed_runs
 from mechdiff_mlflow.report.document import check_out, joined
@@ -51,13 +51,12 @@ def report_command(**given: Any) -> None:
     store = open_store(given["tracking_uri"])
     experiment = experiment_of(store, given["experiment"], name)
     evidence = evidence_of(store, name, experiment)
-    with tracked("report", f"report of {name}", experiment, given) as now:
-        document = report(evidence)
-        written = document.write(Path(given["out"]))
-        doubts = caveats(evidence, evidence.quoted())
-        now.run.add(report_run("report", document.title, Path(given["out"]), written, doubts))
+    document = report(evidence)
+    written = document.write(Path(given["out"]))
     show.lines([f"Wrote {path}" for path in written])
-    show.where_to_look(now.store, now.run.experiment_id)
+    doubts = caveats(evidence, evidence.quoted())
+    record = report_run("report", document.title, Path(given["out"]), written, doubts)
+    log_document(record, f"report of {name}", experiment, given, document.markdown(""))
 
 
 @click.command("compare")
@@ -88,17 +87,16 @@ def compare_command(**given: Any) -> None:
     store = open_store(given["tracking_uri"])
     places = [experiment_of(store, None, name) for name in names]
     first, *others = map(evidence_of, [store] * len(names), names, places)
-    with tracked("compare", " against ".join(names), places[0], given) as now:
-        documents = []
-        for other in others:
-            tables = tables_of(store, sorted(needed_runs(matches(first, other))), "per_prompt.json")
-            documents.append(comparison(first, other, tables, seed=given["seed"]))
-        whole = joined(documents)
-        written = whole.write(Path(given["out"]))
-        now.run.add(report_run("compare", whole.title, Path(given["out"]), written, []))
+    documents = []
+    for other in others:
+        tables = tables_of(store, sorted(needed_runs(matches(first, other))), "per_prompt.json")
+        documents.append(comparison(first, other, tables, seed=given["seed"]))
+    whole = joined(documents)
+    written = whole.write(Path(given["out"]))
     show.lines([whole.markdown("").partition("## Caveats")[0]])
     show.lines([f"Wrote {path}" for path in written])
-    show.where_to_look(now.store, now.run.experiment_id)
+    record = report_run("compare", whole.title, Path(given["out"]), written, [])
+    log_document(record, " against ".join(names), names[0], given, whole.markdown(""))
 
 
 @click.command("runs")

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.computing import workers_of
 from mechdiff_mlflow.cli.options import Text
 from mechdiff_mlflow.cli.progress import bars
@@ -27,6 +28,7 @@ from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.recovery import Command, user_of
+from mechdiff_mlflow.tracking.repeats import earlier
 from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import Store, open_store
 
@@ -88,22 +90,28 @@ def _typed(parameter: click.Parameter | None, value: Any) -> str:
     return "" if value is None else str(value)
 
 
-@dataclass(frozen=True)
-class Tracked:
-    """An open run of a command that loads no model."""
+def log_document(
+    record: RunRecord, title: str, experiment: str, options: dict[str, Any], content: str
+) -> None:
+    """Log what a command made from runs alone as one run, which the same command and content had or get.
 
-    store: Store
-    run: OpenRun
-
-
-@contextlib.contextmanager
-def tracked(kind: str, name: str, experiment: str, options: dict[str, Any]) -> Iterator[Tracked]:
-    """A tracked run of a command that works from runs alone."""
+    Args:
+        record: The run.
+        title: Its name.
+        experiment: Where to.
+        options: The command's parameters by name.
+        content: What the files say.
+    """
     store = open_store(options["tracking_uri"])
-    tags = {"mechdiff.command": command_line(options)}
-    tracker = Tracker(store, experiment, as_asked=as_asked)
-    with tracker.run(kind, name, asked(options), tags=tags) as run:
-        yield Tracked(store, run)
+    params, tags = asked(options), {"mechdiff.command": command_line(options)}
+    left = earlier(store, experiment, [record.kind, title, params], content)
+    if left.finished is not None:
+        show.where_to_look(store, left.finished.info.experiment_id)
+        return
+    tracker = Tracker(store, experiment, resume=left.unfinished, as_asked=as_asked)
+    with tracker.run(record.kind, title, params, tags=tags | left.tag) as run:
+        run.add(record)
+    show.where_to_look(store, run.experiment_id)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+from mlflow.entities import Run
 
 from mechdiff_mlflow import bundles
 from mechdiff_mlflow.bundles import Manifest
@@ -16,6 +19,8 @@ from mechdiff_mlflow.spec import Position
 from mechdiff_mlflow.tracking import registry
 from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.fetch import load_map
+from mechdiff_mlflow.tracking.keys import KEY_TAG, ROOT_TAG, key_of
+from mechdiff_mlflow.tracking.lookup import all_runs
 from mechdiff_mlflow.tracking.names import check_alias, registered_name
 from mechdiff_mlflow.tracking.policy import (
     IMPORTED_FROM,
@@ -25,8 +30,10 @@ from mechdiff_mlflow.tracking.policy import (
     numbers_in,
 )
 from mechdiff_mlflow.tracking.promotion import PromotionRefused, is_same_function, promote
+from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.registry import Version, winners_of
+from mechdiff_mlflow.tracking.repeats import Earlier, earlier
 from mechdiff_mlflow.tracking.runs import Tracker
 from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
 
@@ -107,8 +114,12 @@ def import_manifest(
                 f"and winner {row.key} is another map, not measured here; import it under another --alias "
                 "and measure it, or add --force."
             )
-    if fresh:
-        present |= _register(store, what, manifest, pair, fresh, say)
+    digests = sorted((row.name, row.path, row.the_map.sha256()) for row in read)
+    left = earlier(
+        store, experiment_of(store, what.experiment, pair), ["import", manifest.pair, pair, digests]
+    )
+    if fresh or left.unfinished:
+        present |= _register(store, what, manifest, pair, fresh, left, say)
     found = ((row, present[row.name]) for row in read)
     return [Imported(row.key, version, row in fresh) for row, version in found if version is not None]
 
@@ -172,21 +183,45 @@ def _register(
     manifest: Manifest,
     pair: str,
     fresh: Sequence[_Read],
+    left: Earlier,
     say: Callable[[str], object],
 ) -> dict[str, Version | None]:
+    """Log the maps that no earlier attempt logged whole, then promote each."""
     policy = PromotionPolicy(force=what.force)
-    versions: dict[str, Version | None] = {}
-    tracker = Tracker(store, experiment_of(store, what.experiment, pair))
-    title = f"import of {len(fresh)} maps"
-    with tracker.run("import", title, {"pair": pair, "position": str(what.position)}) as run:
-        source = what.manifest.read_text(encoding="utf-8")
-        run.add(RunRecord(kind="import", name=title, texts={bundles.MANIFEST: source}))
-        logged = {row.name: run.log(_record(row, manifest.pair, pair)) for row in fresh}
-        for name, run_id in logged.items():
-            versions[name] = promote(
-                store, run_id, name=name, alias=what.alias, policy=policy, why=what.why or title, say=say
+    records = {row.name: _record(row, manifest.pair, pair) for row in fresh}
+    logged = {} if left.finished is None else _logged_below(store, left.finished, records)
+    rest = [name for name in records if name not in logged]
+    title = f"import of {len(manifest.winners)} maps"
+    with ExitStack() as stack:
+        if rest or left.unfinished is not None:
+            tracker = Tracker(store, experiment_of(store, what.experiment, pair), resume=left.unfinished)
+            params = {"pair": pair, "position": str(what.position)}
+            run = stack.enter_context(tracker.run("import", title, params, tags=left.tag))
+            source = what.manifest.read_text(encoding="utf-8")
+            run.add(RunRecord(kind="import", name=title, texts={bundles.MANIFEST: source}))
+            logged |= {name: run.log(records[name]) for name in rest}
+        return {
+            name: promote(
+                store,
+                logged[name],
+                name=name,
+                alias=what.alias,
+                policy=policy,
+                why=what.why or title,
+                say=say,
             )
-    return versions
+            for name in records
+        }
+
+
+def _logged_below(store: Store, parent: Run, records: Mapping[str, RunRecord]) -> dict[str, str]:
+    """Ids of the runs below `parent` that hold some of the records."""
+    names = {key_of(record, code_version()): name for name, record in records.items()}
+    where = f"tags.`{ROOT_TAG}` = '{parent.info.run_id}' and attributes.status = 'FINISHED'"
+    found = all_runs(store, [parent.info.experiment_id], where)
+    return {
+        names[run.data.tags[KEY_TAG]]: run.info.run_id for run in found if run.data.tags[KEY_TAG] in names
+    }
 
 
 def _record(row: _Read, written_pair: str, pair: str) -> RunRecord:

@@ -207,6 +207,7 @@ def log_model(
     card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params, sha256=sha256)
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
+        store.demand_place(experiment_id)
 
         def create() -> LoggedModel:
             demand()
@@ -220,7 +221,8 @@ def log_model(
             )
 
         find = partial(_begun, store, experiment_id, run_id, sha256)
-        logged = (find() if again else None) or store.patience.once(create, find)
+        begun = find() if again else None
+        logged = begun or store.patience.once(create, find)
         try:
             demand()
         except LeaseLost:  # the other process goes on with this one, unless it has its own
@@ -243,7 +245,7 @@ def log_model(
                 )
                 digests = _write(sent, the_map, encoded, record, card)
                 files = StoredFiles(store, logged.artifact_location)
-                files.send(sent)
+                files.send(sent, again=begun is not None)
                 back = files.demand(digests, Path(folder, "back"))
                 _load_map(back)
             demand()

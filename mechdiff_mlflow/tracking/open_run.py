@@ -22,7 +22,7 @@ from mechdiff_mlflow.tracking.lookup import all_runs, made_once
 from mechdiff_mlflow.tracking.provenance import code_version, provenance_tags
 from mechdiff_mlflow.tracking.records import RunRecord, param_text
 from mechdiff_mlflow.tracking.redaction import redact
-from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
+from mechdiff_mlflow.tracking.store import Store, StoreFull, StoreUnreachable
 from mechdiff_mlflow.tracking.writing import RecordWriter
 
 EPOCH_TAG = "mechdiff.epoch"
@@ -406,6 +406,12 @@ class OpenRun:
         except MechdiffError as another:
             if error is None:
                 raise
+            if isinstance(
+                another, StoreFull
+            ):  # a status needs less room; without even that, `resume` ends it
+                with suppress(MechdiffError), self._store.errors():
+                    client.set_terminated(run_id, status)
+                return
             # What went wrong before is on its way to the user and matters more.
             _log.warning("Run %s could not be marked %s: %s", run_id, status, another)
 

@@ -20,7 +20,7 @@ from mechdiff_mlflow.tracking.keys import ROOT_TAG
 from mechdiff_mlflow.tracking.lease import LEASE_S, Holder, holder_in, is_alive
 from mechdiff_mlflow.tracking.lookup import all_runs
 from mechdiff_mlflow.tracking.provenance import code_version, provenance_tags
-from mechdiff_mlflow.tracking.store import Store, login_name
+from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, login_name
 from mechdiff_mlflow.untrusted import is_there
 
 RESUME_TAG = "mechdiff.resume"
@@ -180,6 +180,7 @@ class Stuck:
         is_dead: Whether that process is known to be dead.
         root: Id of the top run.
         can_resume: Whether `mechdiff resume` would finish the top run.
+        orphaned: Why the top run cannot be read; empty where it can.
     """
 
     run_id: str
@@ -190,6 +191,7 @@ class Stuck:
     is_dead: bool
     root: str
     can_resume: bool
+    orphaned: str = ""
 
 
 def stuck_runs(store: Store, *, watch: bool = False) -> list[Stuck]:
@@ -203,11 +205,19 @@ def stuck_runs(store: Store, *, watch: bool = False) -> list[Stuck]:
         names = {e.experiment_id: e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)}
     running = _runs(store, "attributes.status = 'RUNNING'")
     tops: dict[str, Run] = {run.info.run_id: run for run in running if ROOT_TAG not in run.data.tags}
+    gone: dict[str, tuple[bool, str]] = {}
     for run in running:
         root = run.data.tags.get(ROOT_TAG, run.info.run_id)
-        if root not in tops:
-            with store.errors():
-                tops[root] = store.client.get_run(root)
+        if root not in tops and root not in gone:
+            try:
+                with store.errors():
+                    tops[root] = store.client.get_run(root)
+            except StoreUnreachable:
+                raise
+            except MechdiffError as error:
+                cause = error.__cause__
+                is_deleted = getattr(cause, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
+                gone[root] = is_deleted, "its parent is deleted for good" if is_deleted else str(error)
     alive = {root: is_alive(store, top) for root, top in tops.items()}
     far = [root for root, found in alive.items() if found is None and holder_in(tops[root].data.tags)]
     if watch and far:
@@ -215,32 +225,44 @@ def stuck_runs(store: Store, *, watch: bool = False) -> list[Stuck]:
     found = []
     for run in running:
         root = run.data.tags.get(ROOT_TAG, run.info.run_id)
-        top = tops[root]
-        if alive[root]:
+        if alive.get(root):
             continue
-        found.append(
-            Stuck(
-                run.info.run_id,
-                names.get(run.info.experiment_id, run.info.experiment_id),
-                run.info.run_name or "",
-                run.info.start_time or 0,
-                holder_in(top.data.tags),
-                alive[root] is False or (run is not top and top.info.status != "RUNNING"),
-                root,
-                RESUME_TAG in top.data.tags and top.info.status != "FINISHED",
-            )
+        what = (
+            run.info.run_id,
+            names.get(run.info.experiment_id, run.info.experiment_id),
+            run.info.run_name or "",
+            run.info.start_time or 0,
         )
+        if root in gone:
+            is_dead, why = gone[root]
+            found.append(Stuck(*what, None, is_dead, root, can_resume=False, orphaned=why))
+            continue
+        top = tops[root]
+        is_dead = alive[root] is False or (run is not top and top.info.status != "RUNNING")
+        can_resume = RESUME_TAG in top.data.tags and top.info.status != "FINISHED"
+        found.append(Stuck(*what, holder_in(top.data.tags), is_dead, root, can_resume))
     return found
 
 
-def end_stuck(store: Store, stuck: Sequence[Stuck]) -> None:
-    """Set runs whose process died KILLED, with the reason; the ones below others first."""
+def end_stuck(store: Store, stuck: Sequence[Stuck]) -> dict[str, str]:
+    """Set runs whose process died KILLED, with the reason, the ones below others first; why not, by run id.
+
+    Raises:
+        StoreUnreachable: Then the rest is not tried.
+    """
+    left: dict[str, str] = {}
     for one in sorted(stuck, key=lambda one: one.run_id == one.root):
         who = "" if one.owner is None else f" ({one.owner})"
         remedy = f"; `mechdiff resume {one.root}` finishes it" if one.can_resume else ""
-        with store.errors():
-            store.client.set_tag(one.run_id, "mechdiff.failure", f"{_DIED}{who}{remedy}.")
-            store.client.set_terminated(one.run_id, "KILLED")
+        try:
+            with store.errors():
+                store.client.set_tag(one.run_id, "mechdiff.failure", f"{_DIED}{who}{remedy}.")
+                store.client.set_terminated(one.run_id, "KILLED")
+        except StoreUnreachable:
+            raise
+        except MechdiffError as error:
+            left[one.run_id] = str(error)
+    return left
 
 
 def _watched(store: Store, runs: dict[str, Run]) -> dict[str, bool]:
@@ -251,9 +273,9 @@ def _watched(store: Store, runs: dict[str, Run]) -> dict[str, bool]:
     while time.monotonic() < until and not all(alive.values()):
         time.sleep(_POLL_S)
         for run_id in [run_id for run_id, found in alive.items() if not found]:
-            with store.errors():
+            with suppress(MechdiffError), store.errors():
                 run = store.client.get_run(run_id)
-            alive[run_id] = holder_in(run.data.tags) != before[run_id]
+                alive[run_id] = holder_in(run.data.tags) != before[run_id]
     return alive
 
 

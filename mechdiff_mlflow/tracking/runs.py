@@ -132,6 +132,7 @@ class Tracker:
         """A run that another process left."""
         with self.store.errors():
             run = self.store.client.get_run(run_id)
+        self.store.demand_place(run.info.experiment_id)
         with taken_over(self.store, run) as lease:
             yield self._open(self._restarted(run, lease), lease, resumed=True)
 
@@ -160,6 +161,7 @@ class Tracker:
             return None
         with self.store.errors():
             run = self.store.client.get_run(run_id)
+            self.store.demand_place(run.info.experiment_id)
             tags = {**_redacted(record), **enclosing_run(run, record, provenance_tags()), **lease.holder.tag}
             self.store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         return run

@@ -85,7 +85,7 @@ class RecordWriter:
         with self._store.errors():
             if done.model_id is None:
                 done.model_id = self._model_of(run, record, again)
-            self._send(run, _unsent(record, done), done)
+            self._send(run, _unsent(record, done), done, again and not done.sent)
             models = [LoggedModelInput(done.model_id)] if done.model_id and record.map_run else None
             if (record.datasets or models) and not done.has_inputs:
                 self._demand()
@@ -120,14 +120,14 @@ class RecordWriter:
         with self._lock:
             return self._written.setdefault(run.info.run_id, _Written())
 
-    def _send(self, run: Run, record: RunRecord, done: _Written) -> None:
+    def _send(self, run: Run, record: RunRecord, done: _Written, again: bool) -> None:
         """The files of a record, read back before anything says that they are there."""
 
         def send(folder: str) -> None:
             sent = files_of(Path(folder))
             files = StoredFiles(self._store, run.info.artifact_uri)
             self._demand()
-            files.send(Path(folder))
+            files.send(Path(folder), again=again)
             files.demand_present(sent)
             done.sent |= sent
 

@@ -10,11 +10,15 @@ import pytest
 from cli.conftest import Invoke
 from cli.test_run import runs_of
 from mlflow import MlflowClient
+from mlflow.entities import RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from mechdiff_mlflow.cli import cli, computing, recovery
 from mechdiff_mlflow.cli.session import NOT_RESUMED, words_of
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import store as stores
+from mechdiff_mlflow.tracking.keys import ROOT_TAG
 from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.recovery import RESUME_TAG, Command, user_of
 from mechdiff_mlflow.tracking.runs import OpenRun
@@ -239,3 +243,35 @@ def test_who_one_is_is_the_login_where_there_is_one(here: Path, monkeypatch: pyt
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
     assert user_of(stores.Store("http://127.0.0.1:5", store.client)) == "login ann"
     assert not user_of(store).startswith("login")
+
+
+def test_orphans_are_listed_and_ended_past_what_may_not_be(
+    mechdiff: Invoke, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`mlflow gc` took the parent away; one of its runs may not be written."""
+    experiment_id = client.create_experiment("toy")
+    top = client.create_run(experiment_id).info.run_id
+    locked, child = (client.create_run(experiment_id, tags={ROOT_TAG: top}).info.run_id for _ in range(2))
+    plain = client.create_run(experiment_id).info.run_id
+    client._tracking_client.store._hard_delete_run(top)
+    shown = " ".join(mechdiff("runs", "--stuck").output.split())
+    assert all(run_id[:8] in shown for run_id in (locked, child, plain))
+    assert shown.count("orphan") == 2
+    set_tag = SqlAlchemyStore.set_tag
+
+    def refuse(self: SqlAlchemyStore, run_id: str, tag: RunTag) -> None:
+        if run_id == locked:
+            raise MlflowException("endpoint /api/2.0/mlflow/runs/set-tag failed with error code 403")
+        set_tag(self, run_id, tag)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SqlAlchemyStore, "set_tag", refuse)
+        said = mechdiff("runs", "--stuck", "--repair", code=1).output
+    assert "1 of 3 are KILLED now." in said
+    assert f"Left:   {locked}: " in said
+    assert "1 of 2 runs could not be ended" in " ".join(said.split())
+    assert [client.get_run(one).info.status for one in (locked, child)] == ["RUNNING", "KILLED"]
+    assert "1 of 2 are KILLED now." in mechdiff("runs", "--stuck", "--repair").output
+    assert "is not stuck" in mechdiff("runs", "--stuck", "--repair", "--id", child, code=1).output
+    mechdiff("runs", "--stuck", "--repair", "--id", plain)
+    assert client.get_run(plain).info.status == "KILLED"
