@@ -17,6 +17,7 @@ from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.cli.recovery import resumption
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.cache import staging
 from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
@@ -118,7 +119,8 @@ def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
     has_parent = kind not in LONE or RUN_ID_VARIABLE in os.environ if resumed is None else resumed.has_parent
     again = Command.here(_words(options, _NOT_RESUMED), has_parent=has_parent)
     tags = {"mechdiff.command": command_line(options), **again.tag}
-    with tracker.run(kind, name, asked(options) if has_parent else {}, tags=tags) as run:
+    params = asked(options) if has_parent else {}
+    with tracker.run(kind, name, params, tags=tags, texts=fields.setting(spec)) as run:
         protocol = protocol_of(options)
         with bars() as stage, workers_of(spec, options, staging(run.run_id), stage) as workers:
             run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair")

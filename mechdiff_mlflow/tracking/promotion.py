@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 from mlflow.entities import Metric, Run
 from mlflow.entities.model_registry import RegisteredModel
@@ -116,6 +114,8 @@ def promote(
             _apply(policy, name, alias, measured, incumbent)
 
         check(registry.registered(store, name))
+        if not measured.logged.model_id:  # a sweep's map, so far a file of its run
+            measured = replace(measured, logged=_as_model(store, measured.the_map, measured.run))
         version = _existing(store, name, measured) or _create_version(store, name, measured)
         if not version.is_verified:
             _verify(store, version)
@@ -168,20 +168,16 @@ def _held_before(model: RegisteredModel, alias: str) -> int:
 
 def _measured(store: Store, run_id: str) -> _Measured:
     run = _with_a_map(store, _finished(store, run_id))
-    run_id = run.info.run_id
     fit_id = run.data.tags.get(MAP_RUN_TAG)
-    if fit_id is not None:
-        fit = _finished(store, fit_id)
-        logged = _only(flavour.maps_of_run(store, fit_id), fit_id)
-    else:
-        logged, fit = _only(flavour.maps_of_run(store, run_id), run_id), run
+    fit = run if fit_id is None else _finished(store, fit_id)
+    logged = _only(flavour.maps_of(store, fit), fit.info.run_id)
+    if fit_id is None:
         run = _measurement_of(store, fit)
-    with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder, store.errors():
-        the_map = flavour.load_verified(flavour.download(store, logged.location, Path(folder, "model")))
+    the_map = flavour.load_logged(store, logged)
     alpha = run.data.params.get("alpha", "")
     if _is_other_number(alpha, the_map.alpha):
         the_map = the_map.with_alpha(float(alpha))
-        logged = _with_alpha(store, the_map, run)
+        logged = _as_model(store, the_map, run)
     meta = {key: str(value) for key, value in the_map.meta.items()}
     facts = {**meta, **fit.data.params, **run.data.params, **fit.data.tags, **run.data.tags}
     return _Measured(logged, the_map, run, facts)
@@ -190,12 +186,12 @@ def _measured(store: Store, run_id: str) -> _Measured:
 def _with_a_map(store: Store, run: Run) -> Run:
     """The run itself, or of a parent without a map the one child that fitted one."""
     run_id = run.info.run_id
-    if MAP_RUN_TAG in run.data.tags or flavour.maps_of_run(store, run_id):
+    if MAP_RUN_TAG in run.data.tags or flavour.maps_of(store, run):
         return run
     where = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'FINISHED'"
     with store.errors():
         children = list(store.client.search_runs([run.info.experiment_id], where, max_results=1000))
-    fits = [child for child in children if flavour.maps_of_run(store, child.info.run_id)]
+    fits = [child for child in children if flavour.maps_of(store, child)]
     if len(fits) > 1:
         raise MechdiffError(f"Run {run_id} has {len(fits)} maps below it; give the id of one of those runs.")
     return fits[0] if fits else run
@@ -231,11 +227,11 @@ def _measurement_of(store: Store, fit: Run) -> Run:
     return patches[0] if patches else fit
 
 
-def _with_alpha(store: Store, the_map: AffineMap, run: Run) -> LoggedMap:
-    """The map with the alpha that `run` measured it at: logged to that run, unless an earlier attempt did."""
+def _as_model(store: Store, the_map: AffineMap, run: Run) -> LoggedMap:
+    """The map as a logged model of `run`, which measured it so, unless an earlier attempt made it."""
     wanted = the_map.sha256()
-    for logged in flavour.maps_of_run(store, run.info.run_id):
-        if logged.sha256 == wanted:
+    for logged in flavour.maps_of(store, run):
+        if logged.sha256 == wanted and logged.model_id:
             return logged
     logged = flavour.log_model(
         the_map,

@@ -31,6 +31,7 @@ class _Written:
     """What this process has written into a run, so that writing more of it sends only that."""
 
     model_id: str | None = None
+    has_map: bool = False
     has_inputs: bool = False
     sources: dict[str, object] = field(default_factory=dict)
     sent: dict[str, Sent] = field(default_factory=dict)
@@ -67,8 +68,7 @@ class RecordWriter:
         """
         done = self._of(run)
         with self._store.errors():
-            if done.model_id is None:
-                done.model_id = self._model_of(run, record, again)
+            self._map(run, record, again, done)
 
     def write(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
         """Everything but the status, the cheap checks before the first request; what is written stays.
@@ -85,8 +85,7 @@ class RecordWriter:
         params, texts = artifacts.stored_params(record, self._long_params)
         metrics, undefined = _finite(record)
         with self._store.errors():
-            if done.model_id is None:
-                done.model_id = self._model_of(run, record, again)
+            self._map(run, record, again, done)
             self._send(run, _unsent(record, done), texts, done)
             models = [LoggedModelInput(done.model_id)] if done.model_id and record.map_run else None
             if (record.datasets or models) and not done.has_inputs:
@@ -130,6 +129,16 @@ class RecordWriter:
 
         artifacts.upload(send, record, texts)
         done.sources |= {**record.tables, **record.texts}
+
+    def _map(self, run: Run, record: RunRecord, again: bool, done: _Written) -> None:
+        """The map of a record, which is sent once."""
+        if done.has_map:
+            return
+        if record.map is None or record.is_model:
+            done.model_id = self._model_of(run, record, again)
+        else:
+            done.sent |= flavour.send_map(self._store, run.info.artifact_uri, record.map)
+        done.has_map = done.model_id is not None or record.map is not None
 
     def _model_of(self, run: Run, record: RunRecord, again: bool) -> str | None:
         """The logged model that metrics belong to: of the record's own map, or of the run it measures."""
