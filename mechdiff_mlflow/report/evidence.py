@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import pandas as pd
 
@@ -13,6 +14,7 @@ from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.stats import Interval
 
+Row: TypeAlias = Mapping[str, Any]
 LEVEL = 0.95
 FROM = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
 """Kinds of runs that patches stand under, by how much their choice of map is worth quoting."""
@@ -152,8 +154,9 @@ class Evidence:
             MechdiffError: No run has patched anything.
         """
         kinds = dict(zip(runs["run_id"], runs["kind"], strict=True))
-        asked = {row["run_id"]: _text(row, "alpha") for _, row in runs.iterrows()}
-        rows = [row for _, row in runs.iterrows() if _is_patch(row, pair)]
+        plain: list[Row] = [{str(key): row[key] for key in row} for row in runs.to_dict("records")]
+        asked = {str(row["run_id"]): _text(row, "alpha") for row in plain}
+        rows = [row for row in plain if _is_patch(row, pair)]
         if not rows:
             raise MechdiffError(
                 f"No finished patch run of pair {pair!r} is there to report on; make one with mechdiff run "
@@ -238,12 +241,12 @@ def of_record(record: PatchRecord) -> Measured:
     )
 
 
-def _is_patch(row: pd.Series, pair: str) -> bool:
+def _is_patch(row: Row, pair: str) -> bool:
     measured = row["kind"] == "patch" and row["status"] == "FINISHED" and not _missing(row.get("KL_mapped"))
     return bool(measured and row.get("pair") == pair)
 
 
-def _measured(row: pd.Series, kinds: Mapping[str, str], asked: Mapping[str, str]) -> Measured:
+def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> Measured:
     parent = None if _missing(row["parent_id"]) else str(row["parent_id"])
     return Measured(
         run_id=str(row["run_id"]),
@@ -271,13 +274,13 @@ def _measured(row: pd.Series, kinds: Mapping[str, str], asked: Mapping[str, str]
         null=_text(row, "tag.null"),
         controls={
             str(key).removeprefix("control/"): float(row[key])
-            for key in row.index
+            for key in row
             if str(key).startswith("control/") and not _missing(row[key])
         },
         leak=_text(row, "tag.selection_leak") == "true",
         undefined={
             str(key).removeprefix("tag.mechdiff.undefined."): str(row[key])
-            for key in row.index
+            for key in row
             if str(key).startswith("tag.mechdiff.undefined.") and not _missing(row[key])
         },
         settings=", ".join(
@@ -314,7 +317,7 @@ def _by_site(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> dict[str,
     return newest
 
 
-def _interval(row: pd.Series, key: str) -> Interval | None:
+def _interval(row: Row, key: str) -> Interval | None:
     estimate = _number(row.get(key))
     if estimate is None:
         return None
@@ -325,7 +328,7 @@ def _number(value: object) -> float | None:
     return None if _missing(value) else float(str(value))
 
 
-def _text(row: pd.Series, key: str) -> str:
+def _text(row: Row, key: str) -> str:
     value = row.get(key)
     return "" if _missing(value) else str(value)
 

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 from mlflow.entities import Run, RunTag
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.artifacts import LongParams
+from mechdiff_mlflow.tracking.cells import CELLS, cell_row, cells_text
 from mechdiff_mlflow.tracking.endings import cut, ending, params_of, same_number
 from mechdiff_mlflow.tracking.interrupts import Interrupts
 from mechdiff_mlflow.tracking.keys import KEY_TAG, ROOT_TAG, check_same, key_of
@@ -29,7 +31,6 @@ EPOCH_TAG = "mechdiff.epoch"
 
 _WRITERS = 8
 """Threads that log at once to a server; a SQLite file takes one writer at a time."""
-_PAGE = 1000
 _SWITCH_S = 2e-5
 
 _log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class OpenRun:
         self._description = ""
         self._logged: dict[str, str] = {}
         """Ids of the runs below this one that this process has written, by key; empty while it has not."""
+        self._cells: dict[str, dict[str, Any]] = {}
         self._runs: dict[str, Run] = {}
         self._prepared: dict[str, Future[None]] = {}
         self._soon: list[tuple[Callable[[], RunRecord], Future[str]]] = []
@@ -185,6 +187,12 @@ class OpenRun:
             self.log_soon(lambda record=record: record)  # type: ignore[misc]
         return self.wait(progress)
 
+    def summarise(self) -> None:
+        """Put what the patch runs below this one hold into one file of it, for readers; see `cells`."""
+        if len(self._cells) > 1:
+            text = cells_text([self._cells[key] for key in sorted(self._cells)])
+            self.add(RunRecord(kind="cells", name="cells", texts={CELLS: text}))
+
     def end(self, error: BaseException | None) -> None:
         """Set the final status, by what ended the run; `Tracker.run` calls this.
 
@@ -248,6 +256,7 @@ class OpenRun:
         self._logged[key] = run_id
         if run.info.status == "FINISHED":
             check_same(run_id, record, run.data.metrics)
+            self._note_cell(key, run, record)
             return run_id
         try:
             if prepared is not None:  # as it was, or would have been: a map's card has no numbers then
@@ -260,7 +269,12 @@ class OpenRun:
             if self._lost(error) is None:
                 self._finish(run_id, error, record.description)
             raise
+        self._note_cell(key, run, record)
         return run_id
+
+    def _note_cell(self, key: str, run: Run, record: RunRecord) -> None:
+        if record.kind == "patch":
+            self._cells[key] = cell_row(run, *self._writer.contents(run))
 
     def _lost(self, error: BaseException | None) -> LeaseLost | None:
         """What says that another process owns this run by now, if that is known."""

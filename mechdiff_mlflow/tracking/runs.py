@@ -110,6 +110,8 @@ class Tracker:
                     open_run.add(record)
                     install_view(self.store, open_run.experiment_id)
                 yield open_run
+                with self.interrupts.deferred():
+                    open_run.summarise()
             except BaseException as error:
                 failure = error
                 raise

@@ -113,6 +113,13 @@ class RecordWriter:
         done.params |= params
         done.tags |= tags
 
+    def contents(self, run: Run) -> tuple[dict[str, str], dict[str, float], dict[str, str]]:
+        """Params, metrics and tags of a run that is whole: as it was found, or as this process wrote it."""
+        if run.info.status == "FINISHED":
+            return run.data.params, run.data.metrics, run.data.tags
+        done = self._of(run)
+        return done.params, {key: value for (key, _), value in done.metrics.items()}, done.tags
+
     def _of(self, run: Run) -> _Written:
         with self._lock:
             return self._written.setdefault(run.info.run_id, _Written())
