@@ -2,8 +2,8 @@
 
     python -m benchmarks.growth --out benchmarks/results/growth.md
 
-Two small sweeps on the shipped pairs are run once; then their rows are copied in the database, as if the sweeps
-had been repeated until there are so many cells (`sweeps`), or as if one sweep had had so many (`one sweep`).
+Two small sweeps on the shipped pairs are run once; then their rows are copied in the database, as if the
+sweeps had been repeated until there are so many cells (`sweeps`), or as if one had had so many (`one sweep`).
 Commands run in this process on copies of that store, directly and through `mlflow server` behind a proxy that
 counts: the median of three times, after one that is not counted. Imports are not in it.
 """

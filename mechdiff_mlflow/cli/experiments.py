@@ -24,7 +24,7 @@ from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.fetch import load_map
 from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.parents import report_pass_run
-from mechdiff_mlflow.tracking.promotion import promote
+from mechdiff_mlflow.tracking.promotion import demand_may_promote, promote
 from mechdiff_mlflow.tracking.registry import winners_of
 from mechdiff_mlflow.tracking.store import open_store
 
@@ -64,6 +64,8 @@ def run_command(**given: Any) -> None:
     cell = _cell(given)
     if given["promote"] != "none":
         check_alias(given["promote"])  # not after the work
+        name = PairSpec.load(given["pair"]).name
+        demand_may_promote(open_store(given["tracking_uri"]), name, cell.site)
     with session("run", str(cell), given) as now:
         (fit,) = now.study.fit([cell])
         fit_id = now.run.log(fields.fit_run(fit, now.study))

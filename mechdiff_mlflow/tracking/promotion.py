@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -38,7 +38,7 @@ from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS
 from mechdiff_mlflow.tracking.registry import Version
 from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG
-from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.store import NotAllowed, Store
 
 IMPORTED_FROM = "imported_from"
 """Tag: which file of the predecessor's a map was imported from."""
@@ -105,6 +105,8 @@ def promote(
     measured = _measured(store, run_id)
     name = check_name(name) if name else _name_of(measured)
     _apply(policy, name, alias, measured, None)  # before anything is made
+    if not measured.logged.model_id:  # a sweep's map, so far a file of its run
+        measured = replace(measured, logged=_as_model(store, measured.the_map, measured.run))
     with registry.promotion_lock(store):
         _registered(store, name, measured)
 
@@ -114,8 +116,6 @@ def promote(
             _apply(policy, name, alias, measured, incumbent)
 
         check(registry.registered(store, name))
-        if not measured.logged.model_id:  # a sweep's map, so far a file of its run
-            measured = replace(measured, logged=_as_model(store, measured.the_map, measured.run))
         version = _existing(store, name, measured) or _create_version(store, name, measured)
         if not version.is_verified:
             _verify(store, version)
@@ -123,6 +123,24 @@ def promote(
             store, name, alias, version.number, "promote", check=check, why=why, rules=str(policy)
         )
     return registry.get_version(store, name, version.number)
+
+
+def demand_may_promote(store: Store, pair: str, site: Site) -> None:
+    """Make sure, before any work, that this account may register under the name of a pair and site.
+
+    Raises:
+        MechdiffError: A server does not let it.
+    """
+    name = registered_name(pair, site)
+    if not store.is_server:
+        return
+    try:
+        model = store.client.get_registered_model(name)
+    except MlflowException:  # a new name is free to everybody
+        return
+    if model.tags.get(registry.KIND_TAG) == "map":
+        with store.errors():
+            store.client.set_registered_model_tag(name, registry.KIND_TAG, "map")  # as it is
 
 
 def rollback(store: Store, name: str, alias: str = "champion", *, why: str = "") -> Version:
@@ -335,8 +353,11 @@ def _create_version(store: Store, name: str, measured: _Measured) -> Version:
 def _verify(store: Store, version: Version) -> None:
     """Read the version's files back through the registry; only then mark it."""
     read_back(store, version)
+    client = store.client
     with store.errors():
-        client = store.client
+        client.set_model_version_tag(version.name, str(version.number), registry.VERIFIED_TAG, version.sha256)
+    # Of whoever may not write to the experiment of the run, the model's own page goes without.
+    with suppress(NotAllowed), store.errors():
         model_id = version.source.removeprefix("models:/")
         if version.source != model_id:
             known = json.loads(client.get_logged_model(model_id).tags.get(_MODEL_VERSIONS_TAG, "[]"))
@@ -346,7 +367,6 @@ def _verify(store: Store, version: Version) -> None:
                 tags = {_MODEL_VERSIONS_TAG: json.dumps([*known, entry])}
                 # It was logged before it was measured; the version's card has the numbers.
                 client.set_logged_model_tags(model_id, {**tags, _NOTE_TAG: card[:MAX_TAG_CHARS]})
-        client.set_model_version_tag(version.name, str(version.number), registry.VERIFIED_TAG, version.sha256)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.locks import file_lock, lock_file
 from mechdiff_mlflow.tracking.names import check_alias
-from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.store import A_TOKEN, Store, login_name
 from mechdiff_mlflow.tracking.turns import MapBoard, promoting_machine, turn
 
 KIND_TAG = "mechdiff.kind"
@@ -252,7 +252,7 @@ def move_alias(
         if source == target:
             return
         check(model)
-        _announce(store, model, alias, Move(action, source, target, _who(), _now_ms(), why, rules))
+        _announce(store, model, alias, Move(action, source, target, _who(store), _now_ms(), why, rules))
         demand_alone()
         with store.errors():
             if target is None:
@@ -372,7 +372,11 @@ def _now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def _who() -> str:
+def _who(store: Store) -> str:
+    """The login, where there is one; else the user of this machine."""
+    login = login_name(store.uri) if store.is_server else None
+    if login not in (None, A_TOKEN):
+        return str(login)
     try:
         return getpass.getuser()
     except (KeyError, OSError):

@@ -84,7 +84,8 @@ def summarised(
     tops = _newest_of_each(_top_runs(store, experiment_id))
     rows, asked = [_row(run) for run in tops], []
     for run in tops:
-        if run.data.tags.get("mechdiff.kind") in _CHILDLESS or "KL_mapped" in run.data.metrics:
+        kind = run.data.tags.get("mechdiff.kind")
+        if kind in _CHILDLESS or (kind == "patch" and "KL_mapped" in run.data.metrics):
             continue
         cells = _cells_of(store, run)
         if cells is None:

@@ -139,13 +139,12 @@ class _Search:
             return list(islice(self.ordered(where, 1), 1))
         key, *others = keys
         found: list[Run] = []
-        seen = [""]  # which leaves out the runs that do not have the param
+        seen: list[str] = []
         while True:
             left = [*where, *(f"params.{key} != {_quoted(value)}" for value in seen)]
-            values = {
-                run.data.params[key]: run for run in reversed([*islice(self.ordered(left, _FEW), _FEW)])
-            }
-            if not values:
+            runs = list(islice(self.ordered(left, _FEW), _FEW))
+            values = {run.data.params[key]: run for run in reversed(runs) if key in run.data.params}
+            if not values and (seen or not runs):
                 return found
             # Some stores join at most 64 tables, one for each condition.
             if len(seen) + len(values) > _MOST_VALUES or not all(map(_can_quote, values)):
@@ -154,7 +153,7 @@ class _Search:
             for value, run in values.items():
                 at = [*where, f"params.{key} = {_quoted(value)}"]
                 found += self.best_of_each(at, others) if others else [run]
-            seen += values
+            seen += values or [""]  # which leaves out the runs that do not have the param
 
 
 def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:
