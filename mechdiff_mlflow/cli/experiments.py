@@ -75,7 +75,7 @@ def run_command(**given: Any) -> None:
         _demand_signal([patch])
         fetch = f"Keep:  mechdiff promote {fit_id}"
         if given["promote"] != "none":
-            version = promote(now.store, fit_id, alias=given["promote"])
+            version = promote(now.store, fit_id, alias=given["promote"], read=fit.map)
             fetch = f"Fetch: mechdiff fetch {version.name}@{given['promote']} -o map.pt"
     show.patches([patch], now.study)
     show.where_to_look(now.store, now.run.experiment_id, fetch)

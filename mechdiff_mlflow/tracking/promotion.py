@@ -83,6 +83,7 @@ def promote(
     alias: str = "champion",
     policy: PromotionPolicy | None = None,
     why: str = "",
+    read: AffineMap | None = None,
 ) -> Version:
     """Register the map that run `run_id` fitted or measured, and give the version `alias`.
 
@@ -95,6 +96,7 @@ def promote(
         alias: To move; the last step.
         policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
         why: In the user's words, for the history.
+        read: The run's map, if this very process has just logged it and read it back.
 
     Raises:
         MechdiffError: The run is not FINISHED or has no map, a rule of the policy refuses it, the name or
@@ -102,7 +104,7 @@ def promote(
     """
     check_alias(alias)
     policy = policy or PromotionPolicy()
-    measured = _measured(store, run_id)
+    measured = _measured(store, run_id, read)
     name = check_name(name) if name else _name_of(measured)
     _apply(policy, name, alias, measured, None)  # before anything is made
     if not measured.logged.model_id:  # a sweep's map, so far a file of its run
@@ -118,7 +120,7 @@ def promote(
         check(registry.registered(store, name))
         version = _existing(store, name, measured) or _create_version(store, name, measured)
         if not version.is_verified:
-            _verify(store, version)
+            _verify(store, version, measured.logged.location)
         registry.move_alias(
             store, name, alias, version.number, "promote", check=check, why=why, rules=str(policy)
         )
@@ -184,14 +186,15 @@ def _held_before(model: RegisteredModel, alias: str) -> int:
     return holders[-2]
 
 
-def _measured(store: Store, run_id: str) -> _Measured:
+def _measured(store: Store, run_id: str, read: AffineMap | None = None) -> _Measured:
     run = _with_a_map(store, _finished(store, run_id))
     fit_id = run.data.tags.get(MAP_RUN_TAG)
     fit = run if fit_id is None else _finished(store, fit_id)
     logged = _only(flavour.maps_of(store, fit), fit.info.run_id)
     if fit_id is None:
         run = _measurement_of(store, fit)
-    the_map = flavour.load_logged(store, logged)
+    is_read = read is not None and read.sha256() == logged.sha256
+    the_map = read if read is not None and is_read else flavour.load_logged(store, logged)
     alpha = run.data.params.get("alpha", "")
     if _is_other_number(alpha, the_map.alpha):
         the_map = the_map.with_alpha(float(alpha))
@@ -350,10 +353,13 @@ def _create_version(store: Store, name: str, measured: _Measured) -> Version:
     return registry.get_version(store, name, made)
 
 
-def _verify(store: Store, version: Version) -> None:
-    """Read the version's files back through the registry; only then mark it."""
-    read_back(store, version)
+def _verify(store: Store, version: Version, location: str) -> None:
+    """Mark a version, once it is sure that its files are those at `location`, which were read and checked."""
     client = store.client
+    with store.errors():
+        found = client.get_model_version_download_uri(version.name, str(version.number))
+    if found.rstrip("/") != location.rstrip("/"):
+        read_back(store, version)
     with store.errors():
         client.set_model_version_tag(version.name, str(version.number), registry.VERIFIED_TAG, version.sha256)
     # Of whoever may not write to the experiment of the run, the model's own page goes without.
