@@ -57,18 +57,17 @@ def test_the_table_of_permissions(
     """Bob tries everything with READ, then EDIT, then MANAGE; the page says what he found."""
     pair = ("--pair", owned["toy"], "--experiment", "of-ann")
     one = ("--layer", "2", "--hook", "mlp_out", "--alpha", "1")
-    # MANAGE deletes the alias, so that it comes last.
     tries = {
-        "look": ("runs", "--pair", "toy"),
-        "fetch": ("fetch", f"{NAME}@champion", "-o", "map.pt"),
-        "maps": ("maps",),
-        "history": ("maps", "history", NAME),
-        "report": ("report", *pair),
-        "log": ("fit", *pair, *one),
-        "promote a fit": ("promote", owned["fit"], "--name", NAME, "--alias", "other", "--force"),
-        "promote a cell": ("promote", owned["cell"], "--name", NAME, "--alias", "third", "--force"),
-        "run --promote": ("run", *pair, *one, "--promote"),
-        "demote": ("maps", "demote", NAME, "--alias", "other"),
+        "mechdiff runs": ("runs", "--pair", "toy"),
+        "mechdiff fetch": ("fetch", f"{NAME}@champion", "-o", "map.pt"),
+        "mechdiff maps": ("maps",),
+        "mechdiff maps history": ("maps", "history", NAME),
+        "mechdiff report": ("report", *pair),
+        "mechdiff fit": ("fit", *pair, *one),
+        "mechdiff promote FIT": ("promote", owned["fit"], "--name", NAME, "--alias", "bobs", "--force"),
+        "mechdiff promote CELL": ("promote", owned["cell"], "--name", NAME, "--alias", "third", "--force"),
+        "mechdiff run --promote": ("run", *pair, *one, "--promote", "staging"),
+        "mechdiff maps demote": ("maps", "demote", NAME, "--alias", "champion"),  # last: MANAGE may
     }
     ann = AuthServiceClient(team.uri_of("ann"))
     enter(team, "bob", monkeypatch)
@@ -89,7 +88,7 @@ def test_the_table_of_permissions(
                 assert len(versions) == 1
     rows = re.findall(r"^\| `(.*?)`.* \| (READ|EDIT|MANAGE) \|", PAGE.read_text(), re.MULTILINE)
     assert dict(rows) == allowed
-    assert [move.who for move in history(open_store(), NAME, "other")][:1] == ["bob"]
+    assert [move.who for move in history(open_store(), NAME, "bobs")] == ["bob"]
 
 
 def help_of(command: str) -> str:
