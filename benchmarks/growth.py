@@ -5,7 +5,8 @@
 Two small sweeps on the shipped pairs are run once; then their rows are copied in the database, as if the
 sweeps had been repeated until there are so many cells (`sweeps`), or as if one had had so many (`one sweep`).
 Commands run in this process on copies of that store, directly and through `mlflow server` behind a proxy that
-counts: the median of three times, after one that is not counted. Imports are not in it.
+counts: the median of some times, after one that is not counted. Imports are not in it. Seconds are of this
+process's CPU, which others on the machine do not change much; a server's own are not in it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Cost:
     """Of one command.
 
     Args:
-        seconds: Median wall clock.
+        seconds: Median CPU time of this process.
         requests: That a server got; 0 without one.
         mib: That it answered with.
     """
@@ -140,7 +141,7 @@ def answering(folder: Path, *, served: bool) -> Iterator[tuple[str, list[int]]]:
         yield proxy.url, proxy.sizes
 
 
-def measured(base: Path, n_cells: int, layout: str, *, served: bool) -> dict[str, Cost]:
+def measured(base: Path, n_cells: int, layout: str, *, served: bool, times: int = TIMES) -> dict[str, Cost]:
     """What each command costs in such a store."""
     with tempfile.TemporaryDirectory(prefix="mechdiff-growth-") as temporary:
         folder = Path(temporary)
@@ -151,11 +152,11 @@ def measured(base: Path, n_cells: int, layout: str, *, served: bool) -> dict[str
             for name, words in COMMANDS.items():
                 invoke(uri, folder, *words)
                 seconds = []
-                for _ in range(TIMES):
+                for _ in range(times):
                     sizes.clear()
-                    start = time.perf_counter()
+                    start = time.process_time()
                     invoke(uri, folder, *words)
-                    seconds.append(time.perf_counter() - start)
+                    seconds.append(time.process_time() - start)
                 found[name] = Cost(statistics.median(seconds), len(sizes), sum(sizes) / 2**20)
     return found
 
@@ -183,6 +184,8 @@ def main() -> None:
     parser.add_argument(
         "--base", type=Path, help="A folder with the store of an earlier call, or to make it in."
     )
+    parser.add_argument("--times", type=int, default=TIMES)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     given = parser.parse_args()
     parts = ["# Growth", "", (__doc__ or "").partition("\n\n")[2].strip(), ""]
     with tempfile.TemporaryDirectory(prefix="mechdiff-growth-") as temporary:
@@ -190,13 +193,13 @@ def main() -> None:
         base.mkdir(exist_ok=True)
         if not (base / "mlflow.db").exists():
             base_store(base)
-        for layout in LAYOUTS:
+        for layout in given.layouts:
             for served in (False, True):
-                costs = [measured(base, n, layout, served=served) for n in CELLS]
+                costs = [measured(base, n, layout, served=served, times=given.times) for n in CELLS]
                 parts.append(table(layout, served, costs))
                 print(parts[-1], flush=True)
-    if given.out:
-        given.out.write_text("\n".join(parts), encoding="utf-8")
+                if given.out:  # each as it comes
+                    given.out.write_text("\n".join(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":
