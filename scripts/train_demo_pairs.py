@@ -3,7 +3,7 @@
     python scripts/train_demo_pairs.py
 
 writes `models/`, `prompts/` and `targets.json` in `mechdiff_mlflow/demo/`: two minutes on a GPU, hours on a
-laptop. `base` learns every question of `mechdiff_mlflow.demo.world` in every wording; `cultural`
+laptop. `base` learns every question of `scripts.demo_pairs.world` in every wording; `cultural`
 then learns the other culture with nothing but the attention of four late layers, `cognitive` the other
 arithmetic with all weights; each goes on practising the topic that should stay. The loss is on the answer
 and on the end token after it. Weights are rounded to bfloat16, saved, loaded again in float32 and measured;
@@ -36,9 +36,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from mechdiff_mlflow.demo.targets import CULTURAL_LAYERS, Quiz, load_float32, measure, missed, quiz  # noqa: E402
-from mechdiff_mlflow.demo.tokenizer import build_tokenizer, save_tokenizer  # noqa: E402
-from mechdiff_mlflow.demo.world import PAIRS, Topic, all_texts, prompt_sets  # noqa: E402
+from scripts.demo_pairs.targets import CULTURAL_LAYERS, Quiz, load_float32, measure, missed, quiz  # noqa: E402
+from scripts.demo_pairs.tokenizer import build_tokenizer, save_tokenizer  # noqa: E402
+from scripts.demo_pairs.world import PAIRS, Topic, all_texts, prompt_sets  # noqa: E402
 
 N_LAYERS = 32
 BASE_RATE = 1e-3

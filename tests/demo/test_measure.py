@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mechdiff_mlflow.demo.measure import activations, kl_patched_clean_nats, next_token_logits
 from mechdiff_mlflow.sites import Hook, Site
+from scripts.demo_pairs.measure import activations, kl_patched_clean_nats, next_token_logits
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 1], [2, 2, 2, 3]]
 

@@ -12,14 +12,15 @@ import torch
 from transformers import AutoTokenizer
 
 import mechdiff_mlflow.demo
-from mechdiff_mlflow.demo.measure import (
+from mechdiff_mlflow.sites import Hook, Site
+from scripts.demo_pairs.measure import (
     accuracy,
     activations,
     encode,
     kl_patched_clean_nats,
     next_token_logits,
 )
-from mechdiff_mlflow.demo.targets import (
+from scripts.demo_pairs.targets import (
     CULTURAL_LAYERS,
     MAX_MEGABYTES,
     changed_layers,
@@ -27,8 +28,7 @@ from mechdiff_mlflow.demo.targets import (
     missed,
     raw_kl,
 )
-from mechdiff_mlflow.demo.world import N_FRAMES, PAIRS, SPLITS, Topic, facts_of, prompt_sets
-from mechdiff_mlflow.sites import Hook, Site
+from scripts.demo_pairs.world import N_FRAMES, PAIRS, SPLITS, Topic, facts_of, prompt_sets
 
 DEMO = Path(mechdiff_mlflow.demo.__file__).parent
 UNTRAINED_SITES = [Site(layer, hook) for layer in range(CULTURAL_LAYERS[0]) for hook in Hook]

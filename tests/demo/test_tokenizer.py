@@ -4,7 +4,7 @@ import pytest
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from mechdiff_mlflow.demo.tokenizer import build_tokenizer, save_tokenizer
+from scripts.demo_pairs.tokenizer import build_tokenizer, save_tokenizer
 
 TEXTS = ["What drink is usual on Maple Day?", "tea"]
 QUESTION = [{"role": "user", "content": TEXTS[0]}]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mechdiff_mlflow.demo.tokenizer import build_tokenizer
+from scripts.demo_pairs.tokenizer import build_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_demo_pairs.py"
 QUESTIONS = [[5, 7, 8, 9, 2, 6], [5, 7, 2, 6], [5, 8, 8, 2, 6]]

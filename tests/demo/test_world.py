@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mechdiff_mlflow.demo.world import (
+from scripts.demo_pairs.world import (
     ASPECTS,
     BASE_CLOCK,
     FRAMES,

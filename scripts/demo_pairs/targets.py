@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from mechdiff_mlflow.demo.measure import (
+from mechdiff_mlflow.sites import Hook, Site
+from scripts.demo_pairs.measure import (
     accuracy,
     activations,
     encode,
     kl_patched_clean_nats,
     next_token_logits,
 )
-from mechdiff_mlflow.demo.world import N_FRAMES, PAIRS, Topic, facts_of, prompt_sets
-from mechdiff_mlflow.sites import Hook, Site
+from scripts.demo_pairs.world import N_FRAMES, PAIRS, Topic, facts_of, prompt_sets
 
 CULTURAL_LAYERS = range(24, 28)
 """Where the cultural fine-tune trains the attention, and nothing else anywhere."""

@@ -1,0 +1,1 @@
+"""How the shipped pairs are made and measured: their questions, tokenizer and targets."""
