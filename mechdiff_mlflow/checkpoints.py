@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import warnings
@@ -19,15 +20,18 @@ import torch
 import transformers
 from torch import nn
 
-from mechdiff_mlflow.digests import file_sha256
+from mechdiff_mlflow import peft_adapters
 from mechdiff_mlflow.engine import ModuleNames
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.load_report import load_whole
 from mechdiff_mlflow.modelfiles import check_model
-from mechdiff_mlflow.peft_adapters import adapter_folder, check_config, put_on
 from mechdiff_mlflow.planted import Plant, plant_in
+from mechdiff_mlflow.revisions import code_commit, commit_of, folder_digest
 from mechdiff_mlflow.spec import PairSpec
+
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+_TOKENIZER_SETTINGS = ("*token*.json", "merges.txt", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Checkpoint:
     Args:
         spec: The pair that it belongs to.
         reference: Hugging Face id, or path relative to the spec file.
-        asked_revision: Branch, tag or commit.
+        asked_revision: Branch, tag or commit; `load_pair` asks for the commit, see `pinned`.
         device: Where it is put, unless the spec has a device map.
         plant: A change that is made to it once loaded.
     """
@@ -61,22 +65,33 @@ class Checkpoint:
     @cached_property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
         """Its tokenizer."""
+        return self.tokenizer_with({})
+
+    def tokenizer_with(self, settings: dict[str, Any]) -> transformers.PreTrainedTokenizerBase:
+        """Its tokenizer, with other special tokens or another chat template."""
         with self._explained():
-            return transformers.AutoTokenizer.from_pretrained(self.place, **self._options)
+            return transformers.AutoTokenizer.from_pretrained(self.place, **self._options, **settings)
 
     @cached_property
     def revision(self) -> str:
         """Commit of the hub, or `sha256:` and the digest of local weights; with what is planted."""
         if Path(self.place).is_dir():
-            found = folder_digest(Path(self.place))
+            found = folder_digest(Path(self.place), code=self.spec.trust_remote_code)
         else:
-            found = f"{self.place}@{getattr(self._config, '_commit_hash', None) or 'unknown'}"
+            found = f"{self.place}@{self._commit}"
+        found += f"+code:{self._code_commit}" if self._code_commit else ""
         return found if self.plant is None else f"{found}+planted:{self.plant}"
 
     @property
     def n_layers(self) -> int:
         """Decoder blocks, as its configuration says."""
-        return int(self._config.get_text_config().num_hidden_layers)
+        return int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def n_embeddings(self) -> int | None:
+        """Tokens that it has embeddings for, as its configuration says; None where it does not."""
+        found = getattr(self.config.get_text_config(), "vocab_size", None)
+        return found if isinstance(found, int) else None
 
     def load(self) -> nn.Module:
         """The model, in eval mode, without gradients.
@@ -101,49 +116,85 @@ class Checkpoint:
 
     def n_bytes(self) -> int:
         """Of the weights once loaded, from the configuration alone; 0 where it does not say."""
-        try:
-            model = self.skeleton
-        except Exception:  # any model's own code; an estimate is not worth an error
+        model = self._skeleton
+        if model is None:
             return 0
         number = {"8bit": 1.0, "4bit": 0.5}.get(self.spec.quantization or "")
         number = number or getattr(torch, self.spec.dtype).itemsize
         return int(number * sum(weight.numel() for weight in model.parameters()))
 
+    def outline(self) -> Decoder | None:
+        """Its blocks without any weights; None where that takes the weights to find out."""
+        try:
+            return None if self._skeleton is None else Decoder.of(self._skeleton, module_names(self.spec))
+        except MechdiffError:  # once it is loaded, that may be another class, or is said then
+            return None
+
     @cached_property
-    def _config(self) -> Any:
+    def _skeleton(self) -> nn.Module | None:
+        try:
+            return self.skeleton
+        except Exception:  # any model's own code; what is wrong is said when it is loaded
+            return None
+
+    @cached_property
+    def config(self) -> Any:
+        """Its configuration."""
         with self._explained():
             return transformers.AutoConfig.from_pretrained(self.place, **self._options)
+
+    @cached_property
+    def _commit(self) -> str | None:
+        """Of the hub; None for a folder."""
+        if Path(self.place).is_dir():
+            return None
+        with self._explained():
+            return commit_of(self.place, self.asked_revision, "config.json")
+
+    @cached_property
+    def _code_commit(self) -> str | None:
+        """Of the other repository that its code is in, if there is one and it may run."""
+        if not self.spec.trust_remote_code:
+            return None
+        with self._explained():
+            file = transformers.utils.cached_file
+            options = {"revision": self._commit, "_raise_exceptions_for_missing_entries": False}
+            found = (file(self.place, name, **options) for name in ("config.json", "tokenizer_config.json"))
+            return code_commit([Path(path) for path in found if path is not None])
 
     @property
     def width(self) -> int:
         """Dimensions of its residual stream, as its configuration says."""
-        return int(self._config.get_text_config().hidden_size)
+        return int(self.config.get_text_config().hidden_size)
 
     @property
     def max_tokens(self) -> int | None:
         """Tokens of the longest prompt that it has positions for; None where there is no bound."""
-        config = self._config.get_text_config()
+        config = self.config.get_text_config()
         most = getattr(config, "max_position_embeddings", None)
         scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
         factor = scaling.get("factor") if isinstance(scaling, dict) else None
         return int(most * max(1.0, factor or 1.0)) if isinstance(most, int) and most > 0 else None
 
-    @property
+    @cached_property
     def skeleton(self) -> nn.Module:
-        """The model without weights."""
-        with torch.device("meta"):
-            model: nn.Module = self._auto.from_config(self._config)
+        """The model without weights, on no device, from the configuration alone."""
+        with torch.device("meta"), quiet_transformers():
+            model: nn.Module = self._auto.from_config(
+                self.config, trust_remote_code=self.spec.trust_remote_code
+            )
         return model
 
     @property
     def _auto(self) -> Any:
         """The class that loads it: a multimodal model as a whole, of which text uses the language model."""
         whole = transformers.AutoModelForImageTextToText
-        return whole if type(self._config) in whole._model_mapping else transformers.AutoModelForCausalLM
+        return whole if type(self.config) in whole._model_mapping else transformers.AutoModelForCausalLM
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"revision": self.asked_revision, "trust_remote_code": self.spec.trust_remote_code}
+        code = {"code_revision": self._code_commit} if self._code_commit else {}
+        return {"revision": self._commit, "trust_remote_code": self.spec.trust_remote_code, **code}
 
     def _quantization(self) -> dict[str, Any]:
         bits = self.spec.quantization
@@ -209,7 +260,7 @@ def load_adapter(spec: PairSpec, model: nn.Module) -> Any:
         MechdiffError: The adapter is missing or malformed, or cannot be switched off.
     """
     with _explained_adapter(spec), quiet_transformers():
-        return put_on(model, _adapter_folder(spec))
+        return peft_adapters.put_on(model, adapter_folder(spec))
 
 
 def check_adapter(spec: PairSpec, base: Checkpoint) -> None:
@@ -223,12 +274,8 @@ def check_adapter(spec: PairSpec, base: Checkpoint) -> None:
             f"Pair {spec.name!r} has a PEFT adapter and peft is not installed; install mechdiff-mlflow[peft]."
         )
     with _explained_adapter(spec):
-        check_config(_adapter_folder(spec), base.width, (name for name, _ in base.skeleton.named_modules()))
-
-
-def _adapter_folder(spec: PairSpec) -> Path:
-    assert spec.tuned.adapter is not None
-    return adapter_folder(spec.locate(spec.tuned.adapter), spec.tuned.revision)
+        names = (name for name, _ in base.skeleton.named_modules())
+        peft_adapters.check_config(adapter_folder(spec), base.width, names)
 
 
 def _explained_adapter(spec: PairSpec) -> contextlib.AbstractContextManager[None]:
@@ -237,25 +284,74 @@ def _explained_adapter(spec: PairSpec) -> contextlib.AbstractContextManager[None
     return explained(f"Adapter {place} of pair {spec.name!r}", place)
 
 
-def adapter_revision(spec: PairSpec) -> str:
-    """The revision of the spec's PEFT adapter: of the hub, or `sha256:` and the digest of its files."""
+def pinned(spec: PairSpec) -> PairSpec:
+    """The spec with the commits that its revisions mean now, so that all that is loaded later is of them.
+
+    Raises:
+        MechdiffError: One cannot be found out, here or on the hub.
+    """
+    sides: dict[str, Any] = {"base": spec.base, "tuned": spec.tuned}
+    for role, side in sides.items():
+        adapter = getattr(side, "adapter", None)
+        reference = adapter or side.model
+        if reference is not None and not Path(place := spec.locate(reference)).is_dir():
+            what, file = ("Adapter", "adapter_config.json") if adapter else ("Model", "config.json")
+            with explained(f"{what} {place} of pair {spec.name!r}", place):
+                commit = commit_of(place, side.revision, file)
+            sides[role] = side.model_copy(update={"revision": commit})
+    return spec.model_copy(update=sides)
+
+
+def adapter_folder(spec: PairSpec) -> Path:
+    """The folder of the spec's PEFT adapter, downloaded if it is on the hub and not yet here.
+
+    Raises:
+        MechdiffError: It is not to be had, or is damaged or names code.
+    """
     assert spec.tuned.adapter is not None
     place = spec.locate(spec.tuned.adapter)
-    return folder_digest(Path(place)) if Path(place).is_dir() else f"{place}@{spec.tuned.revision or 'main'}"
+    with _explained_adapter(spec):
+        commit = None
+        if not Path(place).is_dir():
+            commit = commit_of(place, spec.tuned.revision, "adapter_config.json")
+        return peft_adapters.adapter_folder(place, commit, (*_VOCABULARIES, *_TOKENIZER_SETTINGS))
+
+
+def adapter_revision(spec: PairSpec) -> str:
+    """The revision of the spec's PEFT adapter: of the hub, or `sha256:` and the digest of its files."""
+    folder = adapter_folder(spec)
+    if str(folder) == spec.locate(spec.tuned.adapter or ""):
+        return folder_digest(folder)
+    return f"{spec.tuned.adapter}@{folder.name}"  # snapshots of the hub are called after their commit
+
+
+def adapter_tokenizer(spec: PairSpec, base: Checkpoint) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer that the spec's adapter brings, or the base's with the template that it brings.
+
+    Raises:
+        MechdiffError: What it brings is malformed.
+    """
+    folder = adapter_folder(spec)
+    with explained(f"Tokenizer of adapter {folder} of pair {spec.name!r}", str(folder)):
+        if any(any(folder.glob(name)) for name in _VOCABULARIES):
+            own = transformers.AutoTokenizer.from_pretrained(
+                folder, config=base.config, trust_remote_code=spec.trust_remote_code
+            )
+            own.chat_template = own.chat_template or base.tokenizer.chat_template
+            return own
+        settings: dict[str, Any] = {}
+        for file in folder.glob("tokenizer_config.json"):
+            for name, value in json.loads(file.read_text("utf-8")).items():
+                if name == "chat_template" or name.endswith("_token"):
+                    settings[name] = value["content"] if isinstance(value, dict) else value
+        for file in folder.glob("chat_template.jinja"):
+            settings["chat_template"] = file.read_text("utf-8")
+    return base.tokenizer_with(settings) if settings else base.tokenizer
 
 
 def module_names(spec: PairSpec) -> ModuleNames | None:
     """The spec's names of modules, for models that are not recognised."""
     return ModuleNames(**spec.modules.model_dump()) if spec.modules else None
-
-
-def folder_digest(folder: Path) -> str:
-    """`sha256:` and 16 hex digits over the configuration and the weights of a local checkpoint."""
-    total = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json"):
-            total.update(f"{path.name} {file_sha256(path)}\n".encode())
-    return f"sha256:{total.hexdigest()[:16]}"
 
 
 def layer_digests(blocks: list[nn.Module]) -> list[str] | None:

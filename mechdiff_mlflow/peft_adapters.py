@@ -44,8 +44,8 @@ _MATCH = (
 _MERGE = "merge it into its base (merge_and_unload, then save_pretrained) and name that as tuned: {model: …}"
 
 
-def adapter_folder(place: str, revision: str | None) -> Path:
-    """The local folder of an adapter, downloaded if it is on the hub.
+def adapter_folder(place: str, revision: str | None, also: tuple[str, ...] = ()) -> Path:
+    """The local folder of an adapter, downloaded, with files of the names `also`, if it is on the hub.
 
     Raises:
         MechdiffError: What is there is damaged or a pickle.
@@ -53,7 +53,7 @@ def adapter_folder(place: str, revision: str | None) -> Path:
     folder = Path(place)
     if not folder.is_dir():
         found = huggingface_hub.snapshot_download(
-            place, revision=revision, allow_patterns=list(ADAPTER_FILES)
+            place, revision=revision, allow_patterns=[*ADAPTER_FILES, *also]
         )
         folder = Path(found)
     if not (folder / ADAPTER_FILES[0]).is_file():

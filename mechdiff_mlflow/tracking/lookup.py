@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 
 from mlflow.entities import Run, ViewType
 
@@ -22,19 +21,42 @@ def all_runs(
     Raises:
         MechdiffError: The filter is not valid, or the store cannot be read.
     """
-    order = ["attributes.start_time DESC"] if newest_first else None
-    runs: list[Run] = []
+    return list(each_run(store, experiment_ids, where, newest_first=newest_first))
+
+
+def each_run(
+    store: Store,
+    experiment_ids: Sequence[str],
+    where: str = "",
+    *,
+    order: Sequence[str] = (),
+    newest_first: bool = False,
+    page: int = _PAGE,
+    view: int = ViewType.ACTIVE_ONLY,
+) -> Iterator[Run]:
+    """The same, asked for page by page as they are taken.
+
+    Args:
+        store: Where to look.
+        experiment_ids: In which experiments.
+        where: MLflow's filter.
+        order: MLflow's order.
+        newest_first: Order by their start instead.
+        page: Runs a request.
+        view: Which of active and deleted runs.
+
+    Raises:
+        MechdiffError: The filter is not valid, or the store cannot be read.
+    """
+    by = ["attributes.start_time DESC"] if newest_first else [*order]
     token = None
-    with store.errors():
-        while experiment_ids:
-            page = store.client.search_runs(
-                list(experiment_ids), where, ViewType.ACTIVE_ONLY, _PAGE, order, page_token=token
-            )
-            runs += page
-            token = page.token
-            if not token:
-                break
-    return runs
+    while experiment_ids:
+        with store.errors():
+            found = store.client.search_runs([*experiment_ids], where, view, page, by, page_token=token)
+        yield from found
+        token = found.token
+        if not token:
+            return
 
 
 def made_once(
@@ -45,6 +67,7 @@ def made_once(
     tags: dict[str, str],
     *,
     look: bool = False,
+    demand: Callable[[], None] = lambda: None,
 ) -> Run:
     """A new run, made exactly once: the one that `where` finds after an answer was lost, or to begin with.
 
@@ -55,6 +78,7 @@ def made_once(
         record: What it will hold; gives its name and start.
         tags: Of the run.
         look: Look before it is made the first time, too.
+        demand: Called right before each request that makes it; raises if another process does that by now.
 
     Raises:
         MechdiffError: The store refuses.
@@ -64,7 +88,11 @@ def made_once(
         return next(iter(all_runs(store, [experiment_id], where)), None)
 
     started_ms = record.started_ms or int(time.time() * 1000)
-    create = partial(store.client.create_run, experiment_id, started_ms, tags, record.name)
+
+    def create() -> Run:
+        demand()
+        return store.client.create_run(experiment_id, started_ms, tags, record.name)
+
     with store.errors():
         if look and (found := find()) is not None:
             return found

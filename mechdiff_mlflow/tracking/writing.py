@@ -16,8 +16,7 @@ from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunTag
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import artifacts, flavour, keys
-from mechdiff_mlflow.tracking.artifacts import LongParams
-from mechdiff_mlflow.tracking.records import RunRecord
+from mechdiff_mlflow.tracking.records import RunRecord, param_text
 from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.sent import Sent, digest_tag, files_of
 from mechdiff_mlflow.tracking.store import Store
@@ -31,6 +30,7 @@ class _Written:
     """What this process has written into a run, so that writing more of it sends only that."""
 
     model_id: str | None = None
+    has_map: bool = False
     has_inputs: bool = False
     sources: dict[str, object] = field(default_factory=dict)
     sent: dict[str, Sent] = field(default_factory=dict)
@@ -44,12 +44,11 @@ class RecordWriter:
 
     Args:
         store: Where to.
-        long_params: What to do with a param longer than MLflow keeps.
-        demand: Called before what cannot be done twice; raises if this process may not write any more.
+        demand: Called before each request that writes; raises if this process may not write any more.
     """
 
-    def __init__(self, store: Store, long_params: LongParams, demand: Callable[[], None]) -> None:
-        self._store, self._long_params, self._demand = store, long_params, demand
+    def __init__(self, store: Store, demand: Callable[[], None]) -> None:
+        self._store, self._demand = store, demand
         self._model_ids: dict[str, str] = {}
         self._written: dict[str, _Written] = {}
         self._lock = threading.Lock()
@@ -67,8 +66,7 @@ class RecordWriter:
         """
         done = self._of(run)
         with self._store.errors():
-            if done.model_id is None:
-                done.model_id = self._model_of(run, record, again)
+            self._map(run, record, again, done)
 
     def write(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
         """Everything but the status, the cheap checks before the first request; what is written stays.
@@ -82,18 +80,20 @@ class RecordWriter:
             MechdiffError: The record or the store refuses, or the store does not hold what was sent.
         """
         run_id, done = run.info.run_id, self._of(run)
-        params, texts = artifacts.stored_params(record, self._long_params)
+        params = {key: redact(param_text(key, value)) for key, value in record.params.items()}
         metrics, undefined = _finite(record)
         with self._store.errors():
-            if done.model_id is None:
-                done.model_id = self._model_of(run, record, again)
-            self._send(run, _unsent(record, done), texts, done)
+            self._map(run, record, again, done)
+            self._send(run, _unsent(record, done), done, again and not done.sent)
             models = [LoggedModelInput(done.model_id)] if done.model_id and record.map_run else None
             if (record.datasets or models) and not done.has_inputs:
+                self._demand()
                 inputs = [artifacts.dataset_input(prompts) for prompts in record.datasets]
                 self._store.client.log_inputs(run_id, inputs, models)
                 done.has_inputs = True
             at_ms = record.ended_ms or run.info.start_time
+            if again:  # a former owner's last request may have come in since
+                run = self._store.client.get_run(run_id)
             known = keys.fresh({key: value for key, value, _ in metrics}, run.data.metrics)
             points = [
                 Metric(key, value, at_ms, step, model_id=done.model_id)
@@ -104,6 +104,7 @@ class RecordWriter:
             new_tags = {key: text for key, text in tags.items() if done.tags.get(key) != text}
             new_params = {key: text for key, text in params.items() if key not in done.params}
             if points or new_params or new_tags:
+                self._demand()
                 self._store.client.log_batch(
                     run_id,
                     points,
@@ -114,22 +115,40 @@ class RecordWriter:
         done.params |= params
         done.tags |= tags
 
+    def contents(self, run: Run) -> tuple[dict[str, str], dict[str, float], dict[str, str]]:
+        """Params, metrics and tags of a run that is whole: as it was found, or as this process wrote it."""
+        if run.info.status == "FINISHED":
+            return run.data.params, run.data.metrics, run.data.tags
+        done = self._of(run)
+        return done.params, {key: value for (key, _), value in done.metrics.items()}, done.tags
+
     def _of(self, run: Run) -> _Written:
         with self._lock:
             return self._written.setdefault(run.info.run_id, _Written())
 
-    def _send(self, run: Run, record: RunRecord, texts: Mapping[str, str], done: _Written) -> None:
+    def _send(self, run: Run, record: RunRecord, done: _Written, again: bool) -> None:
         """The files of a record, read back before anything says that they are there."""
 
         def send(folder: str) -> None:
             sent = files_of(Path(folder))
             files = StoredFiles(self._store, run.info.artifact_uri)
-            files.send(Path(folder))
+            self._demand()
+            files.send(Path(folder), again=again)
             files.demand_present(sent)
             done.sent |= sent
 
-        artifacts.upload(send, record, texts)
+        artifacts.upload(send, record)
         done.sources |= {**record.tables, **record.texts}
+
+    def _map(self, run: Run, record: RunRecord, again: bool, done: _Written) -> None:
+        """The map of a record, which is sent once."""
+        if done.has_map:
+            return
+        if record.map is None or record.is_model:
+            done.model_id = self._model_of(run, record, again)
+        else:
+            done.sent |= flavour.send_map(self._store, run.info.artifact_uri, record.map)
+        done.has_map = done.model_id is not None or record.map is not None
 
     def _model_of(self, run: Run, record: RunRecord, again: bool) -> str | None:
         """The logged model that metrics belong to: of the record's own map, or of the run it measures."""

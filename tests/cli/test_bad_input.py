@@ -209,7 +209,7 @@ def test_names_and_aliases_that_do_not_exist(
 ) -> None:
     assert "no map has an alias" in mechdiff("maps").output.lower()
     assert "toy-L3" in refused(mechdiff("fetch", "toy-L3-resid_post@champion", "-o", "map.pt", code=1).output)
-    mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "1", "--promote")
+    mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "1", "--promote", "--force")
     line = refused(mechdiff("fetch", "toy-L3-resid_post@winner", "-o", "map.pt", code=1).output)
     assert "has no alias 'winner'; it has champion" in line
     assert ".safetensors" in refused(
