@@ -161,6 +161,8 @@ def _counted(use: Callable[[str, str], None], folder: Path, at: int | None, sign
             os.kill(os.getpid(), signum)
         seen += 1
 
+    # A shell starts what is to run in the background with SIGINT ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", count)
     go = FORK.Event()
     go.set()

@@ -48,8 +48,12 @@ class Misfit:
             for key in report["unexpected_keys"]
             if not _NO_WEIGHTS.search(key) and not any(f".{name}".endswith(f".{key}") for name in buffers)
         ]
+        placed = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+        missing = {*report["missing_keys"]}
+        if not placed & {"cpu", "disk"}:  # nothing is offloaded, so these were in the index and in no file
+            missing |= {name for name, weight in model.named_parameters() if weight.is_meta}
         wrong = sorted(item if isinstance(item, str) else item[0] for item in report["mismatched_keys"])
-        return cls(untied(model, report["missing_keys"]), tuple(sorted(spare)), tuple(wrong))
+        return cls(untied(model, missing), tuple(sorted(spare)), tuple(wrong))
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.unexpected or self.mismatched)

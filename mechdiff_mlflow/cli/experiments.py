@@ -31,7 +31,7 @@ from mechdiff_mlflow.tracking.flavour import maps_of_run
 from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.parents import report_pass_run
 from mechdiff_mlflow.tracking.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.promotion import PromotionRefused, promote
+from mechdiff_mlflow.tracking.promotion import PromotionRefused, demand_may_promote, promote
 from mechdiff_mlflow.tracking.registry import winners_of
 from mechdiff_mlflow.tracking.store import open_store
 
@@ -76,6 +76,9 @@ def run_command(**given: Any) -> None:
             "α would be chosen on the val prompts that are reported, and such a map may not be promoted; "
             "report test, give one --alpha, or add --force."
         )
+    if alias:
+        name = PairSpec.load(given["pair"]).name
+        demand_may_promote(open_store(given["tracking_uri"]), name, cell.site)
     told: list[str] = []
     refused = None
     with session("run", str(cell), given, partial(check_cells, [cell])) as now:
@@ -88,9 +91,14 @@ def run_command(**given: Any) -> None:
         fetch = f"Keep:  {show.command('promote', fit_id)}"
         if alias:
             try:
-                policy = PromotionPolicy(force=given["force"])
                 version = promote(
-                    now.store, fit_id, alias=alias, policy=policy, say=told.append, demand=now.run.demand
+                    now.store,
+                    fit_id,
+                    alias=alias,
+                    policy=PromotionPolicy(force=given["force"]),
+                    say=told.append,
+                    demand=now.run.demand,
+                    read=fit.map,
                 )
                 fetch = f"Fetch: {show.command('fetch', f'{version.name}@{alias}', '-o', 'map.pt')}"
             except PromotionRefused as refusal:  # what was measured stays, and the run is a good one

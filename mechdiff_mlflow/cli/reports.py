@@ -21,7 +21,7 @@ from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import PairSpec
 from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.parents import report_run
-from mechdiff_mlflow.tracking.results import results_df, tables_of
+from mechdiff_mlflow.tracking.results import summarised, tables_of
 from mechdiff_mlflow.tracking.search import find_runs
 from mechdiff_mlflow.tracking.store import Store, open_store
 
@@ -109,6 +109,13 @@ def compare_command(**given: Any) -> None:
 )
 @click.option("--metric", default="drop_pct", show_default=True, help="Metric to list and sort by.")
 @click.option("--best", is_flag=True, help="Only the best run of each pair and site.")
+@click.option(
+    "--limit",
+    type=options.whole("--limit", 20, least=1),
+    default="20",
+    show_default=True,
+    help="How many runs at most.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON with all there is to know of each run.")
 @click.option("--stuck", is_flag=True, help="Instead, runs that are RUNNING although their process is dead.")
 @click.option(
@@ -131,7 +138,18 @@ def runs_command(**given: Any) -> None:
         raise MechdiffError("--repair and --id are for stuck runs; add --stuck.")
     pair = options.pair_name(given["pair"]) if given["pair"] is not None else None
     store = open_store(given["tracking_uri"])
-    found = find_runs(store, pair=pair, site=given["site"], metric=given["metric"], best=given["best"])
+    limit, best = given["limit"], given["best"]
+    found = find_runs(
+        store,
+        pair=pair,
+        site=given["site"],
+        metric=given["metric"],
+        best=best,
+        limit=None if best else limit + 1,
+    )
+    if len(found) > limit and not best:
+        found.pop()
+        show.warn(f"there are more runs than the {limit} best, which are shown; give a greater --limit")
     if given["as_json"]:
         show.lines([json.dumps([asdict(run) for run in found], indent=2, ensure_ascii=False)])
     else:
@@ -144,10 +162,4 @@ def evidence_of(store: Store, pair: str, experiment: str) -> Evidence:
     Raises:
         MechdiffError: There is no such experiment, or no patch run of the pair.
     """
-    runs = results_df(store, experiment)
-    finished = runs[runs["status"] == "FINISHED"]
-    tables = {
-        path: tables_of(store, finished[finished["kind"] == kind]["run_id"], path)
-        for path, kind in TABLES.items()
-    }
-    return Evidence.of(pair, runs, tables)
+    return Evidence.of(pair, *summarised(store, experiment, TABLES))

@@ -23,6 +23,7 @@ from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.possible import check_pair
 from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.cache import staging
 from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT
@@ -144,7 +145,7 @@ def session(
     tags = {"mechdiff.command": command_line(options), **again.tag}
     protocol = protocol_of(options)
     params = asked(options) if has_parent else {}
-    with tracker.run(kind, name, params, tags=tags) as run:
+    with tracker.run(kind, name, params, tags=tags, texts=fields.setting(spec)) as run:
         again.begun(run.run_id, None if resumed is None else resumed.record)
         with (
             bars() as stage,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 
@@ -16,6 +16,7 @@ from mechdiff_mlflow.shown import markdown
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.stats import Interval
 
+Row: TypeAlias = Mapping[str, Any]
 LEVEL = 0.95
 _OLD_LEAKS = {"true": "Leak: settings chosen on the reported prompts", "unknown": selection.sentence(None)}
 FROM = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
@@ -156,9 +157,10 @@ class Evidence:
             MechdiffError: No run has patched anything.
         """
         kinds = dict(zip(runs["run_id"], runs["kind"], strict=True))
-        ours = runs[runs["kind"].notna()]  # others have params of their own
-        asked = {row["run_id"]: _text(row.to_dict(), "alpha") for _, row in ours.iterrows()}
-        rows = [row.to_dict() for _, row in runs.iterrows() if _is_patch(row, pair)]
+        plain: list[Row] = [{str(key): row[key] for key in row} for row in runs.to_dict("records")]
+        ours = [row for row in plain if not foreign.is_missing(row["kind"])]  # others have their own params
+        asked = {str(row["run_id"]): _text(row, "alpha") for row in ours}
+        rows = [row for row in ours if _is_patch(row, pair)]
         if not rows:
             raise MechdiffError(
                 f"No finished patch run of pair {pair!r} is there to report on; make one with mechdiff run "
@@ -250,7 +252,7 @@ def of_record(record: PatchRecord) -> Measured:
     )
 
 
-def _is_patch(row: pd.Series, pair: str) -> bool:
+def _is_patch(row: Row, pair: str) -> bool:
     measured = (
         row["kind"] == "patch"
         and row["status"] == "FINISHED"
@@ -259,7 +261,7 @@ def _is_patch(row: pd.Series, pair: str) -> bool:
     return bool(measured and row.get("pair") == pair)
 
 
-def _measured(row: Mapping[Any, Any], kinds: Mapping[str, str], asked: Mapping[str, str]) -> Measured:
+def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> Measured:
     parent = None if foreign.is_missing(row["parent_id"]) else str(row["parent_id"])
     return Measured(
         run_id=str(row["run_id"]),
@@ -330,7 +332,7 @@ def _by_site(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> dict[str,
     return newest
 
 
-def _interval(row: Mapping[Any, Any], key: str) -> Interval | None:
+def _interval(row: Row, key: str) -> Interval | None:
     estimate = _number(row, key)
     if estimate is None:
         return None
@@ -341,6 +343,6 @@ def _number(row: Mapping[Any, Any], key: str) -> float | None:
     return None if foreign.is_missing(row.get(key)) else foreign.number(row, key)
 
 
-def _text(row: Mapping[Any, Any], key: str) -> str:
+def _text(row: Row, key: str) -> str:
     value = row.get(key)
     return "" if foreign.is_missing(value) else str(value)

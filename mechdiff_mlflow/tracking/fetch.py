@@ -209,11 +209,12 @@ def _from_cache(answer: cache.Answer, name: str, why: str) -> tuple[Resolved, Af
 
 def _map_of_run(store: Store, run_id: str) -> LoggedMap:
     """The only map that a run fitted, or that the run below it did, or that it measured at the same alpha."""
-    maps = flavour.maps_of_run(store, run_id)
+    with store.errors():
+        run = store.client.get_run(run_id)
+    maps = flavour.maps_of(store, run)
     remedy = "give the id of a fit run"
     if not maps:
         with store.errors():
-            run = store.client.get_run(run_id)
             below = store.client.search_runs(
                 [run.info.experiment_id],
                 f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and attributes.status = 'FINISHED'",
@@ -221,7 +222,7 @@ def _map_of_run(store: Store, run_id: str) -> LoggedMap:
             fit_id = run.data.tags.get(MAP_RUN_TAG)
             fit = store.client.get_run(fit_id) if fit_id else None
         if fit is not None:
-            maps = flavour.maps_of_run(store, fit.info.run_id)
+            maps = flavour.maps_of(store, fit)
             ours, theirs = (r.data.params.get("alpha", "") for r in (run, fit))
             if maps and plain("alpha", ours) != plain("alpha", theirs):
                 raise MechdiffError(
@@ -229,9 +230,9 @@ def _map_of_run(store: Store, run_id: str) -> LoggedMap:
                     f"α={theirs}; promote {run_id} to have it so, or name {fit.info.run_id}."
                 )
         else:
-            maps = [m for child in below for m in flavour.maps_of_run(store, child.info.run_id)]
+            maps = [m for child in below for m in flavour.maps_of(store, child)]
     if len(maps) != 1:
-        which = ", ".join(f"models:/{m.model_id}" for m in maps[:10])
+        which = ", ".join(m.model_uri for m in maps[:10])
         raise MechdiffError(
             f"Run {run_id} has {len(maps)} maps; {f'name one of {which}' if maps else remedy}."
         )

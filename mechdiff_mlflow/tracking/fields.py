@@ -15,7 +15,7 @@ from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.sweep import LeastRank
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.spec import Cell
+from mechdiff_mlflow.spec import Cell, PairSpec
 from mechdiff_mlflow.stats import Correlation, Interval
 from mechdiff_mlflow.tracking import records
 from mechdiff_mlflow.tracking.policy import FITTED_ON, REPORTED, SELECTION, SELECTION_LEAK
@@ -44,7 +44,6 @@ def fit_run(record: FitRecord, study: Study) -> RunRecord:
         tags=_tags(cell, study) | {"mechdiff.chosen_on_val": ", ".join(record.chosen) or "nothing"},
         datasets=_datasets(study, study.train_prompts, study.val_prompts),
         tables={"candidates.json": record.candidates} if len(record.candidates) else {},
-        texts=_setting(study),
         map=record.map,
         description=(
             f"**Asked:** a map from base to tuned activations at `{cell.site}` of `{study.pair.name}`, "
@@ -91,7 +90,6 @@ def patch_run(
         | ({"mechdiff.map": map_name} if map_name else {}),
         datasets=_datasets(study, *study.prompt_sets),
         tables={"per_prompt.json": record.per_prompt},
-        texts=_setting(study),
         map_run=map_run,
         description=(
             f"**Asked:** how far next-token KL falls when the tuned model's activation at `{cell.site}` is "
@@ -116,6 +114,7 @@ def cell_run(fit: FitRecord, patch: PatchRecord, study: Study) -> RunRecord:
         patch_run(patch, study),
         name=_name(patch.cell),
         map=fit.map,
+        is_model=False,
         datasets=_datasets(study, *study.prompt_sets),
         tables={"per_prompt.json": patch.per_prompt, **fitted.tables},
     )
@@ -132,6 +131,7 @@ def planned_cell(fit: FitRecord, study: Study) -> RunRecord:
         tags=_tags(fit.cell, study),
         datasets=_datasets(study, *study.prompt_sets),
         map=fit.map,
+        is_model=False,
     )
 
 
@@ -316,8 +316,9 @@ def _datasets(study: Study, *sets: PromptSet) -> tuple[records.PromptSet, ...]:
     )
 
 
-def _setting(study: Study) -> dict[str, str]:
-    return {"spec.yaml": study.pair.spec.to_yaml(), "environment.txt": _environment()}
+def setting(spec: PairSpec) -> dict[str, str]:
+    """Files of a top run that hold for all below it: the pair's spec, and what is installed."""
+    return {"spec.yaml": spec.to_yaml(), "environment.txt": _environment()}
 
 
 @lru_cache(maxsize=1)

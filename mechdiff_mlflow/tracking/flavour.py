@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import yaml
-from mlflow.entities import LoggedModel, LoggedModelOutput
+from mlflow.entities import LoggedModel, LoggedModelOutput, Run
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
@@ -45,6 +46,7 @@ from mechdiff_mlflow.tracking.environment import environment_files
 from mechdiff_mlflow.tracking.lease import LeaseLost
 from mechdiff_mlflow.tracking.names import logged_model_name
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, param_text
+from mechdiff_mlflow.tracking.sent import Sent, sent_digest
 from mechdiff_mlflow.tracking.store import Store, open_store
 from mechdiff_mlflow.tracking.stored import StoredFiles
 
@@ -71,19 +73,21 @@ class LoggedMap:
     """A map that the store holds, complete and read back.
 
     Args:
-        model_id: Of MLflow's logged model, `m-…`.
-        location: URI of its files.
+        model_id: Of MLflow's logged model, `m-…`; empty while the map is only a file of its run.
+        location: URI of the model's files, or of that file.
         sha256: Hex digest of its `map.pt`.
+        run_id: Of the run that it belongs to.
     """
 
     model_id: str
     location: str
     sha256: str
+    run_id: str = ""
 
     @property
     def model_uri(self) -> str:
-        """What `load_map`, `load_model` and MLflow take."""
-        return f"models:/{self.model_id}"
+        """What `load_map` takes, and of a model also `load_model` and MLflow."""
+        return f"models:/{self.model_id}" if self.model_id else f"runs:/{self.run_id}"
 
 
 def save_model(
@@ -232,7 +236,7 @@ def log_model(
         if logged.status == "READY":  # the other process died before the run named its model
             if logged.model_id not in _outputs(store, run_id):
                 client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-            return LoggedMap(logged.model_id, logged.artifact_location, sha256)
+            return LoggedMap(logged.model_id, logged.artifact_location, sha256, run_id)
         try:
             with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
                 sent = Path(folder, "sent")
@@ -256,7 +260,20 @@ def log_model(
             demand()  # or another process may be going on with it
             client.finalize_logged_model(logged.model_id, "FAILED")
             raise
-    return LoggedMap(logged.model_id, logged.artifact_location, sha256)
+    return LoggedMap(logged.model_id, logged.artifact_location, sha256, run_id)
+
+
+def send_map(store: Store, location: str, the_map: AffineMap) -> dict[str, Sent]:
+    """Put `map.pt` alone among the artifacts of a run at `location`, and read it back; what was sent."""
+    encoded = _Encoded.of(the_map)
+    with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+        sent = Path(folder, "sent")
+        sent.mkdir()
+        (sent / MAP_FILE).write_bytes(encoded.content)
+        files = StoredFiles(store, location)
+        files.send(sent)
+        files.demand({MAP_FILE: encoded.sha256}, Path(folder, "back"))
+    return {MAP_FILE: Sent(encoded.sha256, len(encoded.content))}
 
 
 def _begun(store: Store, experiment_id: str, run_id: str, sha256: str) -> LoggedModel | None:
@@ -333,28 +350,59 @@ def _load_map(root: Path) -> AffineMap:
 
 
 def download(store: Store, location: str, target: Path) -> Path:
-    """Copy what is needed of the model at `location` into the directory `target`, and give `target`."""
+    """Copy what is needed of the map at `location` into the directory `target`, and give `target`.
+
+    Of a map that is only a file, the rest of the model is made here.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    for name in NEEDED_FILES:
-        uri = f"{location.rstrip('/')}/{name}"
-        fetch = partial(
-            mlflow.artifacts.download_artifacts, uri, dst_path=str(target), tracking_uri=store.uri
-        )
-        store.patience.run(fetch)
+    is_file = location.endswith(f"/{MAP_FILE}")
+    names = (MAP_FILE,) if is_file else NEEDED_FILES
+    back = StoredFiles(store, location.removesuffix(f"/{MAP_FILE}")).read_back(names, target)
+    for name in names:
+        if back != target and (back / name).is_file():
+            shutil.copyfile(back / name, target / name)
+    if is_file:
+        content = (target / MAP_FILE).read_bytes()
+        _write(target, AffineMap.load(target / MAP_FILE), _Encoded(content, _sha256(content)), Model(), "")
     return target
 
 
-def maps_of_run(store: Store, run_id: str) -> list[LoggedMap]:
-    """The complete maps that run `run_id` logged, oldest first.
+def load_logged(store: Store, logged: LoggedMap) -> AffineMap:
+    """A map that a run logged, read from the store and checked.
 
     Raises:
-        MechdiffError: The run does not exist.
+        MechdiffError: Its files are not what was logged.
     """
+    with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder, store.errors():
+        root = download(store, logged.location, Path(folder, "model"))
+        the_map = load_verified(root)
+        if file_sha256(root / MAP_FILE) != logged.sha256:
+            raise MechdiffError(f"{MAP_FILE} of {logged.model_uri} is not what was logged; fit it again.")
+    return the_map
+
+
+def maps_of_run(store: Store, run_id: str) -> list[LoggedMap]:
+    """As `maps_of`, of a run by its id."""
     with store.errors():
-        models = map(store.client.get_logged_model, dict.fromkeys(_outputs(store, run_id)))
+        return maps_of(store, store.client.get_run(run_id))
+
+
+def maps_of(store: Store, run: Run) -> list[LoggedMap]:
+    """The complete maps that a run logged, oldest first: its models, or the one that is a file.
+
+    Raises:
+        MechdiffError: The store cannot be read.
+    """
+    run_id, outputs = run.info.run_id, run.outputs.model_outputs if run.outputs else []
+    with store.errors():
+        models = map(store.client.get_logged_model, dict.fromkeys(one.model_id for one in outputs))
         ready = [m for m in models if m.status == "READY" and SHA256_TAG in m.tags]
     ready.sort(key=lambda model: model.creation_timestamp)
-    return [LoggedMap(m.model_id, m.artifact_location, m.tags[SHA256_TAG]) for m in ready]
+    logged = [LoggedMap(m.model_id, m.artifact_location, m.tags[SHA256_TAG], run_id) for m in ready]
+    sha256 = sent_digest(run.data.tags, MAP_FILE)
+    if not logged and sha256 is not None:
+        logged = [LoggedMap("", f"{run.info.artifact_uri.rstrip('/')}/{MAP_FILE}", sha256, run_id)]
+    return logged
 
 
 class _PyFuncMap:

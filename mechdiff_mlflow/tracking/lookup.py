@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from mlflow.entities import Run, ViewType
 
@@ -21,19 +21,42 @@ def all_runs(
     Raises:
         MechdiffError: The filter is not valid, or the store cannot be read.
     """
-    order = ["attributes.start_time DESC"] if newest_first else None
-    runs: list[Run] = []
+    return list(each_run(store, experiment_ids, where, newest_first=newest_first))
+
+
+def each_run(
+    store: Store,
+    experiment_ids: Sequence[str],
+    where: str = "",
+    *,
+    order: Sequence[str] = (),
+    newest_first: bool = False,
+    page: int = _PAGE,
+    view: int = ViewType.ACTIVE_ONLY,
+) -> Iterator[Run]:
+    """The same, asked for page by page as they are taken.
+
+    Args:
+        store: Where to look.
+        experiment_ids: In which experiments.
+        where: MLflow's filter.
+        order: MLflow's order.
+        newest_first: Order by their start instead.
+        page: Runs a request.
+        view: Which of active and deleted runs.
+
+    Raises:
+        MechdiffError: The filter is not valid, or the store cannot be read.
+    """
+    by = ["attributes.start_time DESC"] if newest_first else [*order]
     token = None
-    with store.errors():
-        while experiment_ids:
-            page = store.client.search_runs(
-                list(experiment_ids), where, ViewType.ACTIVE_ONLY, _PAGE, order, page_token=token
-            )
-            runs += page
-            token = page.token
-            if not token:
-                break
-    return runs
+    while experiment_ids:
+        with store.errors():
+            found = store.client.search_runs([*experiment_ids], where, view, page, by, page_token=token)
+        yield from found
+        token = found.token
+        if not token:
+            return
 
 
 def made_once(

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
+from typing import Any
 
 from mlflow.entities import Run, RunTag
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.cells import CELLS, cell_row, cells_text
 from mechdiff_mlflow.tracking.endings import cut, ending, params_of, plain
 from mechdiff_mlflow.tracking.flavour import SHA256_TAG
 from mechdiff_mlflow.tracking.interrupts import Interrupts
@@ -72,6 +74,7 @@ class OpenRun:
         self._description = ""
         self._logged: dict[str, str] = {}
         """Ids of the runs below this one that this process has written, by key; empty while it has not."""
+        self._cells: dict[str, dict[str, Any]] = {}
         self._runs: dict[str, Run] = {}
         self._prepared: dict[str, Future[None]] = {}
         self._soon: list[tuple[Callable[[], RunRecord], Future[str]]] = []
@@ -192,6 +195,12 @@ class OpenRun:
             self.log_soon(lambda record=record: record)  # type: ignore[misc]
         return self.wait(progress)
 
+    def summarise(self) -> None:
+        """Put what the patch runs below this one hold into one file of it, for readers; see `cells`."""
+        if len(self._cells) > 1:
+            text = cells_text([self._cells[key] for key in sorted(self._cells)])
+            self.add(RunRecord(kind="cells", name="cells", texts={CELLS: text}))
+
     def end(self, error: BaseException | None) -> None:
         """Set the final status, by what ended the run; `Tracker.run` calls this.
 
@@ -255,6 +264,7 @@ class OpenRun:
         self._logged[key] = run_id
         if run.info.status == "FINISHED":
             check_same(run_id, record, run.data.metrics)
+            self._note_cell(key, run, record)
             return run_id
         try:
             if prepared is not None:  # as it was, or would have been: a map's card has no numbers then
@@ -267,7 +277,12 @@ class OpenRun:
             if self._lost(error) is None:
                 self._finish(run_id, error, record.description)
             raise
+        self._note_cell(key, run, record)
         return run_id
+
+    def _note_cell(self, key: str, run: Run, record: RunRecord) -> None:
+        if record.kind == "patch":
+            self._cells[key] = cell_row(run, *self._writer.contents(run))
 
     def _lost(self, error: BaseException | None) -> LeaseLost | None:
         """What says that another process owns this run by now, if that is known."""

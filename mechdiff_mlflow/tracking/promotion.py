@@ -9,12 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 
 from mlflow.entities import Metric, Run
 from mlflow.entities.model_registry import RegisteredModel
@@ -47,7 +45,7 @@ from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS
 from mechdiff_mlflow.tracking.registry import Version
 from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG
-from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
+from mechdiff_mlflow.tracking.store import NotAllowed, Store, StoreUnreachable
 
 _MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # how a logged model's page knows its registered versions
 _NOTE_TAG = "mlflow.note.content"
@@ -90,6 +88,7 @@ def promote(
     why: str = "",
     say: Callable[[str], object] = lambda text: None,
     demand: Callable[[], None] = lambda: None,
+    read: AffineMap | None = None,
 ) -> Version:
     """Register the map that run `run_id` fitted or measured, and give the version `alias`.
 
@@ -105,6 +104,7 @@ def promote(
         why: In the user's words, for the history.
         say: Told in a sentence which version gives way to which, or that nothing moves.
         demand: Called before what is made or moved; raises if another process has taken the command over.
+        read: The run's map, if this very process has just logged it and read it back.
 
     Raises:
         PromotionRefused: A rule of the policy is not met.
@@ -113,11 +113,14 @@ def promote(
     """
     check_alias(alias)
     policy = policy or PromotionPolicy()
-    measured = _measured(store, run_id, demand)
+    measured = _measured(store, run_id, demand, read)
     name = check_name(name) if name else _name_of(measured)
     present = _holder(store, name, alias)
-    if present is None or not _adds_nothing(store, measured, present):
+    adds = present is None or not _adds_nothing(store, measured, present)
+    if adds:
         _apply(policy, name, alias, measured, present)  # before anything is made
+    if adds and not measured.logged.model_id:  # a sweep's map, so far a file of its run
+        measured = replace(measured, logged=_as_model(store, measured.the_map, measured.run, demand))
     with registry.promotion_lock(store):
         _registered(store, name, measured)
 
@@ -134,7 +137,7 @@ def promote(
             return before
         version = _existing(store, name, measured) or _create_version(store, name, measured, demand)
         if not version.is_verified:
-            _verify(store, version)
+            _verify(store, version, measured.logged.location)
         demand()
         registry.move_alias(
             store, name, alias, version.number, "promote", check=check, why=why, rules=str(policy)
@@ -151,6 +154,24 @@ def promote(
 
 class PromotionRefused(MechdiffError):
     """The policy does not let a map have an alias; what was measured is as it was."""
+
+
+def demand_may_promote(store: Store, pair: str, site: Site) -> None:
+    """Make sure, before any work, that this account may register under the name of a pair and site.
+
+    Raises:
+        MechdiffError: A server does not let it.
+    """
+    name = registered_name(pair, site)
+    if not store.is_server:
+        return
+    try:
+        model = store.client.get_registered_model(name)
+    except MlflowException:  # a new name is free to everybody
+        return
+    if model.tags.get(registry.KIND_TAG) == "map":
+        with store.errors():
+            store.client.set_registered_model_tag(name, registry.KIND_TAG, "map")  # as it is
 
 
 def rollback(store: Store, name: str, alias: str = "champion", *, why: str = "") -> Version:
@@ -189,24 +210,23 @@ def demote(store: Store, name: str, alias: str = "champion", *, why: str = "") -
         registry.move_alias(store, name, alias, None, "demote", check=lambda model: None, why=why)
 
 
-def _measured(store: Store, run_id: str, demand: Callable[[], None]) -> _Measured:
+def _measured(
+    store: Store, run_id: str, demand: Callable[[], None], read: AffineMap | None = None
+) -> _Measured:
     run = _with_a_map(store, _finished(store, run_id))
-    run_id = run.info.run_id
     fit_id = run.data.tags.get(MAP_RUN_TAG)
-    if fit_id is not None:
-        fit = _finished(store, fit_id)
-        logged = _only(flavour.maps_of_run(store, fit_id), fit_id)
-    else:
-        logged, fit = _only(flavour.maps_of_run(store, run_id), run_id), run
+    fit = run if fit_id is None else _finished(store, fit_id)
+    logged = _only(flavour.maps_of(store, fit), fit.info.run_id)
+    if fit_id is None:
         run = _measurement_of(store, fit)
-    with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder, store.errors():
-        the_map = flavour.load_verified(flavour.download(store, logged.location, Path(folder, "model")))
+    is_read = read is not None and read.sha256() == logged.sha256
+    the_map = read if read is not None and is_read else flavour.load_logged(store, logged)
     alpha = run.data.params.get("alpha", "")
     # Earlier versions wrote six digits of α; the digest tells which map it was.
     is_measured = run.data.tags.get("mechdiff.map_sha256") == the_map.sha256()
     if not is_measured and _is_other_number(alpha, the_map.alpha):
         the_map = the_map.with_alpha(float(alpha))
-        logged = _with_alpha(store, the_map, run, demand)
+        logged = _as_model(store, the_map, run, demand)
     meta = {key: str(value) for key, value in the_map.meta.items() if key != selection.META}
     facts = {**meta, **fit.data.params, **run.data.params, **fit.data.tags, **run.data.tags}
     if selection.of(the_map) is None and facts.get(SELECTION_LEAK) != "true":
@@ -217,12 +237,12 @@ def _measured(store: Store, run_id: str, demand: Callable[[], None]) -> _Measure
 def _with_a_map(store: Store, run: Run) -> Run:
     """The run itself, or of a parent without a map the one child that fitted one."""
     run_id = run.info.run_id
-    if MAP_RUN_TAG in run.data.tags or flavour.maps_of_run(store, run_id):
+    if MAP_RUN_TAG in run.data.tags or flavour.maps_of(store, run):
         return run
     where = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'FINISHED'"
     with store.errors():
         children = list(store.client.search_runs([run.info.experiment_id], where, max_results=1000))
-    fits = [child for child in children if flavour.maps_of_run(store, child.info.run_id)]
+    fits = [child for child in children if flavour.maps_of(store, child)]
     if len(fits) > 1:
         raise MechdiffError(f"Run {run_id} has {len(fits)} maps below it; give the id of one of those runs.")
     return fits[0] if fits else run
@@ -259,11 +279,11 @@ def _measurement_of(store: Store, fit: Run) -> Run:
     return patches[0] if patches else fit
 
 
-def _with_alpha(store: Store, the_map: AffineMap, run: Run, demand: Callable[[], None]) -> LoggedMap:
-    """The map with the alpha that `run` measured it at: logged to that run, unless an earlier attempt did."""
+def _as_model(store: Store, the_map: AffineMap, run: Run, demand: Callable[[], None]) -> LoggedMap:
+    """The map as a logged model of `run`, which measured it so, unless an earlier attempt made it."""
     wanted = the_map.sha256()
-    for logged in flavour.maps_of_run(store, run.info.run_id):
-        if logged.sha256 == wanted:
+    for logged in flavour.maps_of(store, run):
+        if logged.sha256 == wanted and logged.model_id:
             return logged
     logged = flavour.log_model(
         the_map,
@@ -395,11 +415,17 @@ def _create_version(store: Store, name: str, measured: _Measured, demand: Callab
     return registry.get_version(store, name, made)
 
 
-def _verify(store: Store, version: Version) -> None:
-    """Read the version's files back through the registry; only then mark it."""
-    read_back(store, version)
+def _verify(store: Store, version: Version, location: str) -> None:
+    """Mark a version, once it is sure that its files are those at `location`, which were read and checked."""
+    client = store.client
     with store.errors():
-        client = store.client
+        found = client.get_model_version_download_uri(version.name, str(version.number))
+    if found.rstrip("/") != location.rstrip("/"):
+        read_back(store, version)
+    with store.errors():
+        client.set_model_version_tag(version.name, str(version.number), registry.VERIFIED_TAG, version.sha256)
+    # Of whoever may not write to the experiment of the run, the model's own page goes without.
+    with suppress(NotAllowed), store.errors():
         model_id = version.source.removeprefix("models:/")
         if version.source != model_id:
             text = client.get_logged_model(model_id).tags.get(_MODEL_VERSIONS_TAG, "[]")
@@ -413,7 +439,6 @@ def _verify(store: Store, version: Version) -> None:
                 tags = {_MODEL_VERSIONS_TAG: json.dumps([*known, entry])}
                 # It was logged before it was measured; the version's card has the numbers.
                 client.set_logged_model_tags(model_id, {**tags, _NOTE_TAG: card[:MAX_TAG_CHARS]})
-        client.set_model_version_tag(version.name, str(version.number), registry.VERIFIED_TAG, version.sha256)
 
 
 def is_same_function(store: Store, the_map: AffineMap, version: Version) -> bool:

@@ -85,6 +85,7 @@ class RunRecord:
         texts: Path to the text of a small file.
         files: Path to an existing local file or directory to copy there.
         map: The map this run fitted; becomes a logged model of the run.
+        is_model: Or else the map stays a file of the run, until it is promoted.
         map_run: The run whose map this run evaluates; metrics appear on that map's page too.
         description: Markdown: asked, found, caveats, how to reproduce.
         started_ms: Unix time in ms when the work began; None means now.
@@ -106,6 +107,7 @@ class RunRecord:
     texts: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     map: AffineMap | None = None
+    is_model: bool = True
     map_run: str | None = None
     description: str = ""
     started_ms: int | None = None

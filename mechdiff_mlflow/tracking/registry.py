@@ -27,7 +27,7 @@ from mechdiff_mlflow import foreign
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.locks import file_lock, lock_file
 from mechdiff_mlflow.tracking.names import check_alias
-from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.store import A_TOKEN, Store, login_name
 
 KIND_TAG = "mechdiff.kind"
 SHA256_TAG = "mechdiff.sha256"
@@ -261,7 +261,9 @@ def move_alias(
         return
     check(model)
     bearer = target if target is not None else source
-    key, move = _record_of(store, name, alias, Move(action, source, target, _who(), began_ms, why, rules))
+    key, move = _record_of(
+        store, name, alias, Move(action, source, target, _who(store), began_ms, why, rules)
+    )
     with store.errors():
         store.client.set_model_version_tag(name, str(bearer), key, _text(move))
         if target is None:
@@ -415,7 +417,11 @@ def _now_ms() -> int:
     return int(time.time() * 1000)
 
 
-def _who() -> str:
+def _who(store: Store) -> str:
+    """The login, where there is one; else the user of this machine."""
+    login = login_name(store.uri) if store.is_server else None
+    if login not in (None, A_TOKEN):
+        return str(login)
     try:
         return getpass.getuser()
     except (KeyError, OSError):

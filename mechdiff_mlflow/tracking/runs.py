@@ -68,6 +68,7 @@ class Tracker:
         params: Mapping[str, ParamValue] | None = None,
         *,
         tags: Mapping[str, str] | None = None,
+        texts: Mapping[str, str] | None = None,
         description: str = "",
     ) -> Iterator[OpenRun]:
         """An open top-level run: the parent of a sweep's runs, or a lone `fit` or `patch`.
@@ -83,6 +84,7 @@ class Tracker:
             name: What the UI shows.
             params: The settings as asked for. Those that `mlflow run` has logged already must agree.
             tags: More tags.
+            texts: Small files by path, sent before any work, so that a store that takes none is found then.
             description: Markdown, until `add` brings a better one.
 
         Raises:
@@ -90,7 +92,12 @@ class Tracker:
                 process is at work on the run that is resumed.
         """
         record = RunRecord(
-            kind=kind, name=name, params=params or {}, tags=tags or {}, description=description
+            kind=kind,
+            name=name,
+            params=params or {},
+            tags=tags or {},
+            texts=texts or {},
+            description=description,
         )
         with self.interrupts.active(), ExitStack() as stack:
             open_run = None
@@ -105,6 +112,8 @@ class Tracker:
                     open_run.add(record)
                     install_view(self.store, open_run.experiment_id)
                 yield open_run
+                with self.interrupts.deferred():
+                    open_run.summarise()
             except BaseException as error:
                 failure = error
                 raise

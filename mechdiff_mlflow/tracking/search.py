@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice, takewhile
 
 from mlflow.entities import Run, ViewType
 
 from mechdiff_mlflow import foreign
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.tracking.lookup import all_runs
+from mechdiff_mlflow.tracking.lookup import each_run
 from mechdiff_mlflow.tracking.policy import SELECTION_LEAK
 from mechdiff_mlflow.tracking.records import check_key
 from mechdiff_mlflow.tracking.store import Store
@@ -19,6 +22,9 @@ _SETTINGS = {
     **{"k": foreign.rank, "alpha": foreign.scales, "split": foreign.word, "n": foreign.whole},
 }
 _LOWER_IS_BETTER = ("KL_", "rho", "noise_floor", "p/", "reverse/", "control/", "time/")
+_FEW = 20
+_MOST_A_PAGE = 1000
+_MOST_VALUES = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +67,9 @@ def find_runs(
     site: Site | None = None,
     metric: str = "drop_pct",
     best: bool = False,
+    limit: int | None = None,
 ) -> list[FoundRun]:
-    """Finished patch runs that have `metric`, the best first.
+    """Finished patch runs that have `metric`, the best first; the store orders them and sends no others.
 
     Less is better for KL, rho and p-values, more for everything else.
 
@@ -72,6 +79,7 @@ def find_runs(
         site: Only at this site.
         metric: What counts.
         best: Only the best of each pair and site.
+        limit: How many at most; None for all.
 
     Raises:
         MechdiffError: No run is found; says what to try.
@@ -84,31 +92,81 @@ def find_runs(
         where += [f"params.layer = '{site.layer}'", f"params.hook = '{site.hook}'"]
     with store.errors():
         experiments = {e.experiment_id: e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)}
-    runs = all_runs(store, list(experiments), " and ".join(where))
-    found = []
-    for run in runs:
-        if metric in run.data.metrics:
-            try:
-                found.append(_found(run, experiments, metric))
-            except foreign.Malformed as error:
-                foreign.left_out(f"run {run.info.run_id}", error)
+    search = _Search(store, list(experiments), metric)
+    if best:
+        keys = [*(["pair"] if pair is None else []), *(["hook", "layer"] if site is None else [])]
+        runs: Iterable[Run] = search.best_of_each(where, keys)
+    else:
+        runs = search.ordered(where, limit)
+    found = list(islice(_readable(runs, experiments, metric), None if best else limit))
     if not found:
         known = sorted(
-            {key for run in runs for key in run.data.metrics if not key.startswith(("ci/", "time/"))}
+            {k for run in search.first(where) for k in run.data.metrics if not k.startswith(("ci/", "time/"))}
         )
         remedy = f"those runs have {', '.join(known)}" if known else "run mechdiff run or sweep first"
         place = f"{pair or 'any pair'} at {site or 'any site'}"
         raise MechdiffError(f"No patch run of {place} has the metric {metric!r}; {remedy}.")
-    sign = 1 if metric.startswith(_LOWER_IS_BETTER) else -1
-    found.sort(key=lambda run: (sign * run.value, -run.started_ms))
-    return _best_of_each(found) if best else found
+    found.sort(key=lambda run: (search.sign * run.value, -run.started_ms))
+    return found[:limit]
 
 
-def _best_of_each(found: list[FoundRun]) -> list[FoundRun]:
-    first: dict[tuple[str, str], FoundRun] = {}
-    for run in found:
-        first.setdefault((run.pair, run.site), run)
-    return list(first.values())
+class _Search:
+    """Runs by a metric, the best first.
+
+    Args:
+        store: Where to look.
+        experiments: Ids of the experiments.
+        metric: What counts.
+    """
+
+    def __init__(self, store: Store, experiments: list[str], metric: str) -> None:
+        self.sign = 1 if metric.startswith(_LOWER_IS_BETTER) else -1
+        by = [f"metrics.`{metric}` {'ASC' if self.sign > 0 else 'DESC'}", "attributes.start_time DESC"]
+        self._each = partial(each_run, store, experiments, order=by)
+        self._metric = metric
+
+    def ordered(self, where: Sequence[str], limit: int | None = None) -> Iterator[Run]:
+        """All that have the metric; those without it come last in the store's order."""
+        runs = self._each(" and ".join(where), page=min(limit or _MOST_A_PAGE, _MOST_A_PAGE))
+        return takewhile(lambda run: self._metric in run.data.metrics, runs)
+
+    def first(self, where: Sequence[str]) -> list[Run]:
+        """Some, with the metric or without."""
+        return list(islice(self._each(" and ".join(where), page=_FEW), _FEW))
+
+    def best_of_each(self, where: Sequence[str], keys: Sequence[str]) -> list[Run]:
+        """The best run of each combination of some params, with no look at most of the others.
+
+        The next search leaves out the values of the first param that were seen, until nothing is left.
+        """
+        if not keys:
+            return list(islice(self.ordered(where, 1), 1))
+        key, *others = keys
+        found: list[Run] = []
+        seen: list[str] = []
+        while True:
+            left = [*where, *(f"params.{key} != {_quoted(value)}" for value in seen)]
+            runs = list(islice(self.ordered(left, _FEW), _FEW))
+            values = {run.data.params[key]: run for run in reversed(runs) if key in run.data.params}
+            if not values and (seen or not runs):
+                return found
+            # Some stores join at most 64 tables, one for each condition.
+            if len(seen) + len(values) > _MOST_VALUES or not all(map(_can_quote, values)):
+                rest = {tuple(map(run.data.params.get, keys)): run for run in reversed([*self.ordered(left)])}
+                return found + list(rest.values())
+            for value, run in values.items():
+                at = [*where, f"params.{key} = {_quoted(value)}"]
+                found += self.best_of_each(at, others) if others else [run]
+            seen += values or [""]  # which leaves out the runs that do not have the param
+
+
+def _readable(runs: Iterable[Run], experiments: dict[str, str], metric: str) -> Iterator[FoundRun]:
+    """Those whose fields are what they should be; a warning for each other."""
+    for run in runs:
+        try:
+            yield _found(run, experiments, metric)
+        except foreign.Malformed as error:
+            foreign.left_out(f"run {run.info.run_id}", error)
 
 
 def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:
@@ -143,7 +201,11 @@ def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:
     )
 
 
+def _can_quote(text: str) -> bool:
+    return not {"'", '"'} <= {*text}
+
+
 def _quoted(text: str) -> str:
-    if "'" in text and '"' in text:
+    if not _can_quote(text):
         raise MechdiffError(f"{text!r} has both kinds of quotes, which MLflow cannot search for.")
     return f'"{text}"' if "'" in text else f"'{text}'"

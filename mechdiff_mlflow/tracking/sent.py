@@ -47,17 +47,22 @@ def digest_tag(sent: Mapping[str, Sent]) -> dict[str, str]:
     return {ARTIFACTS_TAG: json.dumps(listed)} if listed else {}
 
 
+def sent_digest(tags: Mapping[str, str], name: str) -> str | None:
+    """The SHA-256 of an artifact, by the tags of its run; None where they do not say."""
+    try:
+        found = json.loads(tags.get(ARTIFACTS_TAG, "{}")).get(name)
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
 def check_read(path: Path, name: str, run_id: str, tags: Mapping[str, str]) -> None:
     """Make sure that a downloaded artifact is what was logged, as far as the run's tags say.
 
     Raises:
         MechdiffError: It is another.
     """
-    try:
-        digests = json.loads(tags.get(ARTIFACTS_TAG, "{}"))
-        expected = digests.get(name)
-    except (ValueError, AttributeError, RecursionError):
-        expected = None
+    expected = sent_digest(tags, name)
     if expected is not None and file_sha256(path) != expected:
         raise MechdiffError(
             f"{name} of run {run_id} is not what was logged; the store's files were changed or damaged, so "

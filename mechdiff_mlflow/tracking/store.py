@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import requests
 from mlflow.entities import Experiment, ViewType
@@ -30,6 +30,8 @@ from mechdiff_mlflow.tracking.redaction import redact
 
 PLACE_TAG = "mechdiff.store"
 """Tag of an experiment in a SQLite store: the path of the store when it was first written to."""
+A_TOKEN = "a token"
+"""Who somebody is that has one and no name."""
 
 _SERVER_ANSWER_S = 5
 _REFUSED = re.compile(r"endpoint (?P<endpoint>\S+) failed with error code (?P<status>401|403)\b")
@@ -52,6 +54,10 @@ class StoreUnreachable(MechdiffError):
 
 class StoreFull(MechdiffError):
     """The disk of a store has no room, perhaps not even for the status of a run."""
+
+
+class NotAllowed(MechdiffError):
+    """A server does not let this account do that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +207,10 @@ class Store:
                 ) from error
             if refused := _REFUSED.search(text):
                 what = refused["endpoint"].removeprefix("/api/2.0/mlflow/")
-                raise MechdiffError(_not_allowed(self.uri, int(refused["status"]), what)) from error
+                raise NotAllowed(_not_allowed(self.uri, int(refused["status"]), what)) from error
+            answer = error.response if isinstance(error, requests.HTTPError) else None
+            if self.is_server and answer is not None and answer.status_code in (401, 403):
+                raise NotAllowed(_not_allowed(self.uri, answer.status_code, "artifacts")) from error
             if isinstance(error, OSError):
                 raise MechdiffError(
                     f"The store {self.shown} could not be read or written: {text[:300]}."
@@ -249,7 +258,31 @@ def open_store(tracking_uri: str | None = None) -> Store:
 def uri_of(tracking_uri: str | None = None) -> str:
     """The URI that counts: the given one, MLFLOW_TRACKING_URI, or `mlflow.db` in the working directory."""
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-    return uri.rstrip("/") if uri.startswith(("http://", "https://")) else uri
+    return _with_utf8_login(uri.rstrip("/")) if uri.startswith(("http://", "https://")) else uri
+
+
+def _with_utf8_login(uri: str) -> str:
+    """A server's address whose user and password are sent in UTF-8, as MLflow reads them; ASCII stays.
+
+    What stands in an address is decoded and then sent as Latin-1 by `requests`: the bytes of UTF-8, read as
+    Latin-1, come out as they should be. An address that was treated so already is left alone.
+    """
+    user_info, at, host = urlsplit(uri).netloc.rpartition("@")
+    if not at or unquote(user_info).isascii():
+        return uri
+    parts = [unquote(part) for part in user_info.split(":", 1)]
+    if not all(map(_is_utf8_as_latin1, parts)):
+        parts = [part.encode().decode("latin-1") for part in parts]
+    login = ":".join(quote(part, safe="") for part in parts)
+    return urlsplit(uri)._replace(netloc=f"{login}@{host}").geturl()
+
+
+def _is_utf8_as_latin1(text: str) -> bool:
+    try:
+        text.encode("latin-1").decode()
+    except UnicodeError:
+        return False
+    return True
 
 
 def prepare_process() -> None:
@@ -293,11 +326,14 @@ def _check_server(uri: str) -> None:
 
 
 def login_name(uri: str) -> str | None:
-    """Who our requests to the server at `uri` say we are; None for nobody, `a token` for a token."""
-    credentials = get_default_host_creds(uri)
+    """Who our requests to the server at `uri` say we are; None for nobody, `A_TOKEN` for a token."""
+    credentials, in_address = get_default_host_creds(uri), urlsplit(uri).username
     if credentials.username:
         return str(credentials.username)
-    return "a token" if credentials.token else urlsplit(uri).username
+    if credentials.token or in_address is None:
+        return A_TOKEN if credentials.token else None
+    name = unquote(in_address)
+    return name.encode("latin-1").decode() if _is_utf8_as_latin1(name) else name
 
 
 def _not_allowed(uri: str, status: int, what: str = "") -> str:

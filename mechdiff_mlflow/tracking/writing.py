@@ -30,6 +30,7 @@ class _Written:
     """What this process has written into a run, so that writing more of it sends only that."""
 
     model_id: str | None = None
+    has_map: bool = False
     has_inputs: bool = False
     sources: dict[str, object] = field(default_factory=dict)
     sent: dict[str, Sent] = field(default_factory=dict)
@@ -65,8 +66,7 @@ class RecordWriter:
         """
         done = self._of(run)
         with self._store.errors():
-            if done.model_id is None:
-                done.model_id = self._model_of(run, record, again)
+            self._map(run, record, again, done)
 
     def write(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
         """Everything but the status, the cheap checks before the first request; what is written stays.
@@ -83,8 +83,7 @@ class RecordWriter:
         params = {key: redact(param_text(key, value)) for key, value in record.params.items()}
         metrics, undefined = _finite(record)
         with self._store.errors():
-            if done.model_id is None:
-                done.model_id = self._model_of(run, record, again)
+            self._map(run, record, again, done)
             self._send(run, _unsent(record, done), done, again and not done.sent)
             models = [LoggedModelInput(done.model_id)] if done.model_id and record.map_run else None
             if (record.datasets or models) and not done.has_inputs:
@@ -116,6 +115,13 @@ class RecordWriter:
         done.params |= params
         done.tags |= tags
 
+    def contents(self, run: Run) -> tuple[dict[str, str], dict[str, float], dict[str, str]]:
+        """Params, metrics and tags of a run that is whole: as it was found, or as this process wrote it."""
+        if run.info.status == "FINISHED":
+            return run.data.params, run.data.metrics, run.data.tags
+        done = self._of(run)
+        return done.params, {key: value for (key, _), value in done.metrics.items()}, done.tags
+
     def _of(self, run: Run) -> _Written:
         with self._lock:
             return self._written.setdefault(run.info.run_id, _Written())
@@ -133,6 +139,16 @@ class RecordWriter:
 
         artifacts.upload(send, record)
         done.sources |= {**record.tables, **record.texts}
+
+    def _map(self, run: Run, record: RunRecord, again: bool, done: _Written) -> None:
+        """The map of a record, which is sent once."""
+        if done.has_map:
+            return
+        if record.map is None or record.is_model:
+            done.model_id = self._model_of(run, record, again)
+        else:
+            done.sent |= flavour.send_map(self._store, run.info.artifact_uri, record.map)
+        done.has_map = done.model_id is not None or record.map is not None
 
     def _model_of(self, run: Run, record: RunRecord, again: bool) -> str | None:
         """The logged model that metrics belong to: of the record's own map, or of the run it measures."""

@@ -111,7 +111,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing prompts": (lambda f: (f / "test.jsonl").unlink(), "test.jsonl does not exist"),
     "shared prompts": (lambda f: shutil.copy(f / "val.jsonl", f / "test.jsonl"), "remove it from one"),
-    "missing weights": (lambda f: (f / "tuned/model.safetensors").unlink(), "cannot be loaded"),
+    "missing weights": (lambda f: (f / "tuned/model.safetensors").unlink(), "has neither model.safetensors"),
     "missing model": (lambda f: shutil.rmtree(f / "tuned"), "tuned"),
     "failing template": (break_template, "fails on"),
     "infinite weights": (

@@ -60,8 +60,9 @@ def test_run_makes_a_parent_with_a_fit_and_a_patch_and_a_map_fetched_by_alias(
     assert (parent.data.params["alpha"], parent.data.params["n"]) == ("auto", "all")
     assert float(fit.data.params["alpha"]) == float(patch.data.params["alpha"]) > 0
     assert patch.data.params["n"] == "16"
-    assert {"per_prompt.json", "spec.yaml", "environment.txt"} <= artifacts(client, patch)
-    assert {"candidates.json", "spec.yaml", "environment.txt"} <= artifacts(client, fit)
+    assert artifacts(client, parent) == {"spec.yaml", "environment.txt"}
+    assert artifacts(client, patch) == {"per_prompt.json"}
+    assert artifacts(client, fit) == {"candidates.json"}
 
     assert "mechdiff fetch toy-L3-resid_post@champion -o map.pt" in shown
     assert "mlflow ui --backend-store-uri" in shown

@@ -89,6 +89,8 @@ class FaultProxy:
         self.upstream = (parts.hostname or "127.0.0.1", parts.port or 80)
         self.rules = list(rules)
         self.seen: list[Seen] = []
+        self.sizes: list[int] = []
+        """Bytes of each answer of the server."""
         self.url = ""
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -151,6 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, headers, content = self._ask(body, whole=fault is not Fault.TRUNCATE_REQUEST)
         except (OSError, http.client.HTTPException):
             return self._end(fault, None)  # the server is away: the client sees what it would without a proxy
+        self.proxy.sizes.append(len(content))
         if fault in (Fault.DROP_ANSWER, Fault.LATE):
             return self._end(fault, status)
         self.proxy.note(Seen(self.command, self.path, fault, status))
