@@ -6,6 +6,7 @@ from enum import Enum
 from typing import TypeVar
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.shown import cut
 
 Self = TypeVar("Self", bound="Choice")
 
@@ -32,4 +33,4 @@ class Choice(str, Enum):
             return cls(text)
         except ValueError:
             names = ", ".join(map(str, cls))
-            raise MechdiffError(f"{cls.title()} {text!r} is unknown; use one of {names}.") from None
+            raise MechdiffError(f"{cls.title()} {cut(text)!r} is unknown; use one of {names}.") from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.shown import cut
 
 
 class Hook(Choice):
@@ -55,5 +56,7 @@ class Site:
         """
         match = re.fullmatch(r"L(\d{1,6})[/-](\w+)", text)
         if match is None:
-            raise MechdiffError(f"Site {text!r} is not of the form L<layer>/<hook>; write e.g. L26/attn_out.")
+            raise MechdiffError(
+                f"Site {cut(text)!r} is not of the form L<layer>/<hook>; write e.g. L26/attn_out."
+            )
         return cls(int(match[1]), Hook.parse(match[2]))

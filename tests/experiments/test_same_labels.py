@@ -79,7 +79,7 @@ def test_a_report_pass_measures_two_winners_of_one_site_each_for_itself(
     for name, shrink in (("toy-a", "0.05"), ("toy-b", "0.9")):
         mechdiff("run", "--pair", str(toy), *AT, "--alpha", "1", "--shrink", shrink)
         (fit, *_) = sorted(runs_of(client)["fit"], key=lambda run: -run.info.start_time)
-        mechdiff("promote", fit.info.run_id, "--name", name)
+        mechdiff("promote", fit.info.run_id, "--name", name, "--force")
     first = {run.data.params["shrink"]: run.data.metrics for run in runs_of(client)["patch"]}
     known = {run.info.run_id for run in runs_of(client)["patch"]}
     mechdiff("report-pass", "--pair", str(toy))
@@ -97,7 +97,7 @@ def test_a_promoted_map_has_the_very_alpha_that_was_measured(
     client: mlflow.MlflowClient,  # noqa: F811
 ) -> None:
     alpha = "0.12345678901234567"
-    mechdiff("run", "--pair", str(toy), *AT, "--alpha", alpha, "--promote")
+    mechdiff("run", "--pair", str(toy), *AT, "--alpha", alpha, "--promote", "--force")
     version = client.get_model_version_by_alias("toy-L3-resid_post", "champion")
     assert float(version.tags["alpha"]) == float(alpha)
     (patch,) = runs_of(client)["patch"]

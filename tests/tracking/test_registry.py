@@ -201,7 +201,7 @@ def test_runs_and_logged_models_name_maps_too(store: Store, tracker: Tracker, pa
     [logged] = flavour.maps_of_run(store, patched.fit)
     assert load_map(f"runs:/{patched.fit}", store=store) == make_map()
     assert load_map(f"models:/{logged.model_id}", store=store) == make_map()
-    with pytest.raises(MechdiffError, match=f"at α=1.0 and .* promote {run_id} to have it so, or name"):
+    with pytest.raises(MechdiffError, match=f"at α=1 and .* promote {run_id} to have it so, or name"):
         load_map(f"runs:/{run_id}", store=store)
     parent = store.client.get_run(patched.fit).data.tags["mlflow.parentRunId"]
     assert load_map(parent, store=store) == make_map()
