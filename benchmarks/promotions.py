@@ -4,10 +4,11 @@
     python benchmarks/promotions.py --promoters 4 --versions 5 --reads 200 --machines 4
 
 Every promoter is a process. Those of one "machine" share a lock file; machines share nothing but the server,
-so that only the turns in the registry keep them apart. (With --store sqlite all share the database's lock.)
-Checked afterwards: every version unique and verified, the history one chain of moves without gaps, no ticket
-left; during it: every read finds a verified version whose digest is the one that its run logged, and now and
-then the whole map is fetched and compared.
+so that nothing keeps them apart. (With --store sqlite all share the database's lock.) Checked afterwards:
+every promotion has its version, unique and verified; the history holds every move; the alias is at a version
+that one promoter found it at when it had moved it, unless another moved it at the same time, and said so.
+During it: every read finds a verified version whose digest is the one that its run logged, and now and then
+the whole map is fetched and compared.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap, Weight
 from mechdiff_mlflow.tracking import registry
 from mechdiff_mlflow.tracking.fetch import load_map
+from mechdiff_mlflow.tracking.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.promotion import promote
 from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.runs import Tracker
 from mechdiff_mlflow.tracking.store import open_store
-from mechdiff_mlflow.tracking.turns import tickets_in
 
 NAME = "bench-L0-attn_out"
 FULL_LOAD_EVERY = 100
@@ -56,6 +57,7 @@ class Outcome:
     seconds: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     done: int = 0
+    overtaken: int = 0
 
 
 def main() -> None:
@@ -143,7 +145,7 @@ def raced(
     url: str, root: Path, expected: dict[str, str], options: argparse.Namespace
 ) -> tuple[list[Outcome], list[Outcome]]:
     first, *runs = expected
-    promote(open_store(url), first, name=NAME)
+    promote(open_store(url), first, name=NAME, policy=PromotionPolicy(force=True))
     answers: Any = FORK.Queue()
     until = time.monotonic() + 60 * options.minutes
     n_reads = -(-options.reads // options.readers)
@@ -176,7 +178,11 @@ def promoter(url: str, machine: Path, runs: list[str], until: float, answers: An
             if time.monotonic() > until:
                 break
             started = time.perf_counter()
-            promote(store, run_id, name=NAME, why="benchmark")
+            policy = PromotionPolicy(force=True)
+            try:
+                promote(store, run_id, name=NAME, why="benchmark", policy=policy)
+            except registry.MovedMeanwhile:
+                outcome.overtaken += 1
             outcome.seconds.append(time.perf_counter() - started)
             outcome.done += 1
     except BaseException:
@@ -217,7 +223,9 @@ def report(
     promoted = 1 + sum(outcome.done for outcome in promoters)
     n_reads = sum(outcome.done for outcome in readers)
     asked = f"{options.promoters} × {options.versions}"
+    overtaken = sum(outcome.overtaken for outcome in promoters)
     chain = [None, *(move.target for move in moves)]
+    is_chain = [move.source for move in moves] == chain[:-1]
     checks = {
         f"promotions: {promoted - 1} of {asked} asked for, without an error": (
             not any(outcome.problems for outcome in promoters)
@@ -230,8 +238,8 @@ def report(
             v.is_verified and v.sha256 == expected[v.run_id] for v in versions
         ),
         f"history: {len(moves)} moves, one a promotion": len(moves) == promoted,
-        "history: one chain, each move from where the one before went": (
-            [move.source for move in moves] == chain[:-1]
+        "history: one chain, each move from where the one before went, where one lock kept promoters apart": (
+            is_chain or options.machines > 1
         ),
         "history: every version was champion once, and no move came from outside": (
             sorted(move.target or 0 for move in moves) == list(range(1, promoted + 1))
@@ -239,7 +247,6 @@ def report(
         ),
         "alias: at the last move's version": registry.get_version(store, NAME, "champion").number
         == moves[-1].target,
-        "queue: empty": not tickets_in(registry.registered(store, NAME).tags),
         f"alias reads during it: {n_reads} of {options.reads}, none missing or mismatched": (
             not any(outcome.problems for outcome in readers) and n_reads >= options.reads
         ),
@@ -254,7 +261,7 @@ def report(
         f"{options.promoters} promoters on {options.machines} machines (lock files), {options.readers} "
         f"readers, {kept}, all on the same {cores} cores; mechdiff "
         f"{code_version()}, mlflow {mlflow.__version__}, Python {python}; runs logged {options.prepare}. "
-        f"{seconds:.0f} s.",
+        f"{seconds:.0f} s. {overtaken} promoters found that another had moved the alias at the same time.",
         "",
         "| checked | |",
         "| --- | --- |",
@@ -262,7 +269,9 @@ def report(
         "",
         "| | count | median s | 95 % s | longest s |",
         "| --- | --- | --- | --- | --- |",
-        timing("promotion, waiting for turns included", [s for o in promoters for s in o.seconds]),
+        timing(
+            "promotion, waiting for the machine's lock included", [s for o in promoters for s in o.seconds]
+        ),
         timing("read of the alias", [s for o in readers for s in o.seconds]),
         "",
     ]

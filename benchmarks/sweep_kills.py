@@ -8,6 +8,8 @@ first cell is logged. *any moment*: at a random one of the whole. *logging*: rig
 call of the store (HTTP request, where it is a server), when a file of the artifacts is about to be written,
 or when half of it is. *twice*: the same, and the command that resumes it is killed in its turn. *fit and
 patch*: `mechdiff run` in place of the sweep. *worker*: a worker process of the Ray engine, if there is one.
+*stopped* (through a server alone): SIGSTOP at a random moment; `mechdiff resume` from what counts as another
+machine, as it shares no temporary folder; SIGCONT when that has finished, or at a random moment of its work.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -32,7 +35,8 @@ import mlflow
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
 
-from faults.commands import Command, Place, mechdiff  # noqa: E402
+from faults import conditions  # noqa: E402
+from faults.commands import Command, Place, error_of, mechdiff  # noqa: E402
 from faults.deadly import die  # noqa: E402
 from faults.harness import (  # noqa: E402
     RUN,
@@ -50,10 +54,11 @@ from faults.harness import (  # noqa: E402
     undisturbed,
     with_environment,
 )
-from faults.snapshot import INSTALLED, Snapshot, parents  # noqa: E402
+from faults.snapshot import INSTALLED, PARENT_TAG, Snapshot, active_runs, parents, snapshot  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 from tracking.servers import serving  # noqa: E402
 
+from mechdiff_mlflow.tracking.lease import LEASE_TAG  # noqa: E402
 from mechdiff_mlflow.tracking.provenance import code_version  # noqa: E402
 
 RAY_SWEEP = (*SWEEP, "--engine", "ray", "--workers", "2")
@@ -72,12 +77,14 @@ class Bench:
         uri: Of a server; empty for a SQLite store of its own for each kill.
         n: How many kills.
         seed: Of all that is random.
+        is_lease_short: Whether an owner counts as dead after 4 s, not 60, where it is stopped.
     """
 
     world: World
     uri: str
     n: int
     seed: int
+    is_lease_short: bool = True
 
     def place(self) -> tuple[Place, str]:
         """A fresh place, and the name of an experiment that nobody else uses."""
@@ -185,6 +192,69 @@ def worker(bench: Bench) -> list[Outcome]:
     return outcomes
 
 
+def stopped(bench: Bench) -> list[Outcome]:
+    """Stopped at random moments, taken over from another machine, and let go on."""
+    if not bench.uri:
+        return []  # whoever uses a SQLite store sees its lock
+    right, rng = bench.right(SWEEP), random.Random(bench.seed)
+    place, experiment = bench.place()
+    command = Command(place, *bench.world.words(SWEEP, experiment))
+    command.wait_for(has_children(place.uri, 0, experiment))
+    start = time.monotonic()
+    command.wait()
+    until_s = time.monotonic() - start
+    outcomes: list[Outcome] = []
+    for _ in range(bench.n * GIVE_UP):
+        outcome = _stopped_once(bench, right, rng, until_s)
+        if outcome is not None:
+            print(outcome.how, outcome.seen, *outcome.problems[:3], sep="; ", flush=True)
+            outcomes.append(outcome)
+        if len(outcomes) == bench.n:
+            break
+    return outcomes
+
+
+def _stopped_once(bench: Bench, right: Snapshot, rng: random.Random, until_s: float) -> Outcome | None:
+    """One sweep, stopped and taken over; None where it had ended before."""
+    place, experiment = bench.place()
+    here, there = (_machine(place, name) for name in ("here", "there"))
+    before = conditions.short_lease if bench.is_lease_short else conditions.own_machine
+    owner = Command(here, *bench.world.words(SWEEP, experiment), before=before)
+    owner.wait_for(has_children(place.uri, 0, experiment))
+    after_s, wait = rng.uniform(0, until_s), rng.random() < 0.5
+    owner.leave(after_s)
+    if not owner.is_alive:
+        return None
+    owner.kill(signal.SIGSTOP)
+    client = MlflowClient(place.uri)
+    runs = list(active_runs(client, experiment))
+    top = next(run for run in runs if PARENT_TAG not in run.data.tags)
+    start = time.monotonic()
+    other = Command(there, "resume", top.info.run_id, before=before)
+    if not wait:
+        other.wait_for(lambda: f"{LEASE_TAG}2" in client.get_run(top.info.run_id).data.tags)
+        other.leave(rng.uniform(0, until_s))
+        owner.kill(signal.SIGCONT)
+    code = other.wait()
+    seconds = time.monotonic() - start
+    owner.kill(signal.SIGCONT)
+    said = error_of(owner.output) if owner.wait() else "the stopped one ended with 0"
+    failures = [f"resume ended with {code}: {error_of(other.output)}"] if code else []
+    failures += (
+        [] if "was taken over by" in said else [f"the stopped one said: {said or owner.output[-300:]}"]
+    )
+    different = tuple(snapshot(place.uri, experiment).differences(right))
+    how = f"after {after_s:.1f} s, going on {'when' if wait else 'before'} the other had finished"
+    running = sum(run.info.status == "RUNNING" for run in runs)
+    return Outcome(how, f"{len(runs)} runs", running, "; ".join(failures), different, seconds)
+
+
+def _machine(place: Place, name: str) -> Place:
+    folder = place.folder / name
+    folder.mkdir()
+    return with_environment(place, TMPDIR=str(folder))
+
+
 KINDS: dict[str, Callable[[Bench], list[Outcome]]] = {
     "computing": computing,
     "any moment": any_moment,
@@ -192,6 +262,7 @@ KINDS: dict[str, Callable[[Bench], list[Outcome]]] = {
     "twice": twice,
     "fit and patch": fit_and_patch,
     "worker": worker,
+    "stopped": stopped,
 }
 
 
@@ -230,6 +301,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="of each kind")
     parser.add_argument("--kinds", default=",".join(KINDS), help="which, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full-lease", action="store_true", help="60 s, not 4, where an owner is stopped")
     parser.add_argument("--out", type=Path, default=None, help="Markdown file for the result")
     options = parser.parse_args()
     clean_environment()
@@ -241,7 +313,9 @@ def main() -> None:
             with store(world, name) as uri:
                 for kind in kinds:
                     start = time.monotonic()
-                    outcomes = KINDS[kind](Bench(world, uri, options.kills, options.seed))
+                    outcomes = KINDS[kind](
+                        Bench(world, uri, options.kills, options.seed, not options.full_lease)
+                    )
                     rows.append((name, kind, outcomes, time.monotonic() - start))
                     if options.out:  # after each kind: all of them take an hour
                         options.out.write_text(report(rows), encoding="utf-8")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.peft_adapters import put_on
 from mechdiff_mlflow.sites import Hook, Site
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -182,9 +182,8 @@ def loaded(folder: Path, model: nn.Module) -> Iterator[nn.Module]:
         MechdiffError: PEFT is needed and not installed.
     """
     if (folder / WEIGHTS_FILE).is_file():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it cannot be merged: the README says so
-            adapted: Any = _peft().PeftModel.from_pretrained(model, str(folder)).eval()
+        _peft()
+        adapted = put_on(model, folder)
         try:
             yield adapted
         finally:

@@ -30,6 +30,7 @@ from torch import Tensor
 from mechdiff_mlflow import mapfiles, untrusted
 from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.mapmeta import check_meta
 from mechdiff_mlflow.maps import JSON, AffineMap, Weight
 from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import Position, explain
@@ -186,6 +187,7 @@ def read_bundle(
         )
     meta = _meta(path, bundle, key, position)
     meta |= {name: value for name, value in _own_meta(path, bundle).items() if name != "site"}
+    check_meta(meta, path)
     try:
         weight = _WEIGHTS[solver](bundle)
         the_map = AffineMap(bundle["mu_b"], bundle["mu_t"], weight, alpha, meta)

@@ -5,7 +5,7 @@ A control has alpha 1 like every new map; compare it under the alpha of the map 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -184,17 +184,26 @@ def applicable_controls(p: PairedSpectrum, *, other: AffineMap | None = None) ->
     )
 
 
-def shuffled_pairs(p: PairedSpectrum, times: int, seed: int) -> Iterator[PairedSpectrum]:
+def shuffled_pairs(
+    p: PairedSpectrum, times: int, seed: int, groups: Sequence[int] = ()
+) -> Iterator[PairedSpectrum]:
     """The site with its pairs shuffled at random, `times` times: what a fit finds where nothing is.
 
-    Refit each, with every choice made inside, and compare with `stats.permutation_p`.
+    Refit each, with every choice made inside, and compare with `stats.permutation_p`. Groups of rows, counted
+    from 0, go to groups of as many rows, each as a whole.
 
     Raises:
         MechdiffError: p was made from moments.
     """
     generator = torch.Generator().manual_seed(seed)
+    group = torch.tensor(groups) if len(groups) else torch.arange(p.n)
+    rows = torch.split(torch.argsort(group, stable=True), torch.bincount(group).tolist())
+    alike = [torch.stack([r for r in rows if len(r) == size]) for size in sorted({*map(len, rows)})]
     for _ in range(times):
-        yield p.permuted(torch.randperm(p.n, generator=generator).to(p.sx.device))
+        order = torch.empty(p.n, dtype=torch.long)
+        for some in alike:  # [groups, rows of each]
+            order[some] = some[torch.randperm(len(some), generator=generator)]
+        yield p.permuted(order.to(p.sx.device))
 
 
 def _nothing(p: PairedSpectrum) -> Weight:

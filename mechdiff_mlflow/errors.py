@@ -1,6 +1,9 @@
 """The one error that users see."""
 
-import unicodedata
+from mechdiff_mlflow.shown import cut, plain
+
+MAX_CHARS = 2000
+"""Of a message: what is wrong stands at its start and what to do at its end, so that both are kept."""
 
 
 class MechdiffError(Exception):
@@ -11,10 +14,9 @@ class MechdiffError(Exception):
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__("".join(map(_shown, str(message))))
+        super().__init__(cut(plain(cut(str(message), MAX_CHARS)), MAX_CHARS))
 
 
-def _shown(character: str) -> str:
-    # Controls, formats (bidi among them), lone surrogates, separators of lines and paragraphs.
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character != "\n"
-    return ascii(character)[1:-1] if hidden else character
+def is_text(text: str) -> bool:
+    """Whether a text can be stored: it has no lone surrogates, which stand for bytes that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)

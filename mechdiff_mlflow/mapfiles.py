@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,10 @@ VERSION = 1
 MAX_BYTES = 4 << 30
 """Of a map's file: one dense float64 map of width 16384 takes half of it."""
 
+PARTS = ("mean_in", "mean_out", "diagonal", "left", "right")
+"""The tensors of a map; `right` may be missing."""
 _MAX_HEADER = 4 << 20
+_MAX_TENSORS = 100
 _DTYPES = (torch.float64, torch.float32)
 
 
@@ -105,6 +108,36 @@ def read_plain_tensors(path: Path) -> dict[str, Tensor]:
         raise MechdiffError(f"{path} holds no plain tensors ({reason}); fetch it again.") from error
 
 
+def plain_tensor(what: str, t: object) -> Tensor:
+    """A tensor as numbers in memory: without gradients and the bits of lazy views.
+
+    Raises:
+        MechdiffError: It is no dense tensor with data, or claims a shape beyond reason.
+    """
+    if (
+        not isinstance(t, Tensor)
+        or t.layout != torch.strided
+        or t.device.type == "meta"
+        or t.is_quantized
+        or t.is_nested
+    ):
+        kind = f"{t.layout} on {t.device}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+        raise MechdiffError(f"{what} is {kind}; give a dense tensor that has data.")
+    if t.numel() * t.element_size() > max(MAX_BYTES, t.untyped_storage().nbytes()):
+        raise MechdiffError(f"{what} has the shape {list(t.shape)}, over {MAX_BYTES} bytes; map less.")
+    return t.detach().resolve_conj().resolve_neg() if t.requires_grad or t.is_neg() or t.is_conj() else t
+
+
+def own_json(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `meta` that is what a file would give back."""
+    try:
+        copy = json.loads(json.dumps(dict(meta), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MechdiffError(f"The map's meta is not a JSON object ({error}); give plain values.") from error
+    assert isinstance(copy, dict)
+    return copy
+
+
 def _decode_pt(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], Any]:
     loaded = torch.load(torchzip.checked(file, size), map_location="cpu", weights_only=True)
     if not isinstance(loaded, dict):
@@ -115,12 +148,31 @@ def _decode_pt(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], Any]:
 
 
 def _decode_safetensors(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], Any]:
-    loaded, header = _safetensors(file, size)
+    loaded, header = _safetensors(file, size, _check_map)
     return loaded, header["__metadata__"]["metadata"]
 
 
-def _safetensors(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _check_map(header: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a safetensors header is that of a map: what it claims is then worth reading."""
+    if untrusted.parse_json(header["__metadata__"]["metadata"]).get("format") != FORMAT:
+        raise ValueError(f"its format is not {FORMAT!r}")
+    shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    if not {*PARTS[:4]} <= shapes.keys() <= {*PARTS}:
+        raise ValueError(f"it holds {', '.join(sorted(shapes))[:100]}")
+    left = shapes["left"]
+    ends = [left[:1], shapes.get("right", left)[1:]]
+    if [shapes["mean_in"], shapes["mean_out"]] != ends or shapes["diagonal"] not in ([], ends[0]):
+        raise ValueError(f"its parts do not fit together: {shapes}")
+
+
+def _safetensors(
+    file: BinaryIO, size: int, check: Callable[[Mapping[str, Any]], None] = lambda header: None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     header = untrusted.safetensors_header(file, size, _MAX_HEADER)
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    if len(tensors) > _MAX_TENSORS or any(entry["dtype"] not in ("F64", "F32") for entry in tensors):
+        raise ValueError(f"it holds over {_MAX_TENSORS} tensors, or others than F64 and F32")
+    check(header)
     file.seek(0)
     loaded = safetensors.torch.load(file.read(size))
     _check_tensors(loaded, limit=size)

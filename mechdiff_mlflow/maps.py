@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,13 +12,18 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mechdiff_mlflow import mapfiles
 from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.sites import Site
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | Mapping[str, JSON] | None"
+
+
+_DIGESTS: MutableMapping[Tensor, tuple[int, str]] = WeakTensorKeyDictionary()
 
 
 class Family(Choice):
@@ -54,6 +58,8 @@ class Weight:
         parts = {"diagonal": self.diagonal, "left": self.left}
         if self.right is not None:
             parts["right"] = self.right
+        for name, t in parts.items():
+            object.__setattr__(self, name, mapfiles.plain_tensor(f"The weight's part {name}", t))
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in parts.items())
         fits = self.left.ndim == 2 and (
             self.right is None or (self.right.ndim == 2 and self.left.shape[1] == self.right.shape[0])
@@ -79,6 +85,7 @@ class Weight:
     @classmethod
     def from_dense(cls, weight: Tensor) -> Weight:
         """W itself, [d_in, d_out]."""
+        weight = mapfiles.plain_tensor("The weight", weight)
         return cls(weight.new_zeros(()), weight)
 
     @classmethod
@@ -188,7 +195,9 @@ class AffineMap:
     _sha256: list[str] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, mean, d in (("mean_in", self.mean_in, self.d_in), ("mean_out", self.mean_out, self.d_out)):
+        for name, given, d in (("mean_in", self.mean_in, self.d_in), ("mean_out", self.mean_out, self.d_out)):
+            mean = mapfiles.plain_tensor(name, given)
+            object.__setattr__(self, name, mean)
             if mean.shape != (d,):
                 raise MechdiffError(
                     f"{name} of a map from {self.d_in} to {self.d_out} dimensions has the shape "
@@ -198,10 +207,14 @@ class AffineMap:
                 raise MechdiffError(f"{name} is {mean.dtype} and the weight {self.dtype}; give one dtype.")
             if not bool(torch.isfinite(mean).all()):
                 raise MechdiffError(f"{name} has NaN or infinite entries; check the activations it is of.")
-        if not 0 <= self.alpha < math.inf:
-            raise MechdiffError(f"alpha is {self.alpha}; give a finite number that is not negative.")
-        object.__setattr__(self, "alpha", float(self.alpha))
-        object.__setattr__(self, "meta", _own_json(self.meta))
+        try:
+            alpha = math.nan if isinstance(self.alpha, str | bool) else float(self.alpha)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            alpha = math.nan
+        if not 0 <= alpha < math.inf:
+            raise MechdiffError(f"alpha is {self.alpha!r:.80}; give a finite number that is not negative.")
+        object.__setattr__(self, "alpha", alpha)
+        object.__setattr__(self, "meta", mapfiles.own_json(self.meta))
 
     @property
     def d_in(self) -> int:
@@ -301,6 +314,13 @@ class AffineMap:
             self.to_bytes()
         return self._sha256[0]
 
+    @property
+    def digest(self) -> str:
+        """Hex digest of what the map computes, α included, and not of what its meta says."""
+        tensors = sorted(self._tensors().items())
+        parts = [repr(self.alpha), *(f"{name} {_digest_of(tensor)}" for name, tensor in tensors)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
     def save(self, path: str | Path) -> None:
         """Write the map as `.pt` (loads with `torch.load(weights_only=True)`) or `.safetensors`.
 
@@ -318,7 +338,7 @@ class AffineMap:
         """
         tensors, header = mapfiles.read(path)
         if (
-            not {"mean_in", "mean_out", "diagonal", "left"} <= tensors.keys() <= {*_TENSORS}
+            not {"mean_in", "mean_out", "diagonal", "left"} <= tensors.keys() <= {*mapfiles.PARTS}
             or not {
                 "alpha",
                 "meta",
@@ -331,6 +351,9 @@ class AffineMap:
             )
         if type(header["alpha"]) not in (int, float) or not isinstance(header["meta"], dict):
             raise MechdiffError(f"{path} is not a map: its alpha is no number or its meta no JSON object.")
+        from mechdiff_mlflow.mapmeta import check_meta  # needs what a compute node need not have
+
+        check_meta(header["meta"], path)
         try:
             weight = Weight(tensors["diagonal"], tensors["left"], tensors.get("right"))
             return cls(tensors["mean_in"], tensors["mean_out"], weight, header["alpha"], header["meta"])
@@ -338,9 +361,17 @@ class AffineMap:
             reason = str(error).rstrip(".")
             raise MechdiffError(f"{path} is not a map: {reason}; fetch or fit it again.") from error
 
+    def equals(self, other: AffineMap) -> bool:
+        """Whether both give the same ŷ for every x up to rounding, however they are written down."""
+        if (self.d_in, self.d_out) != (other.d_in, other.d_out):
+            return False
+        w, v = (m.alpha * m.dense().double() for m in (self, other))
+        b, c = (m.alpha * m.mean_out.double() - m.mean_in.double() @ x for m, x in ((self, w), (other, v)))
+        return all(float((x - y).norm()) <= 1e-9 * float(x.norm()) for x, y in ((w, v), (b, c)))
+
     def _tensors(self) -> dict[str, Tensor]:
         parts = (self.mean_in, self.mean_out, self.weight.diagonal, self.weight.left, self.weight.right)
-        return {name: t for name, t in zip(_TENSORS, parts, strict=True) if t is not None}
+        return {name: t for name, t in zip(mapfiles.PARTS, parts, strict=True) if t is not None}
 
     def _header(self) -> dict[str, JSON]:
         return {"alpha": self.alpha, "meta": dict(self.meta)}
@@ -357,7 +388,7 @@ class AffineMap:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"AffineMap({self.weight!r}, alpha={self.alpha:g}, meta={dict(self.meta)!r})"
+        return f"AffineMap({self.weight!r}, alpha={text_of(self.alpha)}, meta={dict(self.meta)!r})"
 
 
 def identity_map(d: int) -> AffineMap:
@@ -366,17 +397,15 @@ def identity_map(d: int) -> AffineMap:
     return AffineMap(zero, zero, Weight.scaled_identity(d))
 
 
-_TENSORS = ("mean_in", "mean_out", "diagonal", "left", "right")
-
-
-def _own_json(meta: Mapping[str, JSON]) -> dict[str, JSON]:
-    """A copy of `meta` that is what a file would give back."""
-    try:
-        copy = json.loads(json.dumps(dict(meta), allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise MechdiffError(f"The map's meta is not a JSON object ({error}); give plain values.") from error
-    assert isinstance(copy, dict)
-    return copy
+def _digest_of(tensor: Tensor) -> str:
+    """Hex digest of a tensor, kept for as long as it lives: maps that differ in α alone share tensors."""
+    known = _DIGESTS.get(tensor)
+    if known is None or known[0] != tensor._version:
+        own = tensor.detach().resolve_neg().cpu().contiguous()
+        found = hashlib.sha256(f"{own.dtype} {tuple(own.shape)}".encode())
+        found.update(own.flatten().view(torch.uint8).numpy().data)
+        known = _DIGESTS[tensor] = tensor._version, found.hexdigest()
+    return known[1]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -30,7 +30,8 @@ class Divergences:
     Args:
         kl_patched_clean: KL(patched ‖ clean) in nats.
         kl_clean_patched: KL(clean ‖ patched) in nats.
-        top1_agrees: 1.0 where the clean run's top token is a top token of the patched run too, else 0.0.
+        top1_agrees: How far the sets A, B of most probable tokens of the two runs agree, |A∩B|/|A∪B|: 1 or 0
+            where both have one, and where some tie, as in half precision, as far as those are shared.
         delta_logprob: Log-probability of the clean run's top token, patched minus clean, in nats.
     """
 
@@ -134,11 +135,32 @@ def _compare(patched: Tensor, log_q: Tensor, q: Tensor, top: int, log_p: Tensor,
     torch.log_softmax(d.copy_(patched), -1, out=log_p)
     torch.sub(log_p, log_q, out=d)
     delta = d[:, top].clone()
-    # A top token, not the top token: half-precision logits tie, and argmax breaks ties as it likes.
-    agrees = patched[:, top] == patched.amax(-1)
+    # Sets, not tokens: half-precision logits tie, and argmax breaks ties as it likes.
+    tops, clean_tops = patched == patched.amax(-1, keepdim=True), (log_q == log_q[top]).nonzero()[:, 0]
+    shared = tops[:, clean_tops].sum(-1)
+    agrees = shared.double() / (tops.sum(-1) + len(clean_tops) - shared)
     backward = -(d @ q)
     forward = log_p.exp_().mul_(d).sum(-1)
-    return Divergences(forward.clamp_(min=0), backward.clamp_(min=0), agrees.double(), delta)
+    return Divergences(forward.clamp_(min=0), backward.clamp_(min=0), agrees, delta)
+
+
+def rounding_kl(logits: Tensor) -> Tensor:
+    """The KL in nats that rounding leaves between two runs that differ in nothing else, float64 [n].
+
+    Each logit z of either run is off by a uniform error of up to half of ulp(z) = eps·2^⌊log₂|z|⌋ of its
+    dtype, so that KL ≈ ½·Var_p of their differences is Σ p(1 − p)·ulp²/12 on average. To that comes what
+    float64 loses when the KL itself is summed: eps₆₄·Σ p·(|z| + |log p|).
+
+    Args:
+        logits: [n, vocabulary], in the dtype in which the model gives them.
+    """
+    z = _double(logits)
+    log_p = torch.log_softmax(z, -1)
+    p = log_p.exp()
+    ulp = torch.finfo(logits.dtype).eps * torch.exp2(torch.frexp(z).exponent - 1.0)
+    summed = torch.finfo(torch.float64).eps * (p * (z.abs() + log_p.abs())).sum(-1)
+    found: Tensor = (p * (1 - p) * ulp**2 / 12).sum(-1) + summed
+    return found.cpu()
 
 
 def _kernels(logits: Tensor) -> ModuleType | None:

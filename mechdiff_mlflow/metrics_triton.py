@@ -52,6 +52,11 @@ def _compare_kernel(patched, log_q, owner, top, out, n_rows, n, stride, BLOCK: t
     largest, log_z = _log_sum_exp(patched + row * stride, n, BLOCK)
     forward = tl.zeros([BLOCK], dtype=tl.float32)
     backward = tl.zeros([BLOCK], dtype=tl.float32)
+    # Of the sets of top tokens, which ties make larger than one.
+    shared = tl.zeros([BLOCK], dtype=tl.float32)
+    either = tl.zeros([BLOCK], dtype=tl.float32)
+    at = tl.load(top + prompt)
+    clean_largest = tl.load(log_q + prompt * n + at)
     for start in range(0, n, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < n
@@ -69,13 +74,14 @@ def _compare_kernel(patched, log_q, owner, top, out, n_rows, n, stride, BLOCK: t
         m = tl.where(inside, tl.exp(tl.maximum(log_p, log_c)), 0.0)
         forward += tl.where(inside, m * tl.where(d > 0, f, g), 0.0)
         backward += tl.where(inside, m * tl.where(d > 0, g, f), 0.0)
-    at = tl.load(top + prompt)
+        ours, theirs = inside & (z == largest), inside & (log_c == clean_largest)
+        shared += tl.where(ours & theirs, 1.0, 0.0)
+        either += tl.where(ours | theirs, 1.0, 0.0)
     z = tl.load(patched + row * stride + at).to(tl.float32)
     tl.store(out + row, tl.sum(forward, 0))
     tl.store(out + n_rows + row, tl.sum(backward, 0))
-    # A top token, not the top token: half-precision logits tie.
-    tl.store(out + 2 * n_rows + row, tl.where(z == largest, 1.0, 0.0))
-    tl.store(out + 3 * n_rows + row, z - log_z - tl.load(log_q + prompt * n + at))
+    tl.store(out + 2 * n_rows + row, tl.sum(shared, 0) / tl.sum(either, 0))
+    tl.store(out + 3 * n_rows + row, z - log_z - clean_largest)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:

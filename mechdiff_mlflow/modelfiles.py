@@ -47,6 +47,36 @@ def check_folder(folder: Path) -> None:
             ) from error
 
 
+def check_model(folder: Path) -> None:
+    """Check that a folder has what a whole model is loaded from.
+
+    Raises:
+        MechdiffError: It is a file or an adapter, or has no configuration, or weights that are not read.
+    """
+    if not folder.is_dir():
+        raise MechdiffError(f"Model {folder} is a file; name the folder with its config.json.")
+    names = {path.name for path in folder.iterdir()}
+    if "adapter_config.json" in names:
+        raise MechdiffError(
+            f"Model {folder} has an adapter_config.json, which makes it a PEFT adapter of another model; "
+            "name it as tuned: {adapter: …}, or remove that file."
+        )
+    if "config.json" not in names:
+        raise MechdiffError(f"Model {folder} has no config.json; copy the one of its weights there.")
+    if names & {"model.safetensors", "model.safetensors.index.json"}:
+        return
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+        call = f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, use_safetensors=False)"
+        raise MechdiffError(
+            f"Model {folder} has only pickled weights, which can run code and are not read; if you trust "
+            f"them, write them again with transformers: {call}.save_pretrained({str(folder)!r})."
+        )
+    raise MechdiffError(
+        f"Model {folder} has neither model.safetensors nor model.safetensors.index.json, which names the "
+        "files of its weights; copy it there."
+    )
+
+
 def _json(path: Path) -> Any:
     text = untrusted.read_text(path, _MAX_JSON, "Model file")
     try:
@@ -81,6 +111,8 @@ def _check_index(path: Path, index: Any) -> None:
     for name in sorted(set(names.values())):
         if Path(name).name != name or "\\" in name:
             raise MechdiffError(f"{path} names {name[:80]!r}, which is not a file beside it; do not use it.")
+        if not (path.parent / name).is_file():
+            raise MechdiffError(f"{path} names {name[:80]!r}, which is not there; copy that file there too.")
 
 
 def _check_adapter(path: Path, config: Any) -> None:

@@ -8,6 +8,7 @@ import json
 import operator
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,18 +19,22 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from mechdiff_mlflow.chat import Readers, read
 from mechdiff_mlflow.checkpoints import (
     Checkpoint,
     adapter_revision,
+    adapter_tokenizer,
+    check_adapter,
     layer_digests,
     load_adapter,
     module_names,
+    pinned,
     quiet_transformers,
 )
 from mechdiff_mlflow.engine import MemoryBudget, ModuleNames, PatchEngine, Shelf
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts, tokenize
+from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts
 from mechdiff_mlflow.recordings import Recordings
 from mechdiff_mlflow.residence import Adapted, Residence
 from mechdiff_mlflow.sites import Hook, Site
@@ -74,6 +79,9 @@ class Side:
         switch: Context in which the model is this side.
         make_engine: Builds the patch engine, inside `switch`.
         residence: Where models are held.
+        n_embeddings: Tokens that the model has embeddings for; None if unknown.
+        max_tokens: Of the longest prompt that it has positions for; None for no bound.
+        outline: Gives the model without weights; None where it cannot be made.
     """
 
     role: str
@@ -85,6 +93,9 @@ class Side:
     switch: Callable[[], contextlib.AbstractContextManager[object]]
     make_engine: Callable[[nn.Module], PatchEngine]
     residence: Residence
+    n_embeddings: int | None = None
+    max_tokens: int | None = None
+    outline: Callable[[], Decoder | None] = lambda: None
     _digests: list[list[str] | None] = field(default_factory=list)
 
     @property
@@ -155,7 +166,6 @@ class Pair:
     device: str
     recordings: Recordings = field(default_factory=Recordings)
     options: EngineOptions = EngineOptions()
-    _tokens: dict[tuple[str, str, Position], TokenizedPrompts] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -169,15 +179,21 @@ class Pair:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over weights, tokenizers, templates, dtype and prompts."""
+        """16 hex digits over all that changes numbers: weights, code, dtype, modules, tokens of the prompts.
+
+        Raises:
+            MechdiffError: As `tokens`.
+        """
+        sides = (self.base, self.tuned)
+        settings = {"template", "system", "dtype", "quantization", "modules", "trust_remote_code"}
+        ids = [t.ids for side in sides for t in self.readers.all_of(side.role, Position.DECISION).sets]
         return _digest(
-            self.base.revision,
-            self.tuned.revision,
-            self.base.tokenizer_digest,
-            self.tuned.tokenizer_digest,
-            f"{self.spec.template} {self.spec.system!r} {self.spec.dtype}"
-            + (f" {self.spec.quantization}" if self.spec.quantization else ""),
-            *(f"{split} {prompts.digest}" for split, prompts in sorted(self.prompts.items())),
+            *(side.revision for side in sides),
+            *(side.tokenizer_digest for side in sides),
+            *(json.dumps(side.tokenizer.special_tokens_map, default=str) for side in sides),
+            self.spec.model_dump_json(include=settings),
+            *(f"{split} {prompts.digest}" for split, prompts in self.prompts.items()),
+            json.dumps(ids),
         )
 
     def prompts_of(self, split: str, n: int | None = None, *, option: str = "--n") -> PromptSet:
@@ -195,16 +211,26 @@ class Pair:
         """Prompts as one side sees them.
 
         Raises:
-            MechdiffError: A template fails, doubles BOS, or leaves no tokens.
+            MechdiffError: A template fails, doubles BOS, or leaves no tokens; see `chat.tokenize`.
         """
-        key = (role, prompts.digest, position)
-        if key not in self._tokens:
-            reader = {"own": role, "none": role}.get(self.spec.template, self.spec.template)
-            tokenizer = (self.base if reader == "base" else self.tuned).tokenizer
-            self._tokens[key] = tokenize(
-                tokenizer, prompts, chat=self.spec.template != "none", position=position
+        tokens = self.readers.tokens(role, prompts, position)
+        most = (self.base if role == "base" else self.tuned).max_tokens
+        lengths = [len(ids) for ids in tokens.ids]
+        if most is not None and max(lengths, default=0) > most:
+            longest = lengths.index(max(lengths))
+            raise MechdiffError(
+                f"Prompt {longest + 1} of {prompts.split} has {lengths[longest]} tokens and {role} has "
+                f"positions for {most}; shorten or remove it, and any other that is as long."
             )
-        return self._tokens[key]
+        return tokens
+
+    @cached_property
+    def readers(self) -> Readers:
+        """The tokenizers and chat templates of both sides."""
+        sides = (self.base, self.tuned)
+        tokenizers = {side.role: side.tokenizer for side in sides}
+        n_embeddings = {side.role: side.n_embeddings for side in sides}
+        return Readers(self.name, tokenizers, n_embeddings, self.spec.template, self.prompts)
 
     def recorded_base(self, prompts: PromptSet, position: Position) -> Mapping[Site, Tensor]:
         """Every activation of the base model on some prompts, recorded the first time.
@@ -295,6 +321,7 @@ def load_pair(
     device: str = "auto",
     options: EngineOptions | None = None,
     lazily: bool = False,
+    check: Callable[[Pair], None] | None = None,
 ) -> Pair:
     """Read the prompts, then load both models.
 
@@ -305,6 +332,7 @@ def load_pair(
         options: Memory bounds of the engines.
         lazily: Load a model only once it is touched: where others compute, this process needs tokenizers,
             prompts and digests alone, and no device.
+        check: Called with the pair before any weights are loaded, to refuse what is asked of it.
 
     Raises:
         MechdiffError: Prompts, weights or tokenizers are missing or malformed.
@@ -318,7 +346,11 @@ def load_pair(
         if getattr(spec.prompts, split)
     }
     check_disjoint(prompts.values())
-    device = device if lazily and device != "auto" else _existing_device(device)
+    spec = pinned(spec)
+    device = device if lazily and device not in ("auto", "meta") else _existing_device(device)
+    for part in spec.device_map.values() if isinstance(spec.device_map, dict) else [spec.device_map]:
+        if str(part) == "meta":
+            _existing_device("meta")
     bounds = options or EngineOptions()
     base_weights = Checkpoint(spec, spec.base.model, spec.base.revision, device)
     tuned_weights = _tuned_weights(spec, base_weights)
@@ -328,7 +360,14 @@ def load_pair(
     residence = Residence(one_at_a_time=one_at_a_time)
     make_engine = _engine_maker(spec, bounds)
     with quiet_transformers():
-        tokenizer, revision = base_weights.tokenizer, base_weights.revision
+        # A tokenizer may be as hostile as a template: loaded within bounds first.
+        own = partial(adapter_tokenizer, spec, base_weights)
+        tokenizers = {
+            "base": lambda: base_weights.tokenizer,
+            "tuned": own if tuned_weights is None else lambda: tuned_weights.tokenizer,
+        }
+        for role, load_tokenizer in tokenizers.items():
+            read(load_tokenizer, [], what=f"Loading the {role} tokenizer of {spec.name}")
         if tuned_weights is not None:
             base, tuned = (
                 Side(
@@ -341,19 +380,50 @@ def load_pair(
                     nullcontext,
                     make_engine,
                     residence,
+                    c.n_embeddings,
+                    c.max_tokens,
+                    c.outline,
                 )
                 for role, c in (("base", base_weights), ("tuned", tuned_weights))
             )
         else:
-            both = f"{revision}+{adapter_revision(spec)}"
+            check_adapter(spec, base_weights)
             load = Adapted("base", base_weights.load, partial(load_adapter, spec), residence)
-            shared = (base_weights.n_layers, load, load.name)
-            base = Side("base", tokenizer, revision, *shared, load.disabled, make_engine, residence)
-            tuned = Side("tuned", tokenizer, both, *shared, nullcontext, make_engine, residence)
+            base = Side(
+                "base",
+                base_weights.tokenizer,
+                base_weights.revision,
+                base_weights.n_layers,
+                load,
+                load.name,
+                load.disabled,
+                make_engine,
+                residence,
+                base_weights.n_embeddings,
+                base_weights.max_tokens,
+                base_weights.outline,
+            )
+            both = f"{base.revision}+{adapter_revision(spec)}"
+            tuned = replace(
+                base,
+                role="tuned",
+                tokenizer=tokenizers["tuned"](),
+                revision=both,
+                switch=nullcontext,
+                _digests=[],
+            )
+        pair = Pair(spec, base, tuned, prompts, device, options=bounds)
+        for remark in pair.readers.remarks:  # all prompts are read, so what is wrong with them is said now
+            warnings.warn(remark, stacklevel=2)
+        for side in (base, tuned):
+            for one in prompts.values():
+                pair.tokens(side.role, one, Position.DECISION)
+        if check is not None:
+            check(pair)
         if not one_at_a_time and not lazily:
             for side in (base, tuned):
                 residence.model(side.key, side.load)
-    return Pair(spec, base, tuned, prompts, device, options=bounds)
+    return pair
 
 
 def _tuned_weights(spec: PairSpec, base: Checkpoint) -> Checkpoint | None:
@@ -419,7 +489,7 @@ def _existing_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.ones(1, device=name).cpu()  # `meta` has places and no numbers
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
         raise MechdiffError(
             f"Device {name!r} cannot be used here; pass --device cpu, cuda or auto."

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.maps import Weight
 from mechdiff_mlflow.sites import Hook, Site
 
@@ -60,19 +61,31 @@ class Plant:
             raise MechdiffError(f"The planted rank is {self.rank}; give at least 1.")
         for name, value in (("alpha", self.alpha), ("gain", self.gain)):
             if not 0 < value < math.inf:
-                raise MechdiffError(f"The planted {name} is {value:g}; give a finite number above 0.")
+                raise MechdiffError(f"The planted {name} is {text_of(value)}; give a finite number above 0.")
 
     def __str__(self) -> str:
         return (
-            f"{self.site.hook}:L{self.site.layer}:r{self.rank}:alpha{self.alpha!r}:gain{self.gain!r}"
+            f"{self.site.hook}:L{self.site.layer}:r{self.rank}:alpha{text_of(self.alpha)}:gain{text_of(self.gain)}"
             f":seed{self.seed}"
         )
+
+    def check_width(self, d: int) -> None:
+        """Make sure that the change can be planted in d dimensions.
+
+        Raises:
+            MechdiffError: The rank is above d/4, where a scaled change could not be told from others.
+        """
+        if self.rank > d // 4:
+            raise MechdiffError(
+                f"Rank {self.rank} is too much to plant in {d} dimensions, where α would be lost; give at "
+                f"most {d // 4}."
+            )
 
     @property
     def slug(self) -> str:
         """For the pair's name, without defaults: `attn_out-L14-r4-alpha0_7`."""
-        parts = [str(self.site.hook), f"L{self.site.layer}", f"r{self.rank}", f"alpha{self.alpha:g}"]
-        parts += [f"gain{self.gain:g}"] if self.gain != 100.0 else []
+        parts = [str(self.site.hook), f"L{self.site.layer}", f"r{self.rank}", f"alpha{text_of(self.alpha)}"]
+        parts += [f"gain{text_of(self.gain)}"] if self.gain != 100.0 else []
         parts += [f"seed{self.seed}"] if self.seed else []
         return re.sub(r"[^\w-]", "_", "-".join(parts))
 
@@ -106,14 +119,10 @@ def operator(plant: Plant, weight: Tensor) -> Weight:
         weight: Of the projection, [d, width of its input].
 
     Raises:
-        MechdiffError: The rank is above d/4, where a scaled change could not be told from others.
+        MechdiffError: The rank is too high.
     """
     d = len(weight)
-    if plant.rank > d // 4:
-        raise MechdiffError(
-            f"Rank {plant.rank} is too much to plant in {d} dimensions, where α would be lost; give at most "
-            f"{d // 4}."
-        )
+    plant.check_width(d)
     generator = torch.Generator().manual_seed(plant.seed)
     n_written = min(2 * plant.rank, *weight.shape)
     written = torch.linalg.svd(weight.double().cpu(), full_matrices=False).U[:, :n_written]

@@ -1,31 +1,22 @@
-"""Prompts as the models see them: text to tokens, positions and splits."""
+"""Prompts: files of conversations, splits, and what they are as tokens."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from mechdiff_mlflow import untrusted
+from mechdiff_mlflow.duplicates import near_duplicates, repeats
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.positions import Position
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-NEAR_DUPLICATE = 0.8
-"""Jaccard similarity of word trigrams from which two prompts count as the same question."""
+from mechdiff_mlflow.shown import cut
 
 MAX_FILE_BYTES = 256 << 20
 MAX_LINE_BYTES = 1 << 20
-
-_STAND_IN = "\ue000\ue001"
-"""Private-use characters, which no text has."""
 
 Message = Mapping[str, str]
 
@@ -67,9 +58,15 @@ class TokenizedPrompts:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One conversation, ending with the user's turn."""
+    """One conversation, ending with the user's turn.
+
+    Args:
+        messages: Its turns.
+        group: Name of the prompts that are drawn together when intervals are made; None of one by itself.
+    """
 
     messages: tuple[Message, ...]
+    group: str | None = None
 
     @property
     def text(self) -> str:
@@ -90,11 +87,24 @@ class PromptSet:
     @property
     def digest(self) -> str:
         """32 hex digits of sha256 over the conversations, in order."""
-        lines = (
+        lines = [
             json.dumps([dict(m) for m in p.messages], sort_keys=True, ensure_ascii=False)
             for p in self.prompts
-        )
+        ]
+        lines += [json.dumps(self.groups)] if self.groups else []
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The group of each prompt, counted from 0 in file order; empty if each prompt is one by itself."""
+        names = [p.group if p.group is not None else i for i, p in enumerate(self.prompts)]
+        number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        return tuple(number[name] for name in names) if len(number) < len(names) else ()
+
+    @property
+    def n_groups(self) -> int:
+        """How many prompts or groups of them are independent of each other."""
+        return len({*self.groups}) or len(self)
 
     def first(self, n: int | None, *, option: str = "--n") -> PromptSet:
         """The first n prompts; all when n is None.
@@ -116,29 +126,34 @@ def read_prompts(path: Path, split: str, *, system: str | None = None) -> Prompt
     """Read a JSONL file of `{"text": …}` or `{"messages": [{"role": …, "content": …}, …]}` lines.
 
     Args:
-        path: UTF-8 file, one object a line; blank lines are skipped, other keys ignored.
+        path: UTF-8 file, one object a line; blank lines are skipped. `group` names prompts that belong
+            together, such as paraphrases; other keys are ignored.
         split: Which split it is.
         system: System prompt put before every `text`.
 
     Raises:
-        MechdiffError: The file is missing, empty or not UTF-8, or a line (named by number) is malformed.
+        MechdiffError: The file is missing, empty or not UTF-8, a line (named by number) is malformed, or a
+            prompt stands there twice without a group that says so.
     """
+    prompts: dict[int, Prompt] = {}
     try:
         size = untrusted.size_of(path, MAX_FILE_BYTES)
         with path.open("rb") as file:
-            prompts = [
-                Prompt(_messages(line, f"{path}, line {number}", system))
-                for number, line in _lines(file, size)
-                if line.strip()
-            ]
+            for number, line in _lines(file, size):
+                if line:
+                    prompts[number] = _prompt(line, f"{path}, line {number}", system)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise MechdiffError(
-            f"Prompt file {path} cannot be read as UTF-8 text ({reason}); check the file."
-        ) from None
+        raise MechdiffError(f"Prompt file {path} cannot be read ({reason}); check the file.") from None
     if not prompts:
         raise MechdiffError(f'Prompt file {path} is empty; write one {{"text": "…"}} a line.')
-    return PromptSet(split, tuple(prompts))
+    _check_repeats(path, prompts)
+    found = PromptSet(split, tuple(prompts.values()))
+    if found.n_groups < 2 <= len(found):
+        raise MechdiffError(
+            f"All prompts of {path} are of one group, so no interval can be; name two or more."
+        )
+    return found
 
 
 def _lines(file: BinaryIO, size: int) -> Iterator[tuple[int, str]]:
@@ -148,21 +163,36 @@ def _lines(file: BinaryIO, size: int) -> Iterator[tuple[int, str]]:
         number += 1
         if len(line) > MAX_LINE_BYTES:
             raise ValueError(f"line {number} has over {MAX_LINE_BYTES} bytes")
-        yield number, line.decode("utf-8")
+        try:
+            if b"\0" in line:
+                raise ValueError
+            yield number, line.decode("utf-8").strip().strip("\ufeff").strip()
+        except ValueError:
+            utf16 = b"\0" in line or line[:2] in (b"\xff\xfe", b"\xfe\xff")
+            kind = "UTF-16" if utf16 else "another encoding"
+            raise ValueError(f"line {number} is {kind}, not UTF-8; save the file as UTF-8") from None
 
 
-def _messages(line: str, where: str, system: str | None) -> tuple[Message, ...]:
+def _prompt(line: str, where: str, system: str | None) -> Prompt:
     try:
         entry = untrusted.parse_json(line)
     except ValueError as error:
-        raise MechdiffError(f"{where} is not JSON ({error}); write one object a line.") from None
-    text, messages = (entry.get("text"), entry.get("messages")) if isinstance(entry, dict) else (None, None)
+        raise MechdiffError(
+            f"{where} is not JSON ({cut(str(error))}); {_remedy(line, str(error))}."
+        ) from None
+    if isinstance(entry, list):
+        raise MechdiffError(f"{where} is a JSON array; {_remedy('[')}.")
+    text, messages, group = (
+        [entry.get(key) for key in ("text", "messages", "group")] if isinstance(entry, dict) else [None] * 3
+    )
+    if group is not None and not (isinstance(group, str) and _is_text(group)):
+        raise MechdiffError(f'{where} has the group {cut(repr(group))}; write a name, e.g. "group": "g1".')
     if isinstance(text, str) and _is_text(text) and messages is None:
         turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        return (*turns, {"role": "user", "content": text})
+        return Prompt((*turns, {"role": "user", "content": text}), group)
     if text is None and isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
         if messages[-1]["role"] == "user":
-            return tuple({"role": m["role"], "content": m["content"]} for m in messages)
+            return Prompt(tuple({"role": m["role"], "content": m["content"]} for m in messages), group)
         raise MechdiffError(
             f"{where} ends with the {messages[-1]['role']}; end messages with the user's turn."
         )
@@ -170,6 +200,46 @@ def _messages(line: str, where: str, system: str | None) -> tuple[Message, ...]:
         f'{where} has neither a "text" nor a list of "messages" with role and content, as plain text; '
         'write {"text": "…"}.'
     )
+
+
+_MISTAKES = {
+    r".* is not a number$": "write null instead",
+    r".* stands there twice$": "remove one of them",
+    r"Invalid control character": "write a tab within a text as \\t and a line break as \\n",
+    r"\[|\]$": "write each object of an array on a line of its own, no [ ] or commas (jq -c '.[]' FILE)",
+    r"\{.*\}\s*,$": "remove the comma behind the object",
+    r".*,\s*[}\]]": "remove the comma before the closing bracket",
+    r".*[:,\[]\s*(None|undefined)\b": "write null for what is not there",
+    r".*[:,\[]\s*(True|False)\b": "write true and false in small letters",
+    r"\{.*\}\s*\{": "begin a line for each object",
+    r"\{[^}]*$|[^{]*\}$": "write each object on one line (jq -c . FILE)",
+    r"#|//|/\*": "remove the comment",
+    r"\{\s*[^\"\s]|\{\s*\"[^\"]*\"\s*:\s*[\u2018\u201c']": "write straight double quotes",
+}
+"""What people write instead of JSON (of the parser's complaint or of the line), and what then to do."""
+
+
+def _remedy(line: str, complaint: str = "") -> str:
+    found = (
+        what
+        for pattern, what in _MISTAKES.items()
+        if re.match(pattern, complaint) or re.match(pattern, line[:10_000])
+    )
+    return next(found, 'write one object a line, e.g. {"text": "…"}')
+
+
+def _check_repeats(path: Path, prompts: Mapping[int, Prompt]) -> None:
+    """Refuse equal prompts outside of one group: an interval would take them for independent."""
+    found = repeats(
+        {n: ([(m["role"], m["content"]) for m in p.messages], p.group) for n, p in prompts.items()}
+    )
+    if found:
+        a, b = found[0]
+        raise MechdiffError(
+            f"{len(found)} of {len(prompts)} prompts of {path} stand there before, first line {b} as line "
+            f"{a} ({cut(repr(prompts[a].text))}), and would be counted as independent; remove them, or give "
+            'prompts that belong together the same "group": "NAME" on their lines.'
+        )
 
 
 def _is_message(message: object) -> bool:
@@ -195,137 +265,11 @@ def check_disjoint(sets: Iterable[PromptSet]) -> None:
     Raises:
         MechdiffError: Two splits share a prompt; the message shows it.
     """
-    seen: list[tuple[str, str, frozenset[tuple[str, ...]]]] = []
-    by_shingle: dict[tuple[str, ...], list[int]] = {}
-    for prompts in sets:
-        for prompt in prompts.prompts:
-            shingles = _shingles(prompt.text)
-            shared: dict[int, int] = {}
-            for shingle in shingles:
-                for index in by_shingle.get(shingle, ()):
-                    shared[index] = shared.get(index, 0) + 1
-            for index, count in shared.items():
-                split, text, others = seen[index]
-                if split != prompts.split and count >= NEAR_DUPLICATE * len(shingles | others):
-                    raise MechdiffError(
-                        f"The {split} prompt {text!r} is nearly {prompt.text!r} in {prompts.split}; "
-                        "remove it from one of the two files."
-                    )
-            for shingle in shingles:
-                by_shingle.setdefault(shingle, []).append(len(seen))
-            seen.append((prompts.split, prompt.text, shingles))
-
-
-def _shingles(text: str) -> frozenset[tuple[str, ...]]:
-    # Sentence punctuation does not make another question; operators such as + and - do.
-    words = re.findall(r"\w+|[^\w\s.,;:!?…\"'«»“”‘’]", unicodedata.normalize("NFKC", text).casefold())
-    if len(words) < 3:
-        return frozenset([tuple(words)])
-    return frozenset(zip(words, words[1:], words[2:], strict=False))
-
-
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: PromptSet,
-    *,
-    chat: bool = True,
-    position: Position = Position.DECISION,
-) -> TokenizedPrompts:
-    """Prompts through a tokenizer and its chat template, with the generation prompt.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        prompts: The prompts.
-        chat: Apply the chat template; otherwise the user's text alone, with the tokenizer's special tokens.
-        position: Which token is read and replaced.
-
-    Raises:
-        MechdiffError: There is no chat template, it fails, it doubles BOS, it gives no tokens, or
-            the user's text cannot be located.
-    """
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise MechdiffError(f"{_name(tokenizer)} has no chat template; set template: none in the pair spec.")
-    ids: list[tuple[int, ...]] = []
-    positions: list[int] = []
-    spans: list[int] = []
-    for number, prompt in enumerate(prompts.prompts, 1):
-        where = f"{prompts.split} prompt {number}"
-        tokens = _token_ids(tokenizer, prompt, chat, where)
-        _check_bos(tokenizer, tokens, where)
-        ids.append(tokens)
-        if position is Position.DECISION:
-            positions.append(len(tokens) - 1)
-            continue
-        first, last = _content(tokenizer, prompt, chat, tokens, where)
-        if position is Position.CONTENT_MEAN:
-            positions.append(first)
-            spans.append(last - first + 1)
-        else:
-            positions.append(last)
-    return TokenizedPrompts(tuple(ids), tuple(positions), tuple(spans))
-
-
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return f"The tokenizer of {tokenizer.name_or_path or 'the model'}"
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, where: str) -> tuple[int, ...]:
-    tokens = (
-        _templated(tokenizer, prompt, where, as_tokens=True) if chat else tokenizer(prompt.text)["input_ids"]
-    )
-    if not tokens:
+    places = [(i, s.split, p.text) for i, s in enumerate(sets) for p in s.prompts]
+    found = near_duplicates([text for *_, text in places], [i for i, *_ in places])
+    for a, b in found:
+        (_, split, text), (_, other, other_text) = places[a], places[b]
         raise MechdiffError(
-            f"{_name(tokenizer)} turns {where} into no tokens; check the prompt and the template."
+            f"The {split} prompt {cut(repr(text))} is nearly {cut(repr(other_text))} in {other}; "
+            "remove it from one of the two files."
         )
-    return tuple(int(token) for token in tokens)
-
-
-def _templated(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str, *, as_tokens: bool
-) -> str | list[int]:
-    messages = [dict(message) for message in prompt.messages]
-    try:
-        # Without return_dict=False, transformers 5 gives a mapping where 4 gave ids.
-        rendered: str | list[int] = tokenizer.apply_chat_template(
-            messages,
-            tokenize=as_tokens,
-            add_generation_prompt=True,
-            **({"return_dict": False} if as_tokens else {}),
-        )
-    except Exception as error:  # a template is a program of the model's author and may raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MechdiffError(
-            f"The chat template of {tokenizer.name_or_path} fails on {where} ({reason}); change the prompt, "
-            "or set template: none in the pair spec."
-        ) from error
-    return rendered
-
-
-def _check_bos(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...], where: str) -> None:
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokens[:2] == (bos, bos):
-        raise MechdiffError(
-            f"{_name(tokenizer)} starts {where} with two BOS tokens; remove one from its template."
-        )
-
-
-def _content(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, tokens: tuple[int, ...], where: str
-) -> tuple[int, int]:
-    """Indices of the first and the last token that hold a character of the user's text."""
-    if not tokenizer.is_fast:
-        raise MechdiffError(f"{_name(tokenizer)} is slow and gives no offsets; use --position decision.")
-    content = prompt.text.strip()
-    if chat:
-        # The text may also occur elsewhere in the template ("user"); a stand-in shows where its place is.
-        stand_in = Prompt((*prompt.messages[:-1], {"role": "user", "content": _STAND_IN}))
-        start = str(_templated(tokenizer, stand_in, where, as_tokens=False)).find(_STAND_IN)
-        rendered = str(_templated(tokenizer, prompt, where, as_tokens=False))
-    else:
-        start, rendered = prompt.text.find(content), prompt.text
-    end = start + len(content)
-    encoded = tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
-    if tuple(encoded["input_ids"]) != tokens or start < 0 or rendered[start:end] != content:
-        raise MechdiffError(f"{_name(tokenizer)} hides the user's text of {where}; use --position decision.")
-    held = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > max(a, start)]
-    return held[0], held[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import number_in, text_of
 from mechdiff_mlflow.modelfiles import check_folder
 from mechdiff_mlflow.planted import Plant
 from mechdiff_mlflow.positions import Position as Position
@@ -53,10 +55,9 @@ class Rank:
         """
         if text in ("full", "0"):
             return cls(None)
-        try:
-            return cls(int(text))
-        except ValueError:
-            raise MechdiffError(f"Rank k={text!r} is not a whole number; pass e.g. 8, or full.") from None
+        if re.fullmatch("-?[0-9]{1,9}", text) is None:
+            raise MechdiffError(f"Rank k={text[:80]!r} is not a whole number; pass e.g. 8, or full.")
+        return cls(int(text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Alpha:
         for value in self.values:
             if not (math.isfinite(value) and value >= 0):
                 raise MechdiffError(
-                    f"α={value:g} is not a finite number of at least 0; pass e.g. 0.3, or auto."
+                    f"α={text_of(value)} is not a finite number of at least 0; pass e.g. 0.3, or auto."
                 )
         if not self.values or list(self.values) != sorted(set(self.values)):
             raise MechdiffError(
@@ -83,7 +84,7 @@ class Alpha:
     def __str__(self) -> str:
         if self.values == ALPHA_GRID:
             return "auto"
-        return ",".join(format(value, "g") for value in self.values)
+        return ",".join(text_of(value) for value in self.values)
 
     @property
     def is_choice(self) -> bool:
@@ -100,10 +101,10 @@ class Alpha:
         if text == "auto":
             return cls(ALPHA_GRID)
         try:
-            return cls(tuple(float(part) for part in text.split(",")))
+            return cls(tuple(number_in(part) for part in text.split(",")))
         except ValueError:
             raise MechdiffError(
-                f"α={text!r} is not a number; pass e.g. 0.3, a grid 0.3,0.7,1, or auto."
+                f"α={text[:80]!r} is not a number; pass e.g. 0.3, a grid 0.3,0.7,1, or auto."
             ) from None
 
 

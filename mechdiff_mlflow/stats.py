@@ -1,6 +1,7 @@
 """How sure the numbers are: bootstrap intervals, the smallest sufficient rank, tests.
 
-Everything starts from one value a prompt, and prompts are what is resampled. A quantity that the data leave
+Everything starts from one value a prompt, and prompts are what is resampled, or whole groups of prompts that
+belong together. A quantity that the data leave
 undefined is None, never infinite: a ratio whose denominator is not above its floor, a correlation with a
 constant. An interval has no bounds (None) when any resample leaves the quantity undefined.
 """
@@ -15,7 +16,6 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
 
 from mechdiff_mlflow.errors import MechdiffError
 
@@ -45,13 +45,16 @@ class Bootstrap:
         n_resamples: How many times the prompts are drawn.
         level: Coverage aimed at, between 0 and 1.
         seed: Equal seeds draw equal prompts, for every quantity over as many prompts.
+        groups: Of each prompt the group that is drawn as a whole; empty draws each prompt by itself.
 
-    Reference: Efron & Tibshirani (1993), An introduction to the bootstrap, chapter 13.
+    Reference: Efron & Tibshirani (1993), An introduction to the bootstrap, chapter 13; of groups Field &
+    Welsh (2007), Bootstrapping clustered data.
     """
 
     n_resamples: int = 9999
     level: float = 0.95
     seed: int = 0
+    groups: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.n_resamples < 1 or not 0 < self.level < 1:
@@ -62,12 +65,24 @@ class Bootstrap:
 
     def means(self, *per_prompt: Floats) -> list[Floats]:
         """For each array [n] its mean over every resample, [n_resamples]."""
-        counts = _draws(len(per_prompt[0]), self.n_resamples, self.seed)[1]
-        return [counts @ values / len(values) for values in per_prompt]
+        counts = self.counts(len(per_prompt[0]))
+        n_drawn = counts.sum(1)
+        return [counts @ values / n_drawn for values in per_prompt]
+
+    def counts(self, n: int) -> Floats:
+        """How often each resample draws each of n prompts, [n_resamples, n]."""
+        if not self.groups:
+            return _draws(n, self.n_resamples, self.seed)
+        names, group = np.unique(self.groups, return_inverse=True)
+        return _draws(len(names), self.n_resamples, self.seed)[:, group]
+
+    def of(self, some: NDArray[np.bool_]) -> Bootstrap:
+        """The same of only some of the prompts, [n]."""
+        return replace(self, groups=tuple(np.asarray(self.groups)[some].tolist()) if self.groups else ())
 
     def interval(self, estimate: float | None, resampled: Floats) -> Interval:
-        """The interval that `resampled` [n_resamples] makes; NaN there is undefined."""
-        if estimate is None or bool(np.isnan(resampled).any()):
+        """The interval that `resampled` [n_resamples] makes; of NaN or one group it is undefined."""
+        if estimate is None or bool(np.isnan(resampled).any()) or len({*self.groups}) == 1:
             return Interval(estimate, None, None, self.level)
         tail = (1 - self.level) / 2
         low, high = np.quantile(resampled, [tail, 1 - tail])
@@ -75,11 +90,11 @@ class Bootstrap:
 
 
 @lru_cache(maxsize=2)
-def _draws(n: int, n_resamples: int, seed: int) -> tuple[NDArray[np.int64], Floats]:
-    """Which prompts each resample draws, and how often each: [n_resamples, n] both."""
+def _draws(n: int, n_resamples: int, seed: int) -> Floats:
+    """How often each resample draws each of n, [n_resamples, n]."""
     drawn = np.random.default_rng(seed).integers(0, n, (n_resamples, n))
     cells = drawn + np.arange(n_resamples)[:, None] * n
-    return drawn, np.bincount(cells.ravel(), minlength=n_resamples * n).reshape(-1, n).astype(np.float64)
+    return np.bincount(cells.ravel(), minlength=n_resamples * n).reshape(-1, n).astype(np.float64)
 
 
 def drop_pct(
@@ -96,7 +111,7 @@ def drop_pct(
     Args:
         kl_reference: Nats, one a prompt, [n].
         kl_mapped: Nats, of the same prompts, [n].
-        noise_floor: Mean KL of the identity patch, in nats; undefined below 10 of these, and at 0.
+        noise_floor: See `SiteRows.noise_floor`, in nats; undefined below 10 of these, and at 0.
         bootstrap: How the interval is drawn.
 
     Raises:
@@ -112,7 +127,12 @@ def drop_pct(
 def is_defined(kl_reference: Floats, kl_mapped: Floats, noise_floor: float) -> bool:
     """Whether there is a drop: the reference is large enough to divide by, and `FLOORS` noise floors."""
     (drop,) = _drops(kl_mapped.mean(keepdims=True), kl_reference.mean(keepdims=True))
-    return not math.isnan(drop) and bool(kl_reference.mean() >= FLOORS * noise_floor)
+    return not math.isnan(drop) and above_floor(float(kl_reference.mean()), noise_floor)
+
+
+def above_floor(kl_nats: float, noise_floor: float) -> bool:
+    """The one rule of when a mean KL is told from noise: above 0, and at least `FLOORS` noise floors."""
+    return kl_nats > 0 and kl_nats >= FLOORS * noise_floor
 
 
 def drop_difference(
@@ -120,6 +140,7 @@ def drop_difference(
     second: tuple[ArrayLike, ArrayLike],
     *,
     bootstrap: Bootstrap = Bootstrap(),
+    groups: tuple[tuple[int, ...], tuple[int, ...]] = ((), ()),
 ) -> Interval:
     """drop_pct of `first` minus that of `second`, in percentage points, of two independent sets of prompts.
 
@@ -127,17 +148,18 @@ def drop_difference(
         first: KL_reference and KL_mapped in nats, of the same prompts, [n].
         second: The same of other prompts, [m].
         bootstrap: How the interval is drawn; the second set is drawn with the next seed.
+        groups: Of the prompts of each, as in `Bootstrap`.
 
     Raises:
         MechdiffError: Arrays are not paired, finite and of at least two prompts.
     """
     estimates, resampled = [], []
-    for (kl_reference, kl_mapped), seed in zip(
-        (first, second), (bootstrap.seed, bootstrap.seed + 1), strict=True
+    for (kl_reference, kl_mapped), seed, of in zip(
+        (first, second), (bootstrap.seed, bootstrap.seed + 1), groups, strict=True
     ):
         reference, mapped = _paired(kl_reference=kl_reference, kl_mapped=kl_mapped)
         estimates.append(float(_drops(mapped.mean(keepdims=True), reference.mean(keepdims=True))[0]))
-        resampled.append(_drops(*replace(bootstrap, seed=seed).means(mapped, reference)))
+        resampled.append(_drops(*replace(bootstrap, seed=seed, groups=of).means(mapped, reference)))
     gap = estimates[0] - estimates[1]
     return bootstrap.interval(None if math.isnan(gap) else gap, resampled[0] - resampled[1])
 
@@ -274,24 +296,37 @@ def correlation(
         MechdiffError: The arrays are not paired, finite and of at least two prompts.
     """
     a, b = _paired(cosine=cosine, kl_decrease=kl_decrease)
-    drawn = _draws(len(a), bootstrap.n_resamples, bootstrap.seed)[0]
+    once, counts = np.ones((1, len(a))), bootstrap.counts(len(a))
 
-    def interval(of: Callable[[Floats], Floats]) -> Interval:
-        estimate = float(_pearson(of(a[None]), of(b[None]))[0])
-        return bootstrap.interval(
-            None if math.isnan(estimate) else estimate, _pearson(of(a[drawn]), of(b[drawn]))
-        )
+    def interval(of: Callable[[Floats, Floats], Floats]) -> Interval:
+        estimate = float(_pearson(of(a, once), of(b, once), once)[0])
+        resampled = _pearson(of(a, counts), of(b, counts), counts)
+        return bootstrap.interval(None if math.isnan(estimate) else estimate, resampled)
 
-    return Correlation(interval(lambda v: v), interval(lambda v: np.asarray(rankdata(v, axis=-1))), len(a))
+    return Correlation(interval(lambda v, counts: np.broadcast_to(v, counts.shape)), interval(_ranks), len(a))
 
 
-def _pearson(a: Floats, b: Floats) -> Floats:
-    """Of rows [m, n], [m]; NaN where a row is constant."""
-    ac, bc = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-    spread = np.sqrt((ac**2).sum(-1) * (bc**2).sum(-1))
-    varies = (np.ptp(a, axis=-1) > 0) & (np.ptp(b, axis=-1) > 0) & (spread > 0)
-    found: Floats = np.divide((ac * bc).sum(-1), spread, out=np.full(len(a), np.nan), where=varies)
+def _pearson(a: Floats, b: Floats, counts: Floats) -> Floats:
+    """Of rows [m, n] of which each value stands `counts` [m, n] times, [m]; NaN where a row is constant."""
+    n = counts.sum(-1, keepdims=True)
+    ac, bc = (v - (counts * v).sum(-1, keepdims=True) / n for v in (a, b))
+    spread = np.sqrt((counts * ac**2).sum(-1) * (counts * bc**2).sum(-1))
+    there = counts > 0
+    varies = spread > 0
+    for v in (a, b):
+        varies &= v.max(-1, where=there, initial=-np.inf) > v.min(-1, where=there, initial=np.inf)
+    found: Floats = np.divide((counts * ac * bc).sum(-1), spread, out=np.full(len(n), np.nan), where=varies)
     return found
+
+
+def _ranks(values: Floats, counts: Floats) -> Floats:
+    """The mean rank of each value [n] in every sample that has it `counts` [m, n] times, [m, n]."""
+    places = np.unique(values, return_inverse=True)[1]
+    order = np.argsort(places, kind="stable")
+    starts = np.flatnonzero(np.diff(places[order], prepend=-1))
+    of_value = np.add.reduceat(counts[:, order], starts, axis=1)
+    ranks: Floats = (np.cumsum(of_value, axis=1) - of_value / 2 + 0.5)[:, places]
+    return ranks
 
 
 def sign_flip_p(
@@ -300,6 +335,7 @@ def sign_flip_p(
     alternative: Literal["greater", "two-sided"] = "greater",
     n_flips: int = 9999,
     seed: int = 0,
+    groups: tuple[int, ...] = (),
 ) -> float:
     """The p-value of paired differences that are symmetric about 0 under the null hypothesis.
 
@@ -310,11 +346,14 @@ def sign_flip_p(
         alternative: "greater" (the mean is above 0) or "two-sided".
         n_flips: How many random flips.
         seed: Of the flips.
+        groups: Of each prompt the group whose signs are flipped together; empty flips each by itself.
 
     Raises:
         MechdiffError: Fewer than two differences, or some not finite.
     """
     (d,) = _paired(differences=differences)
+    if groups:
+        d = np.bincount(np.unique(groups, return_inverse=True)[1], d).astype(np.float64)
     observed, flipped = float(d.sum()), _flips(len(d), n_flips, seed) @ d
     if alternative == "two-sided":
         observed, flipped = abs(observed), np.abs(flipped)

@@ -134,3 +134,21 @@ def test_pairs_of_moments_cannot_be_shuffled() -> None:
     with pytest.raises(MechdiffError, match="fit from rows"):
         next(shuffled_pairs(p, 1, seed=0))
     assert torch.allclose(control_map("alpha_only", p).dense(), eye(12))
+
+
+def test_groups_are_shuffled_as_wholes_among_groups_of_their_size() -> None:
+    x, y = rows(11)
+    groups = [0, 0, 1, 2, 2, 3, 4, 4, 1, 5, 6]
+    p = PairedSpectrum.from_rows(x, y)
+    moved = 0
+    for mixed in shuffled_pairs(p, 20, 1, groups):
+        same = (mixed.uy[:, None] == p.uy[None]).all(-1)  # type: ignore[index]
+        order = [groups[int(row.nonzero()[0, 0])] for row in same]
+        to = dict(zip(groups, order, strict=True))
+        assert [to[g] for g in groups] == order
+        assert sorted(order) == sorted(groups)
+        moved += order != groups
+    assert moved > 10
+    plain = [s.cross for s in shuffled_pairs(p, 3, 7)]
+    alone = [s.cross for s in shuffled_pairs(p, 3, 7, range(11))]
+    assert all(torch.equal(a, b) for a, b in zip(plain, alone, strict=True))

@@ -2,8 +2,11 @@ import io
 import json
 import pickle
 import random
+import resource
 import zipfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,9 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+VALUES = st.none() | st.booleans() | st.floats(-1e9, 1e9) | st.text()
+
+
 @st.composite
 def maps(draw: st.DrawFn) -> AffineMap:
     d_in, d_out, rank, seed = (draw(st.integers(lo, hi)) for lo, hi in ((1, 6), (1, 6), (0, 7), (0, 999)))
@@ -34,7 +40,10 @@ def maps(draw: st.DrawFn) -> AffineMap:
         "diagonal": lambda: Weight(normal(d_in, seed=seed), left, right),
     }[form]()
     meta = draw(
-        st.dictionaries(st.text(max_size=5), st.none() | st.booleans() | st.floats(-1e9, 1e9) | st.text())
+        st.dictionaries(
+            st.text(max_size=5).map("_{}".format),
+            st.none() | st.booleans() | st.floats(-1e9, 1e9) | st.text(),
+        )
     )
     alpha = draw(st.floats(0, 10))
     made = AffineMap(normal(d_in, seed=seed + 2), normal(d_out, seed=seed + 3), weight, alpha, meta)
@@ -342,3 +351,142 @@ def test_missing_file_and_unknown_suffix(edit: AffineMap, tmp_path: Path) -> Non
     for act in (AffineMap.load, edit.save):
         with pytest.raises(MechdiffError, match=r"as '\.npz'; name the file \.pt or \.safetensors"):
             act(tmp_path / "map.npz")
+
+
+@pytest.mark.parametrize(
+    "field", ["pair", "fingerprint", "solver", "dtype", "off_span", "site", "position", "k", "family"]
+)
+@pytest.mark.parametrize("value", [None, 3.5, True, [], {}, "", "\x1b[31m", "[/red]x", "x" * 5_000, "\ud800"])
+@SUFFIXES
+def test_what_a_map_says_of_itself_is_checked_field_by_field(
+    tmp_path: Path, field: str, value: object, suffix: str
+) -> None:
+    made = AffineMap(normal(2), normal(2), Weight.from_dense(normal(2, 2)), meta={field: value})
+    made.save(tmp_path / f"map{suffix}")
+    with pytest.raises(MechdiffError, match=rf"is not valid: {field}") as caught:
+        AffineMap.load(tmp_path / f"map{suffix}")
+    assert len(str(caught.value)) < 1_000
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"position": "everywhere"},
+        {"site": "L1/nowhere"},
+        {"k": "-1"},
+        {"k": 0.5},
+        {"family": "none"},
+        {"rank": -1},
+        {"n_rows": 10**30},
+        {"shrink": float(10**300) * 10},
+        {"ridge": "[/b]"},
+        {"span_rank": "many"},
+        {"directions": -4},
+    ],
+)
+def test_unknown_values_of_meta_are_refused(tmp_path: Path, meta: dict[str, Any]) -> None:
+    AffineMap(normal(2), normal(2), Weight.from_dense(normal(2, 2)), meta=meta).save(tmp_path / "map.pt")
+    with pytest.raises(MechdiffError, match=rf"is not valid: {next(iter(meta))}.*fit it again"):
+        AffineMap.load(tmp_path / "map.pt")
+
+
+def test_good_and_foreign_fields_of_meta_are_kept(tmp_path: Path) -> None:
+    meta = {
+        "site": "L1/attn_out",
+        "position": "decision",
+        "k": 2,
+        "family": "update",
+        "mine": [1, {"a": None}],
+    }
+    made = AffineMap(normal(2), normal(2), Weight.from_dense(normal(2, 2)), meta=meta)
+    made.save(tmp_path / "map.pt")
+    assert AffineMap.load(tmp_path / "map.pt") == made
+
+
+LAZY = {
+    "negative bit": lambda x: torch._neg_view(-x),
+    "conjugate": lambda x: torch.complex(0 * x, -x).conj().imag,
+    "gradient": lambda x: x.clone().requires_grad_(),
+    "parameter": lambda x: torch.nn.Parameter(x.clone()),
+    "of a graph": lambda x: x.clone().requires_grad_() * 1,
+    "transposed": lambda x: x.T.contiguous().T,
+    "part of another": lambda x: torch.nn.functional.pad(x, (3, 3))[:, 3:-3],
+}
+
+
+@pytest.mark.parametrize("kind", LAZY)
+@SUFFIXES
+def test_tensors_of_lazy_kinds_are_their_numbers(tmp_path: Path, kind: str, suffix: str) -> None:
+    x, mean = normal(4, 4), normal(4, seed=1)
+    plain = AffineMap(mean, mean, Weight.from_dense(x))
+    lazy = AffineMap(mean, mean, Weight.from_dense(LAZY[kind](x)))
+    assert lazy == plain
+    assert lazy.sha256() == plain.sha256()
+    assert not lazy(normal(2, 4)).requires_grad
+    lazy.save(tmp_path / f"map{suffix}")
+    assert AffineMap.load(tmp_path / f"map{suffix}") == plain
+
+
+def test_a_file_of_lazy_tensors_is_read_as_its_numbers_or_refused(tmp_path: Path) -> None:
+    made = AffineMap(normal(4), normal(4, seed=1), Weight.from_dense(normal(4, 4, seed=2)))
+    content = torch.load(io.BytesIO(made.to_bytes()), weights_only=True)
+    for lazy in (LAZY["negative bit"], LAZY["gradient"]):
+        torch.save({**content, "left": lazy(content["left"])}, tmp_path / "map.pt")
+        with suppress(MechdiffError):
+            assert AffineMap.load(tmp_path / "map.pt") == made
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.empty(4, 4, dtype=torch.float64, device="meta"),
+        normal(4, 4).to_sparse(),
+        normal(4, 4).to_sparse_csr(),
+        torch.ones(1, 1, dtype=torch.float64).expand(1 << 20, 1 << 20),
+        torch.ones(4, 4, dtype=torch.int64),
+        torch.ones(4, 4, dtype=torch.complex64),
+        torch.full((4, 4), float("nan"), dtype=torch.float64),
+        [[1.0]],
+    ],
+    ids=["meta", "sparse", "csr", "a terabyte by stride 0", "int", "complex", "NaN", "list"],
+)
+def test_tensors_that_are_no_numbers_in_memory_are_refused(bad: Any) -> None:
+    with pytest.raises(MechdiffError):
+        AffineMap(normal(4), normal(4), Weight.from_dense(bad))
+    with pytest.raises(MechdiffError):
+        AffineMap(bad, normal(4), Weight.from_dense(normal(4, 4)))
+
+
+@pytest.mark.parametrize("alpha", ["1", True, 10**400, None, [], float("nan"), -1])
+def test_an_alpha_that_is_no_number_is_refused(alpha: Any) -> None:
+    with pytest.raises(MechdiffError, match="give a finite number that is not negative"):
+        AffineMap(normal(2), normal(2), Weight.from_dense(normal(2, 2)), alpha)
+
+
+@pytest.mark.parametrize("claim", ["one tensor", "bytes", "parts", "no metadata", "shapes"])
+def test_a_sparse_file_of_gigabytes_is_refused_by_its_header(tmp_path: Path, claim: str) -> None:
+    d, size = 20_000, 8 * 20_000 * 20_000
+    text = json.dumps({"format": "mechdiff-map", "version": 1, "alpha": 1.0, "meta": {}})
+    header: dict[str, Any] = {"__metadata__": {"metadata": text}}
+    header["left"] = {"dtype": "F64", "shape": [d, d], "data_offsets": [0, size]}
+    if claim in ("shapes", "no metadata"):
+        header |= {
+            n: {"dtype": "F64", "shape": [2], "data_offsets": [0, 16]} for n in ("mean_in", "mean_out")
+        }
+        header["diagonal"] = {"dtype": "F64", "shape": [], "data_offsets": [0, 8]}
+    if claim == "bytes":
+        header["left"] = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    if claim == "parts":
+        header["other"] = header.pop("left")
+    if claim == "no metadata":
+        del header["__metadata__"]
+    content = json.dumps(header).encode()
+    path = tmp_path / "map.safetensors"
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        file.truncate(8 + len(content) + size)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(MechdiffError, match="not a map"):
+        AffineMap.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB

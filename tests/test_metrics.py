@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.metrics import NextToken, compare_rows, next_token_divergences
+from mechdiff_mlflow.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
 
 
 def reference_kl(p_logits: Tensor, q_logits: Tensor) -> float:
@@ -82,9 +82,23 @@ def test_top_token_by_hand() -> None:
     assert torch.allclose(found.delta_logprob, expected.double())
 
 
-def test_a_tie_for_the_top_token_is_agreement() -> None:
-    found = next_token_divergences(torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 1.0]]))
-    assert found.top1_agrees.item() == 1
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("patched", "clean", "agreement"),
+    [
+        ([1.0, 1.0], [0.0, 1.0], 1 / 2),
+        ([7.0, 7.0, 7.0, 7.0], [0.0, 1.0, 0.5, 0.0], 1 / 4),  # a dead patch has no top token
+        ([0.0, 1.0, 0.0, 0.0], [7.0, 7.0, 7.0, 7.0], 1 / 4),
+        ([2.0, 2.0, 2.0, 0.0], [0.0, 3.0, 3.0, 3.0], 2 / 4),
+        ([2.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 3.0], 0),
+        ([4.0, 4.0, 0.0, 0.0], [3.0, 3.0, 1.0, 0.0], 1),
+    ],
+)
+def test_ties_agree_as_far_as_they_are_shared(
+    dtype: torch.dtype, patched: list[float], clean: list[float], agreement: float
+) -> None:
+    found = next_token_divergences(torch.tensor([patched], dtype=dtype), torch.tensor([clean], dtype=dtype))
+    assert found.top1_agrees.item() == agreement
 
 
 def test_clean_logits_broadcast_and_rows_know_their_prompt() -> None:
@@ -108,3 +122,17 @@ def test_logits_that_are_not_finite_are_refused(bad: float, which: str) -> None:
         MechdiffError, match=f"The {which} logits hold NaN or infinite values; load the model in"
     ):
         next_token_divergences(*pair)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_rounding_leaves_is_what_random_rounding_gives(dtype: torch.dtype) -> None:
+    clean = logits(0, 300, 4.0, torch.float64)[:1]
+    ulp = torch.finfo(dtype).eps * torch.exp2(torch.floor(torch.log2(clean.abs())))
+    generator = torch.Generator().manual_seed(1)
+    runs = [clean + (torch.rand(2000, 300, generator=generator).double() - 0.5) * ulp for _ in range(2)]
+    found = float(rounding_kl(clean.to(dtype)))
+    measured = float(next_token_divergences(*runs).kl_patched_clean.mean())
+    if dtype is torch.float64:  # where all that is left is what the sum itself loses
+        assert measured <= found < 1e-14
+    else:
+        assert found == pytest.approx(measured, rel=0.1)

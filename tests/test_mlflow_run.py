@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import mlflow
 import pytest
+from cli.conftest import empty_store  # noqa: F401
 from mlflow.entities import Run
+from test_docs_commands import shown
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,6 +88,30 @@ def test_mlflow_run_makes_the_tree_that_the_command_line_makes(mlflow_run: objec
         "seed",
     } <= shared
     assert "mechdiff fetch toy-L3-resid_post@champion" in process.stdout
+
+
+@pytest.mark.parametrize("line", [line for line in shown(ROOT / "README.md") if line.startswith("mlflow")])
+def test_the_lines_of_the_readme_run_as_they_are_written(
+    tmp_path: Path,
+    empty_store: Path,  # noqa: F811
+    line: str,
+) -> None:
+    shutil.copy(empty_store, tmp_path)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment |= {
+        "MLFLOW_TRACKING_URI": uri,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    words = [sys.executable, "-m", *shlex.split(line)]
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert len(runs) > 2
+    assert {run.info.status for run in runs} == {"FINISHED"}
 
 
 def test_a_bad_value_fails_the_run_with_its_reason(mlflow_run: object) -> None:

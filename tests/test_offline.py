@@ -48,7 +48,7 @@ def connections(folder: Path, words: list[str], settings: Mapping[str, str]) -> 
 
 
 def main_job(toy: Path) -> list[str]:
-    site = ["--layer", "3", "--hook", "resid_post", "--k", "4", "--alpha", "1", "--promote"]
+    site = ["--layer", "3", "--hook", "resid_post", "--k", "4", "--alpha", "1", "--promote", "--force"]
     return ["-m", "mechdiff_mlflow", "run", "--pair", str(toy), *site]
 
 

@@ -1,4 +1,6 @@
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +12,10 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from mechdiff_mlflow.chat import tokenize
+from mechdiff_mlflow.duplicates import NEAR_DUPLICATE, near_duplicates, shingles
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.prompts import Prompt, PromptSet, check_disjoint, read_prompts, tokenize
+from mechdiff_mlflow.prompts import Prompt, PromptSet, check_disjoint, read_prompts
 from mechdiff_mlflow.spec import Position
 
 TEMPLATE = (
@@ -162,7 +166,7 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) ->
         ({"txt": "tea"}, 'line 2 has neither a "text"'),
         ({"text": "  "}, 'line 2 has neither a "text"'),
         ({"text": 3}, 'line 2 has neither a "text"'),
-        ([1], 'line 2 has neither a "text"'),
+        ([1], "line 2 is a JSON array"),
         ({"text": "a", "messages": [{"role": "user", "content": "a"}]}, 'line 2 has neither a "text"'),
         ({"messages": []}, 'line 2 has neither a "text"'),
         ({"messages": [{"role": "tool", "content": "a"}]}, 'line 2 has neither a "text"'),
@@ -182,7 +186,7 @@ def test_empty_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(MechdiffError, match="cannot be read"):
         read_prompts(tmp_path / "nothing.jsonl", "val")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}')
-    with pytest.raises(MechdiffError, match="cannot be read as UTF-8"):
+    with pytest.raises(MechdiffError, match="line 1 is another encoding, not UTF-8; save the file as UTF-8"):
         read_prompts(tmp_path / "latin.jsonl", "val")
 
 
@@ -220,3 +224,161 @@ def test_a_split_may_repeat_itself() -> None:
 @given(st.permutations(["one", "two", "three"]), st.permutations(["one", "two", "three"]))
 def test_digests_are_equal_for_equal_prompts_only(a: list[str], b: list[str]) -> None:
     assert (prompts(*a).digest == prompts(*b).digest) == (a == b)
+
+
+def without(old: str, new: str = "") -> Callable[[str], str]:
+    return lambda text: text.replace(old, new)
+
+
+def a_line_each(text: str) -> str:
+    """What `jq -c` writes."""
+    found = json.loads(text)
+    return "\n".join(map(json.dumps, found if isinstance(found, list) else [found]))
+
+
+@pytest.mark.parametrize(
+    ("text", "remedy", "follow"),
+    [
+        ('{"text": "tea"},\n{"text": "two"}', "remove the comma behind the object", without("},", "}")),
+        ('{"text": "tea",}', "remove the comma before the closing bracket", without(",}", "}")),
+        ('{"text": "tea", "tags": ["a",]}', "remove the comma before the closing", without(",]", "]")),
+        ('[{"text": "tea"}, {"text": "two"}]', r"jq -c '\.\[\]' FILE", a_line_each),
+        ('[\n {"text": "tea"},\n {"text": "two"}\n]', r"jq -c '\.\[\]' FILE", a_line_each),
+        ('{\n  "text": "tea"\n}', r"on one line \(jq -c \. FILE\)", a_line_each),
+        ("{'text': 'tea'}", "straight double quotes", without("'", '"')),
+        ("{\"text\": 'tea'}", "straight double quotes", without("'", '"')),
+        (
+            "{\u201ctext\u201d: \u201ctea\u201d}",
+            "straight double quotes",
+            lambda t: t.replace("\u201c", '"').replace("\u201d", '"'),
+        ),
+        ('{text: "tea"}', "straight double quotes", without("text", '"text"')),
+        ('{"text": "tea", "score": NaN}', "write null instead", without("NaN", "null")),
+        ('{"text": "tea", "score": -Infinity}', "write null instead", without("-Infinity", "null")),
+        ('{"text": "tea", "score": None}', "write null", without("None", "null")),
+        ('{"text": "tea", "gold": True}', "in small letters", str.lower),
+        ('{"text": "tea", "text": "two"}', "remove one of them", without(', "text": "two"')),
+        ('{"text": "tea"} {"text": "two"}', "begin a line for each object", without("} {", "}\n{")),
+        ('# mine\n{"text": "tea"}', "remove the comment", without("# mine")),
+        ('{"text": "tea\ttwo"}', r"a tab within a text as \\t", without("\t", "\\t")),
+        ("tea", "write one object a line", lambda text: json.dumps({"text": text})),
+        ('{"text": "tea", "group": 3}', 'write a name, e.g. "group": "g1"', without("3", '"g1"')),
+    ],
+)
+def test_the_remedy_of_a_malformed_line_works(
+    tmp_path: Path, text: str, remedy: str, follow: Callable[[str], str]
+) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(MechdiffError, match=rf"prompts.jsonl, line \d.*{remedy}"):
+        read_prompts(path, "val")
+    path.write_text(follow(text), encoding="utf-8")
+    assert read_prompts(path, "val").prompts[0].text[:3] == "tea"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
+def test_other_encodings_are_named_and_utf_8_with_a_mark_is_read(tmp_path: Path, encoding: str) -> None:
+    path, text = tmp_path / "prompts.jsonl", '{"text": "caf\xe9"}\n{"text": "tea"}\n'
+    path.write_text(text, encoding=encoding)
+    kind = "another encoding" if encoding == "latin-1" else "UTF-16"
+    with pytest.raises(MechdiffError, match=f"line 1 is {kind}, not UTF-8; save the file as UTF-8"):
+        read_prompts(path, "val")
+    path.write_text(path.read_text(encoding=encoding), encoding="utf-8-sig")
+    assert [p.text for p in read_prompts(path, "val").prompts] == ["caf\xe9", "tea"]
+
+
+def test_blank_lines_blanks_and_marks_before_objects_are_skipped(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, "\ufeff", '  {"text": "a"}', "\t ", '\xa0{"text": "b"}\r', '\ufeff {"text": "c"}', ""
+    )
+    assert [p.text for p in read_prompts(path, "val").prompts] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("half", ["\\ud800", "tea \\udfff"])
+def test_halves_of_characters_are_refused(tmp_path: Path, half: str) -> None:
+    for line in (f'{{"text": "{half}"}}', f'{{"text": "tea", "group": "{half}"}}'):
+        with pytest.raises(MechdiffError, match="line 1 has"):
+            read_prompts(written(tmp_path, line), "val")
+
+
+@pytest.mark.parametrize("position", [Position.LAST_CONTENT, Position.CONTENT_MEAN])
+@pytest.mark.parametrize("chat", [True, False])
+def test_blanks_before_a_text_do_not_hide_it(position: Position, chat: bool) -> None:
+    tok = tokenizer(TEMPLATE.replace(" | trim", ""))  # as most templates of base models
+    found = tokenize(tok, prompts(" \n what is tea  "), chat=chat, position=position)
+    span = words(tok, found.ids[0])[found.positions[0] :][: found.span(0)]
+    assert span == (["tea"] if position is Position.LAST_CONTENT else ["what", "is", "tea"])
+
+
+@pytest.mark.parametrize("again", [QUESTION, f"  {QUESTION}\n", QUESTION.replace(" ", "\xa0 "), "cafe\u0301"])
+def test_a_repeated_prompt_is_refused_unless_a_group_says_so(tmp_path: Path, again: str) -> None:
+    lines = [{"text": "caf\xe9"}, {"text": QUESTION}, {"text": again}, {"text": again}]
+    with pytest.raises(MechdiffError) as caught:
+        read_prompts(written(tmp_path, *lines), "test")
+    says = str(caught.value)
+    assert says.startswith("2 of 4 prompts of ")
+    assert f"first line 3 as line {1 if 'caf' in again else 2} (" in says
+    assert read_prompts(written(tmp_path, *lines[:2]), "test").groups == ()  # removed
+    grouped = [{**line, "group": "g"} for line in lines]
+    found = read_prompts(written(tmp_path, {"text": "other"}, *grouped), "test")
+    assert (found.groups, found.n_groups, len(found)) == ((0, 1, 1, 1, 1), 2, 5)
+    with pytest.raises(MechdiffError, match=r"are of one group.*name two or more"):
+        read_prompts(written(tmp_path, *grouped), "test")
+    with pytest.raises(MechdiffError, match="3 as line"):  # groups that keep them apart do not help
+        read_prompts(written(tmp_path, *({**line, "group": f"g{i}"} for i, line in enumerate(lines))), "test")
+
+
+def test_equal_texts_after_other_turns_are_no_repeats(tmp_path: Path) -> None:
+    turns = [[{"role": "system", "content": s}, {"role": "user", "content": "tea"}] for s in ("a", "b")]
+    assert len(read_prompts(written(tmp_path, *({"messages": t} for t in turns)), "val")) == 2
+    same = {"messages": [{"role": "user", "content": "tea"}]}
+    with pytest.raises(MechdiffError, match="first line 2 as line 1"):
+        read_prompts(written(tmp_path, {"text": "tea"}, same), "val")
+
+
+def test_groups_change_the_digest_and_their_names_do_not(tmp_path: Path) -> None:
+    def digest(*groups: str | None) -> str:
+        named = [{"text": t, "group": g} for t, g in zip("abc", groups, strict=True)]
+        return read_prompts(written(tmp_path, *named), "val").digest
+
+    assert digest("x", "x", None) == digest("y", "y", "z") != digest(None, None, None)
+    assert digest(None, None, None) == digest("x", "y", "z") == prompts("a", "b", "c").digest
+
+
+def test_a_message_quotes_little_of_a_long_prompt(tmp_path: Path) -> None:
+    long = "w " * 500_000
+    with pytest.raises(MechdiffError) as repeated:
+        read_prompts(written(tmp_path, {"text": long[:800_000]}, {"text": long[:799_999]}), "val")
+    with pytest.raises(MechdiffError) as shared:
+        check_disjoint([prompts(long, split="train"), prompts(long)])
+    assert all(len(str(error.value)) < 500 for error in (repeated, shared))
+    assert all("remove" in str(error.value) for error in (repeated, shared))
+
+
+def brute(texts: list[str], splits: list[int]) -> set[tuple[int, int]]:
+    sets = [shingles(text) for text in texts]
+    return {
+        (i, j)
+        for j in range(len(texts))
+        for i in range(j)
+        if splits[i] != splits[j] and len(sets[i] & sets[j]) >= NEAR_DUPLICATE * len(sets[i] | sets[j])
+    }
+
+
+@given(st.data())
+def test_near_duplicates_are_those_of_comparing_all_with_all(data: st.DataObject) -> None:
+    template = [f"t{i}" for i in range(data.draw(st.sampled_from([0, 7, 20, 45])))]
+    filler = st.lists(st.sampled_from("abcdef"[: data.draw(st.integers(1, 6))]), max_size=9)
+    texts = [" ".join([*template, *extra]) for extra in data.draw(st.lists(filler, min_size=1, max_size=25))]
+    splits = sorted(data.draw(st.lists(st.integers(0, 2), min_size=len(texts), max_size=len(texts))))
+    found = list(near_duplicates(texts, splits))
+    assert set(found) == brute(texts, splits)
+
+
+def test_thousands_of_prompts_with_one_template_are_searched_in_seconds() -> None:
+    template = " ".join(f"word{i}" for i in range(40))
+    texts = [f"{template} about a{i} b{i} c{i} d{i} e{i}" for i in range(8_000)]
+    splits = [0] * 5_000 + [1] * 3_000
+    started = time.process_time()
+    assert list(near_duplicates(texts, splits)) == []
+    assert time.process_time() - started < 5  # comparing all with all took minutes
+    assert list(near_duplicates([*texts, texts[7] + " today"], [*splits, 2])) == [(7, 8_000)]

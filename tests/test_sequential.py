@@ -44,11 +44,11 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     def from_pretrained(place: str, **options: Any) -> Any:
         assert all(ref() is None for ref in alive), "two models in memory"
-        model = own(place, **options)
+        model, report = own(place, **options)
         # The weights too: somebody could keep a matrix.
         alive.extend([weakref.ref(model), *map(weakref.ref, model.parameters())])
         names.append(Path(place).name)
-        return model
+        return model, report
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     yield names

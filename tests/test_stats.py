@@ -305,3 +305,78 @@ def test_drop_difference_resamples_each_set_by_itself() -> None:
     assert found.estimate == pytest.approx(plain[0] - plain[1], rel=1e-12)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(gaps, [0.025, 0.975])), rel=1e-9)
     assert drop_difference(first, (0 * second[0], second[1])).estimate is None
+
+
+def copies(values: np.ndarray, times: int) -> np.ndarray:
+    return np.repeat(values, times)
+
+
+def test_ten_copies_of_fifteen_prompts_are_fifteen_prompts() -> None:
+    """Every interval and p-value of grouped copies is that of the prompts themselves."""
+    rng = np.random.default_rng(1)
+    raw, mapped, cos = rng.lognormal(size=15), rng.lognormal(-1, size=15), rng.normal(size=15)
+    groups = tuple(np.repeat(np.arange(15), 10).tolist())
+    one, many = Bootstrap(seed=3), Bootstrap(seed=3, groups=groups)
+    for statistic in (drop_pct, kl_difference):
+        alone = statistic(raw, mapped, bootstrap=one)
+        grouped = statistic(copies(raw, 10), copies(mapped, 10), bootstrap=many)
+        pretended = statistic(copies(raw, 10), copies(mapped, 10), bootstrap=one)
+        assert [grouped.estimate, grouped.low, grouped.high] == pytest.approx(
+            [alone.estimate, alone.low, alone.high], rel=1e-12
+        )
+        # What is counted ten times over looks three times as sure.
+        assert (pretended.high - pretended.low) < 0.45 * (alone.high - alone.low)
+    least = min_k([1, 2], raw, np.stack([mapped * 2, mapped]), target_pct=30, bootstrap=one)
+    tenfold = np.stack([copies(mapped * 2, 10), copies(mapped, 10)])
+    assert min_k([1, 2], copies(raw, 10), tenfold, target_pct=30, bootstrap=many).low == least.low
+    assert sign_flip_p(copies(raw - mapped, 10), groups=groups) == sign_flip_p(raw - mapped)
+    assert sign_flip_p(copies(cos, 10)) != sign_flip_p(cos) == sign_flip_p(copies(cos, 10), groups=groups)
+    gap = drop_difference((raw, mapped), (mapped, raw), bootstrap=one)
+    same = drop_difference(
+        (copies(raw, 10), copies(mapped, 10)), (mapped, raw), bootstrap=one, groups=(groups, ())
+    )
+    assert (same.low, same.high) == pytest.approx((gap.low, gap.high), rel=1e-12)
+    found = correlation(copies(cos, 10), copies(raw - mapped, 10), bootstrap=many)
+    expected = correlation(cos, raw - mapped, bootstrap=one)
+    assert (found.pearson.low, found.pearson.high) == pytest.approx(
+        (expected.pearson.low, expected.pearson.high), rel=1e-9
+    )
+    assert found.spearman.low == pytest.approx(expected.spearman.low, rel=1e-9)
+
+
+@given(st.lists(st.integers(0, 4), min_size=4, max_size=9).filter(lambda g: len({*g}) > 1))
+def test_a_bootstrap_of_groups_draws_them_whole(groups: list[int]) -> None:
+    """Against a slow one that lists every drawn prompt."""
+    rng = np.random.default_rng(0)
+    raw, mapped = rng.lognormal(size=len(groups)), rng.lognormal(size=len(groups))
+    bootstrap = Bootstrap(n_resamples=50, groups=tuple(groups))
+    members = [np.flatnonzero(np.array(groups) == g) for g in np.unique(groups)]
+    drawn = np.random.default_rng(0).integers(0, len(members), (50, len(members)))
+    samples = [np.concatenate([members[g] for g in row]) for row in drawn]
+    slow = [100 * (1 - mapped[rows].sum() / raw[rows].sum()) for rows in samples]
+    found = drop_pct(raw, mapped, bootstrap=bootstrap)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])), rel=1e-9)
+    ranks = [scipy.stats.spearmanr(raw[rows], mapped[rows])[0] for rows in samples if np.ptp(raw[rows]) > 0]
+    spearman = correlation(raw, mapped, bootstrap=bootstrap).spearman
+    if len(ranks) == 50 and not np.isnan(ranks).any():
+        assert (spearman.low, spearman.high) == pytest.approx(
+            tuple(np.quantile(ranks, [0.025, 0.975])), rel=1e-9
+        )
+
+
+@pytest.mark.parametrize("times", [1, 10])
+def test_intervals_of_groups_cover_as_those_of_single_prompts(times: int) -> None:
+    """Coverage of a mean of 15 independent values, each seen `times` times with the same group."""
+    rng = np.random.default_rng(5)
+    groups = tuple(np.repeat(np.arange(15), times).tolist())
+    hits = 0
+    for _ in range(400):
+        values = copies(rng.normal(1, 1, 15), times)
+        found = kl_difference(values, 0 * values, bootstrap=Bootstrap(999, groups=groups))
+        hits += found.low <= 1 <= found.high
+    assert 0.87 < hits / 400 < 0.96  # 95 % asked for; 15 values are few
+
+
+def test_of_one_group_there_is_no_interval() -> None:
+    found = kl_difference([1.0, 2.0], [0.5, 0.5], bootstrap=Bootstrap(groups=(0, 0)))
+    assert (found.estimate, found.low, found.high) == (1.0, None, None)

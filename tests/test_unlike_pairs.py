@@ -80,7 +80,9 @@ def test_the_content_family_goes_through_the_whole_protocol(
     here: Path,  # noqa: F811
     words: tuple[str, ...],
 ) -> None:
-    shown = mechdiff("run", "--pair", str(unlike), *SITE, "--family", "content", *words, "--promote").output
+    shown = mechdiff(
+        "run", "--pair", str(unlike), *SITE, "--family", "content", *words, "--promote", "--force"
+    ).output
     assert "L3/resid_post" in shown
     runs = runs_of(client)
     (patch,) = runs["patch"]

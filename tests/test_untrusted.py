@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import SPEC, write_pair
 
-from mechdiff_mlflow import untrusted
+from mechdiff_mlflow import shown, untrusted
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.pairs import load_pair
 from mechdiff_mlflow.spec import PairSpec
@@ -66,6 +66,32 @@ def test_a_path_may_turn_but_not_leave(tmp_path: Path) -> None:
 def test_errors_show_what_a_terminal_would_obey() -> None:
     error = MechdiffError("\x1b[31m \u202e \ud800 \u2028 α τεστ 茶 \x00")
     assert str(error) == "\\x1b[31m \\u202e \\ud800 \\u2028 α τεστ 茶 \\x00"
+
+
+def test_a_message_of_a_megabyte_keeps_its_start_and_its_remedy() -> None:
+    error = MechdiffError(f"Prompt {'x' * 1_000_000} is too long; cut it.")
+    assert len(str(error)) <= 2_000
+    assert str(error).startswith("Prompt x")
+    assert str(error).endswith("x is too long; cut it.")
+    assert len(str(MechdiffError("\x1b" * 1_000_000))) <= 2_000
+
+
+@given(st.text(), st.text(st.sampled_from("`*[](){}<>|\\\n\x1b\u202e&x"), max_size=20))
+def test_nothing_in_a_text_is_markup_where_it_is_shown(a: str, b: str) -> None:
+    for text in (a + b, b + a, b):
+        seen = shown.markdown(text)
+        assert "\n" not in seen
+        assert not re.search(r"[`<|]|\]\(|\*\*", seen)
+        page = shown.html(text)
+        assert not re.search(r"<|>|&(?!lt;|gt;|amp;)", page)
+        for made in (seen, page, shown.plain(text)):
+            assert made.replace("\n", "").isprintable() or (
+                not made.isprintable()
+                and not re.search(
+                    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", made
+                )
+            )
+        assert json.loads(shown.plain(json.dumps({"x": text}, ensure_ascii=False))) == {"x": text}
 
 
 def test_the_payloads_of_the_corpus_do_run_when_unpickled(

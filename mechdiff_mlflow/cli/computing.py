@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ from mechdiff_mlflow.spec import PairSpec
 from mechdiff_mlflow.tracking.cache import STAGING_VARIABLE, forget_old_staging
 from mechdiff_mlflow.tracking.provenance import code_version
 
+Check = Callable[[Pair], None]
+
 SMALL_MODEL = 50_000_000
 
 
 @contextlib.contextmanager
-def workers_of(spec: PairSpec, options: dict[str, Any], folder: Path, stage: Stage) -> Iterator[Journal]:
+def workers_of(
+    spec: PairSpec, options: dict[str, Any], folder: Path, stage: Stage, check: Check
+) -> Iterator[Journal]:
     """Those whom the options ask to compute, with the pair in their hands and sound, behind a journal.
 
     Args:
@@ -34,9 +38,10 @@ def workers_of(spec: PairSpec, options: dict[str, Any], folder: Path, stage: Sta
         options: The command's parameters by name.
         folder: For the journal.
         stage: Who listens to progress.
+        check: Called with the pair before any weights are loaded.
     """
     version = f"{code_version()} {source_sha256()}"
-    with _usable(folder) as place, _computing(spec, options, stage) as inner:
+    with _usable(folder) as place, _computing(spec, options, stage, check) as inner:
         yield Journal(inner, place, version=version, in_memory=inner.pair.options.memory_budget is None)
 
 
@@ -68,27 +73,27 @@ def _usable(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _computing(spec: PairSpec, options: dict[str, Any], stage: Stage) -> Iterator[Workers]:
+def _computing(spec: PairSpec, options: dict[str, Any], stage: Stage, check: Check) -> Iterator[Workers]:
     if options["engine"] == "ray":
         with stage("starting workers", 1):
-            workers = _of_a_cluster(spec, options)
+            workers = _of_a_cluster(spec, options, check)
         with workers:
             yield workers
         return
     with stage("loading both models", 1):
-        pair = load_as_asked(spec, options)
+        pair = load_as_asked(spec, options, check=check)
     settle_threads(pair)
     with stage("checking the plumbing", 1):
         demand_sound(pair)
     yield LocalWorkers(pair)
 
 
-def _of_a_cluster(spec: PairSpec, options: dict[str, Any]) -> Workers:
+def _of_a_cluster(spec: PairSpec, options: dict[str, Any], check: Check) -> Workers:
     """Workers that load the pair and check its plumbing each for itself; this process holds no model."""
     from mechdiff_mlflow.experiments.workers.ray_workers import RayWorkers  # Ray is an extra
 
     workers = RayWorkers(
-        load_as_asked(spec, options, lazily=True),
+        load_as_asked(spec, options, lazily=True, check=check),
         options["workers"],
         address=options["address"],
         device=options["device"],
@@ -99,7 +104,9 @@ def _of_a_cluster(spec: PairSpec, options: dict[str, Any]) -> Workers:
     return workers
 
 
-def load_as_asked(spec: PairSpec, options: dict[str, Any], *, lazily: bool = False) -> Pair:
+def load_as_asked(
+    spec: PairSpec, options: dict[str, Any], *, lazily: bool = False, check: Check | None = None
+) -> Pair:
     """The pair, loaded as the options that all such commands share say; see `load_pair`."""
     return load_pair(
         spec,
@@ -109,6 +116,7 @@ def load_as_asked(spec: PairSpec, options: dict[str, Any], *, lazily: bool = Fal
             **{name: options[name] for name in ("batch_size", "memory_budget", "sequential")}
         ),
         lazily=lazily,
+        check=check,
     )
 
 

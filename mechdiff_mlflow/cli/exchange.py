@@ -24,11 +24,7 @@ from mechdiff_mlflow.tracking.store import open_store
 @options.position
 @options.alias
 @options.why
-@click.option(
-    "--allow-pair-mismatch",
-    is_flag=True,
-    help="Also where a map fitted on a known pair has the alias: bundles do not say their models.",
-)
+@options.force
 @options.tracking
 def import_command(manifest: Path, **given: Any) -> None:
     """Register the winners of a hand-made MANIFEST (pair, winners: path and alpha) with an alias.
@@ -46,14 +42,16 @@ def import_command(manifest: Path, **given: Any) -> None:
         position=given["position"],
         alias=given["alias"],
         why=given["why"],
-        allow_pair_mismatch=given["allow_pair_mismatch"],
+        force=given["force"],
         experiment=given["experiment"],
     )
-    found = import_manifest(open_store(given["tracking_uri"]), what)
+    store = open_store(given["tracking_uri"])
+    found = import_manifest(store, what, say=lambda text: show.lines([text]))
     for row in found:
         did = "is" if row.is_new else "was already"
         show.lines([f"{row.key}: {row.version.name} version {row.version.number} {did} @{what.alias}"])
-    show.lines([f"Fetch: mechdiff fetch {found[0].version.name}@{what.alias} -o map.pt"])
+    name = f"{found[0].version.name}@{what.alias}"
+    show.lines([f"Fetch: {show.command('fetch', name, '-o', 'map.pt')}"])
 
 
 @click.command("export")

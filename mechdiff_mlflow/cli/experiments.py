@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+from mechdiff_mlflow import foreign
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.session import AS_MANY, session
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments import PatchRecord, Study
-from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks
+from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
+from mechdiff_mlflow.experiments.possible import check_cells, check_map, check_pair
+from mechdiff_mlflow.experiments.sweep import SweepSite, Targets, cells_of, least_ranks
 from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.report.curves import curve_figures
 from mechdiff_mlflow.report.evidence import of_record
 from mechdiff_mlflow.report.figures import write_figures
@@ -22,9 +27,11 @@ from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.fetch import load_map
+from mechdiff_mlflow.tracking.flavour import maps_of_run
 from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.parents import report_pass_run
-from mechdiff_mlflow.tracking.promotion import demand_may_promote, promote
+from mechdiff_mlflow.tracking.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.promotion import PromotionRefused, demand_may_promote, promote
 from mechdiff_mlflow.tracking.registry import winners_of
 from mechdiff_mlflow.tracking.store import open_store
 
@@ -51,6 +58,7 @@ _pair_mismatch = click.option(
 @options.models
 @options.engine
 @options.promotion
+@options.force
 @options.tracking
 def run_command(**given: Any) -> None:
     """Fit a map at one site, patch with it, and report: the main job.
@@ -62,23 +70,44 @@ def run_command(**given: Any) -> None:
       mechdiff run --layer 26 --hook attn_out --k 8 --alpha 0.3 --promote
     """
     cell = _cell(given)
-    if given["promote"] != "none":
-        check_alias(given["promote"])  # not after the work
+    alias = None if given["promote"] == "none" else check_alias(given["promote"])  # not after the work
+    if alias and given["split"] == "val" and len(cell.alpha.values) > 1 and not given["force"]:
+        raise MechdiffError(
+            "α would be chosen on the val prompts that are reported, and such a map may not be promoted; "
+            "report test, give one --alpha, or add --force."
+        )
+    if alias:
         name = PairSpec.load(given["pair"]).name
         demand_may_promote(open_store(given["tracking_uri"]), name, cell.site)
-    with session("run", str(cell), given) as now:
+    told: list[str] = []
+    refused = None
+    with session("run", str(cell), given, partial(check_cells, [cell])) as now:
         (fit,) = now.study.fit([cell])
         fit_id = now.run.log(fields.fit_run(fit, now.study))
         (patch,) = now.study.patch([fit.to_patch])
         now.run.log(fields.patch_run(patch, now.study, map_run=fit_id))
         now.run.add(fields.headline(patch))
         _demand_signal([patch])
-        fetch = f"Keep:  mechdiff promote {fit_id}"
-        if given["promote"] != "none":
-            version = promote(now.store, fit_id, alias=given["promote"], read=fit.map)
-            fetch = f"Fetch: mechdiff fetch {version.name}@{given['promote']} -o map.pt"
+        fetch = f"Keep:  {show.command('promote', fit_id)}"
+        if alias:
+            try:
+                version = promote(
+                    now.store,
+                    fit_id,
+                    alias=alias,
+                    policy=PromotionPolicy(force=given["force"]),
+                    say=told.append,
+                    demand=now.run.demand,
+                    read=fit.map,
+                )
+                fetch = f"Fetch: {show.command('fetch', f'{version.name}@{alias}', '-o', 'map.pt')}"
+            except PromotionRefused as refusal:  # what was measured stays, and the run is a good one
+                refused = refusal
     show.patches([patch], now.study)
+    show.lines(told)
     show.where_to_look(now.store, now.run.experiment_id, fetch)
+    if refused is not None:
+        raise refused
 
 
 @click.command("fit")
@@ -100,11 +129,12 @@ def fit_command(**given: Any) -> None:
       mechdiff fit --layer 24 --hook resid_post --solver reduced_rank --k 8 --alpha 0.7
     """
     cell = _cell(given)
-    with session("fit", f"fit {cell}", given) as now:
+    with session("fit", f"fit {cell}", given, partial(check_cells, [cell])) as now:
         (fit,) = now.study.fit([cell])
         fit_id = now.place(fields.fit_run(fit, now.study))
+    patch = show.command("patch", "--map", f"runs:/{fit_id}", "--pair", given["pair"])
     show.fits([fit], now.study)
-    show.where_to_look(now.store, now.run.experiment_id, f"Patch: mechdiff patch --map runs:/{fit_id}")
+    show.where_to_look(now.store, now.run.experiment_id, f"Patch: {patch}")
 
 
 @click.command("patch")
@@ -112,7 +142,7 @@ def fit_command(**given: Any) -> None:
 @options.pair
 @click.option(
     "--alpha",
-    type=options.Text("alpha", lambda text: None if text == "map" else options.one_alpha(text)),
+    type=options.Text("alpha", options.one_alpha, none="map"),
     default="map",
     show_default=True,
     help="Scale instead of the map's own; replaces it, does not multiply it.",
@@ -131,14 +161,22 @@ def patch_command(**given: Any) -> None:
     Example:
       mechdiff patch --map cultural-demo-L26-attn_out@champion --alpha 0.3
     """
-    map_ = load_map(given["map"], store=open_store(given["tracking_uri"]))
+    store = open_store(given["tracking_uri"])
+    map_ = load_map(given["map"], store=store)
+    run_id = given["map"].removeprefix("runs:/")
+    fit_id = run_id if re.fullmatch("[0-9a-f]{32}", run_id) and maps_of_run(store, run_id) else None
     map_ = map_ if given["alpha"] is None else map_.with_alpha(given["alpha"])
-    given["position"] = Position(str(map_.meta["position"]))
     cell = _cell_of(map_, given["map"])
-    with session("patch", f"patch {given['map']}", given) as now:
-        _check_same_pair(map_, given["map"], now.study.pair.fingerprint, allowed=given["allow_pair_mismatch"])
-        (patch,) = now.study.patch([(cell, map_, ())])
-        now.place(fields.patch_run(patch, now.study, map_name=given["map"]))
+
+    def check(protocol: Protocol, pair: Pair) -> None:
+        check_pair(protocol, pair)
+        _check_map(map_, given["map"], pair, given["allow_pair_mismatch"])
+
+    given["position"] = Position.parse(str(map_.meta["position"]))
+    with session("patch", f"patch {given['map']}"[:200], given, check) as now:
+        now.run.pin("mechdiff.map_sha256", map_.sha256(), f"map {given['map']}")
+        (patch,) = now.study.patch([(cell, map_)])
+        now.place(fields.patch_run(patch, now.study, map_run=fit_id, map_name=given["map"]))
         _demand_signal([patch])
     show.patches([patch], now.study)
     show.where_to_look(now.store, now.run.experiment_id)
@@ -169,10 +207,11 @@ def patch_command(**given: Any) -> None:
 )
 @click.option(
     "--targets",
-    type=options.Text("targets", options.listed(float)),
-    default="30,12",
+    type=options.Text("targets", Targets.parse),
+    default="auto",
     show_default=True,
-    help="Drop in percent whose smallest rank is sought, one a site (or one for all).",
+    help="Drop in percent whose smallest rank is sought: 30 for all sites, 30,12 one a site in order, or by "
+    "site, L26/attn_out:30,L24/resid_post:12; auto: those for the default sites, 30 for others.",
 )
 @options.solver
 @options.position
@@ -191,7 +230,8 @@ def sweep_command(**given: Any) -> None:
       mechdiff sweep --sites L26/attn_out:0.3 --ranks 1,8,32,full --targets 30
     """
     cells = cells_of(given["sites"], given["ranks"], given["alphas"], given["solver"], given["family"])
-    with session("sweep", f"sweep of {len(cells)} cells", given) as now:
+    targets = given["targets"].at(list(dict.fromkeys(cell.site for cell in cells)))
+    with session("sweep", f"sweep of {len(cells)} cells", given, partial(check_cells, cells)) as now:
         fits = now.study.fit(cells)
         # Maps, then numbers, are stored while the next are computed.
         now.run.prepare(fields.planned_cell(fit, now.study) for fit in fits)
@@ -201,7 +241,7 @@ def sweep_command(**given: Any) -> None:
         )
         with now.study.stage("logging runs", len(fits)) as advance:
             now.run.wait(advance)
-        found = least_ranks(patches, given["targets"], seed=given["seed"])
+        found = least_ranks(patches, targets, seed=given["seed"])
         with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
             figures = curve_figures([of_record(patch) for patch in patches])
             files = write_figures(figures, f"Sweep of {now.study.pair.name}", Path(folder))
@@ -217,7 +257,9 @@ def sweep_command(**given: Any) -> None:
 @click.option(
     "--n",
     type=options.Text(
-        "count", lambda text: text if text == AS_MANY else options.count("--n").convert(text, None, None)
+        "count",
+        lambda text: text if text == AS_MANY else options.count("--n").convert(text, None, None),
+        none="all",
     ),
     default=AS_MANY,
     show_default=True,
@@ -247,23 +289,32 @@ def report_pass_command(**given: Any) -> None:
     """
     store = open_store(given["tracking_uri"])
     versions = winners_of(store, PairSpec.load(given["pair"]).name, given["alias"])
-    with session("report_pass", f"report pass of {len(versions)} winners", given) as now:
+    maps = [load_map(version.uri, store=store) for version in versions]
+    maps = [
+        map_.with_alpha(foreign.number(version.tags, "alpha") if "alpha" in version.tags else map_.alpha)
+        for version, map_ in zip(versions, maps, strict=True)
+    ]
+    cells = [_cell_of(map_, str(version)) for version, map_ in zip(versions, maps, strict=True)]
+
+    def check(protocol: Protocol, pair: Pair) -> None:
+        for version, map_ in zip(versions, maps, strict=True):
+            check_pair(replace(protocol, position=Position.parse(str(map_.meta["position"]))), pair)
+            _check_map(map_, str(version), pair, given["allow_pair_mismatch"])
+
+    with session("report_pass", f"report pass of {len(versions)} winners", given, check) as now:
         pair, protocol = now.study.pair, now.study.protocol
         if given["n"] == AS_MANY:
             protocol = replace(protocol, n=min(SEED_N, len(pair.prompts_of(protocol.split))))
             show.lines([f"{protocol.n} {protocol.split} prompts (of the {SEED_N} aimed at)."])
         studies: dict[Position, Study] = {}
         patches = []
-        for version in versions:
-            map_ = load_map(version.uri, store=store)
-            map_ = map_.with_alpha(float(version.tags.get("alpha", map_.alpha)))
-            _check_same_pair(map_, str(version), pair.fingerprint, allowed=given["allow_pair_mismatch"])
-            position = Position(str(map_.meta["position"]))
+        for version, map_, cell in zip(versions, maps, cells, strict=True):
+            position = Position.parse(str(map_.meta["position"]))
             if position not in studies:
                 at = replace(protocol, position=position)
                 studies[position] = Study(pair, at, now.study.stage, now.study.workers)
             study = studies[position]
-            (patch,) = study.patch([(_cell_of(map_, str(version)), map_, ())])
+            (patch,) = study.patch([(cell, map_)])
             now.run.log(fields.patch_run(patch, study, map_name=str(version)))
             patches.append(patch)
         now.run.add(report_pass_run(patches))
@@ -288,17 +339,12 @@ def _cell_of(map_: AffineMap, name: str) -> Cell:
     return Cell(site, str(meta["solver"]), str(meta["family"]), rank, Alpha((map_.alpha,)))
 
 
-def _check_same_pair(map_: AffineMap, name: str, fingerprint: str, *, allowed: bool = False) -> None:
+def _check_map(map_: AffineMap, name: str, pair: Pair, any_pair: bool) -> None:
     """Refuse, or where that is allowed say, that a map is of another pair; the run's tags say it too."""
-    fitted_on = map_.meta.get("fingerprint", "unknown")
-    if fitted_on == fingerprint:
-        return
-    if not allowed:
-        raise MechdiffError(
-            f"Map {name} was fitted on pair {fitted_on} and this is {fingerprint} "
-            "(other weights, tokenizer, template, dtype or prompts); fit again or --allow-pair-mismatch."
-        )
-    show.warn(f"map {name} was fitted on pair {fitted_on} and patches {fingerprint}; the run says so")
+    check_map(map_, name, Site.parse(str(map_.meta["site"])), pair, any_pair=any_pair)
+    theirs = map_.meta.get("fingerprint", "unknown")
+    if theirs != pair.fingerprint:
+        show.warn(f"map {name} was fitted on pair {theirs} and patches {pair.fingerprint}; the run says so")
 
 
 def _demand_signal(patches: list[PatchRecord]) -> None:

@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 import click
 
 from mechdiff_mlflow import __version__
-from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.errors import MechdiffError, is_text
 
-# What a disk says for which the user can make room, or give a right: no fault of the program.
-_DISK = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.EROFS, errno.EACCES, errno.EPERM),
-}
+TRACEBACK = "MECHDIFF_TRACEBACK"
+"""Environment variable: show where an unexpected error came from."""
 
 
 class ErrorsAsMessages(click.Group):
-    """Shows a `MechdiffError` as `Error: …` with exit code 1, and never as a traceback; a full disk likewise.
+    """Shows errors as `Error: …` with exit code 1, and as a traceback only if `MECHDIFF_TRACEBACK` is set.
 
     Inside `mlflow run`, what stops a command before it has taken its run over is noted on that run.
     """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse words that no store, file or terminal takes, whichever option they are of."""
+        for word in args:
+            if "\0" in word or not is_text(word):
+                raise _shown(
+                    f"{word[:80]!r} is no UTF-8 text; write it without the characters shown as escapes."
+                )
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
         except MechdiffError as error:
-            _note_on_enclosing_run(str(error))
-            raise click.ClickException(str(error)) from error
-        except OSError as error:
-            if error.errno not in _DISK:
-                raise
-            message = _about_disk(error)
-            _note_on_enclosing_run(message)
-            raise click.ClickException(message) from error
+            raise _shown(str(error)) from error
         except click.UsageError as error:
             _note_on_enclosing_run(error.format_message())
             raise
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except OSError as error:
+            raise _shown(_about_files(error)) from error
+        except Exception as error:
+            if os.environ.get(TRACEBACK):
+                raise
+            raise _shown(_about_fault(error)) from error
 
 
 @click.group(
@@ -66,13 +76,34 @@ def main() -> None:
     cli(prog_name="mechdiff")
 
 
-def _about_disk(error: OSError) -> str:
-    where = f" {error.filename}" if error.filename else ""
-    remedy = "allow it" if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) else "make room"
+_REMEDIES = {
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "allow it there, or name another place"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there or in TMPDIR"),
+    errno.ENAMETOOLONG: "give it a shorter name",
+}
+
+
+def _about_files(error: OSError) -> str:
+    where = f" {str(error.filename)[:200]}" if error.filename else ""
+    remedy = _REMEDIES.get(error.errno or 0, "see what is there")
     return (
-        f"Writing or reading{where} failed ({error.strerror}); {remedy} there or on the disk of the "
-        "temporary files (TMPDIR), then run this again, or finish its run with mechdiff resume."
+        f"Writing or reading{where} failed ({error.strerror or str(error)[:200]}); {remedy}, then run this "
+        "again, or finish its run with mechdiff resume."
     )
+
+
+def _about_fault(error: Exception) -> str:
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    text = " ".join(str(error).split())[:300]
+    return (
+        f"Unexpected {type(error).__name__} ({text}) at {Path(at.filename).name}:{at.lineno}, a fault of "
+        f"mechdiff; set {TRACEBACK}=1, run this again and report what it prints."
+    )
+
+
+def _shown(reason: str) -> click.ClickException:
+    _note_on_enclosing_run(reason)
+    return click.ClickException(reason)
 
 
 def _note_on_enclosing_run(reason: str) -> None:

@@ -10,17 +10,23 @@ import click
 
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.session import session
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments.atlas import atlas
 from mechdiff_mlflow.experiments.heads import heads_of
 from mechdiff_mlflow.experiments.layers import layer_profile
+from mechdiff_mlflow.experiments.possible import check_cells, check_pair, check_sites
+from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.report.atlas import atlas_figures, first_difference
 from mechdiff_mlflow.report.figures import write_figures
 from mechdiff_mlflow.report.profiles import heads_figures, heads_sentence, layer_figures, layers_sentence
-from mechdiff_mlflow.sites import Hook
+from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec import Alpha, Cell, Rank
 from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.parents import atlas_run, heads_run, layers_run
-from mechdiff_mlflow.tracking.promotion import promote
+from mechdiff_mlflow.tracking.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.promotion import PromotionRefused, promote
 
 ALL_HOOKS = ",".join(map(str, Hook))
 
@@ -43,12 +49,13 @@ ALL_HOOKS = ",".join(map(str, Hook))
 )
 @click.option(
     "--promote-best",
-    type=options.whole("--promote-best", 3),
+    type=options.whole("--promote-best", 3, most=100_000),
     default="0",
     show_default=True,
     help="Register the maps of this many sites, those with the highest drop on val.",
 )
 @click.option("--alias", default="champion", show_default=True, help="Alias of what is registered.")
+@options.force
 @options.solver
 @options.position
 @options.reported
@@ -68,7 +75,13 @@ def atlas_command(**given: Any) -> None:
       mechdiff atlas --hooks attn_out,resid_post --promote-best 1
     """
     check_alias(given["alias"])
-    with session("atlas", f"atlas of {given['pair']}", given) as now:
+
+    def check(protocol: Protocol, pair: Pair) -> None:
+        how = (given["solver"], given["family"], Rank(None), Alpha((given["alpha"],)))
+        sites = [Site(layer, hook) for layer in range(pair.n_layers) for hook in given["hooks"]]
+        check_cells([Cell(site, *how) for site in sites], protocol, pair)
+
+    with session("atlas", f"atlas of {given['pair']}", given, check) as now:
         found = atlas(
             now.study,
             hooks=given["hooks"],
@@ -77,12 +90,25 @@ def atlas_command(**given: Any) -> None:
             alpha=given["alpha"],
             best=given["promote_best"],
         )
-        lines = []
+        lines: list[str] = []
+        refused: list[str] = []
         with now.study.stage("logging runs", len(found.patches)) as advance:
             for site in (site for site in found.patches if site in found.best):
                 child = now.run.log(fields.cell_run(found.fits[site], found.patches[site], now.study))
-                version = promote(now.store, child, alias=given["alias"])
-                lines.append(f"Fetch: mechdiff fetch {version.name}@{given['alias']} -o map.pt")
+                try:
+                    policy = PromotionPolicy(force=given["force"])
+                    version = promote(
+                        now.store,
+                        child,
+                        alias=given["alias"],
+                        policy=policy,
+                        say=lines.append,
+                        demand=now.run.demand,
+                    )
+                    name = f"{version.name}@{given['alias']}"
+                    lines.append(f"Fetch: {show.command('fetch', name, '-o', 'map.pt')}")
+                except PromotionRefused as refusal:
+                    refused.append(str(refusal))
                 advance(1)
             others = [patch for site, patch in found.patches.items() if site not in found.best]
             now.run.log_all([fields.patch_run(patch, now.study) for patch in others], advance)
@@ -95,6 +121,8 @@ def atlas_command(**given: Any) -> None:
         show.patches(list(found.patches.values()), now.study)
     show.lines([sentence])
     show.where_to_look(now.store, now.run.experiment_id, *lines)
+    if refused:
+        raise MechdiffError(" ".join(refused))
 
 
 @click.command("layers")
@@ -126,11 +154,15 @@ def layers_command(**given: Any) -> None:
 @click.command("heads")
 @options.pair
 @click.option(
-    "--layer", type=options.whole("Layer", 26), default="26", show_default=True, help="Whose attention."
+    "--layer",
+    type=options.whole("Layer", 26, most=99_999),
+    default="26",
+    show_default=True,
+    help="Whose attention.",
 )
 @click.option(
     "--n-random",
-    type=options.whole("--n-random", 20, least=2),
+    type=options.whole("--n-random", 20, least=2, most=10_000),
     default="20",
     show_default=True,
     help="Random sets of every size, to compare the greedy ones with.",
@@ -150,7 +182,12 @@ def heads_command(**given: Any) -> None:
     Example:
       mechdiff heads --layer 26
     """
-    with session("heads", f"heads of layer {given['layer']}", given) as now:
+
+    def check(protocol: Protocol, pair: Pair) -> None:
+        check_pair(protocol, pair)
+        check_sites([Site(given["layer"], Hook.ATTN_OUT)], pair)
+
+    with session("heads", f"heads of layer {given['layer']}", given, check) as now:
         record = heads_of(now.study, given["layer"], n_random=given["n_random"])
         sentence = heads_sentence(record.table)
         with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:

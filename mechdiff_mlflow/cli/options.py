@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,10 +13,15 @@ import click
 
 from mechdiff_mlflow.engine.budget import parse_bytes
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import number_in, text_of
+from mechdiff_mlflow.experiments.protocol import MAX_PERMUTATIONS
 from mechdiff_mlflow.maps import Family
 from mechdiff_mlflow.sites import Hook
 from mechdiff_mlflow.solvers import SOLVERS, OffSpan
 from mechdiff_mlflow.spec import Alpha, PairSpec, Position, Rank
+
+MOST = 2**63 - 1
+"""What a database keeps as a whole number, and a generator takes as a seed."""
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Command], Command]
@@ -26,46 +33,60 @@ class Text(click.ParamType[Any]):
     Args:
         name: Shown in the help as the kind of value.
         parse: From the text to the value.
+        none: The word that stands for None; empty where there is none.
     """
 
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+    def __init__(self, name: str, parse: Callable[[str], Any], *, none: str = "") -> None:
         self.name = name
-        self._parse = parse
+        self._parse, self._none = parse, none
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The parsed value; defaults that are values already pass."""
-        return self._parse(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return None if self._none and value == self._none else self._parse(value)
+
+    def text(self, value: Any) -> str:
+        """What to type for a value: `convert` of it is that value again."""
+        if value is None:
+            return self._none
+        if isinstance(value, tuple):
+            return ",".join(map(self.text, value))
+        return text_of(value) if isinstance(value, float) else str(value)
 
 
-def whole(option: str, example: int, *, least: int = 0) -> Text:
-    """A whole number of at least `least`."""
+def whole(option: str, example: int, *, least: int = 0, most: int = MOST, none: str = "") -> Text:
+    """A whole number from `least` to `most`."""
 
     def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text[:10]) < least:
+        if re.fullmatch("[0-9]{1,40}", text) is None or not least <= int(text) <= most:
+            bounds = f"at least {least}" + (f" and at most {most}" if most < MOST or len(text) > 18 else "")
             raise MechdiffError(
-                f"{option} {text!r} is not a whole number of at least {least}; pass e.g. {example}."
+                f"{option} {text[:80]!r} is not a whole number of {bounds}; pass e.g. {example}."
             )
-        return int(text[:10])
+        return int(text)
 
-    return Text("whole number", parse)
+    return Text("whole number", parse, none=none)
 
 
 def number(option: str, example: float) -> Text:
-    """A number; its range is checked where it is used."""
+    """A finite number; its range is checked where it is used."""
 
     def parse(text: str) -> float:
         try:
-            return float(text)
+            value = number_in(text)
         except ValueError:
-            raise MechdiffError(f"{option} {text!r} is not a number; pass e.g. {example:g}.") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise MechdiffError(f"{option} {text[:80]!r} is not a number; pass e.g. {text_of(example)}.")
+        return value
 
     return Text("number", parse)
 
 
 def count(option: str) -> Text:
     """`all` (None) or a whole number from 1."""
-    numbers = whole(option, 100, least=1)
-    return Text("count", lambda text: None if text == "all" else numbers.convert(text, None, None))
+    return whole(option, 100, least=1, none="all")
 
 
 def one_of(option: str, *names: str) -> Text:
@@ -73,22 +94,29 @@ def one_of(option: str, *names: str) -> Text:
 
     def parse(text: str) -> str:
         if text not in names:
-            raise MechdiffError(f"{option} {text!r} is unknown; use one of {', '.join(names)}.")
+            raise MechdiffError(f"{option} {text[:80]!r} is unknown; use one of {', '.join(names)}.")
         return text
 
     return Text("|".join(names), parse)
 
 
 def listed(parse: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Comma-separated values."""
-    return lambda text: tuple(parse(part.strip()) for part in text.split(","))
+    """Comma-separated values, each once."""
+
+    def parse_all(text: str) -> tuple[Any, ...]:
+        values = tuple(parse(part.strip()) for part in text.split(","))
+        if twice := [value for value in dict.fromkeys(values) if values.count(value) > 1]:
+            raise MechdiffError(f"The list {text[:80]!r} has {twice[0]} more than once; name each once.")
+        return values
+
+    return parse_all
 
 
 def one_alpha(text: str) -> float:
     """A single scale."""
     alpha = Alpha.parse(text)
     if alpha.is_choice:
-        raise MechdiffError(f"α={text!r} is a choice of several; pass one number, e.g. 0.3.")
+        raise MechdiffError(f"α={text[:80]!r} is a choice of several; pass one number, e.g. 0.3.")
     return alpha.values[0]
 
 
@@ -110,7 +138,11 @@ pair = click.option(
 
 site = _stacked(
     click.option(
-        "--layer", type=whole("Layer", 26), default="26", show_default=True, help="Decoder block, from 0."
+        "--layer",
+        type=whole("Layer", 26, most=99_999),
+        default="26",
+        show_default=True,
+        help="Decoder block, from 0.",
     ),
     click.option(
         "--hook",
@@ -159,7 +191,7 @@ solver = _stacked(
     ),
     click.option(
         "--directions",
-        type=whole("--directions", 16, least=1),
+        type=whole("--directions", 16, least=1, most=100_000),
         default="16",
         show_default=True,
         help="Output directions that logit_subspace is restricted to.",
@@ -180,7 +212,7 @@ solver = _stacked(
     ),
     click.option(
         "--off-span",
-        type=Text("rule", lambda text: None if text == "auto" else OffSpan.parse(text)),
+        type=Text("rule", OffSpan.parse, none="auto"),
         default="auto",
         show_default=True,
         help="Outside the span of the training rows: zero, nearest_identity, or auto (val chooses).",
@@ -218,7 +250,7 @@ n_train = click.option(
 
 permutations = click.option(
     "--permutations",
-    type=whole("--permutations", 99),
+    type=whole("--permutations", 99, most=MAX_PERMUTATIONS),
     default="0",
     show_default=True,
     help="Refits on shuffled pairs, choices inside, for a p-value and a control; 0: none.",
@@ -261,7 +293,7 @@ models = _stacked(
     ),
     click.option(
         "--batch-size",
-        type=whole("--batch-size", 32, least=1),
+        type=whole("--batch-size", 32, least=1, most=100_000),
         default="32",
         show_default=True,
         help="Prompts a chunk, at most; fewer when memory runs out.",
@@ -278,14 +310,12 @@ models = _stacked(
     ),
     click.option(
         "--memory-budget",
-        type=Text("size", lambda text: None if text == "none" else parse_bytes(text)),
+        type=Text("size", parse_bytes, none="none"),
         default="none",
         show_default=True,
         help="Memory beside the weights, e.g. 8GiB or 500MB; what is over goes to disk. None: no bound.",
     ),
 )
-
-_gpus = whole("--gpus-per-worker", 2, least=1)
 
 engine = _stacked(
     click.option(
@@ -303,14 +333,14 @@ engine = _stacked(
     ),
     click.option(
         "--workers",
-        type=whole("--workers", 4, least=1),
+        type=whole("--workers", 4, least=1, most=4096),
         default="1",
         show_default=True,
         help="With --engine ray: how many workers hold the pair.",
     ),
     click.option(
         "--gpus-per-worker",
-        type=Text("count", lambda text: None if text == "auto" else _gpus.convert(text, None, None)),
+        type=whole("--gpus-per-worker", 2, least=1, most=64, none="auto"),
         default="auto",
         show_default=True,
         help="With --engine ray: GPUs of each worker; more than one for a pair with a device map.",
@@ -323,7 +353,11 @@ tracking = _stacked(
         default=None,
         help="MLflow server or store; default MLFLOW_TRACKING_URI, then ./mlflow.db.",
     ),
-    click.option("--experiment", default=None, help="MLflow experiment; default the pair's name."),
+    click.option(
+        "--experiment",
+        default=None,
+        help="MLflow experiment; default MLFLOW_EXPERIMENT_NAME or _ID, the active run's, the pair's name.",
+    ),
 )
 store = click.option(
     "--tracking-uri",
@@ -345,6 +379,13 @@ alias = click.option(
     "--alias", default="champion", show_default=True, help="Name under which people fetch the map."
 )
 
+force = click.option(
+    "--force",
+    is_flag=True,
+    help="Move the alias to a map that the policy refuses: unmeasured, doing harm, leaking, or worse than "
+    "the one that has it; the history says so.",
+)
+
 why = click.option("--why", default="", help="Reason, for the history of the alias.")
 
 policy = _stacked(
@@ -357,16 +398,15 @@ policy = _stacked(
     click.option("--min-drop", type=number("--min-drop", 30), default=None, help="Least drop in percent."),
     click.option("--min-skill", type=number("--min-skill", 10), default=None, help="Least skill in percent."),
     click.option(
-        "--ci-above-zero",
-        is_flag=True,
+        "--ci-above-zero/--no-ci-above-zero",
         default=None,
-        help="The 95 % interval of the drop must lie above 0.",
+        help="Whether the 95 % intervals of drop and skill must lie above 0, as they must by default.",
     ),
     click.option(
         "--allow-leak",
         is_flag=True,
         default=None,
-        help="Also a map that something was chosen for on the split it is reported on.",
+        help="Also a map that something was chosen for on prompts it is reported on, or nobody knows.",
     ),
     click.option(
         "--allow-pair-mismatch",

@@ -11,14 +11,15 @@ import click
 
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.recovery import list_stuck
-from mechdiff_mlflow.cli.session import tracked
+from mechdiff_mlflow.cli.session import log_document
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.report.comparison import comparison, matches, needed_runs
-from mechdiff_mlflow.report.document import joined
+from mechdiff_mlflow.report.document import check_out, joined
 from mechdiff_mlflow.report.evidence import Evidence
 from mechdiff_mlflow.report.experiment import caveats, report
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.parents import report_run
 from mechdiff_mlflow.tracking.results import summarised, tables_of
 from mechdiff_mlflow.tracking.search import find_runs
@@ -45,16 +46,17 @@ def report_command(**given: Any) -> None:
     Example:
       mechdiff report --pair cultural-demo --out mechdiff-report.md
     """
+    check_out(Path(given["out"]))
     name = PairSpec.load(given["pair"]).name
-    experiment = given["experiment"] or name
-    evidence = evidence_of(open_store(given["tracking_uri"]), name, experiment)
-    with tracked("report", f"report of {name}", experiment, given) as now:
-        document = report(evidence)
-        written = document.write(Path(given["out"]))
-        doubts = caveats(evidence, evidence.quoted())
-        now.run.add(report_run("report", document.title, Path(given["out"]), written, doubts))
+    store = open_store(given["tracking_uri"])
+    experiment = experiment_of(store, given["experiment"], name)
+    evidence = evidence_of(store, name, experiment)
+    document = report(evidence)
+    written = document.write(Path(given["out"]))
     show.lines([f"Wrote {path}" for path in written])
-    show.where_to_look(now.store, now.run.experiment_id)
+    doubts = caveats(evidence, evidence.quoted())
+    record = report_run("report", document.title, Path(given["out"]), written, doubts)
+    log_document(record, f"report of {name}", experiment, given, document.markdown(""))
 
 
 @click.command("compare")
@@ -70,7 +72,8 @@ def report_command(**given: Any) -> None:
 def compare_command(**given: Any) -> None:
     """Compare fine-tunes by their runs: where, how transportable, how low-rank, and how sure.
 
-    PAIRS are two or more; each is compared with the first. Every pair's runs are those of its own experiment.
+    PAIRS are two or more; each is compared with the first. Every pair's runs are those of its own experiment,
+    or of the one that MLFLOW_EXPERIMENT_NAME names.
     Measure both the same way first: mechdiff sweep (and atlas) on each.
 
     \b
@@ -80,19 +83,20 @@ def compare_command(**given: Any) -> None:
     names = [PairSpec.load(pair).name for pair in given["pairs"]]
     if len(names) < 2 or len(set(names)) < len(names):
         raise MechdiffError(f"Pairs {', '.join(names)} cannot be compared; name two or more different ones.")
+    check_out(Path(given["out"]))
     store = open_store(given["tracking_uri"])
-    first, *others = [evidence_of(store, name, name) for name in names]
-    with tracked("compare", " against ".join(names), names[0], given) as now:
-        documents = []
-        for other in others:
-            tables = tables_of(store, sorted(needed_runs(matches(first, other))), "per_prompt.json")
-            documents.append(comparison(first, other, tables, seed=given["seed"]))
-        whole = joined(documents)
-        written = whole.write(Path(given["out"]))
-        now.run.add(report_run("compare", whole.title, Path(given["out"]), written, []))
+    places = [experiment_of(store, None, name) for name in names]
+    first, *others = map(evidence_of, [store] * len(names), names, places)
+    documents = []
+    for other in others:
+        tables = tables_of(store, sorted(needed_runs(matches(first, other))), "per_prompt.json")
+        documents.append(comparison(first, other, tables, seed=given["seed"]))
+    whole = joined(documents)
+    written = whole.write(Path(given["out"]))
     show.lines([whole.markdown("").partition("## Caveats")[0]])
     show.lines([f"Wrote {path}" for path in written])
-    show.where_to_look(now.store, now.run.experiment_id)
+    record = report_run("compare", whole.title, Path(given["out"]), written, [])
+    log_document(record, " against ".join(names), names[0], given, whole.markdown(""))
 
 
 @click.command("runs")

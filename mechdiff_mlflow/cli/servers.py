@@ -11,14 +11,20 @@ from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.check_result import Finding, Level
 from mechdiff_mlflow.tracking.redaction import redact
-from mechdiff_mlflow.tracking.server_check import check_store
+from mechdiff_mlflow.tracking.server_check import check_store, rebase
 from mechdiff_mlflow.tracking.store import uri_of
 
 
 @click.command("server-check")
 @options.store
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def server_check_command(tracking_uri: str | None, as_json: bool) -> None:
+@click.option(
+    "--rebase",
+    "rebased",
+    is_flag=True,
+    help="First have a SQLite store that was copied or moved say that its artifacts are here, too.",
+)
+def server_check_command(tracking_uri: str | None, as_json: bool, rebased: bool) -> None:
     """Say what is wrong with a tracking server or store, and what to do about it.
 
     Makes a scratch experiment, run and registered model there and deletes them again. The exit code is 1
@@ -29,6 +35,8 @@ def server_check_command(tracking_uri: str | None, as_json: bool) -> None:
       mechdiff server-check
     """
     shown = redact(uri_of(tracking_uri))
+    for old in rebase(tracking_uri) if rebased else ():
+        click.echo(f"What was in {old} is where the store is now.", err=True)
     findings = check_store(tracking_uri)
     failed = [finding.check for finding in findings if finding.level is Level.FAIL]
     if as_json:

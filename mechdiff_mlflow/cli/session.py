@@ -6,33 +6,42 @@ import contextlib
 import dataclasses
 import os
 import shlex
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import click
 
+from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.computing import workers_of
+from mechdiff_mlflow.cli.options import Text
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.cli.recovery import resumption
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
+from mechdiff_mlflow.experiments.possible import check_pair
+from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.spec import PairSpec
 from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.cache import staging
+from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
-from mechdiff_mlflow.tracking.recovery import Command
+from mechdiff_mlflow.tracking.recovery import Command, user_of
+from mechdiff_mlflow.tracking.repeats import earlier
 from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import Store, open_store
 
 AS_MANY = "500-or-all"
 """As the number of prompts: the seed's 500 where there are as many, otherwise all there are."""
 LONE = ("fit", "patch")
-_NOT_RESUMED = ("tracking_uri", "address")
-_NOT_SETTINGS = (
+NOT_RESUMED = ("tracking_uri", "address")
+MACHINE_OPTIONS = (
     *("tracking_uri", "experiment", "device", "batch_size", "memory_budget", "sequential", "out"),
     *("engine", "address", "workers", "gpus_per_worker"),
 )
+"""Where results go and how they are computed, not what they are."""
 
 
 @dataclass(frozen=True)
@@ -54,78 +63,98 @@ class Session:
 
 def command_line(options: dict[str, Any]) -> str:
     """What to type to run the current command again, defaults written out; no store, which may be secret."""
-    return shlex.join(["mechdiff", *_words(options, set(_NOT_SETTINGS) - {"out"})])
+    leave_out = set(MACHINE_OPTIONS) - {"out"}
+    return shlex.join(["mechdiff", *words_of(click.get_current_context(), options, leave_out)])
 
 
-def _words(options: dict[str, Any], leave_out: Container[str]) -> list[str]:
-    """The current command and its parameters as typed."""
-    context = click.get_current_context()
+def words_of(context: click.Context, options: dict[str, Any], leave_out: Container[str]) -> list[str]:
+    """A command and its parameters as typed."""
     words = [context.info_name or ""]
     for parameter in context.command.params:
         name = parameter.name or ""
+        value = options.get(name)
         if name in leave_out:
             continue
-        value = options.get(name)
         if isinstance(parameter, click.Argument):
             words += map(str, value if isinstance(value, tuple) else (value,))
         elif isinstance(parameter, click.Option) and parameter.is_flag:
             words += [parameter.opts[0]] if value else []
-        elif parameter.opts:
+        elif parameter.opts and _typed(parameter, value):
             words += [parameter.opts[0], _typed(parameter, value)]
     return words
 
 
-def _typed(parameter: click.Parameter, value: Any) -> str:
-    """A value as it is typed; None is what the default stands for, or in the words of `_text`."""
-    name = parameter.name or ""
-    if value is None and name not in ("n", "n_train", "off_span"):
-        return parameter.default if isinstance(parameter.default, str) else ""
-    return str(_text(name, value))
+def _typed(parameter: click.Parameter | None, value: Any) -> str:
+    """A value as it is typed; empty for an option that was left out."""
+    if parameter is not None and isinstance(parameter.type, Text):
+        return parameter.type.text(value)
+    return "" if value is None else str(value)
 
 
-@dataclass(frozen=True)
-class Tracked:
-    """An open run of a command that loads no model."""
+def log_document(
+    record: RunRecord, title: str, experiment: str, options: dict[str, Any], content: str
+) -> None:
+    """Log what a command made from runs alone as one run, which the same command and content had or get.
 
-    store: Store
-    run: OpenRun
-
-
-@contextlib.contextmanager
-def tracked(kind: str, name: str, experiment: str, options: dict[str, Any]) -> Iterator[Tracked]:
-    """A tracked run of a command that works from runs alone."""
+    Args:
+        record: The run.
+        title: Its name.
+        experiment: Where to.
+        options: The command's parameters by name.
+        content: What the files say.
+    """
     store = open_store(options["tracking_uri"])
-    tags = {"mechdiff.command": command_line(options)}
-    with Tracker(store, experiment).run(kind, name, asked(options), tags=tags) as run:
-        yield Tracked(store, run)
+    params, tags = asked(options), {"mechdiff.command": command_line(options)}
+    left = earlier(store, experiment, [record.kind, title, params], content)
+    if left.finished is not None:
+        show.where_to_look(store, left.finished.info.experiment_id)
+        return
+    tracker = Tracker(store, experiment, resume=left.unfinished, as_asked=as_asked)
+    with tracker.run(record.kind, title, params, tags=tags | left.tag) as run:
+        run.add(record)
+    show.where_to_look(store, run.experiment_id)
 
 
 @contextlib.contextmanager
-def session(kind: str, name: str, options: dict[str, Any]) -> Iterator[Session]:
+def session(
+    kind: str, name: str, options: dict[str, Any], check: Callable[[Protocol, Pair], None] = check_pair
+) -> Iterator[Session]:
     """A tracked run around a study of the pair in `options`.
 
     Args:
         kind: `run`, `fit`, `patch` or `sweep`.
         name: What the UI shows.
         options: The command's parameters by name.
+        check: Refuses what is impossible for the pair, of which no weights have been loaded.
     """
     spec = PairSpec.load(options["pair"])
     store = open_store(options["tracking_uri"])
     resumed = resumption()
+    if resumed is not None:
+        resumed.check_trust(options["pair"], spec.trust_remote_code)
     tracker = Tracker(
-        store, options["experiment"] or spec.name, resume=None if resumed is None else resumed.run_id
+        store,
+        experiment_of(store, options["experiment"], spec.name),
+        resume=None if resumed is None else resumed.run_id,
+        as_asked=as_asked,
     )
     # A lone fit or patch is one run, whose params are what was resolved; what was asked would contradict it.
     has_parent = kind not in LONE or RUN_ID_VARIABLE in os.environ if resumed is None else resumed.has_parent
-    again = Command.here(_words(options, _NOT_RESUMED), has_parent=has_parent)
+    words = words_of(click.get_current_context(), options, NOT_RESUMED)
+    again = Command.here(words, user_of(store), has_parent=has_parent, trusts=bool(spec.trust_remote_code))
     tags = {"mechdiff.command": command_line(options), **again.tag}
+    protocol = protocol_of(options)
     params = asked(options) if has_parent else {}
     with tracker.run(kind, name, params, tags=tags, texts=fields.setting(spec)) as run:
-        protocol = protocol_of(options)
-        with bars() as stage, workers_of(spec, options, staging(run.run_id), stage) as workers:
-            run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair")
+        again.begun(run.run_id, None if resumed is None else resumed.record)
+        with (
+            bars() as stage,
+            workers_of(spec, options, staging(run.run_id), stage, partial(check, protocol)) as workers,
+        ):
+            run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair or mechdiff")
             yield Session(store, run, Study(workers.pair, protocol, stage, workers), has_parent)
     workers.discard()  # only now: the run is finished, and nobody will resume it
+    again.done()
 
 
 def protocol_of(options: dict[str, Any]) -> Protocol:
@@ -137,12 +166,21 @@ def protocol_of(options: dict[str, Any]) -> Protocol:
 
 def asked(options: dict[str, Any]) -> dict[str, ParamValue]:
     """Parameters as the user gave them, by the names that MLproject uses."""
-    return {name: _text(name, value) for name, value in options.items() if name not in _NOT_SETTINGS}
+    known = {parameter.name: parameter for parameter in click.get_current_context().command.params}
+    given = {name: value for name, value in options.items() if name not in MACHINE_OPTIONS}
+    return {
+        name: value if isinstance(value, bool) else _typed(known.get(name), value)
+        for name, value in given.items()
+    }
 
 
-def _text(name: str, value: Any) -> ParamValue:
-    if value is None:
-        return "auto" if name == "off_span" else "all"
-    if isinstance(value, tuple):
-        return ",".join(str(_text(name, item)) for item in value)
-    return value if isinstance(value, int | float) else str(value)
+def as_asked(name: str, text: str) -> str:
+    """A param that `mlflow run` has logged, as typed, in the words in which `asked` has that value."""
+    context = click.get_current_context()
+    parameter = next((p for p in context.command.params if p.name == name), None)
+    if parameter is None or not isinstance(parameter.type, Text):
+        return text
+    try:
+        return _typed(parameter, parameter.type.convert(text, parameter, context))
+    except MechdiffError:  # the command itself was given another value
+        return text

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import pandas as pd
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from mechdiff_mlflow import foreign, selection
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.adapting import AdapterRecord
 from mechdiff_mlflow.experiments.steering import Steered
+from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows
+from mechdiff_mlflow.report.evidence import Quoted, of_record
+from mechdiff_mlflow.shown import plain
 from mechdiff_mlflow.stats import Interval
 from mechdiff_mlflow.tracking.compare import MapDiff
 from mechdiff_mlflow.tracking.recovery import Stuck
+from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.registry import Move, Version
 from mechdiff_mlflow.tracking.search import FoundRun
 from mechdiff_mlflow.tracking.store import Store
-from mechdiff_mlflow.tracking.view import view_url
+from mechdiff_mlflow.tracking.view import ui_command, view_url
 
 _PIPE_WIDTH = 160
 
@@ -33,13 +41,31 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, soft_wrap=False)
 
 
+def _cell(text: object) -> Text:
+    """A text as it is: no markup, nothing that a terminal obeys."""
+    return Text(plain(str(text)))
+
+
+def _table(*heads: str, title: str = "", **options: Any) -> Table:
+    table = Table(title=_cell(title) if title else None, **options)
+    for head in heads:
+        table.add_column(_cell(head))
+    return table
+
+
+def _row(table: Table, *cells: object) -> None:
+    table.add_row(*map(_cell, cells))
+
+
 def fits(records: Sequence[FitRecord], study: Study) -> None:
     """Print fitted maps."""
-    table = Table("site", "solver", "family", "k", "α", "off span", "ρ val", "cos val", title=study.pair.name)
+    table = _table(
+        "site", "solver", "family", "k", "α", "off span", "ρ val", "cos val", title=study.pair.name
+    )
     for fit in records:
         cell = fit.cell
         row = (cell.site, cell.solver, cell.family, cell.rank, cell.alpha, fit.off_span)
-        table.add_row(*map(str, row), _number(fit.rho), _number(fit.cos_mean))
+        _row(table, *row, _number(fit.rho), _number(fit.cos_mean))
     _console().print(table)
 
 
@@ -47,11 +73,12 @@ def patches(records: Sequence[PatchRecord], study: Study) -> None:
     """Print patches with their controls."""
     first = records[0]
     title = f"{study.pair.name}, {first.n} {first.split} prompts, KL in nats, 95 % bootstrap intervals"
-    table = Table(
+    table = _table(
         "site", "k", "α", "KL_raw", "KL_mapped", "drop %", "skill %", "null", "floor", "ρ", title=title
     )
     for patch in records:
-        table.add_row(
+        _row(
+            table,
             str(patch.cell.site),
             str(patch.cell.rank),
             str(patch.cell.alpha),
@@ -76,45 +103,44 @@ def patches(records: Sequence[PatchRecord], study: Study) -> None:
         tested = [f"{name} {_number(p)}" for name, p in p_values.items() if p is not None]
         if tested:
             console.print("p, one-sided, of KL_mapped being no lower: " + ", ".join(tested))
-    if any(patch.leak for patch in records):
-        console.print(
-            f"Leak: {', '.join(first.leak)} was chosen on the reported split; these numbers flatter the map."
-        )
+    for text in dict.fromkeys(selection.sentence(patch.leak) for patch in records):
+        lines([f"{text}. For a number without that, {selection.REMEDY}."] if text else [])
+    if len(records) == 1:
+        lines([wording.plain(wording.transport(Quoted(of_record(first), 1)))])
 
 
 def continuations(rows: Sequence[Steered], title: str) -> None:
     """Print what the models say, side by side."""
     heads = ("prompt", "base", "tuned (clean)", "raw patch", "mapped patch", "KL raw", "KL mapped")
-    table = Table(
+    table = _table(
         *heads, title=title, caption="greedy; KL(patched ‖ clean) of the first token, nats", show_lines=True
     )
     for row in rows:
         texts = [row.prompt, row.base, row.clean, "n/a" if row.raw is None else row.raw, row.mapped]
-        table.add_row(*map(escape, texts), _number(row.kl_raw), _number(row.kl_mapped))
+        _row(table, *texts, _number(row.kl_raw), _number(row.kl_mapped))
     _console().print(table)
 
 
 def adapter(record: AdapterRecord, folder: Path) -> None:
     """Print what was written and what it achieves."""
     kind = "a hook module" if record.rank is None else f"a PEFT LoRA of rank {record.rank}"
-    lines(
-        [f"{folder} is {kind} on {record.target}, α = {record.alpha:g}; its README.md says how to load it."]
-    )
+    at = f"on {record.target}, α = {text_of(record.alpha)}"
+    lines([f"{folder} is {kind} {at}; its README.md says how to load it."])
     if not record.closeness:
         lines(["Not measured: base and tuned have different vocabularies."])
         return
     title = f"{record.n} {record.split} prompts, 95 % bootstrap intervals"
-    table = Table(*CLOSENESS_HEADS, title=title)
+    table = _table(*CLOSENESS_HEADS, title=title)
     for cells in closeness_rows(record):
-        table.add_row(*cells)
+        _row(table, *cells)
     _console().print(table)
 
 
 def frame(table: pd.DataFrame) -> None:
     """Print a table as it is."""
-    shown = Table(*map(str, table.columns))
+    shown = _table(*map(str, table.columns))
     for row in table.itertuples(index=False):
-        shown.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
+        _row(shown, *(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
     _console().print(shown)
 
 
@@ -123,13 +149,20 @@ def winners(versions: Sequence[Version]) -> None:
     if not versions:
         lines(["No map has an alias yet; promote one with mechdiff promote RUN."])
         return
-    table = Table("map", "version", "aliases", "solver", "k", "α", "drop %", "skill %", "verified", "run")
+    table = _table("map", "version", "aliases", "solver", "k", "α", "drop %", "skill %", "verified", "run")
     for version in versions:
         tags = version.tags
         texts = [tags.get(key, "n/a") for key in ("solver", "k", "alpha")]
-        numbers = [_tag_number(tags.get(key)) for key in ("drop_pct", "skill_pct")]
+        try:
+            numbers = [
+                _number(foreign.number(tags, key) if key in tags else None)
+                for key in ("drop_pct", "skill_pct")
+            ]
+        except foreign.Malformed as error:
+            foreign.left_out(f"map {version}", error)
+            continue
         names = [version.name, str(version.number), ", ".join(version.aliases)]
-        table.add_row(*names, *texts, *numbers, "yes" if version.is_verified else "no", version.run_id)
+        _row(table, *names, *texts, *numbers, "yes" if version.is_verified else "no", version.run_id)
     _console().print(table)
 
 
@@ -138,64 +171,73 @@ def moves(made: Sequence[Move], name: str, alias: str) -> None:
     if not made:
         lines([f"No version of {name} has ever been @{alias}."])
         return
-    table = Table("when (UTC)", "who", "action", "from", "to", "rules", "why", title=f"{name}@{alias}")
+    table = _table("when (UTC)", "who", "action", "from", "to", "rules", "why", title=f"{name}@{alias}")
     for move in made:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(move.when_ms / 1000)) if move.when_ms else "?"
         ends = ["none" if number is None else str(number) for number in (move.source, move.target)]
         row = (when, move.who or "?", move.action, *ends, move.rules, move.why)
-        table.add_row(*map(escape, row))
+        _row(table, *row)
     _console().print(table)
 
 
 def map_diff(found: MapDiff) -> None:
     """Print what two registered maps differ in."""
-    table = Table("", str(found.a), str(found.b))
+    table = _table("", str(found.a), str(found.b))
     for key, pair in found.facts.items():
-        table.add_row(escape(key), *(escape(_tag_text(text)) for text in pair))
+        _row(table, key, *map(_tag_text, pair))
     for what, cosine in (("cosine of W", found.cosine_weight), ("cosine of W − I", found.cosine_update)):
-        table.add_row(what, "", "n/a" if cosine is None else f"{cosine:.6f}")
+        _row(table, what, "", "n/a" if cosine is None else f"{cosine:.6f}")
     _console().print(table)
 
 
 def found_runs(found: Sequence[FoundRun]) -> None:
     """Print runs in the order given."""
     metric = found[0].metric
-    table = Table("pair", "site", "solver", "k", "α", "split", "n", metric, "95 % interval", "leak", "run")
+    table = _table("pair", "site", "solver", "k", "α", "split", "n", metric, "95 % interval", "leak", "run")
     for run in found:
         settings = [run.settings.get(key, "n/a") for key in ("solver", "k", "alpha", "split", "n")]
         interval = "" if run.low is None or run.high is None else f"{run.low:.4g} to {run.high:.4g}"
-        row = (run.pair, run.site, *settings, _number(run.value), interval, "yes" if run.leak else "no")
-        table.add_row(*map(escape, row), run.run_id)
+        leak = "unknown" if run.leak is None else "yes" if run.leak else "no"
+        row = (run.pair, run.site, *settings, _number(run.value), interval, leak)
+        _row(table, *row, run.run_id)
     _console().print(table)
 
 
 def stuck(found: Sequence[Stuck], verdicts: Sequence[str], now_s: float) -> None:
     """Print runs that stay RUNNING."""
-    table = Table("run", "name", "experiment", "for", "written by", "verdict")
+    table = _table("run", "name", "experiment", "for", "written by", "verdict")
     for one, verdict in zip(found, verdicts, strict=True):
         minutes = max(0, now_s - one.started_ms / 1000) / 60
         age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
         row = (one.run_id, one.name, one.experiment, age, str(one.owner or "not said"), verdict)
-        table.add_row(*map(escape, row))
+        _row(table, *row)
     _console().print(table)
 
 
 def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:
     """Print how to open the experiment in MLflow's UI, and more commands."""
     url = view_url(store, experiment_id)
-    start = [] if store.is_server else [f"Look:  mlflow ui --backend-store-uri {store.shown}"]
+    look = ui_command(store)
+    start = [f"Look:  {look}"] if look else []
     lines([*start, f"{'Then' if start else 'Look'}:  {url}", *commands])
+
+
+def command(*words: object) -> str:
+    """A command of ours to type, quoted for a shell, on the store that the present one was given."""
+    uri = click.get_current_context().params.get("tracking_uri")
+    place = ["--tracking-uri", uri] if uri and redact(uri) == uri else []
+    return shlex.join(["mechdiff", *map(str, words), *place])
 
 
 def lines(texts: Sequence[str]) -> None:
     """Print plain lines."""
     for text in texts:
-        _console().print(text, markup=False, soft_wrap=True)
+        _console().print(plain(text), markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Print what the user must not miss, on standard error."""
-    click.echo(f"Warning: {text}.", err=True)
+    click.echo(plain(f"Warning: {text}."), err=True)
 
 
 def _number(value: float | None) -> str:
@@ -214,10 +256,6 @@ def _tag_text(text: str | None) -> str:
     if text is None:
         return "n/a"
     try:
-        return f"{float(text):.6g}" if "." in text else text
+        return f"{float(text[:400]):.6g}" if "." in text else text
     except ValueError:
         return text
-
-
-def _tag_number(text: str | None) -> str:
-    return "n/a" if text is None else _number(float(text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ import click
 from mechdiff_mlflow.adapters import Form
 from mechdiff_mlflow.attach import Tokens
 from mechdiff_mlflow.cli import options, show
-from mechdiff_mlflow.cli.computing import settle_threads
+from mechdiff_mlflow.cli.computing import load_as_asked, settle_threads
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
+from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments.adapting import make_adapter
-from mechdiff_mlflow.experiments.steering import steer
+from mechdiff_mlflow.experiments.possible import check_map, check_pair
+from mechdiff_mlflow.experiments.steering import prompt_set, site_of, steer
 from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.report.adapter import adapter_card
-from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.spec import PairSpec, Position
 from mechdiff_mlflow.tracking.fetch import load_map
 from mechdiff_mlflow.tracking.store import open_store
 
@@ -33,7 +37,7 @@ _pair = click.option(
 )
 _alpha = click.option(
     "--alpha",
-    type=options.Text("alpha", lambda text: None if text == "map" else options.one_alpha(text)),
+    type=options.Text("alpha", options.one_alpha, none="map"),
     default="map",
     show_default=True,
     help="Scale instead of the map's own; replaces it, does not multiply it.",
@@ -57,7 +61,7 @@ _mismatch = click.option(
 )
 @click.option(
     "--max-new-tokens",
-    type=options.whole("--max-new-tokens", 32, least=1),
+    type=options.whole("--max-new-tokens", 32, least=1, most=100_000),
     default="32",
     show_default=True,
     help="At most so many tokens a continuation.",
@@ -90,7 +94,8 @@ def steer_command(**given: Any) -> None:
         rows = [dataclasses.asdict(row) for row in found]
         show.lines([json.dumps({**about, "continuations": rows}, ensure_ascii=False, indent=2)])
         return
-    show.continuations(found, f"{given['map']} at {the_map.meta['site']}, α = {the_map.alpha:g}, {pair.name}")
+    at = f"{the_map.meta['site']}, α = {text_of(the_map.alpha)}"
+    show.continuations(found, f"{given['map']} at {at}, {pair.name}")
 
 
 @click.command("adapter")
@@ -139,6 +144,8 @@ def _ready(given: dict[str, Any]) -> tuple[AffineMap, Pair]:
     """The map and its pair, loaded."""
     the_map = load_map(given["map"], store=open_store(given["tracking_uri"]))
     the_map = the_map if given["alpha"] is None else the_map.with_alpha(given["alpha"])
+    if "site" not in the_map.meta:
+        raise MechdiffError(f"Map {given['map']} does not say its site; fit it again with mechdiff fit.")
     name = given["pair"] or the_map.meta.get("pair")
     if name is None:
         raise MechdiffError(f"Map {given['map']} does not say its pair; name it with --pair.")
@@ -148,24 +155,23 @@ def _ready(given: dict[str, Any]) -> tuple[AffineMap, Pair]:
         if given["pair"]:
             raise
         raise MechdiffError(
-            f"The pair {name} of map {given['map']} does not ship; name its spec with --pair {name}.yaml."
+            f"The pair {name} of map {given['map']} does not ship; name its spec with "
+            f"--pair {shlex.quote(f'{name}.yaml')}."
         ) from None
     if given["sequential"] == "yes":
         raise MechdiffError("This command needs both models at once; leave out --sequential.")
+
+    def check(pair: Pair) -> None:
+        if "prompts" in given:
+            said = prompt_set(given["prompts"], spec.system)
+            for role in ("base", "tuned"):
+                pair.tokens(role, said, Position.DECISION)
+        else:
+            check_pair(Protocol(split=given["split"], n=given["n"]), pair)
+        any_pair = given["allow_pair_mismatch"]
+        check_map(the_map, given["map"], site_of(the_map), pair, any_pair=any_pair)
+
     with bars() as stage, stage("loading both models", 1):
-        pair = load_pair(
-            spec,
-            dtype=None if given["dtype"] == "spec" else given["dtype"],
-            device=given["device"],
-            options=EngineOptions(
-                batch_size=given["batch_size"], memory_budget=given["memory_budget"], sequential="no"
-            ),
-        )
+        pair = load_as_asked(spec, {**given, "sequential": "no"}, check=check)
     settle_threads(pair)
-    theirs = the_map.meta.get("fingerprint")
-    if theirs != pair.fingerprint and not given["allow_pair_mismatch"]:
-        raise MechdiffError(
-            f"Map {given['map']} was fitted on pair {theirs or 'unknown'} and this is {pair.fingerprint} "
-            "(other weights, tokenizer, template, dtype or prompts); name its own or --allow-pair-mismatch."
-        )
     return the_map, pair

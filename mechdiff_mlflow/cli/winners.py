@@ -20,25 +20,35 @@ from mechdiff_mlflow.tracking.store import open_store
 @options.alias
 @options.why
 @options.policy
+@options.force
 @options.store
 def promote_command(run: str, **given: Any) -> None:
     """Register the map of RUN as a model version and move an alias to it.
 
     The policy decides whether it may have the alias: rules of --policy, those of the options on top. Without
-    any, it must be of the same pair as the version it replaces, and nothing chosen on the reported split.
+    any, drop and skill must lie above 0 by their 95 % intervals, nothing may have been chosen on the reported
+    prompts, and the version that it replaces must be of the same pair and not better on the same prompts.
 
     \b
     Example:
-      mechdiff promote 4f1c2e9a0b7d4c58a1e3f60718293a4b --alias champion --ci-above-zero --why "best of k"
+      mechdiff promote 4f1c2e9a0b7d4c58a1e3f60718293a4b --alias champion --min-drop 30 --why "best of k"
     """
     policy = policy_of(given)
     store = open_store(given["tracking_uri"])
     alias = given["alias"]
-    version = promotion.promote(store, run, name=given["name"], alias=alias, policy=policy, why=given["why"])
+    version = promotion.promote(
+        store,
+        run,
+        name=given["name"],
+        alias=alias,
+        policy=policy,
+        why=given["why"],
+        say=lambda text: show.lines([text]),
+    )
     show.lines(
         [
             f"{version.name} version {version.number} is @{alias}",
-            f"mechdiff fetch {version.name}@{alias} -o map.pt",
+            show.command("fetch", f"{version.name}@{alias}", "-o", "map.pt"),
         ]
     )
 
@@ -123,7 +133,8 @@ def demote_command(name: str, alias: str, why: str, tracking_uri: str | None) ->
       mechdiff maps demote cultural-demo-L26-attn_out --why "does not replicate"
     """
     promotion.demote(open_store(tracking_uri), name, alias, why=why)
-    show.lines([f"{name} has no @{alias} now; mechdiff maps rollback {name} --alias {alias} undoes this"])
+    undo = show.command("maps", "rollback", name, "--alias", alias)
+    show.lines([f"{name} has no @{alias} now; {undo} undoes this"])
 
 
 @maps_command.command("diff")
@@ -149,4 +160,5 @@ def policy_of(given: dict[str, Any]) -> PromotionPolicy:
         ci_above_zero=given["ci_above_zero"],
         allow_leak=given["allow_leak"],
         allow_pair_mismatch=given["allow_pair_mismatch"],
+        force=given["force"] or None,
     )

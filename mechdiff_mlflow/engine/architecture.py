@@ -21,7 +21,7 @@ from torch import nn
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.sites import Hook, Site
 
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
 _POST_NORMS = (
     ("post_attention_layernorm", "post_feedforward_layernorm"),
@@ -154,6 +154,10 @@ def _find_layers(model: nn.Module, n_layers: int, names: ModuleNames) -> nn.Modu
         and len(module) == n_layers
         and any(_submodule(layer, name) is not None for layer in module for name in attention)
     }
+    if len(found) > 1:  # of a multimodal model, the blocks beside the embeddings of tokens are meant
+        paths = {module: path for path, module in model.named_modules()}
+        home = paths.get(model.get_input_embeddings(), "").rpartition(".")[0]  # type: ignore[operator]
+        found = {path: found[path] for path in found if path.rpartition(".")[0] == home} or found
     if len(found) != 1:
         what = (
             f"several could be ({', '.join(found)})"

@@ -78,7 +78,7 @@ class PromptForward:
         self.vocabulary: int = embeddings.weight.shape[0]
         self._head: Any = decoder.model.get_output_embeddings()  # type: ignore[operator]
         # Some models warn of padding tokens without a mask.
-        self._filler = int(text_config(decoder.model).pad_token_id == 0)
+        self._filler = int(getattr(text_config(decoder.model), "pad_token_id", None) == 0)
 
     @torch.no_grad()
     def __call__(self, chunk: Chunk, **more: Any) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mechdiff_mlflow.engine.activations import Activations
 from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.budget import Load, MemoryBudget, Shape, bounds_within
-from mechdiff_mlflow.engine.chunks import Chunk, Cuts, check_prompts
+from mechdiff_mlflow.engine.chunks import Chunk, Cuts, check_prompts, in_chunks
 from mechdiff_mlflow.engine.elastic import Bounds, Elastic, Source, T, does_not_fit, is_out_of_memory
 from mechdiff_mlflow.engine.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.fusion import Fusion
@@ -24,7 +24,7 @@ from mechdiff_mlflow.engine.startup import MODES, choose_path, path_named
 from mechdiff_mlflow.engine.sweep import SweepPath
 from mechdiff_mlflow.engine.variants import Path, ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.metrics import NextToken, compare_rows
+from mechdiff_mlflow.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
 from mechdiff_mlflow.prompts import TokenizedPrompts
 from mechdiff_mlflow.sites import Site
 
@@ -108,7 +108,7 @@ class PatchEngine:
 
     @property
     def n_forwards(self) -> int:
-        """Prompts run through the whole model so far, however they were batched; start-up checks apart."""
+        """Prompts run through the whole model so far, however batched; checks and `clean_noise` apart."""
         return self.forward.n_prompts
 
     def capture(
@@ -201,6 +201,29 @@ class PatchEngine:
             recorded.keep(recording)
 
         self._each_chunk(prompts, recorded, record, n_sites=len(sites), is_taped=True)
+
+    def clean_noise(self, prompts: TokenizedPrompts) -> Tensor:
+        """How far apart two clean runs of the same prompts are, in nats: [N, 2], float64 on the CPU.
+
+        First KL(batched ‖ alone), then what rounding alone would leave, see `rounding_kl`. Costs two forwards
+        a prompt, which `n_forwards` leaves out.
+
+        Raises:
+            MechdiffError: A token or position does not exist, or a logit is not finite.
+        """
+        self._check(prompts, [])
+        counted, bounds = self.forward.n_prompts, self._affordable(prompts, 1, 0) or self.bounds
+        runs = []
+        with self._fusion.applied():
+            for size in (bounds.batch_size, 1):
+                logits: dict[int, Tensor] = {}
+                for chunk in in_chunks(prompts, size, self.forward.device):
+                    rows = self.forward.record(chunk, []).logits
+                    logits.update(zip(chunk.index.tolist(), rows, strict=True))
+                runs.append(torch.stack([logits[i] for i in range(len(prompts))]))
+        self.forward.n_prompts = counted
+        apart = next_token_divergences(*runs).kl_patched_clean
+        return torch.stack([apart, rounding_kl(runs[1])], 1)
 
     def score_gradients(
         self, prompts: TokenizedPrompts, sites: Sequence[Site], *, seed: int = 0

@@ -153,16 +153,16 @@ def _closeness(
         )
     with _base_with(pair, folder) as adapted:
         logits["adapter"] = _next_token_logits(pair, "base", adapted, prompts)
-    return _compared(logits, tuned)
+    return _compared(logits, tuned, stats.Bootstrap(groups=prompts.groups))
 
 
-def _compared(logits: dict[str, Tensor], tuned: Tensor) -> dict[str, Closeness]:
+def _compared(logits: dict[str, Tensor], tuned: Tensor, bootstrap: stats.Bootstrap) -> dict[str, Closeness]:
     apart = {name: next_token_divergences(rows, tuned) for name, rows in logits.items()}
     kls = {name: found.kl_patched_clean.numpy() for name, found in apart.items()}
     return {
         name: Closeness(
-            kl=stats.kl_difference(kl, 0 * kl),
-            closer_pct=stats.drop_pct(kls["base"], kl),
+            kl=stats.kl_difference(kl, 0 * kl, bootstrap=bootstrap),
+            closer_pct=stats.drop_pct(kls["base"], kl, bootstrap=bootstrap),
             top1=float(apart[name].top1_agrees.mean()),
         )
         for name, kl in kls.items()

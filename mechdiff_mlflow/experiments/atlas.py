@@ -7,13 +7,13 @@ above its noise floor: elsewhere no drop is defined, whatever the map.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from mechdiff_mlflow import stats
+from mechdiff_mlflow import selection, stats
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
-from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, SiteRows
+from mechdiff_mlflow.experiments.rows import RAW, SiteRows
 from mechdiff_mlflow.experiments.study import Study
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Hook, Site
@@ -67,6 +67,7 @@ def atlas(
     sites = [Site(layer, hook) for layer in range(pair.n_layers) for hook in Hook if hook in hooks]
     everywhere: dict[Site, dict[str, AffineMap]] = {site: {} for site in sites}
     rows = study.computing.score(study.report_prompts, protocol.position, everywhere, study.stage)
+    rows = {site: replace(at, clean_noise=study.noise) for site, at in rows.items()}
     cells = [
         Cell(site, solver, family, Rank(None), Alpha((alpha,)))
         for site in sites
@@ -75,13 +76,17 @@ def atlas(
     fits = {fit.cell.site: fit for fit in study.fit(cells)} if cells else {}
     patches = {p.cell.site: p for p in study.patch([fit.to_patch for fit in fits.values()])} if fits else {}
     ranked = _ranked_on_val(study, fits)[:best] if best else []
+    for site in ranked:
+        one_of = selection.entry(f"site (one of {len(fits)})", study.val_prompts)
+        map_ = selection.recorded(fits[site].map, one_of)
+        leak = selection.leaks(map_, study.report_prompts, but=selection.CELL)
+        fits[site], patches[site] = replace(fits[site], map=map_), replace(patches[site], map=map_, leak=leak)
     return AtlasRecord(_table(rows, patches, alpha), fits, patches, ranked)
 
 
 def _above_floor(rows: SiteRows) -> bool:
     raw = rows.patched.get(RAW)
-    floor = rows.patched[IDENTITY].mean_kl
-    return raw is None or (raw.mean_kl > 0 and raw.mean_kl >= stats.FLOORS * floor)
+    return raw is None or stats.above_floor(raw.mean_kl, rows.noise_floor)
 
 
 def _varies(rows: SiteRows) -> bool:
@@ -123,7 +128,7 @@ def _table(rows: Mapping[Site, SiteRows], patches: Mapping[Site, PatchRecord], a
                 *_ends(drop),
                 *_ends(skill),
                 *(patch.null if patch else None, patch.rho if patch else None),
-                *(at.patched[IDENTITY].mean_kl, _above_floor(at)),
+                *(at.noise_floor, _above_floor(at)),
                 *(p, p if patch is None or patch.p_holm is None else patch.p_holm),
             )
         )

@@ -82,10 +82,17 @@ def _checks(pair: Pair) -> dict[str, Callable[[], str]]:
 
 
 def _templates(pair: Pair, prompts: PromptSet) -> str:
-    lengths = [
-        len(ids) for role in ("base", "tuned") for ids in pair.tokens(role, prompts, Position.DECISION).ids
-    ]
-    return f"template {pair.spec.template}, single BOS, {min(lengths)} to {max(lengths)} tokens"
+    read = {role: pair.tokens(role, prompts, Position.DECISION).ids for role in ("base", "tuned")}
+    lengths = [len(ids) for found in read.values() for ids in found]
+    starts = {}
+    for role in read:
+        bos = pair.readers.of(role).bos_token_id
+        counts = sorted({ids.count(bos) if bos is not None else 0 for ids in read[role]})
+        starts[role] = " or ".join({0: "no", 1: "one"}.get(count, str(count)) for count in counts) + " BOS"
+    same = starts["base"] == starts["tuned"]
+    said = starts["base"] if same else ", ".join(f"{role} {start}" for role, start in starts.items())
+    remarks = " ".join(f"; {remark.rstrip('.')}" for remark in pair.readers.remarks)
+    return f"template {pair.spec.template}, {said} a prompt, {min(lengths)} to {max(lengths)} tokens{remarks}"
 
 
 def _same_tokens(pair: Pair, prompts: PromptSet) -> str:

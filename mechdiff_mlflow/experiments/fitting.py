@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mechdiff_mlflow import controls, solvers
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.workers import Workers
@@ -71,15 +72,8 @@ class Fitter:
         self._train.update({site: (base, tuned) for site in missing})
 
     def elsewhere(self, site: Site) -> Site:
-        """The same hook an eighth of the model further on, or back near the end, for the wrong-layer control.
-
-        Never round to the first layer: what enters it is the same for all prompts.
-        """
-        n_layers = self.workers.pair.n_layers
-        if n_layers == 1:
-            return site
-        step = max(1, n_layers // 8)
-        return replace(site, layer=site.layer + (step if site.layer + step < n_layers else -step))
+        """Where the wrong-layer control of a site is fitted."""
+        return elsewhere(site, self.workers.pair.n_layers)
 
     def alphas(self, cell: Cell) -> tuple[float, ...]:
         """The scales that a cell's map may have, α of the identity among them where that was asked for."""
@@ -117,7 +111,7 @@ class Fitter:
         nulls = {}
         for title, made in self._controls_of(cell).items():
             scales = (1.0,) if title == "zero" else sorted({1.0, *self.alphas(cell)})
-            nulls.update({f"{title} α={alpha:g}": made.with_alpha(alpha) for alpha in scales})
+            nulls.update({f"{title} α={text_of(alpha)}": made.with_alpha(alpha) for alpha in scales})
         return nulls
 
     def _controls_of(self, cell: Cell) -> Offers:
@@ -179,7 +173,8 @@ class Fitter:
             protocol, spectrum = self.protocol, self._spectrum(cell.site)
             with self.stage("fitting shuffled pairs", protocol.permutations) as advance:
                 self._shuffled[key] = []
-                for mixed in controls.shuffled_pairs(spectrum, protocol.permutations, protocol.seed):
+                times, groups = protocol.permutations, self.prompts.groups
+                for mixed in controls.shuffled_pairs(spectrum, times, protocol.seed, groups):
                     self._shuffled[key].append(self._solve(cell, mixed, alpha))
                     advance(1)
         return self._shuffled[key]
@@ -239,8 +234,18 @@ class Fitter:
         return self._gradients[site]
 
 
+def elsewhere(site: Site, n_layers: int) -> Site:
+    """The same hook an eighth of the model further on, or back near the end, for the wrong-layer control.
+
+    Never round to the first layer: what enters it is the same for all prompts.
+    """
+    if n_layers == 1:
+        return site
+    step = max(1, n_layers // 8)
+    return replace(site, layer=site.layer + (step if site.layer + step < n_layers else -step))
+
+
 def label_of(cell: Cell, map_: AffineMap) -> str:
-    """What tells the maps of a site apart, under one protocol."""
-    return (
-        f"{cell.site} {cell.solver} {cell.family} k={cell.rank} α={map_.alpha:g} {map_.meta.get('off_span')}"
-    )
+    """What a map of a site is called among others; ends in what it computes, for settings are left out."""
+    about = f"{cell.site} {cell.solver} {cell.family} k={cell.rank} α={text_of(map_.alpha)}"
+    return f"{about} {map_.meta.get('off_span')} {map_.digest}"

@@ -82,17 +82,19 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
     scored = dict(zip(sets, on_report(sets=sets), strict=True))
     whole = scored[everything]
     (own,) = on_report(sets=[()])  # the tuned model's heads put back through the projection
-    if not (whole.mean() > 0 and whole.mean() >= stats.FLOORS * own.mean()):
+    if not stats.above_floor(float(whole.mean()), max(float(own.mean()), study.noise)):
         raise MechdiffError(
             f"Replacing all heads at {site} moves KL by {whole.mean():.2g} nats, no further than noise; "
             "choose a layer where the models differ."
         )
     rows: list[tuple[object, ...]] = []
+    protocol, groups = study.protocol, study.report_prompts.groups
+    bootstrap = stats.Bootstrap(protocol.n_resamples, seed=protocol.seed, groups=groups)
 
     def row(choice: str, heads: Heads) -> None:
         kl = scored[_sorted(heads)]
         named = " ".join(map(str, heads))
-        ends = _coverage(whole, kl, study.protocol.seed, study.protocol.n_resamples)
+        ends = _coverage(whole, kl, bootstrap)
         rows.append(
             (str(site), n_heads, choice, len(heads), named, float(kl.mean()), *ends, float(whole.mean()))
         )
@@ -113,9 +115,8 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
     return HeadsRecord(site, table, order, len(study.report_prompts), study.protocol.split)
 
 
-def _coverage(whole: Array, kl: Array, seed: int, n_resamples: int) -> tuple[float, float, float]:
+def _coverage(whole: Array, kl: Array, bootstrap: stats.Bootstrap) -> tuple[float, float, float]:
     """ΣKL_S/ΣKL_all with its interval: one minus the drop."""
-    bootstrap = stats.Bootstrap(n_resamples=n_resamples, seed=seed)
     drop = stats.drop_pct(whole, kl, bootstrap=bootstrap)
     ends = [float("nan") if end is None else 1 - end / 100 for end in (drop.estimate, drop.high, drop.low)]
     return ends[0], ends[1], ends[2]

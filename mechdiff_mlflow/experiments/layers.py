@@ -18,8 +18,8 @@ def layer_profile(study: Study) -> pd.DataFrame:
     """One row a layer, at resid_post on the reported prompts.
 
     Columns: layer; cka, debiased, None where either does not vary; for both directions KL_… (mean
-    KL(patched ‖ clean) in nats of the unmapped patch), its 95 % interval …_low and …_high, and floor_… of the
-    identity patch.
+    KL(patched ‖ clean) in nats of the unmapped patch), its 95 % interval …_low and …_high, and floor_…,
+    the noise floor: the identity patch's, or that of two clean runs of the patched model.
 
     Raises:
         MechdiffError: The models differ in depth or width.
@@ -33,21 +33,22 @@ def layer_profile(study: Study) -> pd.DataFrame:
         )
     sites = [Site(layer, Hook.RESID_POST) for layer in range(base.n_layers)]
     columns: dict[str, list[float | None]] = {"layer": [float(site.layer) for site in sites]}
-    swapped = {
-        name: study.computing.swap(taker, prompts, position, sites, study.stage)
-        for name, (_, taker) in DIRECTIONS.items()
-    }
+    swapped, noise = {}, {}
+    for name, (_, taker) in DIRECTIONS.items():
+        swapped[name] = study.computing.swap(taker, prompts, position, sites, study.stage)
+        noise[name] = study.computing.clean_noise(taker, prompts, position)
     own = next(iter(swapped.values()))
     columns["cka"] = [
         similarity.debiased_cka(own[f"base/{site}"].double(), own[f"tuned/{site}"].double()) for site in sites
     ]
-    bootstrap = stats.Bootstrap(n_resamples=study.protocol.n_resamples, seed=study.protocol.seed)
+    protocol = study.protocol
+    bootstrap = stats.Bootstrap(protocol.n_resamples, seed=protocol.seed, groups=prompts.groups)
     for name, found in swapped.items():
         kls: list[Array] = list(found["KL"].numpy().T)
         means = [stats.kl_difference(kl, 0 * kl, bootstrap=bootstrap) for kl in kls]
         columns[f"KL_{name}"] = [mean.estimate for mean in means]
         columns[f"KL_{name}_low"] = [mean.low for mean in means]
         columns[f"KL_{name}_high"] = [mean.high for mean in means]
-        columns[f"floor_{name}"] = [float(floor) for floor in found["floor"].mean(0)]
+        columns[f"floor_{name}"] = [max(float(floor), noise[name]) for floor in found["floor"].mean(0)]
     table: pd.DataFrame = pd.DataFrame(columns).astype({"layer": int})
     return table

@@ -42,9 +42,9 @@ class FitRecord:
     seconds: float
 
     @property
-    def to_patch(self) -> tuple[Cell, AffineMap, tuple[str, ...]]:
+    def to_patch(self) -> tuple[Cell, AffineMap]:
         """What `Study.patch` takes; the cell as asked for, because controls get the same choice of α."""
-        return self.asked, self.map, self.chosen
+        return self.asked, self.map
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class PatchRecord:
         kl_mapped: The same of the mapped patch.
         kl_raw_reverse: Mean KL(clean ‖ patched) of the raw cross-patch.
         kl_mapped_reverse: The same of the mapped patch.
-        noise_floor: Mean KL of the identity patch.
+        noise_floor: What KL must stand out from, see `SiteRows.noise_floor`.
         drop_pct: 100·(1 − ΣKL_mapped/ΣKL_raw) with its bootstrap interval; None with a reason in `undefined`.
         kl_difference: KL_raw − KL_mapped with its interval.
         skill_pct: 100·(1 − ΣKL_mapped/ΣKL_null) with its interval.
@@ -76,10 +76,10 @@ class PatchRecord:
         explained_variance: 1 − ‖Y − Ŷ‖² / ‖Y − ȳ‖²; None where y does not vary.
         cka: Debiased linear CKA of base and tuned activations; None where undefined.
         cos_vs_kl: Correlation over prompts of that cosine with KL_raw − KL_mapped; None where undefined.
-        top1_agreement: Share of prompts on which patched and clean prefer the same token.
+        top1_agreement: Mean over prompts of how far patched and clean prefer the same tokens; see `metrics`.
         delta_logprob: Mean change of the log-probability of the clean run's preferred token, nats.
         per_prompt: One row per prompt.
-        leak: What was chosen on the very split that is reported.
+        leak: What was chosen on prompts that are reported, see `selection`; None where nobody knows.
         undefined: Why a number has no value, by name.
         seconds: Time of the split's recording and sweep, shared by all cells.
     """
@@ -110,7 +110,7 @@ class PatchRecord:
     top1_agreement: float
     delta_logprob: float
     per_prompt: pd.DataFrame
-    leak: tuple[str, ...]
+    leak: tuple[str, ...] | None
     undefined: Mapping[str, str]
     seconds: float
 

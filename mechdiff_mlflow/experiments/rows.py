@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from mechdiff_mlflow.spec import Position
 Array = NDArray[np.float64]
 
 IDENTITY = "identity"
-"""The tuned model's own activation put back: the noise floor, and the oracle map."""
+"""The tuned model's own activation put back: no less is told from noise, and no map does better."""
 RAW = "raw"
 """The base model's activation put in unmapped."""
 
@@ -36,7 +36,7 @@ class Patched:
     Args:
         kl_patched_clean_nats: KL(patched ‖ clean), [n].
         kl_clean_patched_nats: KL(clean ‖ patched), [n].
-        top1_agrees: 1 where patched and clean prefer the same token, [n].
+        top1_agrees: how far patched and clean prefer the same tokens, see `Divergences`, [n].
         delta_logprob_nats: Change of the log-probability of the clean run's preferred token, [n].
     """
 
@@ -60,12 +60,19 @@ class SiteRows:
         base_rows: Base activations [n, d_base] of this site among others, where they are kept.
         tuned_rows: Tuned activations [n, d_tuned], in the same way.
         patched: By label, what each replacement did.
+        clean_noise: How far apart clean runs of the same prompts are, nats; see `Workers.clean_noise`.
     """
 
     site: Site
     base_rows: Mapping[Site, Tensor]
     tuned_rows: Mapping[Site, Tensor]
     patched: Mapping[str, Patched]
+    clean_noise: float = 0.0
+
+    @property
+    def noise_floor(self) -> float:
+        """What a mean KL must stand out from, in nats: the identity patch's, or that of two clean runs."""
+        return max(self.patched[IDENTITY].mean_kl, self.clean_noise)
 
     @property
     def base(self) -> Tensor:
@@ -81,9 +88,15 @@ class SiteRows:
         """Mean KL(patched ‖ clean) in nats over prompts and some replacements."""
         return float(np.mean([self.patched[label].mean_kl for label in labels]))
 
+    def labelled(self, labels: Mapping[str, str]) -> SiteRows:
+        """Some of these rows under other labels, beside identity and raw."""
+        patched = {label: self.patched[label] for label in (IDENTITY, RAW) if label in self.patched}
+        patched |= {label: self.patched[there] for label, there in labels.items()}
+        return SiteRows(self.site, self.base_rows, self.tuned_rows, patched)
+
     def with_rows(self, more: Mapping[str, Patched]) -> SiteRows:
         """These rows and more of the same site and split."""
-        return SiteRows(self.site, self.base_rows, self.tuned_rows, {**self.patched, **more})
+        return replace(self, patched={**self.patched, **more})
 
 
 Replacements = Mapping[Site, Mapping[str, AffineMap]]
@@ -160,8 +173,8 @@ def score(
         for site, maps in replacements.items():
             d_base = base[site].shape[1]
             same_width = d_base == engine.width
-            for label, map_ in maps.items():
-                _check_fits(map_, label, site, d_base, engine.width)
+            for map_ in maps.values():
+                _check_fits(map_, site, d_base, engine.width)
             groups.append(VariantGroup.identity(site))
             labels.append((site, [IDENTITY]))
             if names := [*([RAW] if same_width else []), *maps]:
@@ -205,9 +218,9 @@ def _group(site: Site, base: Mapping[Site, Tensor], raw: bool, maps: list[Affine
     return VariantGroup(site, replace, n_variants=len(maps) + raw)
 
 
-def _check_fits(map_: AffineMap, label: str, site: Site, d_base: int, d_tuned: int) -> None:
+def _check_fits(map_: AffineMap, site: Site, d_base: int, d_tuned: int) -> None:
     if (map_.d_in, map_.d_out) != (d_base, d_tuned):
         raise MechdiffError(
-            f"Map {label} takes {map_.d_in} to {map_.d_out} dimensions and {site} of this pair needs "
+            f"A map takes {map_.d_in} to {map_.d_out} dimensions and {site} of this pair needs "
             f"{d_base} to {d_tuned}; use a map that was fitted on this pair."
         )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.attach import Tokens, attached
-from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.bounded import bounded
+from mechdiff_mlflow.errors import MechdiffError, is_text
 from mechdiff_mlflow.maps import AffineMap, identity_map
 from mechdiff_mlflow.metrics import next_token_divergences
 from mechdiff_mlflow.pairs import Pair, Side
@@ -66,8 +67,8 @@ def steer(
         MechdiffError: A prompt is empty, a template fails, the map does not fit, or the models read other
             tokens and `tokens` is not `decision`.
     """
-    site = _site_of(the_map)
-    prompts = _prompt_set(texts, pair.spec.system)
+    site = site_of(the_map)
+    prompts = prompt_set(texts, pair.spec.system)
     ids = {role: pair.tokens(role, prompts, Position.DECISION) for role in ("base", "tuned")}
     source, context = _source(pair, ids, site, tokens)
     limit = max_new_tokens
@@ -95,15 +96,27 @@ def steer(
     return [Steered(*row) for row in zip(*columns, strict=True)]
 
 
-def _site_of(the_map: AffineMap) -> Site:
+def site_of(the_map: AffineMap) -> Site:
+    """Where a map was fitted.
+
+    Raises:
+        MechdiffError: It does not say.
+    """
     if "site" not in the_map.meta:
         raise MechdiffError("The map does not say at which site it was fitted; fit it with mechdiff fit.")
     return Site.parse(str(the_map.meta["site"]))
 
 
-def _prompt_set(texts: Sequence[str], system: str | None) -> PromptSet:
+def prompt_set(texts: Sequence[str], system: str | None) -> PromptSet:
+    """What users say, as prompts.
+
+    Raises:
+        MechdiffError: A text is empty.
+    """
     if any(not text.strip() for text in texts) or not texts:
         raise MechdiffError("A prompt is empty; write what the user says.")
+    if broken := [text for text in texts if not is_text(text)]:
+        raise MechdiffError(f"Prompt {broken[0][:80]!r} is no UTF-8 text; write it without the escapes.")
     before = () if system is None else ({"role": "system", "content": system},)
     return PromptSet("given", tuple(Prompt((*before, {"role": "user", "content": text})) for text in texts))
 
@@ -145,7 +158,9 @@ def _continue(
             pad_token_id=pad,
             **_GREEDY,
         )
-    texts = tokenizer.batch_decode(out.sequences[:, length:], skip_special_tokens=True)
+    said = out.sequences[:, length:].tolist()
+    what = f"Decoding with the {side.role} tokenizer"  # whose decoder may grow what it gets
+    texts = bounded(what, lambda: tokenizer.batch_decode(said, skip_special_tokens=True))
     return [text.strip() for text in texts], out.logits[0]
 
 

@@ -12,13 +12,13 @@ from functools import cached_property
 
 import pandas as pd
 
-from mechdiff_mlflow import stats
+from mechdiff_mlflow import selection, stats
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.fitting import Fitter, Offers, label_of
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
-from mechdiff_mlflow.experiments.rows import SiteRows
+from mechdiff_mlflow.experiments.rows import IDENTITY, SiteRows
 from mechdiff_mlflow.experiments.summary import (
     SHUFFLED,
     alignment,
@@ -37,7 +37,7 @@ FLOOR_LIMIT_NATS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2, "float16
 """An identity patch that moves the logits further than rounding can is a broken patch, not noise."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Study:
     """A pair under one protocol, with what has been recorded so far.
 
@@ -52,6 +52,7 @@ class Study:
     protocol: Protocol
     stage: Stage = silent
     workers: Workers | None = None
+    _fitted: list[AffineMap] = field(default_factory=list)
     _rows: dict[str, dict[Site, SiteRows]] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -101,11 +102,16 @@ class Study:
             for mixed in fitter.shuffled(cell):
                 wanted.update(mixed)
         val = self._score("val", requests)
-        return [self._choose(cell, maps, val[cell.site]) for cell, maps in zip(cells, offers, strict=True)]
+        found = [self._choose(cell, maps, val[cell.site]) for cell, maps in zip(cells, offers, strict=True)]
+        if len(found) > 1:  # reported together, and people take the best
+            one_of = selection.entry(f"{selection.CELL} (one of {len(found)})", self.report_prompts)
+            found = [replace(fit, map=selection.recorded(fit.map, one_of)) for fit in found]
+        self._fitted.extend(fit.map for fit in found)
+        return found
 
     def patch(
         self,
-        fits: Iterable[tuple[Cell, AffineMap, tuple[str, ...]]],
+        fits: Iterable[tuple[Cell, AffineMap]],
         each: Callable[[int, PatchRecord], None] = lambda index, record: None,
     ) -> list[PatchRecord]:
         """Report maps on the report split; the null of each is the control that does best on val.
@@ -114,7 +120,7 @@ class Study:
         val chooses as it did for the map itself.
 
         Args:
-            fits: For each map its cell as asked for, the map itself with its α, and what val chose of it.
+            fits: For each map its cell as asked for, and the map itself with its α.
             each: Called with the place of each record and the record as soon as it is there.
 
         Raises:
@@ -122,40 +128,40 @@ class Study:
         """
         fits = list(fits)
         self.computing.prepare(self.prompt_sets, self.protocol.position)
-        self._fitter.record([cell for cell, *_ in fits])
-        nulls = [self._fitter.nulls(cell) for cell, *_ in fits]
-        shuffled = [self._fitter.shuffled(cell) for cell, *_ in fits]
+        self._fitter.record([cell for cell, _ in fits])
+        nulls = [self._fitter.nulls(cell) for cell, _ in fits]
+        shuffled = [self._fitter.shuffled(cell) for cell, _ in fits]
         requests: dict[Site, dict[str, AffineMap]] = {}
-        for (cell, *_), maps, mixed in zip(fits, nulls, shuffled, strict=True):
+        for (cell, _), maps, mixed in zip(fits, nulls, shuffled, strict=True):
             requests.setdefault(cell.site, {}).update(maps)
             for offers in mixed:
                 requests[cell.site].update(offers)
         val = self._score("val", requests)
         best = [
             _best_of_each(maps, mixed, val[cell.site])
-            for (cell, *_), maps, mixed in zip(fits, nulls, shuffled, strict=True)
+            for (cell, _), maps, mixed in zip(fits, nulls, shuffled, strict=True)
         ]
         requests = {}
-        for (cell, map_, _), maps, mixed, chosen in zip(fits, nulls, shuffled, best, strict=True):
+        for (cell, map_), maps, mixed, chosen in zip(fits, nulls, shuffled, best, strict=True):
             every = {**maps, **{label: made for offers in mixed for label, made in offers.items()}}
             wanted = requests.setdefault(cell.site, {})
             wanted.update({label: every[label] for labels in chosen.values() for label in labels})
             wanted[label_of(cell, map_)] = map_
         report = self._score(self.protocol.split, requests)
-        labels = [label_of(cell, map_) for cell, map_, _ in fits]
+        labels = [label_of(cell, map_) for cell, map_ in fits]
         null_of = [
             min(rows_of, key=lambda name, at=val[cell.site], rows=rows_of: at.mean_kl(rows[name]))  # type: ignore[misc]
-            for (cell, *_), rows_of in zip(fits, best, strict=True)
+            for (cell, _), rows_of in zip(fits, best, strict=True)
         ]
         seed = self.protocol.seed
         p_values = [
-            p_against_null(report[cell.site], label, rows_of[null], seed)
-            for (cell, *_), label, rows_of, null in zip(fits, labels, best, null_of, strict=True)
+            p_against_null(report[cell.site], label, rows_of[null], seed, self.report_prompts.groups)
+            for (cell, _), label, rows_of, null in zip(fits, labels, best, null_of, strict=True)
         ]
         # Whoever looks at many sees the luckiest (Holm 1979, A simple sequentially rejective procedure).
         p_holm = stats.holm(p_values) if len(fits) > 1 else [None]
         records: list[PatchRecord] = []
-        for i, (cell, map_, chosen_of_map) in enumerate(fits):
+        for i, (cell, map_) in enumerate(fits):
             record = summarise(
                 replace(cell, alpha=Alpha((map_.alpha,))),
                 map_,
@@ -164,13 +170,18 @@ class Study:
                 controls=best[i],
                 null=null_of[i],
                 prompts=self.report_prompts,
-                leak=chosen_of_map if self.protocol.split == "val" else (),
+                # Of the cells reported here none has been taken yet.
+                leak=selection.leaks(
+                    map_,
+                    self.report_prompts,
+                    but=selection.CELL if any(map_ is mine for mine in self._fitted) else None,
+                ),
                 seed=seed,
                 n_resamples=self.protocol.n_resamples,
                 seconds=self._seconds[self.protocol.split],
                 p_holm=p_holm[i],
             )
-            self._check_identity(cell.site, record.noise_floor)
+            self._check_identity(cell.site, report[cell.site].patched[IDENTITY].mean_kl)
             each(i, record)
             records.append(record)
         return records
@@ -186,17 +197,26 @@ class Study:
         return self.computing.setting().engine
 
     @cached_property
+    def noise(self) -> float:
+        """How far apart clean runs of the reported prompts are, nats; measured after a patch, once."""
+        return self.computing.clean_noise("tuned", self.report_prompts, self.protocol.position)
+
+    @cached_property
     def _fitter(self) -> Fitter:
         return Fitter(self.computing, self.protocol, self.train_prompts, self.stage)
 
     def _score(self, split: str, requests: dict[Site, dict[str, AffineMap]]) -> dict[Site, SiteRows]:
-        """Rows of a split, scored only where they are not known yet."""
+        """Rows of a split by the labels of the request, scored only where they are not known yet.
+
+        What is known is told apart by what maps compute: settings that labels leave out change that too.
+        """
         known = self._rows.setdefault(split, {})
+        wanted = {site: {map_.digest: map_ for map_ in maps.values()} for site, maps in requests.items()}
         missing = {
-            site: {label: map_ for label, map_ in maps.items() if label not in known[site].patched}
+            site: {digest: map_ for digest, map_ in maps.items() if digest not in known[site].patched}
             if site in known
             else maps
-            for site, maps in requests.items()
+            for site, maps in wanted.items()
         }
         missing = {site: maps for site, maps in missing.items() if maps or site not in known}
         if missing:
@@ -205,9 +225,14 @@ class Study:
             started = time.perf_counter()
             scored = self.computing.score(prompts, self.protocol.position, missing, self.stage)
             self._seconds[split] = self._seconds.get(split, 0.0) + time.perf_counter() - started
+            noise = self.noise if split == self.protocol.split else 0.0
             for site, rows in scored.items():
+                rows = replace(rows, clean_noise=noise)
                 known[site] = known[site].with_rows(rows.patched) if site in known else rows
-        return known
+        return {
+            site: known[site].labelled({label: map_.digest for label, map_ in maps.items()})
+            for site, maps in requests.items()
+        }
 
     def _choose(self, cell: Cell, offers: Mapping[str, AffineMap], val: SiteRows) -> FitRecord:
         """The offer with the least mean KL on val; of one there is nothing to choose."""
@@ -219,7 +244,9 @@ class Study:
         if cell.rank.k is not None:
             best.check_rank(cell.rank.k, cell.family)
         about = {key: value for key, value in best.meta.items() if key != "rank"}  # k says it as users do
-        map_ = replace(best, meta=about).with_meta(
+        record = [selection.entry("weights", self.train_prompts)]
+        record += [selection.entry(", ".join(chosen), self.val_prompts)] if chosen else []
+        map_ = selection.recorded(replace(best, meta=about), *record).with_meta(
             pair=self.pair.name,
             fingerprint=self.pair.fingerprint,
             site=str(cell.site),

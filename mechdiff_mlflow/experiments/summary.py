@@ -44,7 +44,7 @@ def summarise(
     controls: Mapping[str, Sequence[str]],
     null: str,
     prompts: PromptSet,
-    leak: tuple[str, ...],
+    leak: tuple[str, ...] | None,
     seed: int,
     n_resamples: int,
     seconds: float,
@@ -60,17 +60,17 @@ def summarise(
         controls: By name, which row is each control's; of shuffled fits one row a permutation.
         null: The control that did best on val.
         prompts: The split.
-        leak: What was chosen on this split.
+        leak: What was chosen on these prompts; None where nobody knows.
         seed: Of the bootstrap.
         n_resamples: Of the bootstrap.
         seconds: What scoring took.
         p_holm: `p_against_null` by Holm's method over all that are reported together.
     """
     patched = rows.patched
-    mapped, floor, raw = patched[label], patched[IDENTITY], patched.get(RAW)
+    mapped, raw = patched[label], patched.get(RAW)
     rho, cosines = alignment(map_, rows)
-    noise = floor.mean_kl
-    bootstrap = stats.Bootstrap(n_resamples=n_resamples, seed=seed)
+    noise = rows.noise_floor
+    bootstrap = stats.Bootstrap(n_resamples=n_resamples, seed=seed, groups=prompts.groups)
     undefined = {}
     drop = difference = p_sign_flip = None
     if raw is None:
@@ -82,7 +82,7 @@ def summarise(
         if drop.estimate is None:
             undefined["drop_pct"] = _below_floor("KL_raw", raw.mean_kl, noise)
         else:
-            p_sign_flip = stats.sign_flip_p(pairs[0] - pairs[1], seed=seed)
+            p_sign_flip = stats.sign_flip_p(pairs[0] - pairs[1], seed=seed, groups=prompts.groups)
     control_kl = {name: _kl(rows, labels) for name, labels in controls.items()}
     best = control_kl[null]
     skill = stats.drop_pct(best, mapped.kl_patched_clean_nats, noise_floor=noise, bootstrap=bootstrap)
@@ -104,7 +104,7 @@ def summarise(
         null=null,
         controls={name: float(kl.mean()) for name, kl in control_kl.items()},
         p_sign_flip=p_sign_flip,
-        p_null=p_against_null(rows, label, controls[null], seed),
+        p_null=p_against_null(rows, label, controls[null], seed, prompts.groups),
         p_holm=p_holm,
         p_permutation=_permutation_p(rows, mapped.mean_kl, controls.get(SHUFFLED, ())),
         rho=rho,
@@ -121,7 +121,9 @@ def summarise(
     )
 
 
-def p_against_null(rows: SiteRows, label: str, null: Sequence[str], seed: int) -> float | None:
+def p_against_null(
+    rows: SiteRows, label: str, null: Sequence[str], seed: int, groups: tuple[int, ...] = ()
+) -> float | None:
     """One-sided p-value that a map does better than its null; None where that would be told from noise.
 
     Args:
@@ -129,11 +131,12 @@ def p_against_null(rows: SiteRows, label: str, null: Sequence[str], seed: int) -
         label: Which row is the map's.
         null: Which rows are the null's.
         seed: Of the flipped signs.
+        groups: Of prompts, whose signs are flipped together.
     """
     best, mapped = _kl(rows, null), rows.patched[label].kl_patched_clean_nats
-    if not stats.is_defined(best, mapped, rows.patched[IDENTITY].mean_kl):
+    if not stats.is_defined(best, mapped, rows.noise_floor):
         return None
-    return stats.sign_flip_p(best - mapped, seed=seed)
+    return stats.sign_flip_p(best - mapped, seed=seed, groups=groups)
 
 
 def _kl(rows: SiteRows, labels: Sequence[str]) -> NDArray[np.float64]:
@@ -159,7 +162,7 @@ def _cos_vs_kl(
     if defined.sum() < MIN_CORRELATED_PROMPTS:
         return None
     raw, mapped = raw_and_mapped
-    found = stats.correlation(cosines[defined], (raw - mapped)[defined], bootstrap=bootstrap)
+    found = stats.correlation(cosines[defined], (raw - mapped)[defined], bootstrap=bootstrap.of(defined))
     return None if found.pearson.estimate is None else found
 
 
@@ -179,6 +182,7 @@ def _per_prompt(
 ) -> pd.DataFrame:
     mapped, raw = rows.patched[label], rows.patched.get(RAW)
     columns: dict[str, object] = {"prompt": [prompt.text for prompt in prompts.prompts]}
+    columns |= {"group": prompts.groups} if prompts.groups else {}
     if raw is not None:
         columns["KL_raw"] = raw.kl_patched_clean_nats
     columns |= {

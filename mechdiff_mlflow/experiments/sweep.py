@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mechdiff_mlflow import stats
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import number_in, text_of
 from mechdiff_mlflow.experiments.records import PatchRecord
-from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import Alpha, Cell, Rank
+
+MAX_CELLS = 100_000
+"""Each has a run of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +26,7 @@ class SweepSite:
     alpha: float | None
 
     def __str__(self) -> str:
-        return str(self.site) if self.alpha is None else f"{self.site}:{self.alpha:g}"
+        return str(self.site) if self.alpha is None else f"{self.site}:{text_of(self.alpha)}"
 
     @classmethod
     def parse(cls, text: str) -> SweepSite:
@@ -34,6 +40,83 @@ class SweepSite:
         if value is not None and value.is_choice:
             raise MechdiffError(f"Site {text!r} has several α; write one after the colon, or use --alphas.")
         return cls(Site.parse(site), value.values[0] if value else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Drops in percent whose smallest rank is sought: `30`, `30,12`, `L26/attn_out:30,12` or `auto`.
+
+    Args:
+        by_site: For these sites.
+        others: One for all other sites, or one for each in order.
+    """
+
+    by_site: tuple[tuple[Site, float], ...]
+    others: tuple[float, ...]
+
+    def __str__(self) -> str:
+        if self == AUTO:
+            return "auto"
+        return ",".join([*(f"{site}:{text_of(x)}" for site, x in self.by_site), *map(text_of, self.others)])
+
+    @classmethod
+    def parse(cls, text: str) -> Targets:
+        """Read targets, each a percentage or a site, a colon and a percentage; or `auto`.
+
+        Raises:
+            MechdiffError: One is malformed, or a site has two.
+        """
+        if text == "auto":
+            return AUTO
+        by_site: dict[Site, float] = {}
+        others = []
+        for part in text.split(","):
+            where, colon, percent = part.strip().rpartition(":")
+            try:
+                target = number_in(percent)
+            except ValueError:
+                target = math.nan
+            if not 0 < target <= 100:
+                raise MechdiffError(
+                    f"Target {part[:80]!r} is not a drop in percent above 0 and up to 100; pass e.g. 30, or "
+                    "L26/attn_out:30."
+                )
+            if not colon:
+                others.append(target)
+            elif (site := Site.parse(where)) in by_site:
+                raise MechdiffError(f"Site {site} has two targets; give it one.")
+            else:
+                by_site[site] = target
+        return cls(tuple(by_site.items()), tuple(others))
+
+    def at(self, sites: Sequence[Site]) -> tuple[float, ...]:
+        """The target of each site.
+
+        Raises:
+            MechdiffError: Targets and sites do not go together.
+        """
+        if self == AUTO:
+            return tuple(_SEED[site] if set(sites) == set(_SEED) else 30.0 for site in sites)
+        known = dict(self.by_site)
+        rest = [site for site in sites if site not in known]
+        if absent := [str(site) for site in known if site not in sites]:
+            raise MechdiffError(
+                f"--targets names {', '.join(absent)}, which the sweep does not visit; its sites are "
+                f"{', '.join(map(str, sites))}."
+            )
+        if len(self.others) not in ({1, len(rest)} if rest else {0, 1}):
+            raise MechdiffError(
+                f"{len(self.others)} targets were given for {len(rest)} sites; give --targets one for all, "
+                "one a site in order, or by site, e.g. L26/attn_out:30."
+            )
+        each = dict(zip(rest, self.others if len(self.others) > 1 else self.others * len(rest), strict=True))
+        return tuple((known | each)[site] for site in sites)
+
+
+AUTO = Targets((), ())
+"""The seed experiment's targets at its two sites, and 30 % at any others."""
+
+_SEED = {Site(26, Hook.ATTN_OUT): 30.0, Site(24, Hook.RESID_POST): 12.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +144,7 @@ class LeastRank:
             self._rank(k) for k in (self.found.k, self.found.low, self.found.high, self.found.conservative_k)
         )
         return (
-            f"min k for {self.found.target_pct:g} % @ {self.site} (α={self.alpha:g}): {least}, "
+            f"min k for {text_of(self.found.target_pct)} % @ {self.site} (α={text_of(self.alpha)}): {least}, "
             f"interval [{low}, {high}], reached in {100 * self.found.p_reached:.0f} % of resamples, "
             f"conservative k {sure}"
         )
@@ -85,8 +168,12 @@ def cells_of(
         for rank in ranks
     ]
     if len(set(cells)) < len(cells):
-        twice = next(cell for cell in cells if cells.count(cell) > 1)
+        twice = next(cell for cell, n in Counter(cells).items() if n > 1)
         raise MechdiffError(f"The sweep has {twice} more than once; list each site, rank and α once.")
+    if len(cells) > MAX_CELLS:
+        raise MechdiffError(
+            f"The sweep has {len(cells)} cells and takes {MAX_CELLS}; list fewer sites, ranks or α."
+        )
     return cells
 
 
@@ -119,7 +206,7 @@ def least_ranks(patches: Sequence[PatchRecord], targets: Sequence[float], *, see
             curve[0].per_prompt["KL_raw"],
             [patch.per_prompt["KL_mapped"] for patch in curve],
             target_pct=targets[0] if len(targets) == 1 else targets[sites.index(site)],
-            bootstrap=stats.Bootstrap(seed=seed),
+            bootstrap=stats.Bootstrap(seed=seed, groups=tuple(curve[0].per_prompt.get("group", ()))),
         )
         if found is not None:
             least.append(LeastRank(site, curve[0].cell.solver, curve[0].cell.family, alpha, width, found))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mechdiff_mlflow.adapters import Form
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments.adapting import CEILING, AdapterRecord
 from mechdiff_mlflow.maps import AffineMap, Family
 from mechdiff_mlflow.pairs import Pair
@@ -37,8 +38,8 @@ def adapter_card(record: AdapterRecord, the_map: AffineMap, pair: Pair) -> str:
         "",
         f"This is {what} on `{record.target}`. It sends the activation h at {record.site} (what "
         f"{_HOOKS[record.site.hook.value]}) to α·((h − μ_base)·W + μ_tuned) at every token, α = "
-        f"{record.alpha:g}. The map was fitted by mechdiff on activations of base and tuned at the decision "
-        "token, the last of the prompt; nothing was trained.",
+        f"{text_of(record.alpha)}. The map was fitted by mechdiff on activations of base and tuned at the "
+        "decision token, the last of the prompt; nothing was trained.",
         "",
         "## How to load it",
         "",
@@ -75,8 +76,8 @@ _HOOKS = {
 def _about_rank(record: AdapterRecord, the_map: AffineMap) -> str:
     exact = "Nothing of the map is lost: its linear part is in lora_A and lora_B, its means in lora_B's bias."
     scaled = (
-        f" Its rank is that of α·W − I: α = {record.alpha:g} scales every direction, so it is full; α = 1 "
-        "would give the rank of W − I."
+        f" Its rank is that of α·W − I: α = {text_of(record.alpha)} scales every direction, so it is full; "
+        "α = 1 would give the rank of W − I."
         if record.alpha != 1 and record.rank != the_map.weight_rank(Family.UPDATE)
         else ""
     )

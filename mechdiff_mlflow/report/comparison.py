@@ -9,6 +9,7 @@ import pandas as pd
 
 from mechdiff_mlflow import stats
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.atlas import first_difference
 from mechdiff_mlflow.report.document import Block, Bullets, Document, Grid, Heading, Text
@@ -50,7 +51,7 @@ def matches(first: Evidence, second: Evidence) -> list[Match]:
 
     others = {key(patch): patch for patch in second.patches if patch.source != "atlas"}
     found = [
-        Match(f"{p.site} {p.solver} {p.family} k={p.rank} α={p.alpha:g}", p, others[key(p)])
+        Match(f"{p.site} {p.solver} {p.family} k={p.rank} α={text_of(p.alpha)}", p, others[key(p)])
         for p in first.patches
         if p.source != "atlas" and key(p) in others
     ]
@@ -58,7 +59,8 @@ def matches(first: Evidence, second: Evidence) -> list[Match]:
     for one in first.quoted():
         other = quoted.get(one.patch.site)
         if one.picked_among == 1 and other is not None and key(one.patch) != key(other):
-            scales = f"α={one.patch.alpha:g}, k={one.patch.rank} against α={other.alpha:g}, k={other.rank}"
+            ours, theirs = (f"α={text_of(p.alpha)}, k={p.rank}" for p in (one.patch, other))
+            scales = f"{ours} against {theirs}"
             found.append(Match(f"{one.patch.site}, each pair's own map ({scales})", one.patch, other))
     if not found:
         raise MechdiffError(
@@ -81,8 +83,12 @@ def difference(match: Match, tables: PerPrompt, *, seed: int) -> Interval | None
         (tables[patch.run_id]["KL_raw"], tables[patch.run_id]["KL_mapped"])
         for patch in (match.first, match.second)
     )
+    groups, others = (tuple(tables[p.run_id].get("group", ())) for p in (match.first, match.second))
     return stats.drop_difference(
-        (raw, mapped), (other_raw, other_mapped), bootstrap=stats.Bootstrap(seed=seed)
+        (raw, mapped),
+        (other_raw, other_mapped),
+        bootstrap=stats.Bootstrap(seed=seed),
+        groups=(groups, others),
     )
 
 
@@ -93,10 +99,9 @@ def verdict(match: Match, interval: Interval | None, first: str, second: str) ->
             return f"says little: KL_raw of {pair} is negligible"
     if interval is None or interval.low is None:
         return "n/a"
-    if wording.above(interval):
-        return f"{first} drops further"
-    if wording.below(interval):
-        return f"{second} drops further"
+    if wording.above(interval) or wording.below(interval):
+        ahead, pair = (match.first, first) if wording.above(interval) else (match.second, second)
+        return f"{pair} drops further" if wording.above(ahead.drop) else f"{pair} does less harm"
     return "no evidence of a difference"
 
 
@@ -186,7 +191,7 @@ def _rank_blocks(first: Evidence, second: Evidence) -> list[Block]:
                 says = f"says little: KL_raw of {evidence.pair} is negligible"
         rows.append(
             [
-                *(str(row["site"]), str(row["family"]), f"{row['alpha']:g}", f"{row['target_pct']:g}"),
+                *(str(row["site"]), str(row["family"]), text_of(row["alpha"]), text_of(row["target_pct"])),
                 *(*texts, says),
             ]
         )

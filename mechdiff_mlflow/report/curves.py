@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.report.evidence import Measured
 from mechdiff_mlflow.report.figures import Curve, Figure, curves
 
@@ -19,7 +20,7 @@ def curve_figures(patches: Sequence[Measured]) -> list[Figure]:
         patches,
         lambda p: (p.site, p.solver, p.family, p.alpha, p.settings, p.conditions),
         lambda p: full if p.k is None else float(p.k),
-        lambda p: f"{p.site} α={p.alpha:g} {p.family}",
+        lambda p: f"{p.site} α={text_of(p.alpha)} {p.family}",
         at_least=2,
     )
     over_alpha = _lines(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import html
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from mechdiff_mlflow import shown
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.report.figures import Figure, page
 
@@ -67,8 +68,8 @@ class Document:
 
     def html(self) -> str:
         """One HTML file with interactive figures, which needs nothing from the network."""
-        body = "\n".join([f"<h1>{html.escape(self.title)}</h1>", *map(_html, self.blocks)])
-        return page(html.escape(self.title), body)
+        body = "\n".join([f"<h1>{shown.html(self.title)}</h1>", *map(_html, self.blocks)])
+        return page(shown.html(self.title), body)
 
     @property
     def figures(self) -> list[Figure]:
@@ -81,8 +82,7 @@ class Document:
         Raises:
             MechdiffError: `out` is neither .md nor .html, or cannot be written.
         """
-        if out.suffix not in (".md", ".html"):
-            raise MechdiffError(f"{out} has an unknown suffix; name a .md or .html file, both are written.")
+        check_out(out)
         folder = out.with_name(f"{out.stem}-figures")
         contents: dict[Path, bytes] = {
             out.with_suffix(".md"): self.markdown(folder.name).encode(),
@@ -95,8 +95,41 @@ class Document:
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(content)
         except OSError as error:
-            raise MechdiffError(f"Cannot write {out} ({error.strerror}); choose another --out.") from error
+            raise MechdiffError(
+                f"Cannot write {str(out)[:200]} ({error.strerror}); choose another --out."
+            ) from error
         return list(contents)
+
+
+def check_out(out: Path) -> None:
+    """Make sure that a report can be written there, before it is made.
+
+    Raises:
+        MechdiffError: `out` is neither .md nor .html, what is there cannot be replaced, or the name is not
+            possible.
+    """
+    if out.suffix not in (".md", ".html"):
+        raise MechdiffError(
+            f"{str(out)[:200]} has an unknown suffix; name a .md or .html file, both are written."
+        )
+    try:
+        for path, is_folder in (
+            (out.with_suffix(".md"), False),
+            (out.with_suffix(".html"), False),
+            (out.with_name(f"{out.stem}-figures"), True),
+        ):
+            if path.exists() and path.is_dir() != is_folder:
+                what = "a file" if is_folder else "a folder"
+                raise MechdiffError(f"{path} is {what} that is there already; choose another --out.")
+            above = next(parent for parent in path.absolute().parents if parent.exists())
+            if not above.is_dir() or not os.access(above, os.W_OK):
+                raise MechdiffError(f"Nothing can be written in {above}; choose another --out.")
+    except OSError as error:
+        raise _cannot(out, error) from error
+
+
+def _cannot(out: Path, error: OSError) -> MechdiffError:
+    return MechdiffError(f"Cannot write {str(out)[:200]} ({error.strerror}); choose another --out.")
 
 
 def joined(documents: Sequence[Document]) -> Document:
@@ -132,7 +165,7 @@ def _html(block: Block) -> str:
     if isinstance(block, Bullets):
         return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Code):
-        return f"<pre>{html.escape(chr(10).join(block.lines))}</pre>"
+        return f"<pre>{shown.html(chr(10).join(block.lines))}</pre>"
     if isinstance(block, Figure):
         return f"<figure>{block.div}</figure>"
     head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.columns)
@@ -142,5 +175,5 @@ def _html(block: Block) -> str:
 
 def _inline(text: str) -> str:
     """Escaped text with bold and code marked up."""
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text, quote=False))
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", shown.html(text))
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)

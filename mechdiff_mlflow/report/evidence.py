@@ -9,13 +9,16 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
+from mechdiff_mlflow import foreign, selection
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.records import PatchRecord
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.shown import markdown
+from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.stats import Interval
 
 Row: TypeAlias = Mapping[str, Any]
 LEVEL = 0.95
+_OLD_LEAKS = {"true": "Leak: settings chosen on the reported prompts", "unknown": selection.sentence(None)}
 FROM = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
 """Kinds of runs that patches stand under, by how much their choice of map is worth quoting."""
 SETTINGS = ("shrink", "ridge", "output_metric", "directions", "unembedding", "off_span", "alpha_fit")
@@ -55,13 +58,13 @@ class Measured:
         conditions: Of the measurement.
         kl_raw: Mean KL of the raw cross-patch in nats, or None.
         kl_mapped: Mean KL of the mapped patch in nats.
-        noise_floor: Mean KL of the identity patch in nats.
+        noise_floor: What KL must stand out from, nats.
         rho: ‖Y − Ŷ‖ / ‖Y − X‖, or None.
         drop: drop_pct with its interval, or None.
         skill: skill_pct with its interval, or None.
         null: The best control, chosen on val.
         controls: Mean KL of every control in nats.
-        leak: Whether something was chosen on the reported split.
+        leak: In words what was chosen on prompts that are reported, or that nobody knows; empty if nothing.
         undefined: Why numbers have no value, by name.
         settings: How the map was made beyond solver, family, rank and scale.
         p_permutation: Of fits of shuffled pairs, or None where there were none.
@@ -85,7 +88,7 @@ class Measured:
     skill: Interval | None
     null: str
     controls: Mapping[str, float]
-    leak: bool
+    leak: str
     undefined: Mapping[str, str]
     settings: str
     p_permutation: float | None
@@ -155,18 +158,26 @@ class Evidence:
         """
         kinds = dict(zip(runs["run_id"], runs["kind"], strict=True))
         plain: list[Row] = [{str(key): row[key] for key in row} for row in runs.to_dict("records")]
-        asked = {str(row["run_id"]): _text(row, "alpha") for row in plain}
-        rows = [row for row in plain if _is_patch(row, pair)]
+        ours = [row for row in plain if not foreign.is_missing(row["kind"])]  # others have their own params
+        asked = {str(row["run_id"]): _text(row, "alpha") for row in ours}
+        rows = [row for row in ours if _is_patch(row, pair)]
         if not rows:
             raise MechdiffError(
                 f"No finished patch run of pair {pair!r} is there to report on; make one with mechdiff run "
                 "or mechdiff sweep, or name its --experiment."
             )
-        fingerprint = _text(rows[0], "tag.pair_fingerprint")
-        own = [row for row in rows if _text(row, "tag.pair_fingerprint") == fingerprint]
+        every: list[tuple[str, Measured]] = []
+        for row in rows:
+            try:
+                every.append((_text(row, "tag.pair_fingerprint"), _measured(row, kinds, asked)))
+            except foreign.Malformed as error:
+                foreign.left_out(f"run {row['run_id']}", error)
+        fingerprint = every[0][0] if every else ""
+        own = [patch for theirs, patch in every if theirs == fingerprint]
+        if not own:
+            raise MechdiffError(f"Every patch run of pair {pair!r} is malformed; correct or delete them.")
         newest: dict[tuple[object, ...], Measured] = {}
-        for row in own:
-            patch = _measured(row, kinds, asked)
+        for patch in own:
             map_ = (patch.solver, patch.family, patch.k, patch.alpha, patch.settings)
             cell = (patch.site, *map_, patch.conditions)
             # A map that was pinned under a report pass is the same cell as the sweep's that found it.
@@ -180,7 +191,7 @@ class Evidence:
         layers_run, layers = _newest(runs, tables.get("layers.json", {}))
         return cls(
             pair,
-            fingerprint,
+            markdown(fingerprint, 80),
             sorted(newest.values(), key=lambda p: (p.site, p.solver, p.family, p.k or math.inf, p.alpha)),
             parents,
             _stacked(runs, tables.get("least_ranks.json", {})),
@@ -189,7 +200,7 @@ class Evidence:
             layers,
             layers_run,
             _by_site(runs, tables.get("heads.json", {})),
-            len(rows) - len(own),
+            len(every) - len(own),
         )
 
     def quoted(self) -> list[Quoted]:
@@ -233,7 +244,7 @@ def of_record(record: PatchRecord) -> Measured:
         skill=record.skill_pct,
         null=record.null,
         controls=record.controls,
-        leak=bool(record.leak),
+        leak=selection.sentence(record.leak),
         undefined=record.undefined,
         settings="",
         p_permutation=record.p_permutation,
@@ -242,52 +253,56 @@ def of_record(record: PatchRecord) -> Measured:
 
 
 def _is_patch(row: Row, pair: str) -> bool:
-    measured = row["kind"] == "patch" and row["status"] == "FINISHED" and not _missing(row.get("KL_mapped"))
+    measured = (
+        row["kind"] == "patch"
+        and row["status"] == "FINISHED"
+        and not foreign.is_missing(row.get("KL_mapped"))
+    )
     return bool(measured and row.get("pair") == pair)
 
 
 def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> Measured:
-    parent = None if _missing(row["parent_id"]) else str(row["parent_id"])
+    parent = None if foreign.is_missing(row["parent_id"]) else str(row["parent_id"])
     return Measured(
         run_id=str(row["run_id"]),
         parent_id=parent,
         source=kinds.get(parent or "", "patch"),
-        site=Site(int(row["layer"]), Hook.parse(str(row["hook"]))),
-        solver=str(row["solver"]),
-        family=str(row["family"]),
-        k=None if row["k"] == "full" else int(row["k"]),
-        alpha=float(row["alpha"]),
+        site=foreign.site(row),
+        solver=foreign.word(row, "solver"),
+        family=foreign.word(row, "family"),
+        k=foreign.rank(row, "k"),
+        alpha=foreign.number(row, "alpha"),
         conditions=Conditions(
-            str(row["split"]),
-            int(row["n"]),
-            int(row["n_train"]),
-            int(row["seed"]),
-            str(row["position"]),
-            str(row["dtype"]),
+            foreign.word(row, "split"),
+            foreign.whole(row, "n"),
+            foreign.whole(row, "n_train"),
+            foreign.whole(row, "seed"),
+            foreign.word(row, "position"),
+            foreign.word(row, "dtype"),
         ),
-        kl_raw=_number(row.get("KL_raw")),
-        kl_mapped=float(row["KL_mapped"]),
-        noise_floor=float(row["noise_floor"]),
-        rho=_number(row.get("rho")),
+        kl_raw=_number(row, "KL_raw"),
+        kl_mapped=foreign.number(row, "KL_mapped"),
+        noise_floor=foreign.number(row, "noise_floor"),
+        rho=_number(row, "rho"),
         drop=_interval(row, "drop_pct"),
         skill=_interval(row, "skill_pct"),
-        null=_text(row, "tag.null"),
+        null=markdown(_text(row, "tag.null")),
         controls={
-            str(key).removeprefix("control/"): float(row[key])
+            markdown(str(key).removeprefix("control/")): foreign.number(row, key)
             for key in row
-            if str(key).startswith("control/") and not _missing(row[key])
+            if str(key).startswith("control/") and not foreign.is_missing(row[key])
         },
-        leak=_text(row, "tag.selection_leak") == "true",
+        leak=_text(row, "tag.selection") or _OLD_LEAKS.get(_text(row, "tag.selection_leak"), ""),
         undefined={
-            str(key).removeprefix("tag.mechdiff.undefined."): str(row[key])
+            str(key).removeprefix("tag.mechdiff.undefined."): markdown(row[key])
             for key in row
-            if str(key).startswith("tag.mechdiff.undefined.") and not _missing(row[key])
+            if str(key).startswith("tag.mechdiff.undefined.") and not foreign.is_missing(row[key])
         },
         settings=", ".join(
-            f"{key}={_text(row, key)}" for key in SETTINGS if _text(row, key) not in ("", "n/a")
+            f"{key}={markdown(_text(row, key), 80)}" for key in SETTINGS if _text(row, key) not in ("", "n/a")
         ),
-        p_permutation=_number(row.get("p/permutation")),
-        asked_alpha=asked.get(parent or "", ""),
+        p_permutation=_number(row, "p/permutation"),
+        asked_alpha=str(foreign.scales(asked, parent or "")) if asked.get(parent or "") else "",
     )
 
 
@@ -318,20 +333,16 @@ def _by_site(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> dict[str,
 
 
 def _interval(row: Row, key: str) -> Interval | None:
-    estimate = _number(row.get(key))
+    estimate = _number(row, key)
     if estimate is None:
         return None
-    return Interval(estimate, _number(row.get(f"ci/{key}_low")), _number(row.get(f"ci/{key}_high")), LEVEL)
+    return Interval(estimate, _number(row, f"ci/{key}_low"), _number(row, f"ci/{key}_high"), LEVEL)
 
 
-def _number(value: object) -> float | None:
-    return None if _missing(value) else float(str(value))
+def _number(row: Mapping[Any, Any], key: str) -> float | None:
+    return None if foreign.is_missing(row.get(key)) else foreign.number(row, key)
 
 
 def _text(row: Row, key: str) -> str:
     value = row.get(key)
-    return "" if _missing(value) else str(value)
-
-
-def _missing(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
+    return "" if foreign.is_missing(value) else str(value)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mechdiff_mlflow import selection
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.atlas import atlas_figures, first_difference
 from mechdiff_mlflow.report.curves import curve_figures
@@ -11,6 +13,7 @@ from mechdiff_mlflow.report.document import Block, Bullets, Code, Document, Grid
 from mechdiff_mlflow.report.evidence import Evidence, Measured, Quoted
 from mechdiff_mlflow.report.figures import bars
 from mechdiff_mlflow.report.profiles import heads_blocks, layers_blocks
+from mechdiff_mlflow.shown import markdown, plain
 from mechdiff_mlflow.spec import ALPHA_GRID
 
 LOW_RANK_SHARE = 0.25
@@ -79,8 +82,10 @@ def caveats(evidence: Evidence, quoted: Sequence[Quoted]) -> list[str]:
         )
     if leaking := [p for p in evidence.patches if p.leak]:
         found.append(
-            f"{len(leaking)} runs report the very prompts that α or the off-span rule was chosen on; their "
-            "numbers flatter the map."
+            f"{len(leaking)} runs report prompts that something may have been chosen on, at "
+            f"{', '.join(sorted({str(p.site) for p in leaking}))}: "
+            f"{'; '.join(sorted({p.leak for p in leaking}))}. For a number without that choice, "
+            f"{selection.REMEDY}."
         )
     if floor := sorted({p.site for p in evidence.patches if "drop_pct" in p.undefined}):
         found.append(
@@ -90,8 +95,7 @@ def caveats(evidence: Evidence, quoted: Sequence[Quoted]) -> list[str]:
         if one.picked_among > 1 and one.patch.source != "atlas":
             found.append(
                 f"`{one.patch.site}` quotes the best of {one.picked_among} cells, picked on the reported "
-                "split; "
-                "pin a winner and run mechdiff report-pass for a number without that choice."
+                f"prompts. For a number without that choice, promote it, then {selection.REMEDY}."
             )
     if len({p.conditions for p in evidence.patches}) > 1:
         found.append(
@@ -144,8 +148,8 @@ def _rank_control(evidence: Evidence) -> list[Block]:
             [
                 str(row["site"]),
                 str(row["family"]),
-                f"{row['alpha']:g}",
-                f"{row['target_pct']:g}",
+                text_of(row["alpha"]),
+                text_of(row["target_pct"]),
                 wording.rank(row["k"], width),
                 ends,
                 f"{100 * row['p_reached']:.0f} %",
@@ -183,7 +187,7 @@ def _patch_table(patches: Sequence[Measured]) -> Grid:
         columns,
         [
             [
-                *(str(p.site), p.solver, p.family, p.rank, f"{p.alpha:g}"),
+                *(str(p.site), p.solver, p.family, p.rank, text_of(p.alpha)),
                 *(p.conditions.split, str(p.conditions.n)),
                 *(wording.number(p.kl_raw), wording.number(p.kl_mapped)),
                 *(wording.percent(p.drop), wording.percent(p.skill), p.null),
@@ -216,7 +220,10 @@ def _commands(evidence: Evidence) -> list[str]:
     if "tag.mechdiff.command" not in evidence.parents:
         return []
     commands = evidence.parents.sort_values("started")["tag.mechdiff.command"].dropna()
-    return [*dict.fromkeys(map(str, commands)), f"mechdiff report --pair {evidence.pair}"]
+    ours = [
+        plain(str(text)) for text in commands if str(text).startswith("mechdiff ") and "\n" not in str(text)
+    ]
+    return [*dict.fromkeys(ours), f"mechdiff report --pair {evidence.pair}"]
 
 
 def _run_table(evidence: Evidence) -> Grid:
@@ -224,7 +231,7 @@ def _run_table(evidence: Evidence) -> Grid:
     return Grid(
         ("run", "kind", "name", "started"),
         [
-            [f"`{row.run_id}`", str(row.kind), str(row.name_), f"{row.started:%Y-%m-%d %H:%M} UTC"]
+            [f"`{row.run_id}`", markdown(row.kind), markdown(row.name_), f"{row.started:%Y-%m-%d %H:%M} UTC"]
             for row in rows.rename(columns={"name": "name_"}).itertuples()
         ],
     )

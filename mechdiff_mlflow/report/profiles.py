@@ -8,6 +8,7 @@ import pandas as pd
 
 from mechdiff_mlflow.report.document import Block, Bullets, Grid, Heading, Text
 from mechdiff_mlflow.report.figures import Curve, Figure, curves
+from mechdiff_mlflow.stats import above_floor
 
 HALF, MOST = 0.5, 0.9
 
@@ -53,9 +54,10 @@ def layers_sentence(table: pd.DataFrame) -> str:
         least = known.iloc[int(known["cka"].to_numpy().argmin())]
         parts.append(f"CKA is least, {least['cka']:.3f}, after layer {int(least['layer'])}.")
     for name, key in (("base into tuned", "KL_tuned_from_base"), ("tuned into base", "KL_base_from_tuned")):
-        moving = table[table[key] > 0]
+        floors = table.get(f"floor_{key.removeprefix('KL_')}", 0 * table[key])
+        moving = table[[above_floor(kl, floor) for kl, floor in zip(table[key], floors, strict=True)]]
         if not len(moving):
-            parts.append(f"Patching {name} changes nothing at any layer.")
+            parts.append(f"Patching {name} changes nothing that can be told from noise, at any layer.")
             continue
         top = table.iloc[int(table[key].to_numpy().argmax())]
         parts.append(

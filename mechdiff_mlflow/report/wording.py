@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.report.evidence import Measured, Quoted
 from mechdiff_mlflow.stats import Interval
 
@@ -49,10 +50,34 @@ def below(interval: Interval | None, limit: float = 0.0) -> bool:
     return interval is not None and interval.high is not None and interval.high < limit
 
 
+BLIND = "which knows nothing of the pairing"
+CONTROL = {"wrong_layer": "the map of another layer, fitted on the true pairs of that layer"}
+"""What the controls know that are not blind to which base activation goes with which tuned one."""
+
+
+def against(interval: Interval, what: str, name: str) -> str:
+    """`better than …: 75.0 % less KL, a **skill of …**`, or worse, or not told apart, by the interval."""
+    estimate, bounds = interval.estimate or 0.0, _ends(interval)
+    bounds = f" (95 %: {bounds[1:-1].replace(', ', ' to ')})" if bounds else ", without an interval"
+    said = f"{abs(estimate):.1f} % {'less' if estimate >= 0 else 'more'} KL, a **{name} of {estimate:.1f} %**"
+    if above(interval):
+        return f"better than {what}: {said}{bounds}"
+    if below(interval):
+        return f"**worse** than {what}: {said}{bounds}"
+    return f"not to be told apart from {what}: {said}{bounds}"
+
+
+def plain(sentence: str) -> str:
+    """A sentence without the marks of Markdown."""
+    return sentence.replace("`", "").replace("**", "")
+
+
 def transport(quoted: Quoted) -> str:
     """One sentence on a site: how far KL falls, and whether that beats the best control."""
     patch = quoted.patch
-    what = f"`{patch.site}` (α={patch.alpha:g}, k={patch.rank})"
+    what = f"`{patch.site}` (α={text_of(patch.alpha)}, k={patch.rank})"
+    if patch.drop is None and patch.kl_raw is None and patch.skill is not None:  # of different widths
+        return f"{what} is {against(patch.skill, f'the best control, `{patch.null}`', 'skill')}."
     if patch.drop is None:
         return f"{what}: no drop is defined; {patch.undefined.get('drop_pct', 'KL_raw was not measured')}."
     drop = f"{percent(patch.drop)} % KL drop"
@@ -90,8 +115,8 @@ def scale(patch: Measured, tried: list[float]) -> str | None:
         return f"At `{patch.site}` val chose α=1: no change of scale.{edge}"
     way = "smaller" if patch.alpha < 1 else "larger"
     return (
-        f"At `{patch.site}` val chose α={patch.alpha:g} of {', '.join(f'{a:g}' for a in tried)}: the mapped "
-        f"vector, mean included, works best {way} than the fit itself has it.{edge}"
+        f"At `{patch.site}` val chose α={text_of(patch.alpha)} of {', '.join(map(text_of, tried))}: the "
+        f"mapped vector, mean included, works best {way} than the fit itself has it.{edge}"
     )
 
 
@@ -104,7 +129,8 @@ def low_rank(row: Mapping[str, Any], patches: Sequence[Measured], low_rank_share
         low_rank_share: Up to which share of the width a rank is called low.
     """
     width, alpha = int(row["width"]), float(row["alpha"])
-    what = f"On `{row['site']}` (α={alpha:g}, {row['family']} family) the {row['target_pct']:g} % target"
+    where = f"On `{row['site']}` (α={text_of(alpha)}, {row['family']} family)"
+    what = f"{where} the {text_of(row['target_pct'])} % target"
     share = f"{100 * row['p_reached']:.0f} % of resamples"
     if rank(row["k"], width) == "not reached":
         return f"{what} is **not reached** at any tested rank (reached in {share})."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mechdiff_mlflow.maps import Family
-from mechdiff_mlflow.solvers.factors import Factors, best_ranks, leading
+from mechdiff_mlflow.solvers.factors import TIE, Factors, best_ranks, leading
 from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 
 
@@ -77,6 +77,10 @@ def _turn(p: PairedSpectrum, family: Family, std_x: Tensor, std_y: Tensor, *, re
     """Procrustes between rows divided by std_x [r_x], std_y [r_y] along their axes, and multiplied back."""
     xw, yw = p.sx / std_x, p.sy / std_y  # the singular values of Xw and Yw
     u, s, vh = torch.linalg.svd(xw[:, None] * p.cross * yw, full_matrices=False)
+    if (shared := len(xw) + len(yw) - (p.n - 1)) > 1 and _constant(xw) and _constant(yw):
+        # Both sides span so many of the n−1 dimensions that they share some: there S is equal in exact
+        # arithmetic, and which of them LAPACK puts first depends on the order of the rows.
+        s[:shared] = s[:shared].mean()
     # Axes that do not covary are turned in no particular way, and not in LAPACK's: they are left out.
     top = leading(u, s, max(p.cross.shape))
     u, s, vh = top.vectors, s[: top.r], vh[: top.r]
@@ -88,3 +92,7 @@ def _turn(p: PairedSpectrum, family: Family, std_x: Tensor, std_y: Tensor, *, re
     if family is Family.CONTENT:
         return Factors(p.vx @ (u / std_x[:, None]), core, top.cuts, scales)
     return best_ranks(p.vx, scales[-1] * (u / std_x[:, None]) @ core - p.vx.mT)
+
+
+def _constant(values: Tensor) -> bool:
+    return bool(values.max() - values.min() <= TIE * values.max())

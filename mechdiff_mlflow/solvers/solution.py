@@ -79,7 +79,7 @@ class Solution:
         natural = OffSpan.natural(self.family)
         rule = natural if off_span is None else OffSpan.parse(off_span)
         d_in, d_out = len(self.mean_in), len(self.mean_out)
-        self._check_rank(rank, min(d_in, d_out))
+        check_rank(str(self.meta.get("solver")), self.ranked, rank, min(d_in, d_out))
         if rule is not natural and not self.spans_all and rank is not None:
             raise MechdiffError(
                 f"A rank-{rank} map of the {self.family} family cannot treat the "
@@ -103,17 +103,21 @@ class Solution:
         meta = {**self.meta, "rank": rank, "off_span": str(rule), "span_rank": self.span.shape[1]}
         return AffineMap(self.mean_in, self.mean_out, _weight(left, right, identity), meta=meta)
 
-    def _check_rank(self, rank: int | None, width: int) -> None:
-        if rank is None:
-            return
-        if not self.ranked:
-            raise MechdiffError(
-                f"The solver {self.meta['solver']} has no maps of rank {rank}; leave the rank out."
-            )
-        if not 0 <= rank <= width:
-            raise MechdiffError(
-                f"Rank {rank} is out of range at a site of width {width}; give 0 to {width}, or full."
-            )
+
+def check_rank(solver: str, ranked: bool, rank: int | None, width: int) -> None:
+    """Make sure that a solver has maps of a rank.
+
+    Raises:
+        MechdiffError: It has none of any rank, or the rank is above the width.
+    """
+    if rank is None:
+        return
+    if not ranked:
+        raise MechdiffError(f"The solver {solver} has no maps of rank {rank}; leave the rank out.")
+    if not 0 <= rank <= width:
+        raise MechdiffError(
+            f"Rank {rank} is out of range at a site of width {width}; give 0 to {width}, or full."
+        )
 
 
 def _weight(left: Tensor, right: Tensor, identity: float) -> Weight:

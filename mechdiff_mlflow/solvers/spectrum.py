@@ -48,13 +48,15 @@ class PairedSpectrum:
     def from_rows(cls, x: Tensor, y: Tensor) -> PairedSpectrum:
         """Of paired rows x [n, d_in], y [n, d_out] of any dtype.
 
-        With n < 1.5·d by thin SVDs (d×d matrices are never formed), otherwise by way of the moments.
+        Up to n = d_in + d_out, where base and tuned rows must share axes, and n < 1.5·d by thin SVDs (no
+        d×d matrix is formed), otherwise by way of the moments, which square what rounding costs.
 
         Raises:
             MechdiffError: The rows are not paired, not finite, fewer than two, or do not vary.
         """
         x, y = paired_rows(x, y)
-        if len(x) >= 1.5 * max(x.shape[1], y.shape[1]):
+        d_in, d_out = x.shape[1], y.shape[1]
+        if len(x) > d_in + d_out and len(x) >= 1.5 * max(d_in, d_out):
             found = cls.from_moments(PairedMoments.from_rows(x, y))
             ux, uy = (x - found.mean_x) @ found.vx / found.sx, (y - found.mean_y) @ found.vy / found.sy
             return replace(found, ux=ux, uy=uy)

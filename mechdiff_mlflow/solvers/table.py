@@ -16,7 +16,7 @@ from mechdiff_mlflow.moments import PairedMoments
 from mechdiff_mlflow.solvers.factors import Factors
 from mechdiff_mlflow.solvers.procrustes import procrustes, procrustes_scaled
 from mechdiff_mlflow.solvers.regression import logit_subspace, reduced_rank, ridge
-from mechdiff_mlflow.solvers.solution import Solution
+from mechdiff_mlflow.solvers.solution import Solution, check_rank
 from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 
 
@@ -156,6 +156,28 @@ def solver_named(name: str) -> Solver:
     return SOLVERS[name]
 
 
+def check_possible(
+    solver: str, family: Family | str, d_in: int, d_out: int, rank: int | None = None
+) -> tuple[Solver, Family]:
+    """The row and the family, once it is sure that they go with these widths, and with maps of a rank.
+
+    Raises:
+        MechdiffError: They do not.
+    """
+    row, family = solver_named(solver), Family.parse(family)
+    if family not in row.families:
+        raise MechdiffError(
+            f"The solver {solver} has no {family} family; use {' or '.join(map(str, row.families))}."
+        )
+    if family is Family.UPDATE and d_in != d_out:
+        raise MechdiffError(
+            f"The update family compares the map with the identity and needs equal widths, not {d_in} -> "
+            f"{d_out}; use family content with one of {', '.join(_of_content())}."
+        )
+    check_rank(solver, row.ranked, rank, min(d_in, d_out))
+    return row, family
+
+
 def fit_spectrum(
     solver: str, p: PairedSpectrum, family: Family | str = Family.UPDATE, **settings: object
 ) -> Solution:
@@ -170,16 +192,7 @@ def fit_spectrum(
     Raises:
         MechdiffError: The solver, the family, a setting or the widths are not allowed.
     """
-    row, family = solver_named(solver), Family.parse(family)
-    if family not in row.families:
-        raise MechdiffError(
-            f"The solver {solver} has no {family} family; use {' or '.join(map(str, row.families))}."
-        )
-    if family is Family.UPDATE and p.d_in != p.d_out:
-        raise MechdiffError(
-            f"The update family compares the map with the identity and needs equal widths, not {p.d_in} -> "
-            f"{p.d_out}; use family content with one of {', '.join(_of_content())}."
-        )
+    row, family = check_possible(solver, family, p.d_in, p.d_out)
     unknown = settings.keys() - {setting.name for setting in row.settings} - set(row.tensors)
     if unknown:
         known = ", ".join([*(setting.name for setting in row.settings), *row.tensors]) or "none"

@@ -7,8 +7,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from enum import Enum
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,53 +15,21 @@ import numpy as np
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.records import MAX_PARAM_CHARS, PromptSet, RunRecord, param_text
-from mechdiff_mlflow.tracking.redaction import redact
+from mechdiff_mlflow.tracking.records import PromptSet, RunRecord
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-class LongParams(str, Enum):
-    """What happens to a param of more than 6,000 characters, which MLflow would cut."""
-
-    FAIL = "fail"
-    """The run is refused."""
-    ARTIFACT = "artifact"
-    """The text becomes the artifact `params/<key>.txt`, and the param says so."""
-
-
-def stored_params(record: RunRecord, policy: LongParams) -> tuple[dict[str, str], dict[str, str]]:
-    """The params as stored, secrets redacted, and the texts to add to the run's artifacts.
-
-    Raises:
-        MechdiffError: A param is too long and the policy is to fail.
-    """
-    params: dict[str, str] = {}
-    texts: dict[str, str] = {}
-    for key, value in record.params.items():
-        text = redact(param_text(key, value))
-        if len(text) > MAX_PARAM_CHARS:
-            if policy is LongParams.FAIL:
-                raise MechdiffError(
-                    f"Param {key!r} of run {record.name!r} has {len(text)} characters and MLflow keeps "
-                    f"{MAX_PARAM_CHARS}; shorten it, or keep it in a file with --long-params artifact."
-                )
-            texts[f"params/{key}.txt"] = text
-            text = f"{len(text)} characters, see artifact params/{key}.txt"
-        params[key] = text
-    return params, texts
-
-
-def upload(log_folder: Callable[[str], None], record: RunRecord, more_texts: Mapping[str, str]) -> None:
+def upload(log_folder: Callable[[str], None], record: RunRecord) -> None:
     """Hand `log_folder` one folder with every artifact of `record`; not called when there is none."""
-    if not (record.tables or record.texts or record.files or more_texts):
+    if not (record.tables or record.texts or record.files):
         return
     with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
         root = Path(folder)
         for path, table in record.tables.items():
             _write(root / path, table_json(table))
-        for path, text in {**record.texts, **more_texts}.items():
+        for path, text in record.texts.items():
             _write(root / path, text)
         for path, source in record.files.items():
             _copy(Path(source), root / path)

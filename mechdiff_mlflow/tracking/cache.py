@@ -54,7 +54,7 @@ def entry(sha256: str) -> Path:
     """
     if _DIGEST.fullmatch(sha256) is None:
         raise MechdiffError(f"{sha256[:80]!r} is no SHA-256 digest; promote the run again.")
-    return _root() / "maps" / sha256
+    return cache_root() / "maps" / sha256
 
 
 def place(uri: str) -> str:
@@ -73,13 +73,13 @@ def staging(run_id: str) -> Path:
     """
     if _RUN_ID.fullmatch(run_id) is None:
         raise MechdiffError(f"{run_id[:80]!r} is no run id; check the tracking server.")
-    return Path(os.environ.get(STAGING_VARIABLE) or _root() / "staging") / run_id
+    return Path(os.environ.get(STAGING_VARIABLE) or cache_root() / "staging") / run_id
 
 
 def forget_old_staging() -> None:
     """Delete what runs of this user left in the cache's staging and nobody went on with for two weeks."""
     with suppress(OSError):
-        for folder in (_root() / "staging").iterdir():
+        for folder in (cache_root() / "staging").iterdir():
             with suppress(OSError):
                 if _RUN_ID.fullmatch(folder.name) and time.time() - folder.lstat().st_mtime > _STALE_S:
                     shutil.rmtree(folder, ignore_errors=True)
@@ -108,10 +108,11 @@ def recall(uri: str, name: str) -> Answer | None:
 
 def _answer_path(uri: str, name: str) -> Path:
     key = hashlib.sha256(f"{place(uri)}\n{name}".encode()).hexdigest()
-    return _root() / "answers" / f"{key}.json"
+    return cache_root() / "answers" / f"{key}.json"
 
 
-def _root() -> Path:
+def cache_root() -> Path:
+    """The user's folder for what mechdiff keeps; `MECHDIFF_CACHE` sets it."""
     if root := os.environ.get(CACHE_VARIABLE):
         return Path(root)
     if sys.platform == "win32":

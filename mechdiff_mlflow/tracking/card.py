@@ -5,6 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from mechdiff_mlflow import selection
+from mechdiff_mlflow.exact import text_of
+from mechdiff_mlflow.report import wording
+from mechdiff_mlflow.selection import META
+from mechdiff_mlflow.shown import markdown
+from mechdiff_mlflow.stats import Interval
+
 if TYPE_CHECKING:
     from mechdiff_mlflow.maps import AffineMap
 
@@ -13,7 +20,7 @@ _QUALITY = {
     "KL_mapped": "the same with the mapped one, nats",
     "drop_pct": "100·(1 − KL_mapped/KL_raw)",
     "skill_pct": "100·(1 − KL_mapped/KL of the best control)",
-    "noise_floor": "KL of putting the tuned model's own activation back, nats",
+    "noise_floor": "KL of putting the tuned model's own activation back, or of two clean runs if more, nats",
     "rho": "‖Y − Ŷ‖ / ‖Y − X‖: 0 is a perfect map, 1 no better than none",
     "top1_agreement": "prompts whose most probable next token stays",
 }
@@ -46,7 +53,8 @@ def model_card(
         facts: What that run says beside its metrics: n, split, null, selection_leak.
         sha256: Digest of the map's `.pt` form, where it is known: to make it takes a while.
     """
-    meta = the_map.meta
+    meta = {markdown(key, 60): markdown(_text(value)) for key, value in the_map.meta.items()}
+    facts = {key: markdown(value) for key, value in (facts or {}).items()}
     site = str(meta.get("site", "a site"))
     of = f" of the pair `{meta['pair']}`" if "pair" in meta else ""
     lines = [
@@ -54,11 +62,11 @@ def model_card(
         "",
         f"Takes the *base* model's activation at {site}{_meaning(site)} to what the *tuned* "
         f"model{of} has there: ŷ = α·((x − μ_base)·W + μ_tuned), "
-        f"{the_map.d_in} → {the_map.d_out} dimensions, α = {the_map.alpha:g}.{_fitted(meta)}",
+        f"{the_map.d_in} → {the_map.d_out} dimensions, α = {text_of(the_map.alpha)}.{_fitted(meta)}",
         "",
         "## How good",
         "",
-        *_quality(metrics, facts or {}),
+        *_quality(the_map, metrics, facts),
         "",
         "## How to use it",
         "",
@@ -68,7 +76,8 @@ def model_card(
         "",
         "| | |",
         "|---|---|",
-        *(f"| {_cell(key)} | {_cell(value)} |" for key, value in sorted(meta.items())),
+        *(f"| {key} | {value} |" for key, value in sorted(meta.items()) if key != META),
+        f"| chosen | {markdown(_chosen(the_map))} |",
         f"| sha256 of map.pt | {sha256 or the_map.sha256()} |",
         "",
     ]
@@ -81,8 +90,8 @@ def version_card(
     """The model card under a line that says all, which is what a list of versions shows of it."""
     shown = [f"{key} {metrics[f'{key}_pct']:.1f} %" for key in ("drop", "skill") if f"{key}_pct" in metrics]
     settings = [
-        f"α = {the_map.alpha:g}",
-        *(f"k = {the_map.meta[key]}" for key in ("k",) if key in the_map.meta),
+        f"α = {text_of(the_map.alpha)}",
+        *(f"k = {markdown(the_map.meta[key])}" for key in ("k",) if key in the_map.meta),
     ]
     line = f"{', '.join(shown).capitalize() or 'Not measured'} ({', '.join(settings)})"
     _, _, rest = model_card(the_map, metrics, uri, facts).partition("\n\n")
@@ -91,6 +100,7 @@ def version_card(
 
 def collection_card(name: str, facts: Mapping[str, object]) -> str:
     """Markdown for the page of a registered map, whatever its versions."""
+    facts = {key: markdown(value) for key, value in facts.items()}
     site = f"L{facts['layer']}/{facts['hook']}" if {"layer", "hook"} <= facts.keys() else "a site"
     pair = f" of the pair `{facts['pair']}`" if "pair" in facts else ""
     return "\n".join(
@@ -101,7 +111,7 @@ def collection_card(name: str, facts: Mapping[str, object]) -> str:
             "",
             "Each version is one map with its numbers; open one to see how good it is. The alias `champion` "
             "names the one to use; its files were read back and verified before the alias moved. Tags "
-            "`mechdiff.move.…` are the history of an alias.",
+            "`mechdiff.move.…` of the versions are the history of an alias.",
             "",
             "```bash",
             f"mechdiff fetch {name}@champion -o map.pt  # verified",
@@ -133,7 +143,15 @@ def _fitted(meta: Mapping[str, object]) -> str:
     return f" Fitted by `{meta['solver']}`, {rank},{at}." if at else f" Fitted by `{meta['solver']}`, {rank}."
 
 
-def _quality(metrics: Mapping[str, float], facts: Mapping[str, object]) -> list[str]:
+def _chosen(the_map: AffineMap) -> str:
+    """The record of choices in words, without the digests of the prompts."""
+    record = selection.of(the_map)
+    if record is None:
+        return "not known"
+    return "; ".join(f"{one['what']} on {selection.n_prompts(one)} prompts" for one in record) or "nothing"
+
+
+def _quality(the_map: AffineMap, metrics: Mapping[str, float], facts: Mapping[str, object]) -> list[str]:
     known = [(key, what) for key, what in _QUALITY.items() if key in metrics]
     if not known:
         return ["Not measured yet: no patched run has used this map."]
@@ -142,44 +160,46 @@ def _quality(metrics: Mapping[str, float], facts: Mapping[str, object]) -> list[
         low, high = metrics.get(f"ci/{key}_low"), metrics.get(f"ci/{key}_high")
         interval = f"{low:.4g} to {high:.4g}" if low is not None and high is not None else ""
         rows.append(f"| {key} | {metrics[key]:.4g} | {interval} | {what} |")
-    return [*_verdict(metrics, facts), "", *rows, "", "Intervals are bootstraps over the prompts."]
+    return [*_verdict(the_map, metrics, facts), "", *rows, "", "Intervals are bootstraps over the prompts."]
 
 
-def _verdict(metrics: Mapping[str, float], facts: Mapping[str, object]) -> list[str]:
+def _verdict(the_map: AffineMap, metrics: Mapping[str, float], facts: Mapping[str, object]) -> list[str]:
     """The numbers in words, and what they can hide."""
     on = f" on {facts['n']} {facts.get('split', '')} prompts".rstrip() if "n" in facts else ""
     lines = []
     if {"KL_raw", "KL_mapped", "drop_pct"} <= metrics.keys():
         lines.append(
             f"The base activation, put into the tuned model as it is, moves the next-token distribution by "
-            f"{metrics['KL_raw']:.3g} nats; mapped, by {metrics['KL_mapped']:.3g}: a **drop of "
-            f"{metrics['drop_pct']:.1f} %**{_bounds(metrics, 'drop_pct')}{on}."
+            f"{metrics['KL_raw']:.3g} nats; mapped, by {metrics['KL_mapped']:.3g}: the map is "
+            f"{wording.against(_interval(metrics, 'drop_pct'), 'no map at all', 'drop')}{on}."
         )
+    shuffled = "a map fitted on shuffled pairs earns one wherever the base is confidently wrong"
     if "skill_pct" in metrics:
-        null = f" (here `{facts['null']}`)" if "null" in facts else ""
-        lines.append(
-            f"The best control, which knows nothing of the pairing{null}, is beaten by "
-            f"{metrics['skill_pct']:.1f} %{_bounds(metrics, 'skill_pct')}, the **skill**: that is what the "
-            "pairing earned. "
-            "A drop alone does not show it, since a map fitted on shuffled pairs earns one wherever the base "
-            "is confidently wrong."
-        )
+        null = str(facts.get("null", "on val"))
+        best = f"the best control (here `{null}`, {wording.CONTROL.get(null, wording.BLIND)})"
+        lines.append(f"It is {wording.against(_interval(metrics, 'skill_pct'), best, 'skill')}.")
+        lines.append(f"A drop alone does not show that a map is right: {shuffled}.")
     else:
         lines.append(
-            "A drop alone does not show that a map is right: one fitted on shuffled pairs earns a drop "
-            "wherever the base is confidently wrong. Measure its skill against the best control."
+            f"A drop alone does not show that a map is right: {shuffled}. Measure its skill against the best "
+            "control."
         )
-    leak = str(facts.get("selection_leak", "")).lower()
-    if leak == "true":
-        lines.append("**Leak:** choices were made on the prompts reported; these numbers flatter the map.")
-    elif leak == "false":
+    if str(facts.get("selection_leak", "")).lower() == "true":
+        text = facts.get("selection", "Leak: choices made on the prompts reported; these numbers flatter it")
+        lines.append(f"**{text}.**")
+    elif (record := selection.of(the_map)) is None:
+        lines.append(f"**{selection.sentence(None)}.**")
+    elif together := [str(one["what"]) for one in record if str(one["what"]).startswith(selection.CELL)]:
+        lines.append(
+            f"It is a {', '.join(together)} reported together: taken for its numbers, they flatter it."
+        )
+    else:
         lines.append("No leak: nothing was chosen on the prompts reported.")
     return [" ".join(lines)]
 
 
-def _bounds(metrics: Mapping[str, float], key: str) -> str:
-    low, high = metrics.get(f"ci/{key}_low"), metrics.get(f"ci/{key}_high")
-    return "" if low is None or high is None else f" (95 %: {low:.1f} to {high:.1f})"
+def _interval(metrics: Mapping[str, float], key: str) -> Interval:
+    return Interval(metrics[key], metrics.get(f"ci/{key}_low"), metrics.get(f"ci/{key}_high"), 0.95)
 
 
 def _use(the_map: AffineMap, uri: str) -> list[str]:
@@ -212,6 +232,5 @@ def _use(the_map: AffineMap, uri: str) -> list[str]:
     ]
 
 
-def _cell(value: object) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+def _text(value: object) -> str:
+    return text_of(value) if isinstance(value, float) else str(value)

@@ -9,6 +9,7 @@ from mlflow.entities import Run
 from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import number_in, text_of
 from mechdiff_mlflow.tracking.interrupts import Killed
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, RunRecord
 
@@ -70,12 +71,12 @@ def _unquoted(value: str) -> str:
     return words[0] if len(words) == 1 else value
 
 
-def same_number(a: str, b: str) -> bool:
-    """Whether two params read as the same number."""
+def plain(key: str, text: str) -> str:
+    """A param's text with a number in its one form, so that `0.30` is `0.3`; all else as it is."""
     try:
-        return float(a) == float(b)
+        return text_of(number_in(text))
     except ValueError:
-        return False
+        return text
 
 
 def _is_generated(name: str) -> bool:

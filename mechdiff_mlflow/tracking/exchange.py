@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+
+from mlflow.entities import Run
 
 from mechdiff_mlflow import bundles
 from mechdiff_mlflow.bundles import Manifest
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Position
 from mechdiff_mlflow.tracking import registry
+from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.fetch import load_map
+from mechdiff_mlflow.tracking.keys import KEY_TAG, ROOT_TAG, key_of
+from mechdiff_mlflow.tracking.lookup import all_runs
 from mechdiff_mlflow.tracking.names import check_alias, registered_name
-from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT, PromotionPolicy
-from mechdiff_mlflow.tracking.promotion import IMPORTED_FROM, promote
+from mechdiff_mlflow.tracking.policy import (
+    IMPORTED_FROM,
+    PAIR_FINGERPRINT,
+    PromotionPolicy,
+    numbers,
+    numbers_in,
+)
+from mechdiff_mlflow.tracking.promotion import PromotionRefused, is_same_function, promote
+from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.registry import Version, winners_of
+from mechdiff_mlflow.tracking.repeats import Earlier, earlier
 from mechdiff_mlflow.tracking.runs import Tracker
 from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
 
@@ -36,8 +51,8 @@ class Import:
         position: Which token the predecessor read.
         alias: That every map gets.
         why: For the history.
-        allow_pair_mismatch: Whether maps of a known pair may be replaced: a bundle does not say its weights.
-        experiment: For the runs; None for the pair's name.
+        force: Whether maps with the alias may be replaced at all: what is imported is not measured.
+        experiment: For the runs; None for what `experiment_of` says.
     """
 
     manifest: Path
@@ -46,7 +61,7 @@ class Import:
     position: Position = Position.DECISION
     alias: str = "champion"
     why: str = ""
-    allow_pair_mismatch: bool = False
+    force: bool = False
     experiment: str | None = None
 
 
@@ -73,24 +88,38 @@ class _Read:
     the_map: AffineMap
 
 
-def import_manifest(store: Store, what: Import) -> list[Imported]:
+def import_manifest(
+    store: Store, what: Import, say: Callable[[str], object] = lambda text: None
+) -> list[Imported]:
     """Register every winner of a manifest; all are read and converted before the store is touched.
 
     Doing it again changes nothing.
 
     Raises:
-        MechdiffError: The manifest or a bundle is not what it should be, two winners are of one site, or a
-            map of a known pair has the alias.
+        MechdiffError: The manifest or a bundle is not what it should be, two winners are of one site, or
+            another map has the alias.
     """
     check_alias(what.alias)
     manifest = Manifest.load(what.manifest)
     pair = what.pair or manifest.pair_name
     read = [_read(what, manifest, pair, index) for index in range(len(manifest.winners))]
     _check_one_a_site(read)
-    present = {row.name: _holder(store, row, what.alias) for row in read}
+    holders = {row.name: _holder(store, row, what.alias) for row in read}
+    present = {row.name: _if_same(store, row, holders[row.name]) for row in read}
     fresh = [row for row in read if present[row.name] is None]
-    if fresh:
-        present |= _register(store, what, manifest, pair, fresh)
+    for row in fresh:
+        if (held := holders[row.name]) is not None and not what.force:
+            raise PromotionRefused(
+                f"{held.name}@{what.alias} is version {held.number} with {numbers(numbers_in(held.tags))}, "
+                f"and winner {row.key} is another map, not measured here; import it under another --alias "
+                "and measure it, or add --force."
+            )
+    digests = sorted((row.name, row.path, row.the_map.sha256()) for row in read)
+    left = earlier(
+        store, experiment_of(store, what.experiment, pair), ["import", manifest.pair, pair, digests]
+    )
+    if fresh or left.unfinished:
+        present |= _register(store, what, manifest, pair, fresh, left, say)
     found = ((row, present[row.name]) for row in read)
     return [Imported(row.key, version, row in fresh) for row, version in found if version is not None]
 
@@ -134,32 +163,65 @@ def _check_one_a_site(read: Sequence[_Read]) -> None:
 
 
 def _holder(store: Store, row: _Read, alias: str) -> Version | None:
-    """The version with the alias, if it is this very map."""
+    """The version with the alias."""
     try:
-        version = registry.get_version(store, row.name, alias)
+        return registry.get_version(store, row.name, alias)
     except StoreUnreachable:
         raise
     except MechdiffError:  # no such name or alias yet
         return None
-    return version if version.is_verified and version.sha256 == row.the_map.sha256() else None
+
+
+def _if_same(store: Store, row: _Read, version: Version | None) -> Version | None:
+    same = version is not None and version.is_verified and is_same_function(store, row.the_map, version)
+    return version if same else None
 
 
 def _register(
-    store: Store, what: Import, manifest: Manifest, pair: str, fresh: Sequence[_Read]
+    store: Store,
+    what: Import,
+    manifest: Manifest,
+    pair: str,
+    fresh: Sequence[_Read],
+    left: Earlier,
+    say: Callable[[str], object],
 ) -> dict[str, Version | None]:
-    policy = PromotionPolicy(allow_pair_mismatch=what.allow_pair_mismatch)
-    versions: dict[str, Version | None] = {}
-    tracker = Tracker(store, what.experiment or pair)
-    title = f"import of {len(fresh)} maps"
-    with tracker.run("import", title, {"pair": pair, "position": str(what.position)}) as run:
-        source = what.manifest.read_text(encoding="utf-8")
-        run.add(RunRecord(kind="import", name=title, texts={bundles.MANIFEST: source}))
-        logged = {row.name: run.log(_record(row, manifest.pair, pair)) for row in fresh}
-        for name, run_id in logged.items():
-            versions[name] = promote(
-                store, run_id, name=name, alias=what.alias, policy=policy, why=what.why or title
+    """Log the maps that no earlier attempt logged whole, then promote each."""
+    policy = PromotionPolicy(force=what.force)
+    records = {row.name: _record(row, manifest.pair, pair) for row in fresh}
+    logged = {} if left.finished is None else _logged_below(store, left.finished, records)
+    rest = [name for name in records if name not in logged]
+    title = f"import of {len(manifest.winners)} maps"
+    with ExitStack() as stack:
+        if rest or left.unfinished is not None:
+            tracker = Tracker(store, experiment_of(store, what.experiment, pair), resume=left.unfinished)
+            params = {"pair": pair, "position": str(what.position)}
+            run = stack.enter_context(tracker.run("import", title, params, tags=left.tag))
+            source = what.manifest.read_text(encoding="utf-8")
+            run.add(RunRecord(kind="import", name=title, texts={bundles.MANIFEST: source}))
+            logged |= {name: run.log(records[name]) for name in rest}
+        return {
+            name: promote(
+                store,
+                logged[name],
+                name=name,
+                alias=what.alias,
+                policy=policy,
+                why=what.why or title,
+                say=say,
             )
-    return versions
+            for name in records
+        }
+
+
+def _logged_below(store: Store, parent: Run, records: Mapping[str, RunRecord]) -> dict[str, str]:
+    """Ids of the runs below `parent` that hold some of the records."""
+    names = {key_of(record, code_version()): name for name, record in records.items()}
+    where = f"tags.`{ROOT_TAG}` = '{parent.info.run_id}' and attributes.status = 'FINISHED'"
+    found = all_runs(store, [parent.info.experiment_id], where)
+    return {
+        names[run.data.tags[KEY_TAG]]: run.info.run_id for run in found if run.data.tags[KEY_TAG] in names
+    }
 
 
 def _record(row: _Read, written_pair: str, pair: str) -> RunRecord:
@@ -169,7 +231,7 @@ def _record(row: _Read, written_pair: str, pair: str) -> RunRecord:
     source = f"{row.path} (sha256 {meta.get('bundle_sha256', 'unknown')})"
     return RunRecord(
         kind="import",
-        name=f"import {site} {meta['solver']} α={row.the_map.alpha:g}",
+        name=f"import {site} {meta['solver']} α={text_of(row.the_map.alpha)}",
         params={
             "pair": pair,
             "layer": site.layer,
@@ -180,8 +242,8 @@ def _record(row: _Read, written_pair: str, pair: str) -> RunRecord:
         tags={"mechdiff.site": str(site), IMPORTED_FROM: source, **known},
         map=row.the_map,
         description=(
-            f"Imported from `{row.path}` of pair `{written_pair}`, α={row.the_map.alpha:g}. Not measured "
-            "here: the predecessor patched every hook but attn_out into the block's output, so its numbers "
-            "are not comparable; measure it with `mechdiff patch --allow-pair-mismatch`."
+            f"Imported from `{row.path}` of pair `{written_pair}`, α={text_of(row.the_map.alpha)}. Not "
+            "measured here: the predecessor patched every hook but attn_out into the block's output, so its "
+            "numbers are not comparable; measure it with `mechdiff patch --allow-pair-mismatch`."
         ),
     )

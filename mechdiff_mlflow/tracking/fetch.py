@@ -15,9 +15,10 @@ from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking import cache, flavour
+from mechdiff_mlflow.tracking.endings import plain
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.registry import Version, get_version
-from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG, same_number
+from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, open_store, uri_of
 
 _REGISTERED = re.compile(r"(?:models:/)?(?P<name>[^/@:]+)(?:@(?P<alias>[^/@:]+)|/(?P<number>\d+))")
@@ -223,7 +224,7 @@ def _map_of_run(store: Store, run_id: str) -> LoggedMap:
         if fit is not None:
             maps = flavour.maps_of(store, fit)
             ours, theirs = (r.data.params.get("alpha", "") for r in (run, fit))
-            if maps and not same_number(ours, theirs):
+            if maps and plain("alpha", ours) != plain("alpha", theirs):
                 raise MechdiffError(
                     f"Run {run_id} measured the map of run {fit.info.run_id} at α={ours} and that map has "
                     f"α={theirs}; promote {run_id} to have it so, or name {fit.info.run_id}."

@@ -9,6 +9,8 @@ from importlib.metadata import distributions
 
 import pandas as pd
 
+from mechdiff_mlflow import selection
+from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.sweep import LeastRank
 from mechdiff_mlflow.maps import AffineMap
@@ -16,7 +18,7 @@ from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.spec import Cell, PairSpec
 from mechdiff_mlflow.stats import Correlation, Interval
 from mechdiff_mlflow.tracking import records
-from mechdiff_mlflow.tracking.policy import FITTED_ON
+from mechdiff_mlflow.tracking.policy import FITTED_ON, REPORTED, SELECTION, SELECTION_LEAK
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
 
 NOT_APPLICABLE = "n/a"
@@ -64,9 +66,10 @@ def patch_run(
         map_name: What the user called the map, where they named one.
     """
     cell = record.cell
-    caveats = [f"chosen on the reported split: {', '.join(record.leak)}"] if record.leak else []
-    if record.n < 100:
-        caveats.append(f"n={record.n} is small, intervals under-cover")
+    leak = selection.sentence(record.leak)
+    caveats = [leak] if leak else []
+    if (n := study.report_prompts.n_groups) < 100:
+        caveats.append(f"n={n} is small, intervals under-cover")
     for fitted_on in fitted_elsewhere(record.map, study).values():
         caveats.append(f"the map was fitted on another pair, {fitted_on}")
     return RunRecord(
@@ -78,9 +81,11 @@ def patch_run(
         tags=_tags(cell, study)
         | {
             "null": record.null,
-            "selection_leak": str(bool(record.leak)).lower(),
+            SELECTION_LEAK: "unknown" if record.leak is None else str(bool(record.leak)).lower(),
+            REPORTED: study.report_prompts.digest,
             "mechdiff.map_sha256": record.map.sha256(),
         }
+        | ({SELECTION: leak} if leak else {})
         | fitted_elsewhere(record.map, study)
         | ({"mechdiff.map": map_name} if map_name else {}),
         datasets=_datasets(study, *study.prompt_sets),
@@ -171,7 +176,7 @@ def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -
             best = max(best or (drop, patch), (drop, patch), key=lambda pair: pair[0])
     metrics = {} if best is None else {"best/drop_pct": best[0], "best/KL_mapped": best[1].kl_mapped}
     metrics |= {
-        f"min_k/{least.site.slug} alpha {least.alpha:g}": float(least.found.k)
+        f"min_k/{least.site.slug} alpha {text_of(least.alpha)}": float(least.found.k)
         for least in found
         if least.found.k is not None
     }
@@ -258,6 +263,7 @@ def params_of(cell: Cell, study: Study) -> dict[str, ParamValue]:
         "position": str(protocol.position),
         "split": protocol.split,
         "n": len(study.report_prompts),
+        **({"n_groups": study.report_prompts.n_groups} if study.report_prompts.groups else {}),
         "n_train": len(study.train_prompts),
         "permutations": protocol.permutations,
         "seed": protocol.seed,

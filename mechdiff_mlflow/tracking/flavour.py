@@ -43,6 +43,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking.card import model_card
 from mechdiff_mlflow.tracking.environment import environment_files
+from mechdiff_mlflow.tracking.lease import LeaseLost
 from mechdiff_mlflow.tracking.names import logged_model_name
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, param_text
 from mechdiff_mlflow.tracking.sent import Sent, sent_digest
@@ -210,6 +211,7 @@ def log_model(
     card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params, sha256=sha256)
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
+        store.demand_place(experiment_id)
 
         def create() -> LoggedModel:
             demand()
@@ -223,7 +225,14 @@ def log_model(
             )
 
         find = partial(_begun, store, experiment_id, run_id, sha256)
-        logged = (find() if again else None) or store.patience.once(create, find)
+        begun = find() if again else None
+        logged = begun or store.patience.once(create, find)
+        try:
+            demand()
+        except LeaseLost:  # the other process goes on with this one, unless it has its own
+            if len(_made(store, experiment_id, run_id, sha256)) > 1:
+                client.delete_logged_model(logged.model_id)
+            raise
         if logged.status == "READY":  # the other process died before the run named its model
             if logged.model_id not in _outputs(store, run_id):
                 client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
@@ -240,7 +249,7 @@ def log_model(
                 )
                 digests = _write(sent, the_map, encoded, record, card)
                 files = StoredFiles(store, logged.artifact_location)
-                files.send(sent)
+                files.send(sent, again=begun is not None)
                 back = files.demand(digests, Path(folder, "back"))
                 _load_map(back)
             demand()
@@ -269,9 +278,13 @@ def send_map(store: Store, location: str, the_map: AffineMap) -> dict[str, Sent]
 
 def _begun(store: Store, experiment_id: str, run_id: str, sha256: str) -> LoggedModel | None:
     """The logged model of this run and map that was made before: the finished one, or one to go on with."""
-    where = f"source_run_id = '{run_id}' AND tags.`{SHA256_TAG}` = '{sha256}'"
-    found = list(store.client.search_logged_models([experiment_id], where))
+    found = _made(store, experiment_id, run_id, sha256)
     return next((m for status in ("READY", "PENDING") for m in found if m.status == status), None)
+
+
+def _made(store: Store, experiment_id: str, run_id: str, sha256: str) -> list[LoggedModel]:
+    where = f"source_run_id = '{run_id}' AND tags.`{SHA256_TAG}` = '{sha256}'"
+    return list(store.client.search_logged_models([experiment_id], where))
 
 
 def _outputs(store: Store, run_id: str) -> list[str]:

@@ -37,7 +37,10 @@ def key_of(record: RunRecord, code: str) -> str:
         "params": {key: param_text(key, value) for key, value in record.params.items()},
         "datasets": sorted([p.name, p.split, p.digest] for p in record.datasets),
         "pair": record.tags.get("pair_fingerprint", ""),
-        "map": record.tags.get("mechdiff.map", ""),
+        # What the map is, where a command was given it: what a name stands for may change.
+        "map": [record.tags.get(key, "") for key in ("mechdiff.map", "mechdiff.map_sha256")]
+        if "mechdiff.map" in record.tags
+        else "",
         "code": code,
     }
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]

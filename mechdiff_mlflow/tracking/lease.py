@@ -2,13 +2,16 @@
 
 An owner announces itself in the run's tag `mechdiff.lease.<epoch>` and counts up in it every quarter of
 `LEASE_S` seconds while it works; it also holds a lock file of its machine, which the system lets go when it
-dies. Whoever takes a run over writes the next epoch. On the same machine, and with a SQLite store on all that
-see its file, the lock decides at once; elsewhere an owner counts as dead when its tag has not changed for
-`LEASE_S` seconds of the observer's own clock. No clock of another machine is read.
+dies. On the same machine, and with a SQLite store on all that see its file, the lock decides at once;
+elsewhere an owner counts as dead when its tag has not changed for `LEASE_S` seconds of the observer's own
+clock. No clock of another machine is read.
 
-The epoch fences: before every request that matters an owner that has not been able to count for half of
-`LEASE_S` reads the tags again, and stops when it finds a higher epoch. What an owner may still have under way
-when it is fenced does no harm, because both write the same: see `runs`.
+To take a run over is to write the next epoch's tag, to wait, and to read it back: of several who write the
+same epoch the last one stays, and it alone begins. An owner reads the tags again before it makes or changes
+anything, if it last did so more than `LEASE_S` / 30 seconds ago; who takes over waits for twice that. So
+when the new owner begins, only a request of the former one that is under way may still arrive. What such a
+request made is deleted: by the former owner, which looks again after each creation, and by the new one at
+the end of its command.
 
 References: Gray & Cheriton (1989), Leases; Kleppmann (2016), How to do distributed locking (fencing tokens).
 """
@@ -22,24 +25,30 @@ import platform
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock, Timeout
 from mlflow.entities import Run
+from pydantic import Field
 
+from mechdiff_mlflow import foreign
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.locks import run_lock_file
+from mechdiff_mlflow.tracking.locks import lock_file, machine_id, process_start, run_lock_file
 from mechdiff_mlflow.tracking.store import Store
-from mechdiff_mlflow.tracking.turns import RunBoard, promoting_machine, turn
 
 LEASE_TAG = "mechdiff.lease."
 LEASE_S = 60.0
 _POLL_S = 1.0
+_kept: set[str] = set()
+"""Tokens of the leases that this process keeps."""
 
 _log = logging.getLogger(__name__)
+_Word = Annotated[str, Field(max_length=255)]
+_Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 
 class LeaseLost(MechdiffError):
@@ -53,18 +62,20 @@ class Holder:
     Args:
         epoch: How many owners there have been, itself included.
         token: A random word, another for each owner.
-        machine: Whose lock file it holds; empty where everybody sees the lock file.
+        machine: Who sees its lock file: `machine_id`.
         host: Name of the machine, for people.
-        pid: Process id there, for people.
+        pid: Process id there.
         beat: Counted up while it works.
+        start: When the process began, in that system's ticks; empty where that is not known.
     """
 
-    epoch: int
-    token: str
-    machine: str
-    host: str
-    pid: int
-    beat: int = 0
+    epoch: Annotated[int, Field(ge=0, lt=1_000_000)]
+    token: _Word
+    machine: _Word
+    host: _Word
+    pid: _Count
+    beat: _Count = 0
+    start: _Word = ""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -76,15 +87,12 @@ class Holder:
 
 
 def holder_in(tags: Mapping[str, str]) -> Holder | None:
-    """The last owner that a run's tags name; None for a run that has none."""
+    """The last owner that a run's tags name; None for a run that has none. What is no owner is left out."""
     found = []
     for key, text in tags.items():
         if key.startswith(LEASE_TAG):
-            try:
-                holder = Holder(**json.loads(text))
-                found.append(replace(holder, epoch=int(holder.epoch)))
-            except (ValueError, TypeError):
-                continue  # not written by us
+            with suppress(foreign.Malformed):  # not written by us
+                found.append(foreign.record(Holder, key, text))
     return max(found, key=lambda holder: holder.epoch, default=None)
 
 
@@ -93,16 +101,34 @@ class Lease:
 
     Args:
         store: Where the run is.
-        epoch: One more than the last owner's.
     """
 
-    def __init__(self, store: Store, epoch: int = 1) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        machine = "" if store.sqlite_path is not None else promoting_machine(store)
-        self.holder = Holder(epoch, uuid.uuid4().hex[:16], machine, platform.node() or "?", os.getpid())
+        pid, word = os.getpid(), uuid.uuid4().hex[:16]
+        self.holder = Holder(1, word, _here(store), platform.node() or "?", pid, 0, process_start(pid))
         self._run_id = ""
         self._seen_s = now_s()
+        self._looking = threading.Lock()
         self._lost: LeaseLost | None = None
+
+    def claim(self, run_id: str, last: Holder | None) -> None:
+        """Write the epoch after `last`, wait, and read back; the caller holds the run's lock.
+
+        Raises:
+            MechdiffError: Another process was quicker, or came later.
+        """
+        self._run_id = run_id
+        current = self._current()
+        if current is not None and (last is None or current.token != last.token):
+            raise _alive(run_id, current)
+        self.holder = replace(self.holder, epoch=1 if current is None else current.epoch + 1)
+        self._write()
+        if self._store.sqlite_path is None:  # else the lock keeps everybody out
+            time.sleep(2 * _trusted_s())
+        self._seen_s = now_s()
+        if (now := self._current()) is None or now.token != self.holder.token:
+            raise _alive(run_id, now)
 
     @contextmanager
     def kept(self, run_id: str, lock: FileLock | None = None) -> Iterator[None]:
@@ -116,23 +142,28 @@ class Lease:
         done = threading.Event()
         beating = threading.Thread(target=self._beat, args=(done,), daemon=True, name="mechdiff-lease")
         with nullcontext() if lock is not None else _locked(self._store, run_id):
+            _kept.add(self.holder.token)
             beating.start()
             try:
                 yield
             finally:
                 done.set()
+                _kept.discard(self.holder.token)
                 if lock is not None:
                     _release(lock)
 
     def demand(self) -> None:
-        """Make sure that this process still owns the run.
+        """Make sure that this process still owns the run; called before everything that is made or changed.
 
         Raises:
             LeaseLost: Another process has taken it over.
+            MechdiffError: The store does not say.
         """
-        if self._lost is None and now_s() - self._seen_s > LEASE_S / 2:
-            with suppress(LeaseLost):
-                self._look()
+        if self._is_stale():
+            with self._looking:
+                if self._is_stale():  # no other thread has looked meanwhile
+                    with suppress(LeaseLost):
+                        self._look()
         if self._lost is not None:
             raise self._lost
 
@@ -146,14 +177,15 @@ class Lease:
             return None
         return None
 
+    def _is_stale(self) -> bool:
+        return self._lost is None and now_s() - self._seen_s > _trusted_s()
+
     def _beat(self, done: threading.Event) -> None:
         while not done.wait(LEASE_S / 4):
             try:
                 self._look()
                 self.holder = replace(self.holder, beat=self.holder.beat + 1)
-                ((key, text),) = self.holder.tag.items()
-                with self._store.errors():
-                    self._store.client.set_tag(self._run_id, key, text)
+                self._write()
             except LeaseLost:
                 return
             except MechdiffError as error:
@@ -161,9 +193,7 @@ class Lease:
 
     def _look(self) -> None:
         before = now_s()
-        with self._store.errors():
-            tags = self._store.client.get_run(self._run_id).data.tags
-        last = holder_in(tags)
+        last = self._current()
         if last is not None and last.token != self.holder.token and last.epoch >= self.holder.epoch:
             self._lost = LeaseLost(
                 f"Run {self._run_id} was taken over by {last} while this process stood still; let that one "
@@ -171,6 +201,15 @@ class Lease:
             )
             raise self._lost
         self._seen_s = before
+
+    def _current(self) -> Holder | None:
+        with self._store.errors():
+            return holder_in(self._store.client.get_run(self._run_id).data.tags)
+
+    def _write(self) -> None:
+        ((key, text),) = self.holder.tag.items()
+        with self._store.errors():
+            self._store.client.set_tag(self._run_id, key, text)
 
 
 @contextmanager
@@ -187,42 +226,27 @@ def taken_over(store: Store, run: Run) -> Iterator[Lease]:
         _acquire(store, lock, run_id, last)
         stack.callback(_release, lock)
         lease = Lease(store)
-        if last is not None and last.machine and last.machine != lease.holder.machine:
+        if last is not None and not _is_near(store, last):
             last = _watched(store, run_id, last)
-        queue = nullcontext() if store.sqlite_path else turn(RunBoard(store, run_id), lease.holder.machine)
-        with queue, store.errors():
-            current = holder_in(store.client.get_run(run_id).data.tags)
-            if current is not None and (last is None or current.token != last.token):
-                raise _alive(run_id, current)  # quicker
-            lease.holder = replace(lease.holder, epoch=1 if current is None else current.epoch + 1)
-            ((key, text),) = lease.holder.tag.items()
-            store.client.set_tag(run_id, key, text)
+        elif last is not None and _is_process(store, run, last):
+            raise _alive(run_id, last)
+        lease.claim(run_id, last)
         stack.pop_all()  # `kept` lets the lock go
         with lease.kept(run_id, lock):
             yield lease
 
 
-def is_alive(store: Store, run: Run, watched: Callable[[str], bool] | None = None) -> bool | None:
-    """Whether a run's owner is at work; None where that cannot be told at once.
-
-    Args:
-        store: Where the run is.
-        run: As it is.
-        watched: Whether the tag of the run with this id changed while it was watched; asked for owners on
-            other machines.
-    """
+def is_alive(store: Store, run: Run) -> bool | None:
+    """Whether a run's owner is at work; None where that cannot be told at once."""
     last = holder_in(run.data.tags)
-    if last is None:
+    if last is None or not _is_near(store, last):
         return None
-    is_near = last.machine == ("" if store.sqlite_path is not None else promoting_machine(store))
-    if not is_near:
-        return None if watched is None else watched(run.info.run_id)
     lock = _lock(store, run.info.run_id)
     if not Path(lock.lock_file).exists():
-        return False
+        return _is_process(store, run, last)
     try:
         with lock.acquire(timeout=0):
-            return False
+            return _is_process(store, run, last)
     except Timeout:
         return True
 
@@ -231,6 +255,31 @@ def now_s() -> float:
     """Seconds of a clock that nobody sets, and that goes on while the machine sleeps where there is one."""
     boot = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if boot is None else time.clock_gettime(boot)
+
+
+def _trusted_s() -> float:
+    """For how long an owner need not look again."""
+    return LEASE_S / 30
+
+
+def _here(store: Store) -> str:
+    with store.errors():
+        return machine_id(lock_file(store.uri, "run"))  # beside which, or below, all locks of its runs are
+
+
+def _is_near(store: Store, holder: Holder) -> bool:
+    """Whether the lock file tells if an owner is dead."""
+    return store.sqlite_path is not None or holder.machine == _here(store)
+
+
+def _is_process(store: Store, run: Run, holder: Holder) -> bool:
+    """Whether an owner is at work though nobody holds its lock: temporary files may be cleaned away."""
+    is_over = run.info.status not in ("RUNNING", "SCHEDULED")
+    if is_over or not holder.start or holder.machine != _here(store):
+        return False
+    if holder.pid == os.getpid():
+        return holder.token in _kept
+    return process_start(holder.pid) == holder.start
 
 
 def _watched(store: Store, run_id: str, last: Holder) -> Holder:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import re
+import platform
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.redaction import redact
 
 _WAIT_S = 300
+_STAT_FIELDS = 20
+"""Of /proc/PID/stat after the name, from the state to the start."""
 
 
 @contextmanager
@@ -55,18 +58,45 @@ def run_lock_file(uri: str, run_id: str) -> Path:
     return lock_file(uri, f"run-{run_id}")
 
 
-def machine_of(lock: Path) -> str:
-    """A name of whoever shares a lock file, kept in a file beside it.
+def machine_id(lock: Path) -> str:
+    """32 hex digits that only processes share for which `lock` is one lock: same boot, container and folder.
+
+    Nothing of it is kept in a file, which a copied folder or disk image would carry to another machine.
 
     Raises:
-        OSError: That file cannot be read or made.
+        OSError: The lock's folder cannot be looked at.
     """
-    file = lock.with_suffix(".machine")
-    known = file.read_text(encoding="ascii") if file.is_file() and not file.is_symlink() else ""
-    if re.fullmatch("[0-9a-f]{32}", known):
-        return known
-    fresh = uuid.uuid4().hex
-    part = file.with_suffix(f".{fresh}")
-    part.write_text(fresh, encoding="ascii")
-    os.replace(part, file)  # whole or not at all
-    return fresh
+    where = lock.parent.stat()
+    parts = [
+        # Without a boot id, as on macOS and Windows, the address of a network card.
+        _first_line("/proc/sys/kernel/random/boot_id") or f"{uuid.getnode():012x}",
+        _first_line("/etc/machine-id"),
+        platform.node(),
+        _link("/proc/self/ns/pid"),
+        f"{where.st_dev}:{where.st_ino}",
+        lock.name,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def process_start(pid: int) -> str:
+    """When process `pid` of this machine began, in the system's ticks; empty if it is dead or none can say.
+
+    A process id is given again to another process; together with this it is not.
+    """
+    fields = _first_line(f"/proc/{pid}/stat").rpartition(")")[2].split()  # the name before may have anything
+    return "" if len(fields) < _STAT_FIELDS or fields[0] in "ZX" else fields[_STAT_FIELDS - 1]
+
+
+def _first_line(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").partition("\n")[0]
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return str(Path(path).readlink())
+    except OSError:
+        return ""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 
 from mlflow.entities import Run, ViewType
 
@@ -68,6 +67,7 @@ def made_once(
     tags: dict[str, str],
     *,
     look: bool = False,
+    demand: Callable[[], None] = lambda: None,
 ) -> Run:
     """A new run, made exactly once: the one that `where` finds after an answer was lost, or to begin with.
 
@@ -78,6 +78,7 @@ def made_once(
         record: What it will hold; gives its name and start.
         tags: Of the run.
         look: Look before it is made the first time, too.
+        demand: Called right before each request that makes it; raises if another process does that by now.
 
     Raises:
         MechdiffError: The store refuses.
@@ -87,7 +88,11 @@ def made_once(
         return next(iter(all_runs(store, [experiment_id], where)), None)
 
     started_ms = record.started_ms or int(time.time() * 1000)
-    create = partial(store.client.create_run, experiment_id, started_ms, tags, record.name)
+
+    def create() -> Run:
+        demand()
+        return store.client.create_run(experiment_id, started_ms, tags, record.name)
+
     with store.errors():
         if look and (found := find()) is not None:
             return found

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
 from mlflow.entities import Run, RunTag
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.artifacts import LongParams
 from mechdiff_mlflow.tracking.cells import CELLS, cell_row, cells_text
-from mechdiff_mlflow.tracking.endings import cut, ending, params_of, same_number
+from mechdiff_mlflow.tracking.endings import cut, ending, params_of, plain
+from mechdiff_mlflow.tracking.flavour import SHA256_TAG
 from mechdiff_mlflow.tracking.interrupts import Interrupts
 from mechdiff_mlflow.tracking.keys import KEY_TAG, ROOT_TAG, check_same, key_of
 from mechdiff_mlflow.tracking.lease import Lease, LeaseLost
@@ -23,7 +24,7 @@ from mechdiff_mlflow.tracking.lookup import all_runs, made_once
 from mechdiff_mlflow.tracking.provenance import code_version, provenance_tags
 from mechdiff_mlflow.tracking.records import RunRecord, param_text
 from mechdiff_mlflow.tracking.redaction import redact
-from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
+from mechdiff_mlflow.tracking.store import Store, StoreFull, StoreUnreachable
 from mechdiff_mlflow.tracking.writing import RecordWriter
 
 EPOCH_TAG = "mechdiff.epoch"
@@ -31,6 +32,9 @@ EPOCH_TAG = "mechdiff.epoch"
 
 _WRITERS = 8
 """Threads that log at once to a server; a SQLite file takes one writer at a time."""
+_EPOCH_DIGITS = 10
+_IDS = 50
+"""Ids in one filter."""
 _SWITCH_S = 2e-5
 
 _log = logging.getLogger(__name__)
@@ -44,8 +48,8 @@ class OpenRun:
         run: As it is.
         lease: Of this process on it.
         interrupts: Held back while something is written.
-        long_params: What to do with a param longer than MLflow keeps.
         resumed: Whether an earlier process may have written a part of it.
+        as_asked: See `Tracker`.
     """
 
     def __init__(
@@ -54,15 +58,18 @@ class OpenRun:
         run: Run,
         lease: Lease,
         interrupts: Interrupts,
-        long_params: LongParams,
         *,
         resumed: bool = False,
+        as_asked: Callable[[str, str], str] = plain,
     ) -> None:
+        self._as_asked = as_asked
         self.run_id: str = run.info.run_id
         self.experiment_id: str = run.info.experiment_id
         self.is_resumed = resumed
         self._store, self._run, self._lease, self._interrupts = store, run, lease, interrupts
-        self._writer = RecordWriter(store, long_params, lease.demand)
+        self.demand = lease.demand
+        """Makes sure that this process still owns the run; see `Lease.demand`."""
+        self._writer = RecordWriter(store, lease.demand)
         self._params: dict[str, str] = params_of(run)
         self._description = ""
         self._logged: dict[str, str] = {}
@@ -106,6 +113,7 @@ class OpenRun:
                 f"Run {self.run_id} was begun with {key} {there} and now it is {text}: {what} has changed "
                 "since, so begin anew instead of resuming."
             )
+        self._lease.demand()
         with self._store.errors():
             self._store.client.set_tag(self.run_id, key, text)
 
@@ -315,11 +323,34 @@ class OpenRun:
             EPOCH_TAG: str(self._lease.holder.epoch),
         }
         where = f"tags.`{ROOT_TAG}` = '{self.run_id}' and tags.`{KEY_TAG}` = '{key}'"
-        return made_once(self._store, self.experiment_id, where, record, tags, look=look)
+        run = made_once(
+            self._store, self.experiment_id, where, record, tags, look=look, demand=self._lease.demand
+        )
+        try:
+            self._lease.demand()
+        except LeaseLost:
+            self._withdraw(run, where)
+            raise
+        return run
+
+    def _withdraw(self, late: Run, where: str) -> None:
+        """Delete a run that was made after another process had taken over, if that one has its own instead.
+
+        If it has none it goes on with this one, or deletes it at its end.
+        """
+        with suppress(MechdiffError):
+            epochs = {
+                run.info.run_id: _epoch(run) for run in all_runs(self._store, [self.experiment_id], where)
+            }
+            ours = self._lease.holder.epoch
+            if epochs.get(late.info.run_id) == ours and max(epochs.values()) > ours:
+                with self._store.errors():
+                    self._store.client.delete_run(late.info.run_id)
 
     def _taken(self, left: Run) -> Run:
         """A child that an earlier owner left unfinished, RUNNING again and marked as ours."""
         client, run_id = self._store.client, left.info.run_id
+        self._lease.demand()
         with self._store.errors():
             tags = {**provenance_tags(), EPOCH_TAG: str(self._lease.holder.epoch)}
             client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -339,18 +370,29 @@ class OpenRun:
 
     def _tidy(self) -> None:
         """Delete what a request that arrived late made a second time, and end what nobody will go on with."""
-        ours = set(self._logged.values())
+        client, ours = self._store.client, set(self._logged.values())
         with self._store.errors():
-            for twin in self._twins():
-                self._store.client.delete_run(twin.info.run_id)
-            for run in self._below():
-                run_id = run.info.run_id
-                if run_id in ours:
-                    continue
-                if run.data.tags[KEY_TAG] in self._logged:
-                    self._store.client.delete_run(run_id)
-                elif run.info.status == "RUNNING":
-                    self._store.client.set_terminated(run_id, "KILLED")
+            below = [run for run in self._below() if run.info.run_id not in ours]
+            for run in [*self._twins(), *(run for run in below if run.data.tags[KEY_TAG] in self._logged)]:
+                self._lease.demand()
+                client.delete_run(run.info.run_id)
+            for run in below:
+                if run.data.tags[KEY_TAG] not in self._logged and run.info.status == "RUNNING":
+                    client.set_terminated(run.info.run_id, "KILLED")
+            taken = [run.info.run_id for run in self._left.values() if run.info.status != "FINISHED"]
+            for start in range(0, len(taken), _IDS):
+                self._tidy_models(taken[start : start + _IDS])
+
+    def _tidy_models(self, run_ids: list[str]) -> None:
+        """Delete models that stayed PENDING where the run's map is READY in another."""
+        client, ids = self._store.client, ", ".join(f"'{run_id}'" for run_id in run_ids)
+        found = client.search_logged_models(
+            [self.experiment_id], f"source_run_id IN ({ids})", max_results=100
+        )
+        ready = {(m.source_run_id, m.tags.get(SHA256_TAG)) for m in found if m.status == "READY"}
+        for model in found:
+            if model.status == "PENDING" and (model.source_run_id, model.tags.get(SHA256_TAG)) in ready:
+                client.delete_logged_model(model.model_id)
 
     def _twins(self) -> list[Run]:
         """Runs that a late request made in place of this one; nobody has written below them."""
@@ -379,6 +421,12 @@ class OpenRun:
         except MechdiffError as another:
             if error is None:
                 raise
+            if isinstance(
+                another, StoreFull
+            ):  # a status needs less room; without even that, `resume` ends it
+                with suppress(MechdiffError), self._store.errors():
+                    client.set_terminated(run_id, status)
+                return
             # What went wrong before is on its way to the user and matters more.
             _log.warning("Run %s could not be marked %s: %s", run_id, status, another)
 
@@ -386,12 +434,17 @@ class OpenRun:
         logged = self._params.get(key)
         if logged is None:
             return False
-        if logged != text and not same_number(logged, text):
+        if logged != text and plain(key, self._as_asked(key, logged)) != plain(key, text):
             raise MechdiffError(
-                f"Param {key!r} is {text} but run {self.run_id} was started with {logged}; "
-                f"start it with -P {key}={text}."
+                f"Param {key!r} is {text[:200]} but run {self.run_id} was started with {logged[:200]}; "
+                f"start it with -P {shlex.quote(f'{key}={text[:200]}')}."
             )
         return True
+
+
+def _epoch(run: Run) -> int:
+    text = run.data.tags.get(EPOCH_TAG, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < _EPOCH_DIGITS else 0
 
 
 def _planned(record: RunRecord) -> RunRecord:

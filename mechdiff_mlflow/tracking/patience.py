@@ -8,6 +8,7 @@ is repeated.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,9 @@ _NO_ANSWER = (
 )
 _INTERNAL = ("too many 500 error responses", "failed with error code 500")
 _TWICE = ("UniqueViolation", "UNIQUE constraint", "unique constraint", "Duplicate entry")
+_FULL = re.compile(
+    "database or disk is full|disk I/O error|No space left on device|Disk quota exceeded|File too large"
+)
 _LATER = (408, 429, 502, 503, 504)
 _LOST = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
@@ -155,8 +159,16 @@ class PatientClient:
         return delete
 
 
+def full_disk(error: object) -> str | None:
+    """What an error, or its text, says of a disk without room; None for another error."""
+    found = _FULL.search(str(error).partition("[SQL: ")[0])
+    return None if found is None else found[0]
+
+
 def is_away(error: BaseException) -> bool:
     """Whether an error says that the store could not be reached, or not now."""
+    if full_disk(error) is not None:
+        return False
     if isinstance(error, requests.HTTPError):
         return error.response is not None and error.response.status_code in _LATER
     if isinstance(error, requests.RequestException):
@@ -189,7 +201,8 @@ def _is_broken(error: BaseException) -> bool:
     """Whether a server answered with an internal error."""
     if isinstance(error, requests.HTTPError):
         return error.response is not None and error.response.status_code == HTTPStatus.INTERNAL_SERVER_ERROR
-    return isinstance(error, MlflowException) and any(words in str(error) for words in _INTERNAL)
+    is_internal = isinstance(error, MlflowException) and any(words in str(error) for words in _INTERNAL)
+    return is_internal and full_disk(error) is None
 
 
 def _from_environment() -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +19,7 @@ from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
+from mechdiff_mlflow import foreign, selection
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Site
@@ -29,19 +30,22 @@ from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.names import check_alias, check_name, registered_name
 from mechdiff_mlflow.tracking.policy import (
     FITTED_ON,
+    IMPORTED_FROM,
     PAIR_FINGERPRINT,
+    REPORTED,
+    SELECTION,
     SELECTION_LEAK,
     Candidate,
     PromotionPolicy,
+    numbers,
+    numbers_in,
+    same_prompts,
 )
 from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS
 from mechdiff_mlflow.tracking.registry import Version
 from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG
-from mechdiff_mlflow.tracking.store import NotAllowed, Store
-
-IMPORTED_FROM = "imported_from"
-"""Tag: which file of the predecessor's a map was imported from."""
+from mechdiff_mlflow.tracking.store import NotAllowed, Store, StoreUnreachable
 
 _MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # how a logged model's page knows its registered versions
 _NOTE_TAG = "mlflow.note.content"
@@ -59,10 +63,9 @@ _PROVENANCE = (
         "ridge",
         "off_span",
     ),
-    *("position", "split", "n", "seed", "dtype", "null", SELECTION_LEAK, IMPORTED_FROM),
+    *("position", "split", "n", "seed", "dtype", "null", SELECTION_LEAK, SELECTION, REPORTED, IMPORTED_FROM),
 )
 _METRICS = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor", "rho", "top1_agreement")
-_ALPHA_SAME = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +86,14 @@ def promote(
     alias: str = "champion",
     policy: PromotionPolicy | None = None,
     why: str = "",
+    say: Callable[[str], object] = lambda text: None,
+    demand: Callable[[], None] = lambda: None,
     read: AffineMap | None = None,
 ) -> Version:
     """Register the map that run `run_id` fitted or measured, and give the version `alias`.
 
-    Doing it again changes nothing, or finishes what an earlier attempt left.
+    Doing it again changes nothing, or finishes what an earlier attempt left. A map that has the alias already
+    is not registered a second time, unless only now it is measured, or on prompts that no choice was made on.
 
     Args:
         store: Where the run is and the version goes.
@@ -96,35 +102,58 @@ def promote(
         alias: To move; the last step.
         policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
         why: In the user's words, for the history.
+        say: Told in a sentence which version gives way to which, or that nothing moves.
+        demand: Called before what is made or moved; raises if another process has taken the command over.
         read: The run's map, if this very process has just logged it and read it back.
 
     Raises:
-        MechdiffError: The run is not FINISHED or has no map, a rule of the policy refuses it, the name or
-            alias is not possible, or the files are not what was logged.
+        PromotionRefused: A rule of the policy is not met.
+        MechdiffError: The run is not FINISHED or has no map, the name or alias is not possible, or the files
+            are not what was logged.
     """
     check_alias(alias)
     policy = policy or PromotionPolicy()
-    measured = _measured(store, run_id, read)
+    measured = _measured(store, run_id, demand, read)
     name = check_name(name) if name else _name_of(measured)
-    _apply(policy, name, alias, measured, None)  # before anything is made
-    if not measured.logged.model_id:  # a sweep's map, so far a file of its run
-        measured = replace(measured, logged=_as_model(store, measured.the_map, measured.run))
+    present = _holder(store, name, alias)
+    adds = present is None or not _adds_nothing(store, measured, present)
+    if adds:
+        _apply(policy, name, alias, measured, present)  # before anything is made
+    if adds and not measured.logged.model_id:  # a sweep's map, so far a file of its run
+        measured = replace(measured, logged=_as_model(store, measured.the_map, measured.run, demand))
     with registry.promotion_lock(store):
         _registered(store, name, measured)
 
-        def check(model: RegisteredModel) -> None:
+        def check(model: RegisteredModel) -> Version | None:
             number = registry.holder_of(model, alias)
             incumbent = None if number is None else registry.get_version(store, name, number)
-            _apply(policy, name, alias, measured, incumbent)
+            if incumbent is None or not _adds_nothing(store, measured, incumbent):
+                _apply(policy, name, alias, measured, incumbent)
+            return incumbent
 
-        check(registry.registered(store, name))
-        version = _existing(store, name, measured) or _create_version(store, name, measured)
+        before = check(registry.registered(store, name))
+        if before is not None and _adds_nothing(store, measured, before):
+            say(f"{name}@{alias} is this very map already, version {before.number}; nothing moves.")
+            return before
+        version = _existing(store, name, measured) or _create_version(store, name, measured, demand)
         if not version.is_verified:
             _verify(store, version, measured.logged.location)
+        demand()
         registry.move_alias(
             store, name, alias, version.number, "promote", check=check, why=why, rules=str(policy)
         )
+    if before is not None:
+        ours = measured.run.data.metrics
+        same = " (on the same prompts)" if same_prompts(measured.facts, before.tags) else ""
+        say(
+            f"{name}@{alias}: version {before.number} with {numbers(numbers_in(before.tags))} gives way to "
+            f"version {version.number} with {numbers(ours)}{same}."
+        )
     return registry.get_version(store, name, version.number)
+
+
+class PromotionRefused(MechdiffError):
+    """The policy does not let a map have an alias; what was measured is as it was."""
 
 
 def demand_may_promote(store: Store, pair: str, site: Site) -> None:
@@ -154,11 +183,16 @@ def rollback(store: Store, name: str, alias: str = "champion", *, why: str = "")
         MechdiffError: There is nothing to go back to, or that version's files are not what they were.
     """
     with registry.promotion_lock(store):
-        target = _held_before(registry.registered(store, name), alias)
+        held = registry.holders(registry.history(store, name, alias))
+        target = held[-2] if len(held) > 1 else None
+        if target is None:
+            raise MechdiffError(
+                f"Alias {alias!r} of {name} has no earlier version to go back to; see its history."
+            )
         verified_map(store, registry.get_version(store, name, target))
 
         def check(model: RegisteredModel) -> None:
-            if _held_before(model, alias) != target:
+            if registry.holder_of(model, alias) != held[-1]:
                 raise MechdiffError(f"Alias {alias!r} of {name} was moved meanwhile; see its history.")
 
         registry.move_alias(store, name, alias, target, "rollback", check=check, why=why)
@@ -176,17 +210,9 @@ def demote(store: Store, name: str, alias: str = "champion", *, why: str = "") -
         registry.move_alias(store, name, alias, None, "demote", check=lambda model: None, why=why)
 
 
-def _held_before(model: RegisteredModel, alias: str) -> int:
-    """Which version had the alias before the last promotion or demotion."""
-    holders = registry.holders(registry.history_of(model, alias))
-    if len(holders) < 2 or holders[-2] is None:
-        raise MechdiffError(
-            f"Alias {alias!r} of {model.name} has no earlier version to go back to; see its history."
-        )
-    return holders[-2]
-
-
-def _measured(store: Store, run_id: str, read: AffineMap | None = None) -> _Measured:
+def _measured(
+    store: Store, run_id: str, demand: Callable[[], None], read: AffineMap | None = None
+) -> _Measured:
     run = _with_a_map(store, _finished(store, run_id))
     fit_id = run.data.tags.get(MAP_RUN_TAG)
     fit = run if fit_id is None else _finished(store, fit_id)
@@ -196,11 +222,15 @@ def _measured(store: Store, run_id: str, read: AffineMap | None = None) -> _Meas
     is_read = read is not None and read.sha256() == logged.sha256
     the_map = read if read is not None and is_read else flavour.load_logged(store, logged)
     alpha = run.data.params.get("alpha", "")
-    if _is_other_number(alpha, the_map.alpha):
+    # Earlier versions wrote six digits of α; the digest tells which map it was.
+    is_measured = run.data.tags.get("mechdiff.map_sha256") == the_map.sha256()
+    if not is_measured and _is_other_number(alpha, the_map.alpha):
         the_map = the_map.with_alpha(float(alpha))
-        logged = _as_model(store, the_map, run)
-    meta = {key: str(value) for key, value in the_map.meta.items()}
+        logged = _as_model(store, the_map, run, demand)
+    meta = {key: str(value) for key, value in the_map.meta.items() if key != selection.META}
     facts = {**meta, **fit.data.params, **run.data.params, **fit.data.tags, **run.data.tags}
+    if selection.of(the_map) is None and facts.get(SELECTION_LEAK) != "true":
+        facts[SELECTION_LEAK] = "unknown"  # whatever an earlier version of ours took for granted
     return _Measured(logged, the_map, run, facts)
 
 
@@ -224,6 +254,7 @@ def _finished(store: Store, run_id: str) -> Run:
     if run.info.status != "FINISHED" or run.info.lifecycle_stage == "deleted":
         state = "deleted" if run.info.lifecycle_stage == "deleted" else run.info.status
         raise MechdiffError(f"Run {run_id} is {state} and only FINISHED runs can be promoted; run it again.")
+    store.demand_place(run.info.experiment_id)
     return run
 
 
@@ -248,7 +279,7 @@ def _measurement_of(store: Store, fit: Run) -> Run:
     return patches[0] if patches else fit
 
 
-def _as_model(store: Store, the_map: AffineMap, run: Run) -> LoggedMap:
+def _as_model(store: Store, the_map: AffineMap, run: Run, demand: Callable[[], None]) -> LoggedMap:
     """The map as a logged model of `run`, which measured it so, unless an earlier attempt made it."""
     wanted = the_map.sha256()
     for logged in flavour.maps_of(store, run):
@@ -263,6 +294,7 @@ def _as_model(store: Store, the_map: AffineMap, run: Run) -> LoggedMap:
         params=run.data.params,
         metrics=run.data.metrics,
         again=True,
+        demand=demand,
     )
     with store.errors():
         client = store.client
@@ -293,12 +325,37 @@ def _apply(
 ) -> None:
     candidate = Candidate(measured.run.info.run_id, measured.run.data.metrics, measured.facts)
     refusals = policy.refusals(candidate, None if incumbent is None else incumbent.tags)
-    if refusals:
-        raise MechdiffError(
+    if refusals and not policy.force:
+        raise PromotionRefused(
             f"Run {candidate.run_id} may not become {name}@{alias} by the rule"
-            f"{'s' if len(refusals) > 1 else ''} {'; '.join(refusals)}; promote another run or change "
-            "the policy."
+            f"{'s' if len(refusals) > 1 else ''} {'; '.join(refusals)}; promote another run, change the "
+            f"policy, or waive it: mechdiff promote {candidate.run_id} --name {name} --alias {alias} --force."
         )
+
+
+def _holder(store: Store, name: str, alias: str) -> Version | None:
+    try:
+        with store.errors():
+            model = store.client.get_registered_model(name)
+    except StoreUnreachable:
+        raise
+    except MechdiffError:  # there is none yet, or `registered` says below what is wrong
+        return None
+    number = registry.holder_of(model, alias)
+    return None if number is None else registry.get_version(store, name, number)
+
+
+def _adds_nothing(store: Store, measured: _Measured, present: Version) -> bool:
+    """Whether `present` is this map already, and as well measured."""
+    ours, theirs = measured.run.data.metrics, numbers_in(present.tags)
+    if "KL_mapped" in ours and "KL_mapped" in theirs:
+        cleaner = measured.facts.get(SELECTION_LEAK) == "false" != present.tags.get(SELECTION_LEAK)
+        same = same_prompts(measured.facts, present.tags)
+        if cleaner or (same and not math.isclose(ours["KL_mapped"], theirs["KL_mapped"], rel_tol=1e-6)):
+            return False
+    elif "KL_mapped" in ours:
+        return False
+    return present.is_verified and is_same_function(store, measured.the_map, present)
 
 
 def _registered(store: Store, name: str, measured: _Measured) -> None:
@@ -325,7 +382,7 @@ def _existing(store: Store, name: str, measured: _Measured) -> Version | None:
     return next((v for v in versions if v.sha256 == measured.logged.sha256), None)
 
 
-def _create_version(store: Store, name: str, measured: _Measured) -> Version:
+def _create_version(store: Store, name: str, measured: _Measured, demand: Callable[[], None]) -> Version:
     run, metrics = measured.run, measured.run.data.metrics
     tags = {key: measured.facts[key] for key in _PROVENANCE if key in measured.facts}
     tags |= {"alpha": repr(measured.the_map.alpha), "code_version": code_version()}
@@ -344,10 +401,15 @@ def _create_version(store: Store, name: str, measured: _Measured) -> Version:
         description=version_card(measured.the_map, metrics, f"models:/{name}@champion", measured.facts),
         model_id=measured.logged.model_id,
     )
+
+    def make() -> int:
+        demand()
+        return int(create().version)
+
     with store.errors(), _default_store(store):
         # Promoters of a map come one after the other: what is found now was made by an earlier attempt.
         made = store.patience.once(
-            lambda: int(create().version),
+            make,
             lambda: None if (found := _existing(store, name, measured)) is None else found.number,
         )
     return registry.get_version(store, name, made)
@@ -366,13 +428,30 @@ def _verify(store: Store, version: Version, location: str) -> None:
     with suppress(NotAllowed), store.errors():
         model_id = version.source.removeprefix("models:/")
         if version.source != model_id:
-            known = json.loads(client.get_logged_model(model_id).tags.get(_MODEL_VERSIONS_TAG, "[]"))
+            text = client.get_logged_model(model_id).tags.get(_MODEL_VERSIONS_TAG, "[]")
+            try:
+                known = foreign.record(list[dict[str, str]], _MODEL_VERSIONS_TAG, text)
+            except foreign.Malformed:  # a page's list of links, written anew
+                known = []
             entry = {"name": version.name, "version": str(version.number)}
             if entry not in known:
                 card = client.get_model_version(version.name, str(version.number)).description
                 tags = {_MODEL_VERSIONS_TAG: json.dumps([*known, entry])}
                 # It was logged before it was measured; the version's card has the numbers.
                 client.set_logged_model_tags(model_id, {**tags, _NOTE_TAG: card[:MAX_TAG_CHARS]})
+
+
+def is_same_function(store: Store, the_map: AffineMap, version: Version) -> bool:
+    """Whether a version does to every x what `the_map` does; a version that cannot be read does not."""
+    if version.sha256 == the_map.sha256():
+        return True
+    try:
+        other = verified_map(store, version)
+    except StoreUnreachable:
+        raise
+    except MechdiffError:
+        return False
+    return the_map.equals(other)
 
 
 @contextmanager
@@ -392,6 +471,6 @@ def _default_store(store: Store) -> Iterator[None]:
 
 def _is_other_number(text: str, alpha: float) -> bool:
     try:
-        return not math.isclose(float(text), alpha, rel_tol=_ALPHA_SAME, abs_tol=0.0)
+        return float(text) != alpha
     except ValueError:
         return False  # the run has no alpha of its own, or one like `auto`

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.errors import MechdiffError, is_text
+from mechdiff_mlflow.exact import text_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +126,11 @@ class RunRecord:
         for key, curve in self.stepped_metrics.items():
             for number in curve.values():
                 _check_number(key, number)
-        for key, text in (*self.tags.items(), ("description", self.description)):
+        for key, text in (*self.tags.items(), ("name", self.name), ("description", self.description)):
+            if not is_text(text):
+                raise MechdiffError(
+                    f"Tag {key!r} is {text[:80]!r}, which is no UTF-8 text; write it otherwise."
+                )
             if len(text) > MAX_TAG_CHARS:
                 raise MechdiffError(
                     f"Tag {key!r} has {len(text)} characters and MLflow keeps {MAX_TAG_CHARS}; "
@@ -160,7 +165,7 @@ def param_text(key: str, value: object) -> str:
     """How a param is stored: numbers in their shortest exact form, booleans as true and false.
 
     Raises:
-        MechdiffError: The value is None, empty or not plain.
+        MechdiffError: The value is None, empty, not plain, or longer than MLflow keeps.
     """
     item = getattr(value, "item", None)
     if callable(item) and getattr(value, "ndim", 0) == 0:
@@ -169,7 +174,15 @@ def param_text(key: str, value: object) -> str:
         return str(value).lower()
     if not isinstance(value, str | int | float) or value == "":
         raise MechdiffError(f"Param {key!r} is {value!r}; give a number or some text, or leave the key out.")
-    return str(value)
+    text = text_of(value) if isinstance(value, float) else str(value)
+    if not is_text(text):
+        raise MechdiffError(f"Param {key!r} is {text[:80]!r}, which is no UTF-8 text; write it otherwise.")
+    if len(text) > MAX_PARAM_CHARS:
+        raise MechdiffError(
+            f"Param {key!r} has {len(text)} characters and MLflow keeps {MAX_PARAM_CHARS}; shorten it, e.g. "
+            "share a long list out to several commands."
+        )
+    return text
 
 
 def _check_number(key: str, value: object) -> None:

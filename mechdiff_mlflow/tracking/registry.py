@@ -1,30 +1,33 @@
 """Registered maps: versions, the aliases that name winners, and the history of each alias.
 
 Everything is in MLflow's own registry. A version is trusted when its tag `mechdiff.verified` equals its
-digest. A move of an alias is announced by a tag of the registered model, one a move, and then made; reading
-the history tells the moves that happened from those that a crash prevented.
+digest. A move of an alias is recorded in a tag of the version that gets it (or, when it is taken away, had
+it), then made, then marked as made. The history is read off these records. MLflow has no compare-and-set: of
+moves made at once from several machines the last one stays, and each mover reads back and says so.
 """
 
 from __future__ import annotations
 
 import difflib
 import getpass
-import json
+import logging
 import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
+from pydantic import Field, TypeAdapter
 
+from mechdiff_mlflow import foreign
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.locks import file_lock, lock_file
 from mechdiff_mlflow.tracking.names import check_alias
 from mechdiff_mlflow.tracking.store import A_TOKEN, Store, login_name
-from mechdiff_mlflow.tracking.turns import MapBoard, promoting_machine, turn
 
 KIND_TAG = "mechdiff.kind"
 SHA256_TAG = "mechdiff.sha256"
@@ -35,6 +38,8 @@ _OURS = f"tags.`{KIND_TAG}` = 'map'"
 _PAGE = 100
 # MLflow says INVALID_PARAMETER_VALUE for an alias that is not there.
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,13 @@ class Version:
         return is_digest and self.tags.get(VERIFIED_TAG) == self.sha256
 
 
+_Time = Annotated[int, Field(ge=0, lt=1 << 43)]  # what a calendar can show
+
+
+class MovedMeanwhile(MechdiffError):
+    """Another program moved the alias at the same time, and it stays where that one put it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Move:
     """An alias going from one version to another.
@@ -88,18 +100,24 @@ class Move:
         source: The version it left, None for none.
         target: The version it went to, None when it was taken away.
         who: The user.
-        when_ms: Unix time in ms; 0 when not known.
+        when_ms: Unix time in ms when it began, later than the move that its source got the alias by; 0 when
+            not known.
         why: In the user's words.
         rules: The policy that a promotion met.
+        made_ms: Unix time in ms when it was seen to be made; 0 when not known.
     """
 
     action: str
-    source: int | None
-    target: int | None
+    source: Annotated[int, Field(ge=0, lt=1 << 31)] | None
+    target: Annotated[int, Field(ge=0, lt=1 << 31)] | None
     who: str = ""
-    when_ms: int = 0
+    when_ms: _Time = 0
     why: str = ""
     rules: str = ""
+    made_ms: _Time = 0
+
+
+_MOVE = TypeAdapter(Move)
 
 
 def list_winners(store: Store) -> list[Version]:
@@ -117,7 +135,14 @@ def winners_of(store: Store, pair: str, alias: str) -> list[Version]:
     Raises:
         MechdiffError: There is none.
     """
-    found = [v for v in list_winners(store) if alias in v.aliases and v.tags.get("pair") == pair]
+    found = []
+    for version in list_winners(store):
+        if alias in version.aliases and version.tags.get("pair") == pair:
+            try:
+                foreign.number({"alpha": 0, **version.tags}, "alpha")
+                found.append(version)
+            except foreign.Malformed as error:
+                foreign.left_out(f"map {version}", error)
     if not found:
         raise MechdiffError(
             f"No map of pair {pair!r} has the alias {alias!r}; promote one with mechdiff promote RUN --alias "
@@ -187,12 +212,11 @@ def history(store: Store, name: str, alias: str = "champion") -> list[Move]:
     Raises:
         MechdiffError: No map has that name.
     """
-    return history_of(registered(store, name), alias)
-
-
-def history_of(model: RegisteredModel, alias: str) -> list[Move]:
-    """The moves of an alias, oldest first, by what `model` says."""
-    return _happened(_announced(model, alias), holder_of(model, alias))
+    model = registered(store, name)
+    # Up to 0.1.0 the records were tags of the registered model.
+    tags = [model.tags, *(version.tags for version in list_versions(store, name))]
+    records = {key: move for of_one in tags for key, move in _recorded(of_one, alias).items()}
+    return _happened([records[key] for key in sorted(records, key=_order)], holder_of(model, alias))
 
 
 @contextmanager
@@ -202,23 +226,6 @@ def promotion_lock(store: Store) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def alone(store: Store, name: str) -> Iterator[Callable[[], None]]:
-    """One promoter of `name` at a time on all machines; the caller holds `promotion_lock`.
-
-    Yields what to call right before the alias is moved: it raises when others may have gone on. Who uses a
-    SQLite store sees its lock file, so that nothing more is needed there.
-
-    Raises:
-        MechdiffError: Others kept their turn for ten minutes.
-    """
-    if store.sqlite_path is not None:
-        yield lambda: None
-        return
-    with turn(MapBoard(store, name), promoting_machine(store)) as mine:
-        yield mine.demand
-
-
 def move_alias(
     store: Store,
     name: str,
@@ -226,11 +233,11 @@ def move_alias(
     target: int | None,
     action: str,
     *,
-    check: Callable[[RegisteredModel], None],
+    check: Callable[[RegisteredModel], object],
     why: str = "",
     rules: str = "",
 ) -> None:
-    """Announce the move, then make it; the caller holds the lock and has verified the target.
+    """Record the move, make it, read it back; the caller holds the lock and has verified the target.
 
     Args:
         store: Where.
@@ -238,45 +245,63 @@ def move_alias(
         alias: To move.
         target: Version that gets it; None to take it away.
         action: What the history calls the move.
-        check: Looks at the registered map when nobody else can move the alias any more; raises to refuse.
+        check: Looks at the registered map as it is before; raises to refuse.
         why: In the user's words.
         rules: The policy that was met.
 
     Raises:
-        MechdiffError: `check` refuses, or the alias is elsewhere afterwards, as another program moved it.
+        MechdiffError: `check` refuses.
+        MovedMeanwhile: The alias is elsewhere afterwards, as another program moved it.
     """
     check_alias(alias)
-    with alone(store, name) as demand_alone:
-        model = registered(store, name)
-        source = holder_of(model, alias)
-        if source == target:
-            return
-        check(model)
-        _announce(store, model, alias, Move(action, source, target, _who(store), _now_ms(), why, rules))
-        demand_alone()
-        with store.errors():
-            if target is None:
-                store.client.delete_registered_model_alias(name, alias)
-            else:
-                store.client.set_registered_model_alias(name, alias, str(target))
-        now = holder_of(registered(store, name), alias)
+    began_ms = _now_ms()
+    model = registered(store, name)
+    source = holder_of(model, alias)
+    if source == target:
+        return
+    check(model)
+    bearer = target if target is not None else source
+    key, move = _record_of(
+        store, name, alias, Move(action, source, target, _who(store), began_ms, why, rules)
+    )
+    with store.errors():
+        store.client.set_model_version_tag(name, str(bearer), key, _text(move))
+        if target is None:
+            store.client.delete_registered_model_alias(name, alias)
+        else:
+            store.client.set_registered_model_alias(name, alias, str(target))
+    now = holder_of(registered(store, name), alias)
+    with store.errors():
+        made = replace(move, made_ms=max(_now_ms(), move.when_ms))
+        store.client.set_model_version_tag(name, str(bearer), key, _text(made))
     if now != target:
-        raise MechdiffError(
-            f"Alias {alias!r} of {name} points at version {now} though it was just moved to {target}: "
-            "another program is moving it too; see mechdiff maps history, then try again."
+        raise MovedMeanwhile(
+            f"Alias {alias!r} of {name} went to version {target} and is at version {now} now: another "
+            "program moved it at the same time, and the last move stays; see mechdiff maps history "
+            f"{name}, then repeat yours if it should stand."
         )
 
 
-def _announce(store: Store, model: RegisteredModel, alias: str, move: Move) -> None:
-    moves = _announced(model, alias)
-    last = moves[-1] if moves else None
-    # After a crash between announcement and move, the announcement is there already.
-    if last is None or (last.action, last.source, last.target) != (move.action, move.source, move.target):
-        text = json.dumps(asdict(move), ensure_ascii=False)
-        # The end makes the key its own: what one program writes never overwrites what another did.
-        key = f"{_MOVE_TAG}{alias}.{len(moves):06d}.{uuid.uuid4().hex[:8]}"
-        with store.errors():
-            store.client.set_registered_model_tag(model.name, key, text)
+def _record_of(store: Store, name: str, alias: str, move: Move) -> tuple[str, Move]:
+    """The tag and content of a move's record: what a crashed attempt left of the same move, or a new one."""
+    ends = [number for number in (move.target, move.source) if number is not None]
+    of_ends = [_recorded(get_version(store, name, number).tags, alias) for number in ends]
+    left = [
+        (key, one)
+        for key, one in of_ends[0].items()
+        if not one.made_ms and (one.action, one.source, one.target) == (move.action, move.source, move.target)
+    ]
+    if left:
+        return max(left, key=lambda found: _order(found[0]))
+    # Whatever the clocks say, a move comes after the one that it saw.
+    before = of_ends[-1].values() if move.source is not None else history(store, name, alias)
+    when_ms = max([move.when_ms, *(one.when_ms + 1 for one in before)])
+    # The end makes the key its own: what one program writes never overwrites what another did.
+    return f"{_MOVE_TAG}{alias}.{when_ms}.{uuid.uuid4().hex[:8]}", replace(move, when_ms=when_ms)
+
+
+def _text(move: Move) -> str:
+    return _MOVE.dump_json(move).decode()
 
 
 def registered(store: Store, name: str) -> RegisteredModel:
@@ -326,37 +351,57 @@ def holder_of(model: RegisteredModel, alias: str) -> int | None:
     return None if number is None else int(number)
 
 
-def _announced(model: RegisteredModel, alias: str) -> list[Move]:
-    prefix = f"{_MOVE_TAG}{alias}."
-    return [Move(**json.loads(model.tags[key])) for key in sorted(model.tags) if key.startswith(prefix)]
+def _recorded(tags: Mapping[str, str], alias: str) -> dict[str, Move]:
+    """The records of an alias's moves among a version's tags; what is none is left out with a warning."""
+    found = {}
+    for key, text in tags.items():
+        if re.fullmatch(rf"{re.escape(_MOVE_TAG + alias)}\.[0-9]{{1,15}}\.[0-9a-f]{{8}}", key):
+            try:
+                found[key] = foreign.record(Move, key, text)
+            except foreign.Malformed as error:
+                foreign.left_out("a move of a version", error)
+    return found
 
 
-def _happened(announced: Sequence[Move], holder: int | None) -> list[Move]:
-    """The announced moves that were made, with `outside` ones where the alias was found elsewhere.
+def _order(key: str) -> tuple[int, str]:
+    _, number, end = key.rsplit(".", 2)
+    return int(number), end
 
-    A move happened unless the alias was still at its source when the next one was announced (or is now). That
-    misreads one case: another program moving the alias straight back to where it came from.
+
+def _happened(recorded: Sequence[Move], holder: int | None) -> list[Move]:
+    """The recorded moves that were made, with `outside` ones where the alias was found elsewhere.
+
+    A move that is not marked as made happened unless the alias was still at its source when the next one was
+    recorded (or is now). That misreads one case: another program moving the alias straight back.
     """
-    found_later = [*(later.source for later in announced[1:]), holder]
+    found_later = [*(later.source for later in recorded[1:]), holder]
     done: list[Move] = []
-    at: int | None = None
-    for move, found in zip(announced, found_later, strict=False):  # nothing announced: nothing to do
-        if move.source != at:
-            done.append(Move("outside", at, move.source))
-            at = move.source
-        if found != at:
+    for move, found in zip(recorded, found_later, strict=False):  # nothing recorded: nothing to do
+        at = done[-1].target if done else None
+        # Who looked before the last move was made saw what was there before, which is no move.
+        if move.source != at and not (done and done[-1].made_ms >= move.when_ms):
+            _found_at(done, move.source)
+        if move.made_ms or found != move.source:
             done.append(move)
-            at = move.target
-    if holder != at:
-        done.append(Move("outside", at, holder))
+    if holder != (done[-1].target if done else None):
+        _found_at(done, holder)
     return done
+
+
+def _found_at(done: list[Move], holder: int | None) -> None:
+    """Explain why the alias is not where the last move put it: one made at the same time arrived later."""
+    for index, move in enumerate(done[:-1]):
+        if move.target == holder and move.made_ms >= done[-1].when_ms:
+            done.append(done.pop(index))
+            return
+    done.append(Move("outside", done[-1].target if done else None, holder))
 
 
 def holders(moves: Sequence[Move]) -> list[int | None]:
     """Which versions had the alias, undone moves left out, the present one last; None for none."""
     stack: list[int | None] = [None]
     for move in moves:
-        if move.action == "rollback":
+        if move.action == "rollback" and stack[-2:-1] == [move.target]:
             stack.pop()
         else:
             stack.append(move.target)

@@ -220,7 +220,7 @@ def _row(run: Run) -> dict[str, Any]:
         "kind": tags.get("mechdiff.kind"),
         "status": run.info.status,
         "parent_id": tags.get("mlflow.parentRunId"),
-        "started": pd.Timestamp(run.info.start_time, unit="ms", tz="UTC"),
+        "started": pd.to_datetime(run.info.start_time, unit="ms", utc=True, errors="coerce"),
         **_columns(params, run.data.metrics, tags),
     }
 

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 from mlflow.entities import Run, RunTag
 
-from mechdiff_mlflow.tracking.artifacts import LongParams
-from mechdiff_mlflow.tracking.endings import RUN_ID_VARIABLE, enclosing_run, same_number
+from mechdiff_mlflow.tracking.enclosing import active_run
+from mechdiff_mlflow.tracking.endings import RUN_ID_VARIABLE, enclosing_run, plain
 from mechdiff_mlflow.tracking.interrupts import Interrupts
 from mechdiff_mlflow.tracking.keys import KEY_TAG
 from mechdiff_mlflow.tracking.lease import Lease, taken_over
@@ -30,7 +30,7 @@ from mechdiff_mlflow.tracking.store import Store
 from mechdiff_mlflow.tracking.view import install_view
 from mechdiff_mlflow.tracking.writing import MAP_RUN_TAG
 
-__all__ = ["MAP_RUN_TAG", "RUN_ID_VARIABLE", "OpenRun", "Tracker", "same_number"]
+__all__ = ["MAP_RUN_TAG", "RUN_ID_VARIABLE", "OpenRun", "Tracker"]
 
 
 class Tracker:
@@ -39,9 +39,11 @@ class Tracker:
     Args:
         store: Where to.
         experiment: Name of the experiment, made if there is none. The run that an enclosing `mlflow run`
-            made brings its own, and its children go there too.
-        long_params: What to do with a param longer than MLflow keeps.
+            made brings its own, and its children go there too. A run of this experiment that the calling
+            program is in becomes the parent.
         resume: Id of an unfinished run to go on with, instead of making one.
+        as_asked: From a param's name and its text, as somebody typed it for `mlflow run`, to the text that
+            is logged for that value.
     """
 
     def __init__(
@@ -49,12 +51,12 @@ class Tracker:
         store: Store,
         experiment: str,
         *,
-        long_params: LongParams = LongParams.FAIL,
         resume: str | None = None,
+        as_asked: Callable[[str, str], str] = plain,
     ) -> None:
         self.store = store
         self.experiment = experiment
-        self.long_params = long_params
+        self.as_asked = as_asked
         self.interrupts = Interrupts(store.patience.hurry)
         self._resume = resume
 
@@ -139,16 +141,27 @@ class Tracker:
         """A run that another process left."""
         with self.store.errors():
             run = self.store.client.get_run(run_id)
+        self.store.demand_place(run.info.experiment_id)
         with taken_over(self.store, run) as lease:
             yield self._open(self._restarted(run, lease), lease, resumed=True)
 
     def _create(self, record: RunRecord, lease: Lease) -> Run:
-        experiment_id = self.store.experiment(self.experiment)
+        experiment_id, above = self._place()
         key = uuid.uuid4().hex
         # With what resuming needs: a process may be killed before it can add another tag.
         tags = {**_redacted(record), **provenance_tags(), "mechdiff.kind": record.kind, KEY_TAG: key}
-        tags |= lease.holder.tag
+        tags |= lease.holder.tag | above
         return made_once(self.store, experiment_id, f"tags.`{KEY_TAG}` = '{key}'", record, tags)
+
+    def _place(self) -> tuple[str, dict[str, str]]:
+        """The id of the experiment, and the tag of a run below the active one where that is in there too."""
+        run = active_run(self.store)
+        if run is not None:
+            with self.store.errors():
+                theirs = self.store.client.get_experiment(run.info.experiment_id)
+            if theirs.name == self.experiment:
+                return str(theirs.experiment_id), {"mlflow.parentRunId": run.info.run_id}
+        return self.store.experiment(self.experiment), {}
 
     def _attach(self, record: RunRecord, lease: Lease) -> Run | None:
         # Taken out of the environment: a second run of this process, or of one it starts, is another run.
@@ -157,6 +170,7 @@ class Tracker:
             return None
         with self.store.errors():
             run = self.store.client.get_run(run_id)
+            self.store.demand_place(run.info.experiment_id)
             tags = {**_redacted(record), **enclosing_run(run, record, provenance_tags()), **lease.holder.tag}
             self.store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
         return run
@@ -173,7 +187,7 @@ class Tracker:
         return run
 
     def _open(self, run: Run, lease: Lease, *, resumed: bool = False) -> OpenRun:
-        return OpenRun(self.store, run, lease, self.interrupts, self.long_params, resumed=resumed)
+        return OpenRun(self.store, run, lease, self.interrupts, resumed=resumed, as_asked=self.as_asked)
 
 
 def _redacted(record: RunRecord) -> dict[str, str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, takewhile
 
 from mlflow.entities import Run, ViewType
 
+from mechdiff_mlflow import foreign
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.tracking.lookup import each_run
@@ -17,6 +17,10 @@ from mechdiff_mlflow.tracking.policy import SELECTION_LEAK
 from mechdiff_mlflow.tracking.records import check_key
 from mechdiff_mlflow.tracking.store import Store
 
+_SETTINGS = {
+    **dict.fromkeys(("solver", "family"), foreign.word),
+    **{"k": foreign.rank, "alpha": foreign.scales, "split": foreign.word, "n": foreign.whole},
+}
 _LOWER_IS_BETTER = ("KL_", "rho", "noise_floor", "p/", "reverse/", "control/", "time/")
 _FEW = 20
 _MOST_A_PAGE = 1000
@@ -37,7 +41,7 @@ class FoundRun:
         value: Of that metric.
         low: End of its 95 % interval, if logged.
         high: The other end.
-        leak: Whether something was chosen on the split that is reported.
+        leak: Whether something was chosen on prompts that are reported; None where nobody knows.
         prompts: Name, digest and split of each prompt set.
         started_ms: Unix time in ms.
     """
@@ -51,7 +55,7 @@ class FoundRun:
     value: float
     low: float | None
     high: float | None
-    leak: bool
+    leak: bool | None
     prompts: tuple[dict[str, str], ...]
     started_ms: int
 
@@ -91,10 +95,10 @@ def find_runs(
     search = _Search(store, list(experiments), metric)
     if best:
         keys = [*(["pair"] if pair is None else []), *(["hook", "layer"] if site is None else [])]
-        runs = search.best_of_each(where, keys)
+        runs: Iterable[Run] = search.best_of_each(where, keys)
     else:
-        runs = list(islice(search.ordered(where, limit), limit))
-    found = [_found(run, experiments, metric) for run in runs]
+        runs = search.ordered(where, limit)
+    found = list(islice(_readable(runs, experiments, metric), None if best else limit))
     if not found:
         known = sorted(
             {k for run in search.first(where) for k in run.data.metrics if not k.startswith(("ci/", "time/"))}
@@ -156,6 +160,15 @@ class _Search:
             seen += values or [""]  # which leaves out the runs that do not have the param
 
 
+def _readable(runs: Iterable[Run], experiments: dict[str, str], metric: str) -> Iterator[FoundRun]:
+    """Those whose fields are what they should be; a warning for each other."""
+    for run in runs:
+        try:
+            yield _found(run, experiments, metric)
+        except foreign.Malformed as error:
+            foreign.left_out(f"run {run.info.run_id}", error)
+
+
 def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:
     params, metrics = run.data.params, run.data.metrics
     inputs = run.inputs.dataset_inputs if run.inputs else []
@@ -164,18 +177,25 @@ def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:
         contexts = [tag.value for tag in item.tags if tag.key == "mlflow.data.context"]
         split = contexts[0] if contexts else ""
         prompts.append({"name": item.dataset.name, "digest": item.dataset.digest, "split": split})
-    value = metrics[metric]
+    site = foreign.site(params)
+    for key, parse in _SETTINGS.items():
+        if key in params:
+            parse(params, key)
+    ends = [
+        foreign.number(metrics, key) if (key := f"ci/{metric}_{end}") in metrics else None
+        for end in ("low", "high")
+    ]
     return FoundRun(
         run_id=run.info.run_id,
         experiment=experiments.get(run.info.experiment_id, run.info.experiment_id),
-        pair=params.get("pair", ""),
-        site=f"L{params.get('layer', '?')}/{params.get('hook', '?')}",
-        settings={k: params[k] for k in ("solver", "family", "k", "alpha", "split", "n") if k in params},
+        pair=foreign.word(params, "pair"),
+        site=str(site),
+        settings={k: params[k] for k in _SETTINGS if k in params},
         metric=metric,
-        value=value if math.isfinite(value) else math.nan,
-        low=metrics.get(f"ci/{metric}_low"),
-        high=metrics.get(f"ci/{metric}_high"),
-        leak=run.data.tags.get(SELECTION_LEAK) == "true",
+        value=foreign.number(metrics, metric),
+        low=ends[0],
+        high=ends[1],
+        leak={"true": True, "false": False}.get(run.data.tags.get(SELECTION_LEAK, "")),
         prompts=tuple(sorted(prompts, key=lambda row: (row["split"], row["name"]))),
         started_ms=run.info.start_time or 0,
     )

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, urlsplit
 
 import mlflow
+from mlflow.entities import Experiment, ViewType
+from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.uri import is_local_uri
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import database, http_check
 from mechdiff_mlflow.tracking.check_result import Finding, Level
 from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.scratch import Scratch
-from mechdiff_mlflow.tracking.store import Store, open_store, prepare_process, uri_of
+from mechdiff_mlflow.tracking.store import PLACE_TAG, Store, open_store, prepare_process, uri_of
 
+_MAX_EXPERIMENTS = 50_000
 _PROXY = "mlflow server --serve-artifacts --artifacts-destination PLACE, then new experiments"
 
 
@@ -80,7 +85,79 @@ def _database(uri: str) -> Iterator[Finding]:
         yield _database_encryption(uri)
     if schema.now is not None:
         yield http_check.skew(time.time() - schema.now)
-    yield from _round_trips(open_store(uri))
+    store = open_store(uri)
+    if store.sqlite_path is not None:
+        yield _places(store)
+    yield from _round_trips(store)
+
+
+def rebase(tracking_uri: str | None = None) -> list[Path]:
+    """Have a SQLite store that was copied or moved say that its artifacts are in its present folder.
+
+    Returns: The folders where it said they are.
+
+    Raises:
+        MechdiffError: It is no SQLite store, or the artifacts were not copied or moved along.
+    """
+    store = open_store(tracking_uri)
+    if store.sqlite_path is None:
+        raise MechdiffError(
+            f"{store.shown} is no SQLite file, and only such a store moves with its artifacts."
+        )
+    moved = _moved(store)
+    for old, experiments in moved.items():
+        for experiment in experiments:
+            there = Path(local_file_uri_to_path(experiment.artifact_location))
+            here = store.sqlite_path.parent / there.relative_to(old)
+            if there.exists() and not here.exists():
+                raise MechdiffError(
+                    f"The artifacts of experiment {experiment.name!r} are in {there} still; copy them to "
+                    f"{here}, then try again."
+                )
+    with store.errors():
+        for old in moved:
+            database.rebase(store.sqlite_path, old, PLACE_TAG)
+    return list(moved)
+
+
+def _moved(store: Store) -> dict[Path, list[Experiment]]:
+    """The experiments whose artifacts are where a store lay that was copied or moved, by that folder."""
+    found: dict[Path, list[Experiment]] = {}
+    for experiment in _experiments(store):
+        if (old := store.moved_from(experiment)) is not None:
+            found.setdefault(old, []).append(experiment)
+    return found
+
+
+def _experiments(store: Store) -> list[Experiment]:
+    with store.errors():
+        return list(store.client.search_experiments(ViewType.ALL, max_results=_MAX_EXPERIMENTS))
+
+
+def _places(store: Store) -> Finding:
+    """Whether a SQLite store's artifacts are in its folder."""
+    assert store.sqlite_path is not None
+    folder = store.sqlite_path.parent
+    if moved := _moved(store):
+        seen = "; ".join(
+            f"of {', '.join(e.name for e in experiments[:5])}{' …' * (len(experiments) > 5)} in {old}"
+            for old, experiments in moved.items()
+        )
+        remedy = f"mechdiff server-check --rebase --tracking-uri {store.shown}"
+        return Finding("artifact places", Level.FAIL, f"the store was copied or moved: {seen}", remedy)
+    outside = [
+        f"{e.name} in {e.artifact_location}"
+        for e in _experiments(store)
+        if e.name != "Default"
+        and not (
+            is_local_uri(e.artifact_location)
+            and Path(local_file_uri_to_path(e.artifact_location)).resolve().is_relative_to(folder.resolve())
+        )
+    ]
+    if outside:
+        seen = f"outside {folder}: {'; '.join(outside[:5])}{' …' * (len(outside) > 5)}"
+        return Finding("artifact places", Level.WARN, seen, "copy and back them up beside the store")
+    return Finding("artifact places", Level.OK, f"all in {folder}")
 
 
 def _outdated(schema: database.Schema, shown: str) -> Finding:
@@ -88,9 +165,8 @@ def _outdated(schema: database.Schema, shown: str) -> Finding:
         seen = f"at {schema.found}, which MLflow {mlflow.__version__} does not know: a newer one made it"
         return Finding("store migrations", Level.FAIL, seen, "pip install --upgrade mlflow")
     seen = f"at {schema.found}, MLflow {mlflow.__version__} wants {schema.head}"
-    return Finding(
-        "store migrations", Level.FAIL, seen, f"copy the database, then: mlflow db upgrade {shown}"
-    )
+    remedy = f"copy the database, then: mlflow db upgrade {shlex.quote(shown)}"
+    return Finding("store migrations", Level.FAIL, seen, remedy)
 
 
 def _database_encryption(uri: str) -> Finding:

@@ -15,17 +15,21 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 import requests
-from mlflow.entities import ViewType
+from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.credentials import get_default_host_creds
+from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.rest_utils import http_request
+from mlflow.utils.uri import is_local_uri
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import database
-from mechdiff_mlflow.tracking.patience import Patience, PatientClient, is_away
+from mechdiff_mlflow.tracking.patience import Patience, PatientClient, full_disk, is_away
 from mechdiff_mlflow.tracking.redaction import redact
 
+PLACE_TAG = "mechdiff.store"
+"""Tag of an experiment in a SQLite store: the path of the store when it was first written to."""
 A_TOKEN = "a token"
 """Who somebody is that has one and no name."""
 
@@ -46,6 +50,10 @@ _PROCESS_SETTINGS = {
 
 class StoreUnreachable(MechdiffError):
     """No server answers, or not any more."""
+
+
+class StoreFull(MechdiffError):
+    """The disk of a store has no room, perhaps not even for the status of a run."""
 
 
 class NotAllowed(MechdiffError):
@@ -99,8 +107,9 @@ class Store:
         with self.errors():
             found = self.client.get_experiment_by_name(name)
             if found is None:
+                tags = {} if self.sqlite_path is None else {PLACE_TAG: str(self.sqlite_path)}
                 try:
-                    create = partial(self.client.create_experiment, name, self._artifact_root(name))
+                    create = partial(self.client.create_experiment, name, self._artifact_root(name), tags)
                     return str(self.patience.once(create, lambda: self._id_of(name)))
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -112,7 +121,54 @@ class Store:
                 f"Experiment {name!r} was deleted in {self.shown}; bring it back with "
                 f"`mlflow experiments restore{which}` or name another with --experiment."
             )
+        self.demand_place(found)
         return str(found.experiment_id)
+
+    def demand_place(self, experiment: Experiment | str) -> None:
+        """Make sure that what is written into an experiment, given itself or by id, goes where the store is.
+
+        A SQLite store says in absolute paths where its artifacts are, and so does a copy of it. What this
+        compares with is noted when an experiment is first written to; places outside the store's folder then
+        were chosen by somebody, and stay.
+
+        Raises:
+            MechdiffError: The store was copied or moved since.
+        """
+        if self.sqlite_path is None:
+            return
+        with self.errors():
+            if isinstance(experiment, str):
+                experiment = self.client.get_experiment(experiment)
+            if (old := self.moved_from(experiment)) is not None:
+                raise MechdiffError(
+                    f"The store {self.sqlite_path} was copied or moved from {old}, and experiment "
+                    f"{experiment.name!r} still keeps its artifacts there ({experiment.artifact_location}); "
+                    f"run mechdiff server-check --rebase --tracking-uri {self.shown} to have them here, then "
+                    "run this again."
+                )
+            if PLACE_TAG not in experiment.tags:
+                place = str(self.sqlite_path)
+                self.client.set_experiment_tag(experiment.experiment_id, PLACE_TAG, place)
+
+    def moved_from(self, experiment: Experiment) -> Path | None:
+        """Where the store lay when it said where an experiment's artifacts are; None for here."""
+        if self.sqlite_path is None or not is_local_uri(experiment.artifact_location):
+            return None
+        artifacts = Path(local_file_uri_to_path(experiment.artifact_location))
+        noted = experiment.tags.get(PLACE_TAG)
+        if noted is None:
+            # Before that was noted: known by where our artifacts are, and that no other store is meant.
+            root = Path(local_file_uri_to_path(self._artifact_root(experiment.name) or ""))
+            if artifacts.parts[-2:] != root.parts[-2:]:
+                return None
+            old = artifacts.parents[1] / self.sqlite_path.name
+            is_ours = not old.parent.exists() or old.exists()
+        else:
+            old = Path(noted)
+            is_ours = artifacts.is_relative_to(old.parent)
+        if not is_ours or (old.exists() and old.samefile(self.sqlite_path)):
+            return None
+        return None if old.parent == self.sqlite_path.parent else old.parent
 
     def _id_of(self, name: str) -> str | None:
         found = self.client.get_experiment_by_name(name)
@@ -138,7 +194,13 @@ class Store:
         try:
             yield
         except (MlflowException, requests.RequestException, OSError) as error:
-            text = redact(" ".join(str(error).split()).replace(self.uri, self.shown))
+            if (reason := full_disk(error)) is not None:
+                raise StoreFull(
+                    f"The store {self.shown} could not be written: {reason}; make room on its disk, then "
+                    "finish with mechdiff resume, or run this again where that finds nothing."
+                ) from error
+            text = " ".join(str(error).partition("[SQL: ")[0].split())
+            text = redact(text.replace(self.uri, self.shown))
             if self.is_server and is_away(error):
                 raise StoreUnreachable(
                     f"The tracking server {self.shown} stopped answering; start it, then run this again."
@@ -158,7 +220,7 @@ class Store:
     def _artifact_root(self, experiment: str) -> str | None:
         if self.sqlite_path is None:
             return None
-        slug = re.sub(r"[^\w.-]+", "-", experiment).strip(".-")
+        slug = re.sub(r"[^\w.-]+", "-", experiment).strip(".-")[:60]  # a file name has 255 bytes
         if slug != experiment:
             slug = f"{slug}-{hashlib.sha256(experiment.encode()).hexdigest()[:8]}"
         return (self.sqlite_path.parent / "mlartifacts" / slug).as_uri()
@@ -227,8 +289,10 @@ def prepare_process() -> None:
     """Set what our processes want of MLflow, where the user has not decided otherwise."""
     for name, value in _PROCESS_SETTINGS.items():
         os.environ.setdefault(name, value)
-    for chatty in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic"):
+    for chatty in ("mlflow.store.model_registry.abstract_store", "alembic"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # It logs the traceback of what it raises, which is the user's to hear of once.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def _check_server(uri: str) -> None:

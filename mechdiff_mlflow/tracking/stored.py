@@ -7,10 +7,13 @@ thread may have its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Set
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+import requests
+from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
@@ -19,6 +22,8 @@ from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.sent import Sent
 from mechdiff_mlflow.tracking.store import Store
+
+_log = logging.getLogger(__name__)
 
 
 class StoredFiles:
@@ -30,14 +35,34 @@ class StoredFiles:
     """
 
     def __init__(self, store: Store, location: str) -> None:
-        self._store = store
+        self._store, self._location = store, location
         # As MLflow's client does: there a location says which login belongs to it.
         uri = add_databricks_profile_info_to_artifact_uri(location, store.uri)
         self._files = get_artifact_repository(uri, tracking_uri=store.uri)
 
-    def send(self, folder: Path) -> None:
-        """Put everything in `folder` there, under the same names."""
+    def send(self, folder: Path, *, again: bool = False) -> None:
+        """Put everything in `folder` there, under the same names.
+
+        Args:
+            folder: Of the files.
+            again: Whether a killed process may have sent some. A server that was in the midst of one keeps
+                a part of it that it does not list, so the place is emptied first, if it lists no others.
+        """
+        if again and not isinstance(self._files, LocalArtifactRepository):
+            self._empty({path.relative_to(folder).as_posix() for path in folder.rglob("*")})
         self._store.patience.run(lambda: self._files.log_artifacts(str(folder)))
+
+    def _empty(self, names: Set[str]) -> None:
+        try:
+            folders = [""]
+            for folder in folders:
+                for found in self._store.patience.run(partial(self._files.list_artifacts, folder or None)):
+                    if found.path not in names:
+                        return
+                    folders += [found.path] if found.is_dir else []
+            self._store.patience.run(self._files.delete_artifacts)
+        except (MlflowException, requests.RequestException, NotImplementedError) as error:
+            _log.warning("What a killed upload may have left at %s stays there: %s", self._location, error)
 
     def read_back(self, names: Iterable[str], folder: Path) -> Path:
         """A directory that holds the files `names` as they are stored.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import shlex
 import time
 import zlib
 from typing import Any
@@ -42,7 +43,7 @@ def install_view(store: Store, experiment_id: str, *, kind: str = "patch") -> No
             now = int(time.time() * 1000)
             view = {"name": "mechdiff", "createdAt": now, "updatedAt": now, "state": state}
             store.client.set_experiment_tag(experiment_id, _TAG, json.dumps(view))
-    except (MechdiffError, ValueError, AttributeError) as error:
+    except (MechdiffError, ValueError, AttributeError, RecursionError) as error:
         _log.debug("The shared view of experiment %s was not written: %s", experiment_id, error)
 
 
@@ -65,7 +66,7 @@ def version_url(store: Store, name: str, number: int) -> str:
 
 def ui_command(store: Store) -> str | None:
     """What to type to see a local store in the browser, where the links lead; None for a server's."""
-    return None if store.is_server else f"mlflow ui --backend-store-uri {store.shown}"
+    return None if store.is_server else f"mlflow ui --backend-store-uri {shlex.quote(store.shown)}"
 
 
 def _ui(store: Store) -> str:

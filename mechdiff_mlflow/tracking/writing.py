@@ -16,8 +16,7 @@ from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunTag
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import artifacts, flavour, keys
-from mechdiff_mlflow.tracking.artifacts import LongParams
-from mechdiff_mlflow.tracking.records import RunRecord
+from mechdiff_mlflow.tracking.records import RunRecord, param_text
 from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.sent import Sent, digest_tag, files_of
 from mechdiff_mlflow.tracking.store import Store
@@ -45,12 +44,11 @@ class RecordWriter:
 
     Args:
         store: Where to.
-        long_params: What to do with a param longer than MLflow keeps.
-        demand: Called before what cannot be done twice; raises if this process may not write any more.
+        demand: Called before each request that writes; raises if this process may not write any more.
     """
 
-    def __init__(self, store: Store, long_params: LongParams, demand: Callable[[], None]) -> None:
-        self._store, self._long_params, self._demand = store, long_params, demand
+    def __init__(self, store: Store, demand: Callable[[], None]) -> None:
+        self._store, self._demand = store, demand
         self._model_ids: dict[str, str] = {}
         self._written: dict[str, _Written] = {}
         self._lock = threading.Lock()
@@ -82,17 +80,20 @@ class RecordWriter:
             MechdiffError: The record or the store refuses, or the store does not hold what was sent.
         """
         run_id, done = run.info.run_id, self._of(run)
-        params, texts = artifacts.stored_params(record, self._long_params)
+        params = {key: redact(param_text(key, value)) for key, value in record.params.items()}
         metrics, undefined = _finite(record)
         with self._store.errors():
             self._map(run, record, again, done)
-            self._send(run, _unsent(record, done), texts, done)
+            self._send(run, _unsent(record, done), done, again and not done.sent)
             models = [LoggedModelInput(done.model_id)] if done.model_id and record.map_run else None
             if (record.datasets or models) and not done.has_inputs:
+                self._demand()
                 inputs = [artifacts.dataset_input(prompts) for prompts in record.datasets]
                 self._store.client.log_inputs(run_id, inputs, models)
                 done.has_inputs = True
             at_ms = record.ended_ms or run.info.start_time
+            if again:  # a former owner's last request may have come in since
+                run = self._store.client.get_run(run_id)
             known = keys.fresh({key: value for key, value, _ in metrics}, run.data.metrics)
             points = [
                 Metric(key, value, at_ms, step, model_id=done.model_id)
@@ -103,6 +104,7 @@ class RecordWriter:
             new_tags = {key: text for key, text in tags.items() if done.tags.get(key) != text}
             new_params = {key: text for key, text in params.items() if key not in done.params}
             if points or new_params or new_tags:
+                self._demand()
                 self._store.client.log_batch(
                     run_id,
                     points,
@@ -124,17 +126,18 @@ class RecordWriter:
         with self._lock:
             return self._written.setdefault(run.info.run_id, _Written())
 
-    def _send(self, run: Run, record: RunRecord, texts: Mapping[str, str], done: _Written) -> None:
+    def _send(self, run: Run, record: RunRecord, done: _Written, again: bool) -> None:
         """The files of a record, read back before anything says that they are there."""
 
         def send(folder: str) -> None:
             sent = files_of(Path(folder))
             files = StoredFiles(self._store, run.info.artifact_uri)
-            files.send(Path(folder))
+            self._demand()
+            files.send(Path(folder), again=again)
             files.demand_present(sent)
             done.sent |= sent
 
-        artifacts.upload(send, record, texts)
+        artifacts.upload(send, record)
         done.sources |= {**record.tables, **record.texts}
 
     def _map(self, run: Run, record: RunRecord, again: bool, done: _Written) -> None:

@@ -111,7 +111,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing prompts": (lambda f: (f / "test.jsonl").unlink(), "test.jsonl does not exist"),
     "shared prompts": (lambda f: shutil.copy(f / "val.jsonl", f / "test.jsonl"), "remove it from one"),
-    "missing weights": (lambda f: (f / "tuned/model.safetensors").unlink(), "cannot be loaded"),
+    "missing weights": (lambda f: (f / "tuned/model.safetensors").unlink(), "has neither model.safetensors"),
     "missing model": (lambda f: shutil.rmtree(f / "tuned"), "tuned"),
     "failing template": (break_template, "fails on"),
     "infinite weights": (
@@ -209,7 +209,7 @@ def test_names_and_aliases_that_do_not_exist(
 ) -> None:
     assert "no map has an alias" in mechdiff("maps").output.lower()
     assert "toy-L3" in refused(mechdiff("fetch", "toy-L3-resid_post@champion", "-o", "map.pt", code=1).output)
-    mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "1", "--promote")
+    mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "1", "--promote", "--force")
     line = refused(mechdiff("fetch", "toy-L3-resid_post@winner", "-o", "map.pt", code=1).output)
     assert "has no alias 'winner'; it has champion" in line
     assert ".safetensors" in refused(

@@ -65,7 +65,7 @@ def test_every_example_runs(name: str, toy: Path, mechdiff: Invoke, client: mlfl
     if name in WITH_A_CHAMPION or name.startswith("maps"):
         for alpha in ("1", "0.9") if name == "maps rollback" else ("1",):
             site = ("--layer", "3", "--hook", "attn_out", "--alpha", alpha)
-            mechdiff("run", "--pair", str(toy), *site, "--promote")
+            mechdiff("run", "--pair", str(toy), *site, "--promote", "--force")
     if name == "import":
         mechdiff("export", "winners", "--pair", str(toy))
     if name == "compare":

@@ -114,11 +114,27 @@ def test_an_imported_map_is_measured_when_the_pair_is_vouched_for(
         json.dumps({"pair": "toy", "winners": {"L3_attn_out": {"path": "mine.pt", "alpha": 0.9}}})
     )
     refusal = mechdiff("import", "manifest.json", code=1).output
-    assert "allow_pair_mismatch: it is of pair unknown" in refusal
+    assert f"{name}@champion is version 1 with drop" in refusal
+    assert [run.info.run_id for run in client.search_runs(["1"], "tags.`mechdiff.kind` = 'import'")] == []
     assert client.get_model_version_by_alias(name, "champion").version == 1
-    mechdiff("import", "manifest.json", "--allow-pair-mismatch")
+    mechdiff("import", "manifest.json", "--force")
     assert load_map(f"{name}@champion").alpha == 0.9
     words = ("patch", "--map", f"{name}@champion", "--pair", str(toy))
     assert "was fitted on pair unknown" in mechdiff(*words, code=1).output
     assert "Warning: map" in mechdiff(*words, "--allow-pair-mismatch").output
     mechdiff("report-pass", "--pair", str(toy), "--allow-pair-mismatch")
+
+
+def test_an_export_that_comes_back_moves_nothing(
+    toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient
+) -> None:
+    """The alias would go from the map that was measured to a copy that was not."""
+    for k in ("2", "full"):
+        site = ("--layer", "3", "--hook", "attn_out", "--alpha", "1", "--k", k)
+        mechdiff("run", "--pair", str(toy), *site, "--promote", "--force")
+        mechdiff("export", f"out-{k}", "--pair", str(toy))
+        n_runs = len(client.search_runs(["1"]))
+        shown = mechdiff("import", f"out-{k}/manifest.json").output
+        assert "was already @champion" in shown
+        assert len(client.search_runs(["1"])) == n_runs
+    assert client.get_model_version_by_alias("toy-L3-attn_out", "champion").version == 2

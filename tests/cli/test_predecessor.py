@@ -151,9 +151,9 @@ def test_positions_are_right_in_padded_batches(pair: Pair) -> None:
     ids=["a failing template", "a doubled BOS"],
 )
 def test_stops_the_run(toy: Path, tmp_path: Path, template: str, says: str) -> None:
-    pair = loaded(edited(toy, tmp_path, lambda f: (f / "tuned" / "chat_template.jinja").write_text(template)))
+    spec = edited(toy, tmp_path, lambda f: (f / "tuned" / "chat_template.jinja").write_text(template))
     with pytest.raises(MechdiffError, match=says):
-        Study(pair, Protocol()).fit([cell()])
+        loaded(spec)
 
 
 def test_special_tokens_that_differ_under_one_tokenizer_stop_the_run(toy: Path, tmp_path: Path) -> None:
@@ -174,7 +174,21 @@ def test_a_map_is_found_by_its_name_and_not_as_the_last_file(
 ) -> None:
     """And its name says the hook, so that runs do not overwrite each other."""
     for hook, alpha in (("resid_post", "0.9"), ("attn_out", "0.5"), ("resid_post", "0.1")):
-        mechdiff(*("run", "--pair", str(toy), "--layer", "3", "--hook", hook, "--alpha", alpha, "--promote"))
+        mechdiff(
+            *(
+                "run",
+                "--pair",
+                str(toy),
+                "--layer",
+                "3",
+                "--hook",
+                hook,
+                "--alpha",
+                alpha,
+                "--promote",
+                "--force",
+            )
+        )
     assert load_map("toy-L3-resid_post@champion").alpha == 0.1
     assert load_map("toy-L3-attn_out@champion").alpha == 0.5
     (first,) = (run for run in runs_of(client)["fit"] if run.data.params["alpha"] == "0.9")

@@ -12,8 +12,20 @@ from cli.test_run import SITE, runs_of
 def test_every_winner_is_measured_again_with_its_own_alpha(
     toy: Path, here: Path, mechdiff: Invoke, client: mlflow.MlflowClient
 ) -> None:
-    mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "0.5", "--promote")
-    mechdiff("run", "--pair", str(toy), "--layer", "2", "--hook", "attn_out", "--alpha", "0.25", "--promote")
+    mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "0.5", "--promote", "--force")
+    mechdiff(
+        "run",
+        "--pair",
+        str(toy),
+        "--layer",
+        "2",
+        "--hook",
+        "attn_out",
+        "--alpha",
+        "0.25",
+        "--promote",
+        "--force",
+    )
     before = {run.info.run_id for run in runs_of(client)["patch"]}
 
     shown = mechdiff("report-pass", "--pair", str(toy)).output
@@ -42,6 +54,6 @@ def test_no_winner_and_too_many_prompts(toy: Path, mechdiff: Invoke) -> None:
         "No map of pair 'toy' has the alias 'best'"
         in mechdiff("report-pass", "--pair", str(toy), "--alias", "best", code=1).output
     )
-    mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "1", "--promote")
+    mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "1", "--promote", "--force")
     shown = mechdiff("report-pass", "--pair", str(toy), "--n", "17", code=1).output
     assert "17 test prompts were asked for and there are 16" in shown

@@ -32,7 +32,7 @@ def fitted(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = ("--tracking-uri", f"sqlite:///{folder / 'mlflow.db'}")
     site = ("--layer", "3", "--hook", "attn_out", "--alpha", "1", "--k", "4")
     for words in (
-        ("run", "--pair", str(toy), *site, "--promote", *store),
+        ("run", "--pair", str(toy), *site, "--promote", "--force", *store),
         ("fetch", "toy-L3-attn_out@champion", "-o", str(folder / "map.pt"), *store),
     ):
         result = CliRunner().invoke(cli, list(words))
@@ -108,7 +108,7 @@ def test_a_planted_low_rank_change_becomes_a_lora_of_its_rank_that_is_the_tuned_
     tuned.save_pretrained(folder / "tuned")
     pair, site = ("--pair", str(folder / "toy.yaml")), ("--layer", "2", "--hook", "attn_out")
     solver = ("--solver", "reduced_rank", "--ridge", "1e-9", "--k", "2", "--alpha", "1")
-    mechdiff("run", *pair, *site, *solver, "--promote")
+    mechdiff("run", *pair, *site, *solver, "--promote", "--force")
     shown = mechdiff("adapter", "--map", "toy-L2-attn_out@champion", "--to", "lora", *pair).output
     assert "a PEFT LoRA of rank 2 on model.layers.2.self_attn.o_proj, α = 1" in shown
     card = (here / "lora" / "README.md").read_text()
@@ -133,7 +133,7 @@ def test_a_pair_whose_tuned_side_is_a_peft_adapter_itself(toy: Path, here: Path,
     spec = toy.read_text().replace("{model: tuned}", "{adapter: tuned-lora}")
     (folder / "toy.yaml").write_text(spec)
     pair = ("--pair", str(folder / "toy.yaml"))
-    mechdiff("run", *pair, "--layer", "3", "--hook", "attn_out", "--alpha", "1", "--promote")
+    mechdiff("run", *pair, "--layer", "3", "--hook", "attn_out", "--alpha", "1", "--promote", "--force")
     using = ("--map", "toy-L3-attn_out@champion", *pair)
     words = ("--prompt", PROMPTS[0], "--max-new-tokens", "4", "--json")
     (row,) = json.loads(mechdiff("steer", *using, *words).output)["continuations"]

@@ -74,14 +74,17 @@ def test_overrides_that_do_not_exist_say_what_does(names: ModuleNames, message: 
         Decoder.of(Odd(tiny.llama()), names)
 
 
-def test_two_candidate_lists_ask_for_the_layers() -> None:
+def test_of_two_candidate_lists_the_one_beside_the_embeddings_is_meant() -> None:
     model = tiny.llama()
     model.vision = nn.ModuleList(list(tiny.llama(seed=1).model.layers))
+    assert Decoder.of(model).layers is model.model.layers
+    assert Decoder.of(model, ModuleNames(layers="vision")).blocks[0].module is model.vision[0]
+    model.model.vision = model.vision
+    del model.vision
     with pytest.raises(
-        MechdiffError, match=r"several could be \(model\.layers, vision\); set modules\.layers"
+        MechdiffError, match=r"several could be \(model\.layers, model\.vision\); set modules\.layers"
     ):
         Decoder.of(model)
-    assert Decoder.of(model, ModuleNames(layers="vision")).blocks[0].module is model.vision[0]
 
 
 def test_layers_beyond_the_last_are_refused() -> None:

@@ -3,9 +3,11 @@ import warnings
 import pytest
 import tiny
 import torch
+import transformers
 from families import FAMILIES, Family
 
 from mechdiff_mlflow.engine import ModuleNames, PatchEngine, check_plumbing
+from mechdiff_mlflow.sites import Hook, Site
 
 PROMPTS = tiny.prompts(9, 4, 12, 5, 7, 6, from_end=2)
 NAMES = [
@@ -74,3 +76,42 @@ def test_identity_patches_that_change_something_are_told() -> None:
     checks = {check.name: check for check in check_plumbing(engine, PROMPTS)}
     assert not checks[NAMES[3]].passed
     assert "largest KL" in checks[NAMES[3]].detail
+
+
+def test_a_hybrid_with_a_gated_norm_and_a_model_without_a_padding_token() -> None:
+    config = transformers.Qwen3NextConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        initializer_range=0.2,
+    )
+    model = tiny.build(config)
+    vars(model.config).pop("pad_token_id", None)
+    engine, prompts = PatchEngine(model), tiny.prompts(5, 9, 7)
+    assert [check for check in check_plumbing(engine, prompts) if not check.passed] == []
+    for layer, name in enumerate(("linear_attn", "self_attn")):
+        seen: list[torch.Tensor] = []
+
+        def keep(module: object, args: object, out: object, seen: list[torch.Tensor] = seen) -> None:
+            seen.append((out[0] if isinstance(out, tuple) else out)[0, -1])
+
+        handle = model.get_submodule(f"model.layers.{layer}.{name}").register_forward_hook(keep)
+        with torch.no_grad():
+            for ids in prompts.ids:
+                model(input_ids=torch.tensor([ids]))
+        handle.remove()
+        found = engine.capture(prompts, [Site(layer, Hook.ATTN_OUT)])
+        torch.testing.assert_close(*found.values(), torch.stack(seen), atol=1e-5, rtol=1e-4)

@@ -68,11 +68,16 @@ def clock_jumps() -> None:
     _clock(shifted)
 
 
+def own_machine() -> None:
+    """Files of the machine go to TMPDIR, and so its lock files are its own."""
+    tempfile.tempdir = None  # the process that this was forked from knew another
+
+
 def short_lease() -> None:
-    """An owner on another machine counts as dead after four seconds; files of the machine go to TMPDIR."""
+    """The same, and an owner on another machine counts as dead after four seconds."""
     from mechdiff_mlflow.tracking import lease
 
-    tempfile.tempdir = None  # the process that this was forked from knew another
+    own_machine()
     lease.LEASE_S = 4.0
 
 

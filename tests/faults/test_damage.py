@@ -22,7 +22,7 @@ NAME = "toy-L2-attn_out"
 def kept(world: World) -> Place:
     """A place where a map was fitted, patched and promoted, and a sweep was made."""
     place = world.place("damage")
-    mechdiff(place, *world.words(RUN, "one"), "--promote")
+    mechdiff(place, *world.words(RUN, "one"), "--promote", "--force")
     mechdiff(place, *world.words(CELLS))
     return place
 

@@ -30,7 +30,7 @@ CREATES = {
 }
 BUT_THE_FIRST = "^(?!.*/experiments/search)"
 """Whether a server is there is asked once, so that an absent one is told at once."""
-PROMOTED = (*RUN, "--promote")
+PROMOTED = (*RUN, "--promote", "--force")
 """A fit and a patch run, and the map registered under a name of its own pair."""
 
 

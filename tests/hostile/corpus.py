@@ -638,7 +638,7 @@ def _prompts() -> list[Case]:
         "not UTF-8": b'{"text": "\xff\xfe"}\n',
         "Latin-1": '{"text": "th\u00e9"}\n'.encode("latin-1"),
         "UTF-16": LINE.encode("utf-16"),
-        "byte order mark": b"\xef\xbb\xbf" + LINE.encode(),
+        "UTF-16 without a mark": LINE.encode("utf-16-le"),
         "NUL in the file": LINE + "\0\n",
         "NUL in the text": '{"text": "a\\u0000b"}\n',
         "NUL in a message": '{"messages": [{"role": "user", "content": "a\\u0000b"}]}\n',

@@ -197,7 +197,17 @@ def test_a_report_pass_measures_the_promoted_map(
     client: mlflow.MlflowClient,  # noqa: F811
 ) -> None:
     mechdiff(
-        "run", "--pair", str(spec), "--layer", "3", "--hook", "resid_post", "--alpha", "0.7,1", "--promote"
+        "run",
+        "--pair",
+        str(spec),
+        "--layer",
+        "3",
+        "--hook",
+        "resid_post",
+        "--alpha",
+        "0.7,1",
+        "--promote",
+        "--force",
     )
     (first,) = patches(client)
     mechdiff("report-pass", "--pair", str(spec))

@@ -72,3 +72,23 @@ def test_the_planes_of_a_rotation_are_not_split(normal: Normal) -> None:
     solution = fit("procrustes", x, x @ turn, "update")
     assert [solution.map(k).weight_rank("update") for k in range(6)] == [0, 0, 2, 2, 4, 4]
     torch.testing.assert_close(solution.map(4).dense(), turn)
+
+
+@pytest.mark.parametrize("n", [24, 25, 28, 31, 32])
+@pytest.mark.parametrize("decades", [0, 5])
+@pytest.mark.parametrize("family", ["content", "update"])
+def test_the_order_of_the_rows_does_not_matter(normal: Normal, n: int, decades: int, family: str) -> None:
+    """Without shrinkage, n−1 < 2d rows of any spectrum leave 2d − (n−1) singular values equal."""
+    d = 16
+    spread = torch.logspace(0, -decades, d, dtype=torch.float64)
+    x, y = (normal(n, d) * spread @ torch.linalg.qr(normal(d, d)).Q for _ in range(2))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    one, other = (
+        fit("procrustes_scaled", *rows, family, shrink=0.0) for rows in ((x, y), (x[order], y[order]))
+    )
+    for k in [*range(d), None]:
+        torch.testing.assert_close(one.map(k)(x), other.map(k)(x), rtol=0, atol=1e-6)
+    if family == "content":  # and the ties are as many as the dimensions say: no rank below can be had
+        shared = max(2 * d - (n - 1), 1)
+        assert one.factors.cuts[:shared] == (0,) * shared
+        assert one.factors.cuts[shared] == shared

@@ -16,6 +16,7 @@ from team.server import serve
 from mechdiff_mlflow.maps import AffineMap, Weight
 from mechdiff_mlflow.tracking.check_result import Level
 from mechdiff_mlflow.tracking.fetch import fetch
+from mechdiff_mlflow.tracking.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.promotion import promote
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.runs import Tracker
@@ -66,7 +67,7 @@ def test_maps_go_to_s3_and_come_back_by_way_of_the_server(on_s3: OnS3, tmp_path:
     params = {"pair": "demo", "layer": 3, "hook": "attn_out", "k": 2, "solver": "reduced_rank"}
     metrics = {"drop_pct": 34.2, "ci/drop_pct_low": 30.1}
     record = RunRecord(kind="fit", name="fit", params=params, metrics=metrics, map=a_map)
-    version = promote(store, Tracker(store, "demo").log(record))
+    version = promote(store, Tracker(store, "demo").log(record), policy=PromotionPolicy(force=True))
 
     found = fetch("demo-L3-attn_out@champion", tmp_path / "map.pt", store=store)
     fetched = (tmp_path / "map.pt").read_bytes()

@@ -65,7 +65,7 @@ def finish(process: subprocess.Popen[str]) -> str:
 def promoted(team: Server, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Promoted:
     """Ann runs the main job and promotes its map, her password in the address."""
     ann = Person(team, "ann", tmp_path_factory.mktemp("ann"))
-    main_job = ("run", "--pair", str(toy), "--layer", "3", "--alpha", "1", "--promote")
+    main_job = ("run", "--pair", str(toy), "--layer", "3", "--alpha", "1", "--promote", "--force")
     output = finish(ann.start(*main_job, "--tracking-uri", team.uri_of("ann")))
     client = _client_of(team, "ann")
     experiment = client.get_experiment_by_name("toy")

@@ -60,6 +60,7 @@ def make_map(seed: int = 0, alpha: float = 1.0, dtype: torch.dtype = torch.float
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
     meta = {"pair": "demo", "site": "L3/attn_out", "solver": "reduced_rank", "k": 2, "pair_fingerprint": "f1"}
+    meta |= {"selection": []}
     return AffineMap(randn(D), randn(D), Weight.low_rank(randn(D, 2), randn(2, D), 1.0), alpha, meta)
 
 

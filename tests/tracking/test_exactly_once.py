@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from concurrent.futures import wait
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,21 @@ from mlflow.entities import Run, ViewType
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import lease as leases
-from mechdiff_mlflow.tracking.keys import ARTIFACTS_TAG, KEY_TAG, key_of
-from mechdiff_mlflow.tracking.lease import LEASE_TAG, Lease, LeaseLost, holder_in, is_alive, taken_over
-from mechdiff_mlflow.tracking.locks import lock_file
+from mechdiff_mlflow.tracking.keys import ARTIFACTS_TAG, KEY_TAG, ROOT_TAG, key_of
+from mechdiff_mlflow.tracking.lease import (
+    LEASE_TAG,
+    Holder,
+    Lease,
+    LeaseLost,
+    holder_in,
+    is_alive,
+    taken_over,
+)
+from mechdiff_mlflow.tracking.locks import lock_file, process_start
+from mechdiff_mlflow.tracking.open_run import EPOCH_TAG
 from mechdiff_mlflow.tracking.provenance import code_version
 from mechdiff_mlflow.tracking.records import RunRecord
-from mechdiff_mlflow.tracking.recovery import end_stuck, run_to_resume, stuck_runs
+from mechdiff_mlflow.tracking.recovery import end_stuck, newest_of_mine, stuck_runs
 from mechdiff_mlflow.tracking.results import tables_of
 from mechdiff_mlflow.tracking.runs import OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import Store
@@ -183,7 +194,7 @@ def test_a_live_owner_is_not_disturbed_and_a_dead_one_is_replaced(
             pytest.fail("both wrote")
         assert is_alive(store, store.client.get_run(run.run_id)) is True
         assert stuck_runs(store) == []
-        assert run_to_resume(store, None) is None
+        assert newest_of_mine(store) == (None, [])
     assert statuses(store) == {"ranks": "FINISHED"}
     assert not list(Path(f"{store.sqlite_path}.running").glob("*"))
     dead = crash(tracker, lambda run: run.log(cell(1)))
@@ -230,12 +241,172 @@ def test_a_process_that_was_taken_for_dead_writes_nothing_more(
     assert "k=2" not in statuses(store)
 
 
+def theirs(mine: Holder) -> dict[str, str]:
+    return replace(mine, epoch=mine.epoch + 1, token="t", host="elsewhere", pid=7).tag
+
+
+def set_tags(store: Store, run_id: str, tags: dict[str, str]) -> None:
+    for key, text in tags.items():
+        store.client.set_tag(run_id, key, text)
+
+
+@pytest.mark.parametrize("path", ["prepare", "log_soon", "log"])
+def test_nothing_is_made_after_a_take_over(
+    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """As the owner stood still for a minute; the one in the background, too."""
+    clock = [0.0]
+    monkeypatch.setattr(leases, "now_s", lambda: clock[0])
+    with pytest.raises(LeaseLost, match="elsewhere"), tracker.run("sweep", "ranks") as run:  # noqa: PT012
+        set_tags(store, run.run_id, theirs(run._lease.holder))
+        clock[0] += leases.LEASE_S
+        if path == "prepare":
+            run.prepare([replace(cell(k), metrics={}) for k in (1, 2)])
+            wait(run._prepared.values())
+        if path == "log_soon":
+            run.log_soon(lambda: cell(1))
+        run.log_all([cell(2)]) if path != "log" else run.log(cell(2))
+    assert statuses(store) == {"ranks": "RUNNING"}
+    assert not store.client.search_logged_models([store.experiment("demo")])
+
+
+@pytest.mark.parametrize("has_its_own", [True, False])
+def test_a_run_that_was_under_way_at_a_take_over_is_deleted_unless_the_other_needs_it(
+    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch, has_its_own: bool
+) -> None:
+    clock, create, made = [0.0], store.client._client.create_run, []
+    monkeypatch.setattr(leases, "now_s", lambda: clock[0])
+
+    def late(experiment: str, started: int, tags: dict[str, str], name: str) -> Run:
+        if (
+            name == "k=1"
+        ):  # stopped with the request in its hands; the other takes over, and has a k=1 of its own
+            root = tags[ROOT_TAG]
+            set_tags(store, root, theirs(holder_in(store.client.get_run(root).data.tags)))
+            if has_its_own:
+                made.append(create(experiment, started, {**tags, EPOCH_TAG: "2"}, name).info.run_id)
+            clock[0] += leases.LEASE_S
+        run = create(experiment, started, tags, name)
+        if name == "k=1" and not has_its_own:
+            made.append(run.info.run_id)
+        return run
+
+    monkeypatch.setattr(store.client._client, "create_run", late)
+    with pytest.raises(LeaseLost), tracker.run("sweep", "ranks") as run:
+        run.log(cell(1))
+    assert [r.info.run_id for r in active(store) if r.info.run_name == "k=1"] == made
+
+
+def test_a_map_that_was_under_way_at_a_take_over_is_deleted(
+    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, create = [0.0], store.client._client.create_logged_model
+    monkeypatch.setattr(leases, "now_s", lambda: clock[0])
+    others: list[str] = []
+
+    def late(*args: Any, **more: Any) -> Any:
+        root = store.client.get_run(more["source_run_id"]).data.tags[ROOT_TAG]
+        set_tags(store, root, theirs(holder_in(store.client.get_run(root).data.tags)))
+        others.append(create(*args, **more).model_id)
+        clock[0] += leases.LEASE_S
+        return create(*args, **more)
+
+    monkeypatch.setattr(store.client._client, "create_logged_model", late)
+    with pytest.raises(LeaseLost), tracker.run("sweep", "ranks") as run:
+        run.log(cell(1))
+    assert [m.model_id for m in store.client.search_logged_models([store.experiment("demo")])] == others
+
+
+def test_what_a_former_owner_made_too_late_is_deleted_at_the_end(
+    store: Store, tracker: Tracker, crash: Any
+) -> None:
+    """A run, and a map of a run that was taken over, both after the new owner had looked what there was."""
+
+    def half(run: OpenRun) -> None:
+        run.prepare([replace(cell(2), metrics={})])
+        wait(run._prepared.values())
+        sys.setswitchinterval(run._switch_s)
+
+    run_id = crash(tracker, half)
+    [left] = [r for r in active(store) if r.info.run_name == "k=2"]
+    [model] = store.client.search_logged_models([store.experiment("demo")])
+    with Tracker(store, "demo", resume=run_id).run("sweep", "ranks") as run:
+        first = store.client.get_run(run.log(cell(1)))
+        late = {key: first.data.tags[key] for key in (KEY_TAG, ROOT_TAG)} | {EPOCH_TAG: "1"}
+        store.client.create_run(first.info.experiment_id, tags=late, run_name="k=1")
+        again = {
+            "source_run_id": left.info.run_id,
+            "tags": {"mechdiff.sha256": model.tags["mechdiff.sha256"]},
+        }
+        store.client._client.create_logged_model(first.info.experiment_id, name="late", **again)
+        run.log(cell(2))
+    assert sorted(r.info.run_name for r in active(store)) == ["k=1", "k=2", "ranks"]
+    models = store.client.search_logged_models([store.experiment("demo")])
+    assert sorted(m.status for m in models) == ["READY", "READY"]
+
+
+def test_of_several_machines_that_take_over_at_once_one_owns_the_run(
+    store: Store, tracker: Tracker, crash: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_S", 9.0)
+    run_id = crash(tracker, lambda run: None)
+    last = holder_in(store.client.get_run(run_id).data.tags)
+    far = replace(store, sqlite_path=None)  # no lock between them
+    claimed: list[Lease] = []
+
+    def claim() -> None:
+        lease = Lease(far)
+        with suppress(MechdiffError):
+            lease.claim(run_id, last)
+            claimed.append(lease)
+
+    threads = [threading.Thread(target=claim) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    time.sleep(2 * leases._trusted_s())
+    assert [lease.loss() is None for lease in claimed].count(True) == 1
+
+
+def test_a_process_that_lives_is_no_dead_owner_though_its_lock_file_is_gone(
+    store: Store, tracker: Tracker, crash: Any
+) -> None:
+    run_id = crash(tracker, lambda run: None)
+    mine = holder_in(store.client.get_run(run_id).data.tags)
+    assert mine is not None
+    for start, lives in (
+        (process_start(os.getppid()), True),
+        ("1", False),
+    ):  # then the id is another process's
+        set_tags(store, run_id, replace(mine, pid=os.getppid(), start=start).tag)
+        assert is_alive(store, store.client.get_run(run_id)) is lives
+    set_tags(store, run_id, replace(mine, pid=os.getppid(), start=process_start(os.getppid())).tag)
+    with pytest.raises(MechdiffError, match=f"by process {os.getppid()} on"):
+        taken_over(store, store.client.get_run(run_id)).__enter__()
+    store.client.set_terminated(run_id, "FAILED")  # it ended its run and went on to something else
+    with taken_over(store, store.client.get_run(run_id)) as lease:
+        assert lease.holder.epoch == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 5000, "{", '{"epoch": Infinity}', '{"epoch": 1e400}', '{"epoch": "x", "token": []}', "7" * 5000],
+)
+def test_what_is_no_owner_is_passed_over(text: str) -> None:
+    assert holder_in({f"{LEASE_TAG}9": text}) is None
+
+
 def test_owners_of_other_machines_are_watched(
     store: Store, tracker: Tracker, crash: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "LEASE_S", 1.0)
     monkeypatch.setattr(leases, "_POLL_S", 0.1)
     run_id = crash(tracker, lambda run: None)
+    for thread in threading.enumerate():  # a beat that is under way would write over what is written below
+        if thread.name == "mechdiff-lease":
+            thread.join()
+    store = replace(store, sqlite_path=None)  # as behind a server: the lock file of its folder tells nothing
     mine = holder_in(store.client.get_run(run_id).data.tags)
     assert mine is not None
     far = replace(mine, machine="f" * 32, host="far")
@@ -327,7 +498,6 @@ def test_every_child_has_its_key_and_the_parent_its_lease(store: Store, tracker:
         child = run.log(cell(1))
     assert len(store.client.get_run(child).data.tags[KEY_TAG]) == 32
     assert f"{LEASE_TAG}1" in store.client.get_run(run.run_id).data.tags
-    assert Lease(store).holder.machine == ""
     assert not lock_file(store.uri, "promotion").exists()
 
 

@@ -260,12 +260,24 @@ def test_the_card_shows_what_is_known_and_says_what_is_not() -> None:
 
 def test_the_card_puts_the_numbers_into_words() -> None:
     metrics = {"KL_raw": 2.263, "KL_mapped": 0.566, "drop_pct": 75.0, "skill_pct": 74.9}
+    metrics |= {"ci/drop_pct_low": 66.0, "ci/drop_pct_high": 82.0}
+    metrics |= {"ci/skill_pct_low": 66.5, "ci/skill_pct_high": 82.5}
     facts = {"n": 150, "split": "test", "null": "mean_only", "selection_leak": "false"}
     card = model_card(make_map(), metrics, "models:/demo-L3-attn_out@champion", facts)
-    assert "**drop of 75.0 %** on 150 test prompts" in card
-    assert "(here `mean_only`), is beaten by 74.9 %" in card
+    assert (
+        "better than no map at all: 75.0 % less KL, a **drop of 75.0 %** (95 %: 66.0 to 82.0) on 150" in card
+    )
+    assert (
+        "better than the best control (here `mean_only`, which knows nothing of the pairing): 74.9 %" in card
+    )
+    wrong = model_card(make_map(), metrics, "x", {**facts, "null": "wrong_layer"})
+    assert "(here `wrong_layer`, the map of another layer, fitted on the true pairs of that layer)" in wrong
+    harmful = {**metrics, "skill_pct": -1060.0, "ci/skill_pct_low": -1200.0, "ci/skill_pct_high": -900.0}
+    assert "It is **worse** than the best control" in model_card(make_map(), harmful, "x", facts)
+    unsure = {**metrics, "ci/skill_pct_low": -2.0}
+    assert "It is not to be told apart from the best control" in model_card(make_map(), unsure, "x", facts)
     assert "No leak" in card
     assert "mechdiff fetch demo-L3-attn_out@champion -o map.pt" in card
     assert "the_map.attached(tuned, source=base, " in card
     assert "  -m models:/demo-L3-attn_out@champion" in card
-    assert "**Leak:**" in model_card(make_map(), metrics, "x", {**facts, "selection_leak": "true"})
+    assert "**Leak:" in model_card(make_map(), metrics, "x", {**facts, "selection_leak": "true"})

@@ -1,7 +1,9 @@
+import json
 import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.tracking import cache, flavour, registry
 from mechdiff_mlflow.tracking.compare import diff
 from mechdiff_mlflow.tracking.fetch import fetch, load_map, resolve
+from mechdiff_mlflow.tracking.lease import LeaseLost
 from mechdiff_mlflow.tracking.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.promotion import demote, promote, rollback
 from mechdiff_mlflow.tracking.records import RunRecord
@@ -37,7 +40,12 @@ METRICS = {
     "drop_pct": 34.2,
     "ci/drop_pct_low": 30.1,
     "ci/drop_pct_high": 38.0,
+    "skill_pct": 30.0,
+    "ci/skill_pct_low": 25.0,
+    "ci/skill_pct_high": 35.0,
 }
+UNFORCED = PromotionPolicy()
+FORCED = PromotionPolicy(force=True)
 
 
 class Patch:
@@ -54,6 +62,7 @@ class Patch:
                 name="patch",
                 params={**PARAMS, "alpha": alpha},
                 metrics=METRICS,
+                tags={"selection_leak": "false"},
                 map_run=self.fit,
             )
             return run.log(replace(record, **changes), under=self.fit)
@@ -158,7 +167,7 @@ def test_names_come_from_the_run_or_the_user(store: Store, tracker: Tracker, pat
     nameless = tracker.log(RunRecord(kind="fit", name="f", map=make_map(), params={"layer": 3}))
     with pytest.raises(MechdiffError, match="no param 'hook' to name the map by; use --name"):
         promote(store, nameless)
-    assert promote(store, nameless, name="mine").name == "mine"
+    assert promote(store, nameless, name="mine", policy=FORCED).name == "mine"
     with pytest.raises(MechdiffError, match="cannot be registered as 'a/b'"):
         promote(store, nameless, name="a/b")
     with pytest.raises(MechdiffError, match="Alias 'latest' is not possible"):
@@ -364,6 +373,93 @@ def test_history_tells_moves_that_happened_from_those_that_a_crash_prevented(
     assert registry._happened(announced, at) == made
 
 
+A = Move("promote", 1, 2, when_ms=10, made_ms=20)
+B = Move("promote", 1, 3, when_ms=11, made_ms=21)
+FIRST = Move("promote", None, 1, when_ms=1, made_ms=2)
+THEN = Move("promote", 2, 4, when_ms=30, made_ms=31)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "holder", "made"),
+    [
+        ([FIRST, A, B], 3, [FIRST, A, B]),
+        ([FIRST, A, B], 2, [FIRST, B, A]),
+        ([FIRST, A, B, THEN], 4, [FIRST, B, A, THEN]),
+        ([FIRST, A, B], 1, [FIRST, A, B, Move("outside", 3, 1)]),
+        ([FIRST, A, replace(THEN, source=1)], 4, [FIRST, A, Move("outside", 2, 1), replace(THEN, source=1)]),
+    ],
+)
+def test_moves_made_at_once_are_all_in_the_history_and_none_is_taken_for_another_programs(
+    recorded: list[Move], holder: int, made: list[Move]
+) -> None:
+    assert registry._happened(recorded, holder) == made
+
+
+def test_who_was_overtaken_is_told_and_the_last_move_stays(
+    store: Store, patched: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, patched(1))
+    others = patched(2)
+    mine = patched(3)
+    move = store.client._client.set_registered_model_alias
+    monkeypatch.setattr(registry, "promotion_lock", lambda _: nullcontext())  # two machines
+
+    def and_another(name: str, alias: str, version: str) -> None:
+        move(name, alias, version)
+        monkeypatch.setattr(store.client._client, "set_registered_model_alias", move)
+        promote(store, others)
+
+    monkeypatch.setattr(store.client._client, "set_registered_model_alias", and_another)
+    with pytest.raises(registry.MovedMeanwhile, match="went to version 2 and is at version 3 now"):
+        promote(store, mine)
+    assert get_version(store, NAME, "champion").run_id == others
+    assert [(m.action, m.source, m.target) for m in history(store, NAME)] == [
+        ("promote", None, 1),
+        ("promote", 1, 2),
+        ("promote", 2, 3),
+    ]
+    promote(store, mine)  # the remedy
+    assert get_version(store, NAME, "champion").number == 2
+
+
+def test_a_command_that_was_taken_over_registers_nothing(store: Store, patched: Patch) -> None:
+    calls: list[str] = []
+
+    def lost() -> None:
+        calls.append("asked")
+        raise LeaseLost("Run r was taken over by process 7 on far.")
+
+    with pytest.raises(LeaseLost):
+        promote(store, patched(1), demand=lost)
+    assert (calls, list_versions(store, NAME)) == (["asked"], [])
+
+
+def test_a_record_that_is_none_is_left_out_and_disturbs_nobody(store: Store, patched: Patch) -> None:
+    promote(store, patched(1))
+    for n, text in enumerate(["[" * 4000, "{", "7", '{"action": [], "source": 1}', '{"when_ms": 1e400}']):
+        store.client.set_model_version_tag(NAME, "1", f"mechdiff.move.champion.{n}.0123abcd", text)
+    wild = Move("rollback", 7, 9, when_ms=3)
+    store.client.set_model_version_tag(NAME, "1", "mechdiff.move.champion.3.0123abce", registry._text(wild))
+    promote(store, patched(2))
+    assert history(store, NAME)[-1].target == 2
+    assert rollback(store, NAME).number == 1
+
+
+def test_moves_of_earlier_releases_are_read_from_the_registered_map(store: Store, patched: Patch) -> None:
+    promote(store, patched(1))
+    promote(store, patched(2))
+    for version in list_versions(store, NAME):
+        for n, key in enumerate(key for key in version.tags if key.startswith("mechdiff.move.")):
+            fields = json.loads(version.tags[key])
+            del fields["made_ms"]
+            old = f"mechdiff.move.champion.{version.number + n:06d}.0123abcd"
+            store.client.set_registered_model_tag(NAME, old, json.dumps(fields))
+            store.client.delete_model_version_tag(NAME, str(version.number), key)
+    promote(store, patched(3))
+    assert [m.source for m in history(store, NAME)] == [None, 1, 2]
+    assert rollback(store, NAME).number == 2
+
+
 def test_winners_of_every_name_are_listed(store: Store, patched: Patch) -> None:
     promote(store, patched(1))
     promote(store, patched(2), alias="second")
@@ -377,13 +473,29 @@ def test_winners_of_every_name_are_listed(store: Store, patched: Patch) -> None:
     ("policy", "changes", "words"),
     [
         (PromotionPolicy(min_drop_pct=40), {}, "min_drop_pct: drop_pct is 34.2, at least 40"),
-        (PromotionPolicy(min_skill_pct=5), {}, "min_skill_pct: no skill_pct, at least 5"),
         (
-            PromotionPolicy(ci_above_zero=True),
-            {"metrics": {"ci/drop_pct_low": -1.0}},
-            "ci_above_zero: .* is -1",
+            PromotionPolicy(min_skill_pct=5),
+            {"metrics": {"KL_mapped": 1.0}},
+            "min_skill_pct: no skill_pct, at least 5",
         ),
-        (PromotionPolicy(), {"tags": {"selection_leak": "true"}}, "allow_leak: a choice was made"),
+        (UNFORCED, {"metrics": {**METRICS, "ci/drop_pct_low": -1.0}}, "ci_above_zero: ci/drop_pct_low is -1"),
+        (UNFORCED, {"metrics": {**METRICS, "ci/skill_pct_low": 0.0}}, "ci_above_zero: ci/skill_pct_low is 0"),
+        (UNFORCED, {"metrics": {"KL_mapped": 1.0, "KL_raw": 2.0}}, "ci_above_zero: no ci/drop_pct_low"),
+        (UNFORCED, {"metrics": {}}, "force: no run has measured this map"),
+        (UNFORCED, {"tags": {"selection_leak": "true"}}, "allow_leak: a choice was made"),
+        (UNFORCED, {"tags": {"selection_leak": "unknown"}}, "allow_leak: the map does not say"),
+        (UNFORCED, {"tags": {}}, "allow_leak: the map does not say"),
+        (
+            UNFORCED,
+            {"metrics": {**METRICS, "skill_pct": 28.0}},
+            r"force: it is worse on the same prompts; the present version has drop 34.2 \[30.1, 38.0\] %, "
+            r"skill 30.0 \[25.0, 35.0\] %, this one .* skill 28.0",
+        ),
+        (
+            UNFORCED,
+            {"tags": {"selection_leak": "false", "mechdiff.prompts": "p2"}, "params": {**PARAMS, "n": 9}},
+            "force: they were measured on different prompts and cannot be compared",
+        ),
         (
             PromotionPolicy(),
             {"params": {**PARAMS, "pair_fingerprint": "f2"}},
@@ -391,7 +503,7 @@ def test_winners_of_every_name_are_listed(store: Store, patched: Patch) -> None:
         ),
         (
             PromotionPolicy(),
-            {"tags": {"pair_fingerprint": "f1", "fitted_on_pair": "f0"}},
+            {"tags": {"selection_leak": "false", "pair_fingerprint": "f1", "fitted_on_pair": "f0"}},
             "allow_pair_mismatch: it was measured on pair f1 and fitted on f0",
         ),
     ],
@@ -404,11 +516,55 @@ def test_a_refusal_names_the_rule_and_leaves_the_alias(
         promote(store, patched(2, **changes), policy=policy)
     assert get_version(store, NAME, "champion").number == 1
     assert len(list_versions(store, NAME)) == 1
+    # The waiver that every refusal names works, and the history tells it.
+    promote(store, patched(2, **changes), policy=replace(policy, force=True))
+    assert get_version(store, NAME, "champion").number == 2
+    assert history(store, NAME)[-1].rules.endswith("force")
+
+
+def test_old_and_new_are_said(store: Store, patched: Patch) -> None:
+    said: list[str] = []
+    promote(store, patched(1), say=said.append)
+    assert said == []
+    better = {"metrics": {**METRICS, "skill_pct": 31.0}}
+    promote(store, patched(2, **better), say=said.append)
+    assert said.pop() == (
+        f"{NAME}@champion: version 1 with drop 34.2 [30.1, 38.0] %, skill 30.0 [25.0, 35.0] % gives way to "
+        "version 2 with drop 34.2 [30.1, 38.0] %, skill 31.0 [25.0, 35.0] % (on the same prompts)."
+    )
+    promote(store, patched(2, **better), say=said.append)  # the same map, from another run
+    assert said == [f"{NAME}@champion is this very map already, version 2; nothing moves."]
+    assert [m.target for m in history(store, NAME)] == [1, 2]
+
+
+def test_a_map_of_the_alias_gets_the_numbers_that_it_had_not(store: Store, patched: Patch) -> None:
+    promote(store, patched(1, metrics={}), policy=FORCED)
+    assert promote(store, patched(1)).number == 2
+    assert promote(store, patched(1)).number == 2
+
+
+def test_a_map_without_a_record_of_its_choices_is_not_taken_for_clean(
+    store: Store, tracker: Tracker, patched: Patch
+) -> None:
+    """Earlier versions tagged `selection_leak=false` whatever the map had gone through."""
+    old = replace(make_map(), meta={k: v for k, v in make_map().meta.items() if k != "selection"})
+    with tracker.run("run", "old") as run:
+        record = RunRecord(kind="patch", name="old", params=PARAMS, metrics=METRICS, map=old)
+        found = run.log(replace(record, tags={"selection_leak": "false"}))
+    with pytest.raises(MechdiffError, match="allow_leak: the map does not say on which prompts"):
+        promote(store, found)
+    version = promote(store, found, policy=PromotionPolicy(allow_leak=True))
+    assert version.tags["selection_leak"] == "unknown"
+    assert "It is not known on which prompts" in store.client.get_model_version(NAME, "1").description
 
 
 def test_a_policy_that_is_met_or_relaxed_lets_pass(store: Store, patched: Patch) -> None:
     promote(store, patched(1), policy=PromotionPolicy(min_drop_pct=34.2, ci_above_zero=True))
     leaking = patched(2, tags={"selection_leak": "true"}, params={**PARAMS, "pair_fingerprint": "f2"})
+    harmful = patched(3, metrics={**METRICS, "ci/drop_pct_low": -9.0})
+    loose = PromotionPolicy(ci_above_zero=False)
+    assert promote(store, harmful, policy=loose, name="loose").number == 1
+    assert str(loose) == "no ci_above_zero"
     relaxed = PromotionPolicy(allow_leak=True, allow_pair_mismatch=True)
     assert promote(store, leaking, policy=relaxed).number == 2
     with pytest.raises(MechdiffError, match="min_drop_pct is nan"):
@@ -472,14 +628,16 @@ def test_a_promoter_killed_at_any_step_leaves_the_alias_and_is_finished_later(
     counting = CrashingClient(store.client)
     promote(replace(store, client=counting), patched(1, alpha=0.3))  # type: ignore[arg-type]
     steps = counting.calls
-    assert steps[-1] == "set_registered_model_alias"  # the last step of all
+    # The last step of all but one, which marks the move as made.
+    assert steps[-2:] == ["set_registered_model_alias", "set_model_version_tag"]
     assert len(steps) >= 10
     # To die after a step is to die before the next one, but for the last.
     points = [(step, False) for step in range(len(steps))] + [(len(steps) - 1, True)]
-    for seed, (step, after) in enumerate(points, start=2):
+    for seed, (step, finished_after) in enumerate(points, start=2):
+        after = finished_after or step == len(steps) - 1
         before = get_version(store, NAME, "champion")
         run_id = patched(seed, alpha=0.3)
-        crashing = replace(store, client=CrashingClient(store.client, step, after))  # type: ignore[arg-type]
+        crashing = replace(store, client=CrashingClient(store.client, step, finished_after))  # type: ignore[arg-type]
         with pytest.raises(Crash):
             promote(crashing, run_id)
         champion = get_version(store, NAME, "champion")

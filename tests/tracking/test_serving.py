@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from mechdiff_mlflow.tracking.card import PORT
+from mechdiff_mlflow.tracking.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.promotion import promote
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.runs import Tracker
@@ -39,7 +40,7 @@ def card(store: Store, tracker: Tracker) -> str:
     record = RunRecord(kind="fit", name="fit", params=params, map=make_map(alpha=ALPHA))
     with tracker.run("run", "run") as run:
         fit = run.log(record)
-    version = promote(store, fit)
+    version = promote(store, fit, policy=PromotionPolicy(force=True))
     description: str = store.client.get_model_version(version.name, "1").description
     return description
 

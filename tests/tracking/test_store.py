@@ -1,17 +1,20 @@
 import http.server
+import itertools
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 import requests
+import sqlalchemy
 from alembic import command
 from alembic.script import ScriptDirectory
 from hypothesis import given
@@ -233,9 +236,11 @@ def test_an_older_store_is_migrated_once_and_kept(tmp_path: Path) -> None:
     with engine.begin() as connection:
         config.attributes["connection"] = connection  # type: ignore[attr-defined]
         command.upgrade(config, before)  # type: ignore[arg-type]
+        kept = "INSERT INTO experiments (experiment_id, name, lifecycle_stage) VALUES (1, 'kept', 'active')"
+        connection.execute(sqlalchemy.text(kept))
     engine.dispose()
 
-    open_store(f"sqlite:///{path}")
+    open_store(f"sqlite:///{path}").experiment_id("kept")
     assert _revision(path) == head
     assert _revision(tmp_path / f"old.db.before-{before}") == before
     open_store(f"sqlite:///{path}")
@@ -257,15 +262,75 @@ def test_a_store_from_the_future_is_not_touched(tmp_path: Path, empty_database: 
         open_store(f"sqlite:///{path}")
 
 
-def test_a_half_created_store_is_recognised(tmp_path: Path, empty_database: Path) -> None:
+def test_a_half_created_store_that_holds_a_run_is_not_touched(tmp_path: Path, empty_database: Path) -> None:
     path = tmp_path / "half.db"
     shutil.copy(empty_database, path)
+    MlflowClient(f"sqlite:///{path}").create_run("0")
     with closing(sqlite3.connect(path)) as database:
         database.execute("DROP TABLE alembic_version")
-        database.execute("DROP TABLE metrics")
         database.commit()
-    with pytest.raises(MechdiffError, match="is half-created"):
+    before = path.read_bytes()
+    with pytest.raises(MechdiffError, match=r"although it holds data; restore it from a backup"):
         open_store(f"sqlite:///{path}")
+    assert path.read_bytes() == before
+
+
+def test_tables_of_another_program_are_not_touched(tmp_path: Path) -> None:
+    path = tmp_path / "other.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE experiments (name TEXT)")
+        database.execute("CREATE TABLE of_mine (x)")
+        database.commit()
+    before = path.read_bytes()
+    with pytest.raises(MechdiffError, match="is no MLflow store"):
+        open_store(f"sqlite:///{path}")
+    assert path.read_bytes() == before
+
+
+def _dies(make: Callable[[str], object], uri: str, at: int) -> None:
+    """`make(uri)` in this process, killed before its SQL statement number `at`."""
+    seen = itertools.count()
+
+    def count(*_: object) -> None:
+        if next(seen) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", count)
+    make(uri)
+
+
+@pytest.mark.parametrize(
+    ("make", "at"), [(open_store, 500), (open_store, 1500), (MlflowClient, 40), (MlflowClient, 1000)]
+)
+def test_a_store_whose_making_was_killed_is_made_anew(
+    tmp_path: Path, empty_database: Path, make: Callable[[str], object], at: int
+) -> None:
+    path = tmp_path / "new.db"
+    uri = f"sqlite:///{path}"
+    process = multiprocessing.get_context("fork").Process(target=_dies, args=(make, uri, at))
+    process.start()
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+    for file in tmp_path.glob("new.db*"):
+        os.utime(file, (1e9, 1e9))  # long ago: nobody is at work on it
+    store = open_store(uri)
+    store.client.create_run(store.experiment("x"))
+    with closing(sqlite3.connect(path)) as made, closing(sqlite3.connect(empty_database)) as wanted:
+        schema = "SELECT type, name FROM sqlite_master ORDER BY 1, 2"
+        assert made.execute(schema).fetchall() == wanted.execute(schema).fetchall()
+    assert not list(tmp_path.glob("*.before-*"))
+
+
+def test_a_store_that_another_program_is_making_is_left_to_it(tmp_path: Path, empty_database: Path) -> None:
+    path = tmp_path / "new.db"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
+    finishing = threading.Timer(1.0, lambda: shutil.copy(empty_database, path))
+    finishing.start()
+    start = time.monotonic()
+    open_store(f"sqlite:///{path}")
+    assert time.monotonic() - start >= 1.0
+    finishing.join()
 
 
 def test_a_directory_without_write_permission_is_named(tmp_path: Path) -> None:

@@ -18,14 +18,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.rows import Replacements
 from mechdiff_mlflow.experiments.workers.tasks import Task, Tensors
 from mechdiff_mlflow.experiments.workers.workers import Setting, Shape, Workers
 from mechdiff_mlflow.prompts import PromptSet
@@ -61,8 +59,7 @@ class Journal(Workers):
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Tensors]]:
         """First what is known, then the rest as it is finished, each kept before it is given."""
-        digests = _Digests()
-        keys = [self._key(task, digests) for task in tasks]
+        keys = [self._key(task) for task in tasks]
         missing = []
         for index, (task, key) in enumerate(zip(tasks, keys, strict=True)):
             known = self._read(key, task)
@@ -105,7 +102,7 @@ class Journal(Workers):
         """Delete what is kept: all is done, and where it belongs."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _key(self, task: Task, digests: _Digests) -> str:
+    def _key(self, task: Task) -> str:
         """Hex SHA-256 of all that the task's numbers depend on."""
         pair, setting = self.pair, self.inner.setting()
         parts = [
@@ -118,7 +115,7 @@ class Journal(Workers):
                 str(len(task.prompts)),
                 task.prompts.digest,
             ),
-            *(f"{site} {label} {digest}" for site, label, digest in digests.of(task.maps)),
+            *(f"{site} {map_.digest}" for site, maps in task.maps.items() for map_ in maps.values()),
         ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -188,35 +185,6 @@ class _Entry(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-class _Digests:
-    """Of maps by their content; maps that differ in α alone share tensors, and each is digested once."""
-
-    def __init__(self) -> None:
-        self._of: dict[int, tuple[Tensor, str]] = {}  # holds the tensors, so that no id is used again
-        self._lists: dict[int, tuple[Replacements, list[tuple[str, str, str]]]] = {}
-
-    def of(self, maps: Replacements) -> list[tuple[str, str, str]]:
-        """Site, label and digest of each."""
-        if id(maps) not in self._lists:
-            found = []
-            for site, by_label in maps.items():
-                for label, map_ in by_label.items():
-                    weight = map_.weight
-                    parts = (map_.mean_in, map_.mean_out, weight.diagonal, weight.left, weight.right)
-                    tensors = " ".join("none" if t is None else self._tensor(t) for t in parts)
-                    found.append((str(site), label, f"{map_.alpha!r} {tensors}"))
-            self._lists[id(maps)] = maps, found
-        return self._lists[id(maps)][1]
-
-    def _tensor(self, tensor: Tensor) -> str:
-        if id(tensor) not in self._of:
-            own = tensor.detach().cpu().contiguous()
-            digest = hashlib.sha256(f"{own.dtype} {tuple(own.shape)}".encode())
-            digest.update(own.flatten().view(torch.uint8).numpy().data)
-            self._of[id(tensor)] = tensor, digest.hexdigest()
-        return self._of[id(tensor)][1]
 
 
 def _check(path: Path, seal: Path, key: str, task: Task) -> None:

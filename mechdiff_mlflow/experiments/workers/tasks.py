@@ -216,6 +216,36 @@ class Gradients(Task):
 
 
 @dataclass(frozen=True, eq=False)
+class CleanNoise(Task):
+    """How far apart two clean runs of the same prompts are, see `PatchEngine.clean_noise`: [n, 2]."""
+
+    role: str
+
+    divisible: ClassVar[bool] = False
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """One."""
+        return (self.role,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One."""
+        return ("KL",)
+
+    @property
+    def about(self) -> str:
+        """Whose runs."""
+        return f"clean noise {self.role}"
+
+    def run(self, pair: Pair) -> Tensors:
+        """See `PatchEngine.clean_noise`."""
+        side = pair.base if self.role == "base" else pair.tuned
+        with side.engine() as engine:
+            return {"KL": engine.clean_noise(pair.tokens(self.role, self.prompts, self.position))}
+
+
+@dataclass(frozen=True, eq=False)
 class Swap(Task):
     """Unmapped patches of one model with the other's activations, see `unmapped.swap`."""
 

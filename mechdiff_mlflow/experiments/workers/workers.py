@@ -18,6 +18,7 @@ from mechdiff_mlflow.experiments.workers.shards import MOST, Merged, part_of, sh
 from mechdiff_mlflow.experiments.workers.tasks import (
     AtSites,
     Capture,
+    CleanNoise,
     Gradients,
     HeadPatches,
     Score,
@@ -29,6 +30,9 @@ from mechdiff_mlflow.pairs import Pair, Side
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Position
+
+_REREAD = 4
+"""Prompts that are read twice for the noise floor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,15 @@ class Workers(ABC):
         """See `rows.score`."""
         task = Score(prompts, position, replacements)
         return task.site_rows(self.whole(task, stage, "patching tuned"))
+
+    def clean_noise(self, role: str, prompts: PromptSet, position: Position) -> float:
+        """How far apart two clean runs of one model are in the mean over a few of the prompts, nats.
+
+        The larger of the KL between runs in a batch and alone, and of what rounding alone leaves.
+        """
+        few = prompts.prompts[:: -(-len(prompts) // _REREAD)]
+        task = CleanNoise(PromptSet(prompts.split, few), position, role)
+        return float(self.whole(task)["KL"].mean(0).max())
 
     def gradients(
         self, prompts: PromptSet, position: Position, sites: Sequence[Site], seed: int
