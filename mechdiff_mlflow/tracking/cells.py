@@ -11,13 +11,13 @@ from mlflow.entities import Run
 
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT, SELECTION_LEAK
+from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT, SELECTION, SELECTION_LEAK
 
 CELLS = "cells.json"
 """Artifact of a finished top run: a table of the patch runs below it."""
 
 _MAX_BYTES = 256 << 20
-_TAGS = ("null", SELECTION_LEAK, PAIR_FINGERPRINT)
+_TAGS = ("null", SELECTION, SELECTION_LEAK, PAIR_FINGERPRINT)
 # A column of its own for what MLflow keeps apart under the same name.
 _PREFIXES = ("params.", "metrics.", "tags.")
 _STARTED = "time/started_ms"

@@ -263,7 +263,7 @@ def log_model(
     return LoggedMap(logged.model_id, logged.artifact_location, sha256, run_id)
 
 
-def send_map(store: Store, location: str, the_map: AffineMap) -> dict[str, Sent]:
+def send_map(store: Store, location: str, the_map: AffineMap, *, again: bool) -> dict[str, Sent]:
     """Put `map.pt` alone among the artifacts of a run at `location`, and read it back; what was sent."""
     encoded = _Encoded.of(the_map)
     with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
@@ -271,7 +271,7 @@ def send_map(store: Store, location: str, the_map: AffineMap) -> dict[str, Sent]
         sent.mkdir()
         (sent / MAP_FILE).write_bytes(encoded.content)
         files = StoredFiles(store, location)
-        files.send(sent)
+        files.send(sent, again=again)
         files.demand({MAP_FILE: encoded.sha256}, Path(folder, "back"))
     return {MAP_FILE: Sent(encoded.sha256, len(encoded.content))}
 

@@ -86,9 +86,9 @@ def promote(
     alias: str = "champion",
     policy: PromotionPolicy | None = None,
     why: str = "",
+    read: AffineMap | None = None,
     say: Callable[[str], object] = lambda text: None,
     demand: Callable[[], None] = lambda: None,
-    read: AffineMap | None = None,
 ) -> Version:
     """Register the map that run `run_id` fitted or measured, and give the version `alias`.
 
@@ -102,9 +102,9 @@ def promote(
         alias: To move; the last step.
         policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
         why: In the user's words, for the history.
+        read: The run's map, if this very process has just logged it and read it back.
         say: Told in a sentence which version gives way to which, or that nothing moves.
         demand: Called before what is made or moved; raises if another process has taken the command over.
-        read: The run's map, if this very process has just logged it and read it back.
 
     Raises:
         PromotionRefused: A rule of the policy is not met.
@@ -116,11 +116,9 @@ def promote(
     measured = _measured(store, run_id, demand, read)
     name = check_name(name) if name else _name_of(measured)
     present = _holder(store, name, alias)
-    adds = present is None or not _adds_nothing(store, measured, present)
-    if adds:
+    if present is None or not _adds_nothing(store, measured, present):
         _apply(policy, name, alias, measured, present)  # before anything is made
-    if adds and not measured.logged.model_id:  # a sweep's map, so far a file of its run
-        measured = replace(measured, logged=_as_model(store, measured.the_map, measured.run, demand))
+        measured = _modelled(store, measured, demand)
     with registry.promotion_lock(store):
         _registered(store, name, measured)
 
@@ -135,6 +133,7 @@ def promote(
         if before is not None and _adds_nothing(store, measured, before):
             say(f"{name}@{alias} is this very map already, version {before.number}; nothing moves.")
             return before
+        measured = _modelled(store, measured, demand)
         version = _existing(store, name, measured) or _create_version(store, name, measured, demand)
         if not version.is_verified:
             _verify(store, version, measured.logged.location)
@@ -277,6 +276,13 @@ def _measurement_of(store: Store, fit: Run) -> Run:
             f"The map of run {fit.info.run_id} was patched several times; promote one of {ids}."
         )
     return patches[0] if patches else fit
+
+
+def _modelled(store: Store, measured: _Measured, demand: Callable[[], None]) -> _Measured:
+    """The same with a logged model, if the map was so far a file of its run, as a sweep's are."""
+    if measured.logged.model_id:
+        return measured
+    return replace(measured, logged=_as_model(store, measured.the_map, measured.run, demand))
 
 
 def _as_model(store: Store, the_map: AffineMap, run: Run, demand: Callable[[], None]) -> LoggedMap:

@@ -144,7 +144,7 @@ def _top_runs(store: Store, experiment_id: str) -> list[Run]:
     wheres += [f"{_PATCHES} and tags.`{tag}` LIKE '%'" for tag in ("mechdiff.command", "mechdiff.lease.1")]
     found = {run.info.run_id: run for where in wheres for run in each_run(store, [experiment_id], where)}
     tops = [run for run in found.values() if "mlflow.parentRunId" not in run.data.tags]
-    return sorted(tops, key=lambda run: (-run.info.start_time, run.info.run_id))
+    return sorted(tops, key=lambda run: (-(run.info.start_time or 0), run.info.run_id))
 
 
 def _newest_of_each(runs: Iterable[Run]) -> list[Run]:
@@ -190,7 +190,7 @@ def _cells_of(store: Store, run: Run) -> list[dict[str, Any]] | None:
             "kind": "patch",
             "status": "FINISHED",
             "parent_id": run.info.run_id,
-            "started": pd.Timestamp(cell["started_ms"], unit="ms", tz="UTC"),
+            "started": pd.to_datetime(cell["started_ms"], unit="ms", utc=True, errors="coerce"),
             **_columns(cell["params"], cell["metrics"], cell["tags"]),
         }
         for cell in cells

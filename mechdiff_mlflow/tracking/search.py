@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, takewhile
@@ -92,13 +92,12 @@ def find_runs(
         where += [f"params.layer = '{site.layer}'", f"params.hook = '{site.hook}'"]
     with store.errors():
         experiments = {e.experiment_id: e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)}
-    search = _Search(store, list(experiments), metric)
+    search = _Search(store, experiments, metric)
     if best:
         keys = [*(["pair"] if pair is None else []), *(["hook", "layer"] if site is None else [])]
-        runs: Iterable[Run] = search.best_of_each(where, keys)
+        found = search.best_of_each(where, keys)
     else:
-        runs = search.ordered(where, limit)
-    found = list(islice(_readable(runs, experiments, metric), None if best else limit))
+        found = list(islice(search.readable(where, limit), limit))
     if not found:
         known = sorted(
             {k for run in search.first(where) for k in run.data.metrics if not k.startswith(("ci/", "time/"))}
@@ -115,34 +114,45 @@ class _Search:
 
     Args:
         store: Where to look.
-        experiments: Ids of the experiments.
+        experiments: Names of the experiments by id.
         metric: What counts.
     """
 
-    def __init__(self, store: Store, experiments: list[str], metric: str) -> None:
+    def __init__(self, store: Store, experiments: dict[str, str], metric: str) -> None:
         self.sign = 1 if metric.startswith(_LOWER_IS_BETTER) else -1
         by = [f"metrics.`{metric}` {'ASC' if self.sign > 0 else 'DESC'}", "attributes.start_time DESC"]
-        self._each = partial(each_run, store, experiments, order=by)
-        self._metric = metric
+        self._each = partial(each_run, store, list(experiments), order=by)
+        self._experiments, self._metric = experiments, metric
 
     def ordered(self, where: Sequence[str], limit: int | None = None) -> Iterator[Run]:
         """All that have the metric; those without it come last in the store's order."""
         runs = self._each(" and ".join(where), page=min(limit or _MOST_A_PAGE, _MOST_A_PAGE))
         return takewhile(lambda run: self._metric in run.data.metrics, runs)
 
+    def readable(self, where: Sequence[str], limit: int | None = None) -> Iterator[FoundRun]:
+        """Those whose fields are what they should be; a warning for each other."""
+        return filter(None, map(self._read, self.ordered(where, limit)))
+
+    def _read(self, run: Run) -> FoundRun | None:
+        try:
+            return _found(run, self._experiments, self._metric)
+        except foreign.Malformed as error:
+            foreign.left_out(f"run {run.info.run_id}", error)
+            return None
+
     def first(self, where: Sequence[str]) -> list[Run]:
         """Some, with the metric or without."""
         return list(islice(self._each(" and ".join(where), page=_FEW), _FEW))
 
-    def best_of_each(self, where: Sequence[str], keys: Sequence[str]) -> list[Run]:
+    def best_of_each(self, where: Sequence[str], keys: Sequence[str]) -> list[FoundRun]:
         """The best run of each combination of some params, with no look at most of the others.
 
         The next search leaves out the values of the first param that were seen, until nothing is left.
         """
         if not keys:
-            return list(islice(self.ordered(where, 1), 1))
+            return list(islice(self.readable(where, _FEW), 1))
         key, *others = keys
-        found: list[Run] = []
+        found: list[FoundRun] = []
         seen: list[str] = []
         while True:
             left = [*where, *(f"params.{key} != {_quoted(value)}" for value in seen)]
@@ -152,21 +162,13 @@ class _Search:
                 return found
             # Some stores join at most 64 tables, one for each condition.
             if len(seen) + len(values) > _MOST_VALUES or not all(map(_can_quote, values)):
-                rest = {tuple(map(run.data.params.get, keys)): run for run in reversed([*self.ordered(left)])}
+                rest = {(run.pair, run.site): run for run in reversed([*self.readable(left)])}
                 return found + list(rest.values())
             for value, run in values.items():
                 at = [*where, f"params.{key} = {_quoted(value)}"]
-                found += self.best_of_each(at, others) if others else [run]
+                best = None if others else self._read(run)
+                found += [best] if best else self.best_of_each(at, others)
             seen += values or [""]  # which leaves out the runs that do not have the param
-
-
-def _readable(runs: Iterable[Run], experiments: dict[str, str], metric: str) -> Iterator[FoundRun]:
-    """Those whose fields are what they should be; a warning for each other."""
-    for run in runs:
-        try:
-            yield _found(run, experiments, metric)
-        except foreign.Malformed as error:
-            foreign.left_out(f"run {run.info.run_id}", error)
 
 
 def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:

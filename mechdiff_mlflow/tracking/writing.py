@@ -83,8 +83,9 @@ class RecordWriter:
         params = {key: redact(param_text(key, value)) for key, value in record.params.items()}
         metrics, undefined = _finite(record)
         with self._store.errors():
+            is_first = again and not done.sent
             self._map(run, record, again, done)
-            self._send(run, _unsent(record, done), done, again and not done.sent)
+            self._send(run, _unsent(record, done), done, is_first)
             models = [LoggedModelInput(done.model_id)] if done.model_id and record.map_run else None
             if (record.datasets or models) and not done.has_inputs:
                 self._demand()
@@ -147,7 +148,8 @@ class RecordWriter:
         if record.map is None or record.is_model:
             done.model_id = self._model_of(run, record, again)
         else:
-            done.sent |= flavour.send_map(self._store, run.info.artifact_uri, record.map)
+            self._demand()
+            done.sent |= flavour.send_map(self._store, run.info.artifact_uri, record.map, again=again)
         done.has_map = done.model_id is not None or record.map is not None
 
     def _model_of(self, run: Run, record: RunRecord, again: bool) -> str | None:

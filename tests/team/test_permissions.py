@@ -73,8 +73,10 @@ def test_the_table_of_permissions(
     enter(team, "bob", monkeypatch)
     allowed = {}
     for level in ("READ", "EDIT", "MANAGE"):
-        ann.grant_user_permission("bob", "experiment", owned["experiment"], level)
-        ann.grant_user_permission("bob", "registered_model", NAME, level)
+        for right in (("bob", "experiment", owned["experiment"]), ("bob", "registered_model", NAME)):
+            if level != "READ":
+                ann.revoke_user_permission(*right)
+            ann.grant_user_permission(*right, level)
         for what, words in tries.items():
             words = tuple(word for word in words if word != "--force" or "--force" in help_of(words[0]))
             result = mechdiff(*words)

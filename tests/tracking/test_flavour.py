@@ -168,7 +168,7 @@ def test_a_store_that_keeps_other_bytes_is_found_out(
     run_id = store.client.create_run(store.experiment("demo")).info.run_id
     send = StoredFiles.send
 
-    def damaging(files: StoredFiles, folder: Path) -> None:
+    def damaging(files: StoredFiles, folder: Path, **_: Any) -> None:
         send(files, folder)
         flip_byte(_stored(store, name))
 
@@ -184,7 +184,7 @@ def test_a_lost_file_is_found_out(store: Store, monkeypatch: pytest.MonkeyPatch)
     run_id = store.client.create_run(store.experiment("demo")).info.run_id
     send = StoredFiles.send
 
-    def losing(files: StoredFiles, folder: Path) -> None:
+    def losing(files: StoredFiles, folder: Path, **_: Any) -> None:
         send(files, folder)
         _stored(store, "probe.safetensors").unlink()
 

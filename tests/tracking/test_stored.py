@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -67,7 +68,7 @@ def test_a_server_that_keeps_other_bytes_is_found_out(
     run_id = store.client.create_run(store.experiment(f"damaged-{name}")).info.run_id
     send = StoredFiles.send
 
-    def damaging(files: StoredFiles, folder: Path) -> None:
+    def damaging(files: StoredFiles, folder: Path, **_: Any) -> None:
         before = set(artifacts.rglob(name))
         send(files, folder)
         [stored] = set(artifacts.rglob(name)) - before
