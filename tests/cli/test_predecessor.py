@@ -1,6 +1,7 @@
 """The mistakes of the hand-run predecessor, one test each: none of them can be made here.
 
-Where a number is compared, the reference is `demo.measure`: one hook, one plain forward, no padding.
+Where a number is compared, the reference is `scripts.demo_pairs.measure`: one hook, one plain forward, and
+no padding.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from cli.conftest import Invoke
 from cli.test_run import runs_of
 
 from mechdiff_mlflow import load_map
-from mechdiff_mlflow.demo import measure
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.rows import capture
@@ -26,6 +26,7 @@ from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.stats import drop_pct
+from scripts.demo_pairs import measure
 
 SITE = Site(3, Hook.RESID_POST)
 
@@ -192,7 +193,7 @@ def test_a_map_is_found_by_its_name_and_not_as_the_last_file(
     assert load_map("toy-L3-resid_post@champion").alpha == 0.1
     assert load_map("toy-L3-attn_out@champion").alpha == 0.5
     (first,) = (run for run in runs_of(client)["fit"] if run.data.params["alpha"] == "0.9")
-    mechdiff("promote", first.info.run_id)
+    mechdiff("promote", first.info.run_id, "--force")
     assert load_map("toy-L3-resid_post@champion").alpha == 0.9
 
 

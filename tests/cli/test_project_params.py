@@ -42,14 +42,20 @@ OTHER = {
     "engine": "local",
     "address": "auto",
     "workers": "02",
-    "promote": "best",
     "sites": "L3/attn_out:0.30, L2-resid_post",
     "alphas": "0.5, 1.0",
     "ranks": "1, 8,0",
     "targets": "L3/attn_out:30.0, 12",
     "out": "some where's.md",
 }
-MORE = {"alpha": "auto", "targets": "30.0,12.0", "sites": "L26/attn_out:0.30,L24/resid_post:.7", "k": "08"}
+MORE = {
+    "alpha": "auto",
+    "split": "test",  # what is chosen on the prompts of val that it reports may not be promoted
+    "promote": "best",
+    "targets": "30.0,12.0",
+    "sites": "L26/attn_out:0.30,L24/resid_post:.7",
+    "k": "08",
+}
 
 
 def begun(
