@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.pairs import load_pair
 from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.tracking.server_check import rebase
 
 DOCS = Path(__file__).parents[2] / "docs" / "winners.md"
 
@@ -34,7 +35,8 @@ def store_of_a_sweep(toy: Path, empty_store: Path, tmp_path_factory: pytest.Temp
 @pytest.fixture
 def swept(toy: Path, here: Path, store_of_a_sweep: Path) -> Path:
     """The pair, with the runs of the sweep in the store of `here`."""
-    shutil.copy(store_of_a_sweep, here / "mlflow.db")
+    shutil.copytree(store_of_a_sweep.parent, here, dirs_exist_ok=True)
+    rebase(f"sqlite:///{here / 'mlflow.db'}")
     return toy
 
 
