@@ -13,6 +13,7 @@ import pytest
 from cli.conftest import Invoke
 from cli.test_bad_input import refused, statuses
 from cli.test_examples import every
+from cli.test_resume import crash_in
 from cli.test_run import SITE, runs_of
 from click.testing import CliRunner
 
@@ -196,19 +197,19 @@ def test_a_seed_of_nineteen_digits_is_kept(toy: Path, mechdiff: Invoke, client: 
 def test_one_site_and_three_sites_are_swept_and_resumed_with_default_targets(
     toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for sites, targets in (
-        ("L3/attn_out:0.3", "auto"),
-        ("L3/attn_out,L3/resid_post,L2/resid_post", "auto"),
-        ("L3/attn_out,L3/resid_post,L2/resid_post", "L3/resid_post:12,30"),
-    ):
+    three = "L3/attn_out,L3/resid_post,L2/resid_post"
+    chosen = "L3/resid_post:12,30"
+    for sites, targets in (("L3/attn_out:0.3", "auto"), (three, "auto"), (three, chosen)):
         shown = mechdiff(
             *("sweep", "--pair", str(toy), "--sites", sites, "--ranks", "8,full", "--targets", targets)
         ).output
         n_sites = sites.count("L")
         assert shown.count("min k for 30 %") == (n_sites if targets == "auto" else n_sites - 1)
         assert shown.count("min k for 12 % @ L3/resid_post") == (targets != "auto")
+    crash_in(
+        *(mechdiff, "sweep", toy, monkeypatch, "--sites", three, "--ranks", "8,full", "--targets", chosen)
+    )
     sweep = sorted(runs_of(client)["sweep"], key=lambda run: run.info.start_time)[-1]
-    client.set_terminated(sweep.info.run_id, "KILLED")
     assert "min k for 12 % @ L3/resid_post" in mechdiff("resume", sweep.info.run_id).output
 
 
@@ -220,7 +221,7 @@ def test_printed_commands_are_quoted_for_a_shell(
     (here / "mlflow.db").rename(place / "mlflow.db")
     uri = f"sqlite:///{place / 'mlflow.db'}"
     shown = mechdiff(
-        *("run", "--pair", str(toy), *SITE, "--alpha", "1", "--promote", "--tracking-uri", uri)
+        *("run", "--pair", str(toy), *SITE, "--alpha", "1", "--promote", "--force", "--tracking-uri", uri)
     ).output
     look, fetch = (
         shlex.split(line.partition(":")[2])
