@@ -214,8 +214,8 @@ def history(store: Store, name: str, alias: str = "champion") -> list[Move]:
     """
     model = registered(store, name)
     # Up to 0.1.0 the records were tags of the registered model.
-    tags = [model.tags, *(version.tags for version in list_versions(store, name))]
-    records = {key: move for of_one in tags for key, move in _recorded(of_one, alias).items()}
+    owners = [(name, model.tags), *((str(one), one.tags) for one in list_versions(store, name))]
+    records = {key: move for owner in owners for key, move in _recorded(*owner, alias).items()}
     return _happened([records[key] for key in sorted(records, key=_order)], holder_of(model, alias))
 
 
@@ -285,7 +285,8 @@ def move_alias(
 def _record_of(store: Store, name: str, alias: str, move: Move) -> tuple[str, Move]:
     """The tag and content of a move's record: what a crashed attempt left of the same move, or a new one."""
     ends = [number for number in (move.target, move.source) if number is not None]
-    of_ends = [_recorded(get_version(store, name, number).tags, alias) for number in ends]
+    versions = [get_version(store, name, number) for number in ends]
+    of_ends = [_recorded(str(one), one.tags, alias) for one in versions]
     left = [
         (key, one)
         for key, one in of_ends[0].items()
@@ -351,15 +352,15 @@ def holder_of(model: RegisteredModel, alias: str) -> int | None:
     return None if number is None else int(number)
 
 
-def _recorded(tags: Mapping[str, str], alias: str) -> dict[str, Move]:
-    """The records of an alias's moves among a version's tags; what is none is left out with a warning."""
+def _recorded(owner: str, tags: Mapping[str, str], alias: str) -> dict[str, Move]:
+    """The records of an alias's moves among the tags of `owner`; what is none is left out with a warning."""
     found = {}
     for key, text in tags.items():
         if re.fullmatch(rf"{re.escape(_MOVE_TAG + alias)}\.[0-9]{{1,15}}\.[0-9a-f]{{8}}", key):
             try:
                 found[key] = foreign.record(Move, key, text)
             except foreign.Malformed as error:
-                foreign.left_out("a move of a version", error)
+                foreign.left_out(f"a move of {owner}", error)
     return found
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from mlflow.entities import Metric, Param, RunTag
 
 from mechdiff_mlflow.cli import cli
+from mechdiff_mlflow.tracking.server_check import rebase
 
 ESCAPE, BIDI = "\x1b]0;owned\x07", "\u202e"
 DEEP = "[" * 7_000
@@ -75,7 +76,7 @@ MOVES = {
 
 
 def run_of(client: mlflow.MlflowClient, like: mlflow.entities.Run, planted: Planted, status: str) -> str:
-    made = client.create_run(like.info.experiment_id, tags={"mechdiff.planted": "yes"})
+    made = client.create_run(like.info.experiment_id, tags={"mechdiff.command": "mechdiff patch"})
     known = like.data
     params = {**known.params, **planted.params}
     tags = {k: v for k, v in known.tags.items() if not k.startswith(("mlflow.", "mechdiff.lease"))}
@@ -106,13 +107,9 @@ def hostile_store(
     good = client.search_runs(
         [experiment.experiment_id], "params.layer = '2' and tags.`mechdiff.kind` = 'patch'"
     )
-    policy = ["--name", NAME, "--tracking-uri", uri]
-    done = CliRunner().invoke(cli, ["promote", good[0].info.run_id, *policy])
-    if done.exit_code:
-        (folder / "policy.yaml").write_text("min_drop_pct: -1.0e9\nmin_skill_pct: -1.0e9\n")
-        done = CliRunner().invoke(
-            cli, ["promote", good[0].info.run_id, *policy, "--policy", str(folder / "policy.yaml")]
-        )
+    (folder / "policy.yaml").write_text("ci_above_zero: false\nallow_leak: true\n")
+    words = ["promote", good[0].info.run_id, "--name", NAME, "--policy", str(folder / "policy.yaml")]
+    done = CliRunner().invoke(cli, [*words, "--tracking-uri", uri])
     assert done.exit_code == 0, done.output
     ids = {name: run_of(client, good[0], planted, "FINISHED") for name, planted in RUNS.items()}
     stuck = Planted(
@@ -136,7 +133,8 @@ def hostile_store(
 
 @pytest.fixture
 def at(here: Path, hostile_store: tuple[Path, dict[str, str], str]) -> Path:
-    shutil.copy(hostile_store[0], here / "mlflow.db")
+    shutil.copytree(hostile_store[0].parent, here, dirs_exist_ok=True)
+    rebase(f"sqlite:///{here / 'mlflow.db'}")
     return here
 
 
