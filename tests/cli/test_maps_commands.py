@@ -9,6 +9,7 @@ import pytest
 from cli.conftest import Invoke
 from tracking.conftest import make_map
 
+from mechdiff_mlflow.tracking.policy import SELECTION_LEAK
 from mechdiff_mlflow.tracking.records import RunRecord
 from mechdiff_mlflow.tracking.runs import Tracker
 from mechdiff_mlflow.tracking.store import open_store
@@ -18,26 +19,31 @@ NAME = "demo-L3-attn_out"
 
 @pytest.fixture
 def measured(here: Path) -> list[str]:
-    """Two maps of one site, measured: weak (drop 12 %, [-2, 20]) and strong (drop 40 %, [35, 44])."""
+    """Measured maps of one site: weak (drop 12 %, [-2, 20]) and strong (drop 40 %, [35, 44], skill 25)."""
     tracker = Tracker(open_store(f"sqlite:///{here / 'mlflow.db'}"), "demo")
     runs = []
-    for seed, (drop, low, high) in enumerate(((12.0, -2.0, 20.0), (40.0, 35.0, 44.0))):
+    skill = {"skill_pct": 25.0, "ci/skill_pct_low": 20.0, "ci/skill_pct_high": 30.0}
+    for seed, (drop, low, high, more) in enumerate(((12.0, -2.0, 20.0, {}), (40.0, 35.0, 44.0, skill))):
         params = {"pair": "demo", "layer": 3, "hook": "attn_out", "k": 2, "alpha": 1.0}
-        metrics = {"drop_pct": drop, "ci/drop_pct_low": low, "ci/drop_pct_high": high}
+        metrics = {"KL_raw": 1.0, "KL_mapped": 1 - drop / 100, "drop_pct": drop, **more}
+        metrics |= {"ci/drop_pct_low": low, "ci/drop_pct_high": high}
+        tags = {SELECTION_LEAK: "false"}
         with tracker.run("run", "L3/attn_out") as run:
             fit = run.log(RunRecord(kind="fit", name="fit", params=params, map=make_map(seed)))
-            patch = RunRecord(kind="patch", name="patch", params=params, metrics=metrics, map_run=fit)
+            patch = RunRecord(
+                kind="patch", name="patch", params=params, metrics=metrics, tags=tags, map_run=fit
+            )
             runs.append(run.log(patch, under=fit))
     return runs
 
 
 def test_what_happened_to_an_alias_can_be_seen_and_undone(mechdiff: Invoke, measured: list[str]) -> None:
     weak, strong = measured
-    assert "@champion has no" not in mechdiff("promote", weak, "--why", "first [look]").output
-    mechdiff("promote", strong, "--ci-above-zero", "--min-drop", "30")
+    assert "@champion has no" not in mechdiff("promote", weak, "--force", "--why", "first [look]").output
+    mechdiff("promote", strong, "--min-skill", "20", "--min-drop", "30")
     history = mechdiff("maps", "history", NAME).output
     assert "first [look]" in history
-    assert "min_drop_pct 30, ci_above_zero" in history
+    assert "min_drop_pct 30, min_skill_pct 20" in history
     assert "version 1 is @champion again" in mechdiff("maps", "rollback", NAME, "--why", "typo").output
     mechdiff("maps", "demote", NAME)
     assert "No map has an alias" in mechdiff("maps").output
@@ -51,7 +57,7 @@ def test_what_happened_to_an_alias_can_be_seen_and_undone(mechdiff: Invoke, meas
 
 def test_two_versions_side_by_side(mechdiff: Invoke, measured: list[str]) -> None:
     for run in measured:
-        mechdiff("promote", run)
+        mechdiff("promote", run, "--force")
     shown = mechdiff("maps", "diff", f"{NAME}/1", f"{NAME}@champion").output
     rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.count("│") > 2}
     assert [cell.strip() for cell in rows["drop_pct"].split("│")[2:4]] == ["12", "40"]
@@ -63,7 +69,7 @@ def test_two_versions_side_by_side(mechdiff: Invoke, measured: list[str]) -> Non
 def test_the_store_may_be_named_before_or_after_the_word(
     mechdiff: Invoke, measured: list[str], here: Path
 ) -> None:
-    mechdiff("promote", measured[0])
+    mechdiff("promote", measured[1])
     (here / "mlflow.db").rename(here / "elsewhere.db")
     uri = f"sqlite:///{here / 'elsewhere.db'}"
     assert "promote" in mechdiff("maps", "--tracking-uri", uri, "history", NAME).output
@@ -81,8 +87,10 @@ def test_a_policy_file_decides_and_options_go_on_top(
     assert client.search_registered_models() == []
     refusal = mechdiff("promote", strong, "--policy", "policy.yaml", "--min-drop", "50", code=1).output
     assert "drop_pct is 40, at least 50" in refusal
-    refusal = mechdiff("promote", strong, "--policy", "policy.yaml", "--min-skill", "1", code=1).output
-    assert "min_skill_pct: no skill_pct" in refusal
+    refusal = mechdiff("promote", strong, "--policy", "policy.yaml", "--min-skill", "26", code=1).output
+    assert "by the rule min_skill_pct: skill_pct is 25, at least 26 is asked for" in refusal
+    refusal = mechdiff("promote", weak, "--no-ci-above-zero", "--min-skill", "1", code=1).output
+    assert "by the rule min_skill_pct: no skill_pct" in refusal
     mechdiff("promote", strong, "--policy", "policy.yaml")
     assert client.get_registered_model(NAME).aliases == {"champion": 1}
 
