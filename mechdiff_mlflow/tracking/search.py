@@ -104,6 +104,10 @@ def find_runs(
         )
         remedy = f"those runs have {', '.join(known)}" if known else "run mechdiff run or sweep first"
         place = f"{pair or 'any pair'} at {site or 'any site'}"
+        if metric in known:
+            raise MechdiffError(
+                f"Every patch run of {place} with the metric {metric!r} is malformed; correct or delete them."
+            )
         raise MechdiffError(f"No patch run of {place} has the metric {metric!r}; {remedy}.")
     found.sort(key=lambda run: (search.sign * run.value, -run.started_ms))
     return found[:limit]

@@ -142,3 +142,16 @@ def test_a_list_of_runs_asks_for_those_that_it_shows(
     seen.clear()
     rows = json.loads(mechdiff("runs", "--json", "--limit", "200").output)
     assert len(rows) >= 20
+
+
+def test_where_every_run_is_malformed_that_is_said(
+    here: Path, client: mlflow.MlflowClient, mechdiff: Invoke
+) -> None:
+    experiment = client.create_experiment("raw")
+    run = client.create_run(experiment, tags={"mechdiff.kind": "patch"})
+    params = [Param("pair", "it's"), Param("layer", "2"), Param("hook", "attn_out")]
+    client.log_batch(run.info.run_id, [Metric("drop_pct", 5.0, 0, 0)], params)
+    client.set_terminated(run.info.run_id)
+    for words in ([], ["--best"]):
+        said = " ".join(mechdiff("runs", "--pair", "it's", *words, code=1).output.split())
+        assert "Every patch run of it's at any site with the metric 'drop_pct' is malformed" in said
