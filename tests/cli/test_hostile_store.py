@@ -109,7 +109,7 @@ def hostile_store(
     policy = ["--name", NAME, "--tracking-uri", uri]
     done = CliRunner().invoke(cli, ["promote", good[0].info.run_id, *policy])
     if done.exit_code:
-        (folder / "policy.yaml").write_text("min_drop_pct: -1.0e9\nmin_skill_pct: -1.0e9\n")
+        (folder / "policy.yaml").write_text("min_drop_pct: -1000000000.0\nmin_skill_pct: -1000000000.0\n")
         done = CliRunner().invoke(
             cli, ["promote", good[0].info.run_id, *policy, "--policy", str(folder / "policy.yaml")]
         )

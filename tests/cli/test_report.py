@@ -97,7 +97,7 @@ def test_what_is_said_is_what_was_run(
     mechdiff("report", "--pair", str(toy))
     text = (here / "mechdiff-report.md").read_text()
     assert "only n=16 prompts" in text
-    assert "best of 3 cells, picked on the reported split" in text, "L2/attn_out is known from a sweep only"
+    assert "best of 3 cells, picked on the reported prompts" in text, "L2/attn_out is known from a sweep only"
     assert "10 % target" in text
     commands = re.search(r"```bash\n(.*?)```", text, re.DOTALL)
     assert commands is not None
