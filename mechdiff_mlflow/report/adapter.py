@@ -7,6 +7,7 @@ from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments.adapting import CEILING, AdapterRecord
 from mechdiff_mlflow.maps import AffineMap, Family
 from mechdiff_mlflow.pairs import Pair
+from mechdiff_mlflow.selection import META
 from mechdiff_mlflow.stats import Interval
 
 CLOSENESS_HEADS = ("base with", "KL(it ‖ tuned), nats", "of the way to tuned, %", "tuned's top token")
@@ -58,7 +59,7 @@ def adapter_card(record: AdapterRecord, the_map: AffineMap, pair: Pair) -> str:
         "",
         "| | |",
         "|---|---|",
-        *(f"| {key} | {value} |" for key, value in sorted(the_map.meta.items())),
+        *(f"| {key} | {value} |" for key, value in sorted(the_map.meta.items()) if key != META),
         f"| sha256 of the map | {the_map.sha256()} |",
         "",
     ]
