@@ -92,7 +92,7 @@ class SiteRows:
         """Some of these rows under other labels, beside identity and raw."""
         patched = {label: self.patched[label] for label in (IDENTITY, RAW) if label in self.patched}
         patched |= {label: self.patched[there] for label, there in labels.items()}
-        return SiteRows(self.site, self.base_rows, self.tuned_rows, patched)
+        return replace(self, patched=patched)
 
     def with_rows(self, more: Mapping[str, Patched]) -> SiteRows:
         """These rows and more of the same site and split."""

@@ -303,6 +303,35 @@ def test_skill_has_the_same_noise_floor_as_drop(spec: Path, monkeypatch: pytest.
     assert measured().skill_pct is not None
 
 
+@pytest.mark.parametrize("kl_raw_nats", [0.0, 5e-17])
+def test_rounding_earns_no_drop_where_the_identity_patch_is_exact(
+    kl_raw_nats: float, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten floors of zero would be zero: in float32, logits are not known well enough for 5e-17 nats."""
+    from mechdiff_mlflow.experiments import workers
+
+    score = workers.LocalWorkers.score
+
+    def of_rounding(self: Any, *args: Any) -> Any:
+        found = score(self, *args)
+        for rows in found.values():
+            for label, patched in rows.patched.items():
+                kl = {"identity": 0.0, "raw": kl_raw_nats}.get(label, kl_raw_nats / 3)
+                patched.kl_patched_clean_nats[:] = kl
+        return found
+
+    monkeypatch.setattr(workers.LocalWorkers, "score", of_rounding)
+    study = Study(load_pair(PairSpec.load(str(toy))), Protocol())
+    cell = Cell(Site(3, Hook.RESID_POST), "procrustes_scaled", "update", Rank(None), Alpha((1.0,)))
+    (patch,) = study.patch([fit.to_patch for fit in study.fit([cell])])
+    assert patch.noise_floor > 0
+    assert patch.drop_pct is None
+    assert patch.skill_pct is None
+    assert "below noise floor" in patch.undefined["drop_pct"]
+    found = atlas(study, hooks=[Hook.ATTN_OUT], solver="procrustes_scaled", family="update", alpha=1.0)
+    assert not found.table["above_floor"].any()
+
+
 def test_a_map_of_more_than_the_claimed_rank_is_not_kept(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mechdiff_mlflow import solvers
 
