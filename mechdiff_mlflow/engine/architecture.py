@@ -114,10 +114,12 @@ class Decoder:
         module = {Hook.ATTN_OUT: block.attn_out, Hook.MLP_OUT: block.mlp_out}.get(site.hook, block.module)
         if module is None:
             name = "attention" if site.hook is Hook.ATTN_OUT else "mlp"
+            others = [str(i) for i, b in enumerate(self.blocks) if getattr(b, str(site.hook)) is not None]
+            remedy = f"take one of layers {', '.join(others)} or another hook, or " if others else ""
             raise MechdiffError(
                 f"Site {site} was not found in {type(block.module).__name__}, which has "
-                f"{', '.join(n for n, _ in block.module.named_children())}; set modules.{name} in the pair's "
-                "spec to the right one."
+                f"{', '.join(n for n, _ in block.module.named_children())}; {remedy}set modules.{name} in "
+                "the pair's spec to the right one."
             )
         return module
 

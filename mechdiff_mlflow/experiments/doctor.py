@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +67,7 @@ def _checks(pair: Pair) -> dict[str, Callable[[], str]]:
     """By name what says what it saw, or raises."""
     prompts = pair.prompts_of("val").first(min(N_PROMPTS, len(pair.prompts["val"])))
     n_layers = pair.n_layers
-    sites = [Site(n_layers // 2, hook) for hook in Hook]
+    sites = _middle_sites(pair)
     return {
         "prompts": lambda: ", ".join(f"{len(p)} {split}" for split, p in pair.prompts.items()) + ", disjoint",
         "templates and BOS": lambda: _templates(pair, prompts),
@@ -79,6 +79,23 @@ def _checks(pair: Pair) -> dict[str, Callable[[], str]]:
         "oracle map": lambda: _oracle(pair, prompts, n_layers),
         "untouched layers agree": lambda: _untouched(pair, prompts),
     }
+
+
+def _sites(pair: Pair, layers: Iterable[int]) -> list[list[Site]]:
+    """Of each layer the sites that both models have: the blocks of a hybrid differ."""
+    decoders = []
+    for side in (pair.base, pair.tuned):
+        if (outline := side.outline()) is None:
+            with side.engine() as engine:
+                outline = engine.forward.decoder
+        decoders.append(outline)
+    return [[s for s in (Site(i, h) for h in Hook) if all(d.has(s) for d in decoders)] for i in layers]
+
+
+def _middle_sites(pair: Pair) -> list[Site]:
+    """The sites of the block nearest to the middle that has most of them."""
+    middle = pair.n_layers // 2
+    return max(_sites(pair, sorted(range(pair.n_layers), key=lambda layer: abs(layer - middle))), key=len)
 
 
 def _templates(pair: Pair, prompts: PromptSet) -> str:
@@ -176,7 +193,7 @@ def _untouched(pair: Pair, prompts: PromptSet) -> str:
         return "weights cannot be compared tensor by tensor"
     if first == 0 or not pair.tokenizers_agree:
         return "the first layer differs already, or the tokens do"
-    sites = [Site(layer, hook) for layer in range(first) for hook in Hook]
+    sites = [site for found in _sites(pair, range(first)) for site in found]
     base, tuned = (capture(pair, role, prompts, Position.DECISION, sites) for role in ("base", "tuned"))
     if not torch.equal(base[sites[0]], tuned[sites[0]]):
         return "what enters the first layer differs already"

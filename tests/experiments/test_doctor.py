@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import toy as toys
+from transformers import AutoModelForCausalLM, Lfm2Config
 
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import Check, examine
 from mechdiff_mlflow.pairs import Pair, load_pair
 from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts
+from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import PairSpec, Position
 
 
@@ -27,6 +30,34 @@ def test_a_sound_pair_passes_every_check(toy: Path) -> None:
     seen = {check.name: check for check in examine(load(toy))}
     assert all(check.passed for check in seen.values()), seen
     assert seen["untouched layers agree"].seen == "first changed layer 2; all 8 sites below are bit-identical"
+
+
+def test_a_hybrid_is_sound_and_says_where_it_has_attention(tmp_path: Path) -> None:
+    """Half of its blocks are convolutions, which are no site; the remedy is a layer that has attention."""
+    config = Lfm2Config(
+        vocab_size=len(toys.tokenizer()),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"] * 2,
+    )
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(config).eval()
+    toys.write_model(tmp_path / "base", net)
+    with torch.no_grad():
+        for block in net.model.layers[2:]:
+            block.feed_forward.w2.weight.add_(0.3 * torch.randn_like(block.feed_forward.w2.weight))
+    toys.write_model(tmp_path / "tuned", net)
+    toys.write_prompts(tmp_path)
+    (tmp_path / "toy.yaml").write_text(toys.SPEC)
+    pair = load(tmp_path / "toy.yaml")
+    assert not failed(pair)
+    with pair.tuned.engine() as engine:
+        with pytest.raises(MechdiffError, match="take one of layers 1, 3 or another hook"):
+            engine.forward.decoder.check(Site(2, Hook.ATTN_OUT))
+        engine.forward.decoder.check(Site(1, Hook.ATTN_OUT))
 
 
 def test_two_copies_of_one_model_are_noticed(toy: Path, tmp_path: Path) -> None:
