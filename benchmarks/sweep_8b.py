@@ -52,6 +52,7 @@ from mechdiff_mlflow.residence import Residence
 from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import SPLITS, Cell, PairSpec, Rank
 from mechdiff_mlflow.tracking import fields
+from mechdiff_mlflow.tracking.flavour import maps_of
 from mechdiff_mlflow.tracking.runs import Tracker
 from mechdiff_mlflow.tracking.store import open_store
 
@@ -96,7 +97,7 @@ class Written:
 
     Args:
         cells: Runs that are FINISHED with their metrics.
-        models: Logged models that are READY.
+        models: Maps of the runs.
         megabytes: Of files.
     """
 
@@ -209,11 +210,10 @@ def track(uri: str, pair: Pair, cells: list[Cell], folder: Path, clock: Clock) -
             run.add(replace(fields.sweep_headline(patches, found), files=files))
     where = [run.experiment_id]
     runs = store.client.search_runs(where, "tags.`mechdiff.kind` = 'patch'", max_results=5000)
-    models = store.client.search_logged_models(where, max_results=1000)
     root = (store.sqlite_path or Path()).parent
     return Written(
         sum(r.info.status == "FINISHED" and "KL_mapped" in r.data.metrics for r in runs),
-        sum(model.status == "READY" for model in models),
+        sum(len(maps_of(store, run)) for run in runs),
         sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) / 1e6,
     )
 

@@ -369,6 +369,7 @@ def _content(
     if not tokenizer.is_fast:
         raise MechdiffError(f"{_name(tokenizer)} is slow and gives no offsets; use --position decision.")
     content = prompt.text.strip()
+    blanks = prompt.text.partition(content)[0]
     if chat:
         # The text may also occur elsewhere in the template ("user"); a stand-in shows where its place is.
         mark = _STAND_IN.format("")
@@ -376,7 +377,9 @@ def _content(
         start = _rendered(tokenizer, stand_in, where).find(mark)
         rendered = _rendered(tokenizer, prompt, where)
     else:
-        start, rendered = prompt.text.find(content), prompt.text
+        start, rendered = 0, prompt.text
+    if blanks and rendered.startswith(blanks + content, max(start, 0)):  # most templates strip them
+        start += len(blanks)
     end = start + len(content)
     encoded = tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
     if tuple(encoded["input_ids"]) != tokens or start < 0 or rendered[start:end] != content:

@@ -23,7 +23,7 @@ def commands_for(pair: str) -> list[str]:
     return [
         # §2 and §3: the winners, pinned with their α, and measured once more.
         *(
-            f"run --pair {pair} --layer {layer} --hook {hook} --alpha {alpha} --promote"
+            f"run --pair {pair} --layer {layer} --hook {hook} --alpha {alpha} --promote --force"
             for layer, hook, alpha in WINNERS
         ),
         f"report-pass --pair {pair}",

@@ -285,7 +285,7 @@ def test_adapters_of_the_hub_are_pinned(hub: Hub, adapted: Path, tmp_path: Path)
     assert new.tuned.revision.endswith(f"+org/lora@{NEW}")
     assert old.fingerprint != new.fingerprint
     assert ids(new, "tuned") == (*ids(old, "tuned"), toys.tokenizer().convert_tokens_to_ids("well"))
-    local = load_adapter(pinned(PairSpec.parse(ADAPTED, root=adapted.parent)), old.base.model)
+    local = load_adapter(pinned(PairSpec.parse(ADAPTED, root=adapted.parent)), load_base(old))
     assert local is not None
     hub.point("org/lora", "main", OLD)
     assert load(adapted, text).fingerprint == old.fingerprint

@@ -57,9 +57,7 @@ def mlflow_run(tmp_path: Path, toy: Path) -> object:
 
 
 def test_mlflow_run_makes_the_tree_that_the_command_line_makes(mlflow_run: object, toy: Path) -> None:
-    process, runs = mlflow_run(
-        "-P", "layer=3", "-P", "hook=resid_post", "-P", "k=4", "-P", "promote=champion"
-    )
+    process, runs = mlflow_run("-P", "layer=3", "-P", "hook=resid_post", "-P", "k=4")
     assert process.returncode == 0, process.stderr
     by_kind = {run.data.tags["mechdiff.kind"]: run for run in runs}
     assert len(runs) == len(by_kind) == 3
@@ -87,7 +85,7 @@ def test_mlflow_run_makes_the_tree_that_the_command_line_makes(mlflow_run: objec
         "n",
         "seed",
     } <= shared
-    assert "mechdiff fetch toy-L3-resid_post@champion" in process.stdout
+    assert f"mechdiff promote {fit.info.run_id}" in process.stdout
 
 
 @pytest.mark.parametrize("line", [line for line in shown(ROOT / "README.md") if line.startswith("mlflow")])

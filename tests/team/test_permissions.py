@@ -38,7 +38,19 @@ def owned(team: Server, toy: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str,
     """Runs and a champion of ann's, in an experiment of her own."""
     enter(team, "ann", monkeypatch)
     for words in (
-        ("run", "--pair", str(toy), "--layer", "2", "--hook", "mlp_out", "--alpha", "1", "--promote"),
+        (
+            "run",
+            "--pair",
+            str(toy),
+            "--layer",
+            "2",
+            "--hook",
+            "mlp_out",
+            "--alpha",
+            "1",
+            "--promote",
+            "--force",
+        ),
         ("sweep", "--pair", str(toy), *SWEEP),
     ):
         result = mechdiff(*words, "--experiment", "of-ann")
@@ -66,7 +78,7 @@ def test_the_table_of_permissions(
         "mechdiff fit": ("fit", *pair, *one),
         "mechdiff promote FIT": ("promote", owned["fit"], "--name", NAME, "--alias", "bobs", "--force"),
         "mechdiff promote CELL": ("promote", owned["cell"], "--name", NAME, "--alias", "third", "--force"),
-        "mechdiff run --promote": ("run", *pair, *one, "--promote", "staging"),
+        "mechdiff run --promote": ("run", *pair, *one, "--promote", "staging", "--force"),
         "mechdiff maps demote": ("maps", "demote", NAME, "--alias", "champion"),  # last: MANAGE may
     }
     ann = AuthServiceClient(team.uri_of("ann"))
