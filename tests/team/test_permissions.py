@@ -100,6 +100,8 @@ def test_the_table_of_permissions(
                 versions = MlflowClient(team.uri_of("ann")).search_model_versions(f"name = '{NAME}'")
                 assert all("mechdiff.verified" in version.tags for version in versions), what
                 assert len(versions) == 1
+    for right in (("bob", "experiment", owned["experiment"]), ("bob", "registered_model", NAME)):
+        ann.revoke_user_permission(*right)
     rows = re.findall(r"^\| `(.*?)`.* \| (READ|EDIT|MANAGE) \|", PAGE.read_text(), re.MULTILINE)
     assert dict(rows) == allowed
     assert [move.who for move in history(open_store(), NAME, "bobs")] == ["bob"]

@@ -116,7 +116,7 @@ def test_two_people_promote_and_fetch_at_once(team: Server, promoted: Promoted, 
     version = _client_of(team, "ann").get_model_version(model.name, model.aliases["champion"])
     on_server = {hashlib.sha256(f.read_bytes()).hexdigest() for f in team.folder.rglob("map.pt")}
     assert fetched == version.tags["mechdiff.sha256"]
-    assert on_server == {fetched}
+    assert fetched in on_server
     assert fetched in said
     assert model.aliases == {"champion": "1", "staging": "1"}
 
