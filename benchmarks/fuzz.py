@@ -25,7 +25,7 @@ from mechdiff_mlflow import torchzip, untrusted
 from mechdiff_mlflow.bundles import Manifest
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.planted import Plant
+from mechdiff_mlflow.plant import Plant
 from mechdiff_mlflow.prompts import read_prompts
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Alpha, PairSpec, Rank

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mechdiff_mlflow.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from mechdiff_mlflow.attach import attached as attached
     from mechdiff_mlflow.errors import MechdiffError as MechdiffError
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from mechdiff_mlflow.tracking.flavour import log_model as log_model
     from mechdiff_mlflow.tracking.flavour import save_model as save_model
 
-__version__ = "0.1.0"
 
 _HOMES = {
     "AffineMap": "maps",

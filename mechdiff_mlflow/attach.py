@@ -1,8 +1,8 @@
 """A map at work in a live model: every forward and every `generate` while a context is open.
 
-with the_map.attached(base):  # the base's own activation is mapped: base acts as tuned there
+with attached(the_map, base):  # the base's own activation is mapped: base acts as tuned there
     base.generate(**tokenizer(prompt, return_tensors="pt"))
-with the_map.attached(tuned, source=base):  # the experiments' patch: the base's activation, mapped, in tuned
+with attached(the_map, tuned, source=base):  # the experiments' patch: the base's activation, mapped, in tuned
     tuned.generate(**tokenizer(prompt, return_tensors="pt"))
 
 A forward is told from its arguments: inside `generate`, tokens are counted from the prompt's last, whatever

@@ -26,7 +26,8 @@ from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.load_report import load_whole
 from mechdiff_mlflow.modelfiles import check_model
-from mechdiff_mlflow.planted import Plant, plant_in
+from mechdiff_mlflow.plant import Plant
+from mechdiff_mlflow.planted import plant_in
 from mechdiff_mlflow.revisions import code_commit, commit_of, folder_digest
 from mechdiff_mlflow.spec import PairSpec
 

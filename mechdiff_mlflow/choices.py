@@ -6,7 +6,7 @@ from enum import Enum
 from typing import TypeVar
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.shown import cut
+from mechdiff_mlflow.text import cut
 
 Self = TypeVar("Self", bound="Choice")
 

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.shown import cut, plain
 from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import Alpha
+from mechdiff_mlflow.text import cut, plain
 
 _log = logging.getLogger("mechdiff_mlflow")
 _MOST = 1e300

@@ -5,20 +5,18 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, MutableMapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mechdiff_mlflow import mapfiles
 from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.exact import text_of
-from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.text import text_of
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | Mapping[str, JSON] | None"
 
@@ -286,20 +284,6 @@ class AffineMap:
             raise MechdiffError(
                 f"The map claims rank {k} in the {family} family and has rank {rank}; refit it."
             )
-
-    def attached(
-        self, model: nn.Module, site: Site | str | None = None, **options: Any
-    ) -> AbstractContextManager[nn.Module]:
-        """A context in which the live `model` has the mapped activation at `site`; see `attach.attached`.
-
-        Args:
-            model: A transformers causal LM.
-            site: Where; by default where the map was fitted.
-            **options: `alpha`, `tokens`, `source` and the others of `attach.attached`.
-        """
-        from mechdiff_mlflow.attach import attached  # for the caller's ease; nothing here depends on it
-
-        return attached(self, model, site, **options)
 
     def to_bytes(self, suffix: str = ".pt") -> bytes:
         """The content of the file that `save` writes; equal maps give equal bytes."""

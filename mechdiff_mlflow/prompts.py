@@ -13,7 +13,7 @@ from typing import BinaryIO
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.duplicates import near_duplicates, repeats
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.shown import cut
+from mechdiff_mlflow.text import cut
 
 MAX_FILE_BYTES = 256 << 20
 MAX_LINE_BYTES = 1 << 20

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.shown import cut
+from mechdiff_mlflow.text import cut
 
 
 class Hook(Choice):

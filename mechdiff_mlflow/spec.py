@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.exact import number_in, text_of
 from mechdiff_mlflow.modelfiles import check_folder
-from mechdiff_mlflow.planted import Plant
+from mechdiff_mlflow.plant import Plant
 from mechdiff_mlflow.positions import Position as Position
 from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.text import number_in, text_of
 
 SPLITS = ("train", "val", "test")
 MAX_SPEC_BYTES = 1 << 16

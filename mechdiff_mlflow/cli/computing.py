@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from mechdiff_mlflow.digests import source_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import demand_sound
 from mechdiff_mlflow.experiments.progress import Stage
@@ -21,6 +20,7 @@ from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec import PairSpec
 from mechdiff_mlflow.tracking.cache import STAGING_VARIABLE, forget_old_staging
 from mechdiff_mlflow.tracking.provenance import code_version
+from mechdiff_mlflow.version import source_sha256
 
 Check = Callable[[Pair], None]
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from mechdiff_mlflow import __version__
-from mechdiff_mlflow.errors import MechdiffError, is_text
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.text import is_text
+from mechdiff_mlflow.version import __version__
 
 TRACEBACK = "MECHDIFF_TRACEBACK"
 """Environment variable: show where an unexpected error came from."""

@@ -26,12 +26,12 @@ from mechdiff_mlflow.spec import PairSpec
 from mechdiff_mlflow.tracking import fields
 from mechdiff_mlflow.tracking.cache import staging
 from mechdiff_mlflow.tracking.enclosing import experiment_of
-from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.recovery import Command, user_of
 from mechdiff_mlflow.tracking.repeats import earlier
 from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import Store, open_store
+from mechdiff_mlflow.tracking.tag_names import PAIR_FINGERPRINT
 
 AS_MANY = "500-or-all"
 """As the number of prompts: the seed's 500 where there are as many, otherwise all there are."""

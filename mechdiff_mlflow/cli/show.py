@@ -16,15 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mechdiff_mlflow import foreign, selection
-from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.adapting import AdapterRecord
 from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows
 from mechdiff_mlflow.report.evidence import Quoted, of_record
-from mechdiff_mlflow.shown import plain
 from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.text import plain, text_of
 from mechdiff_mlflow.tracking.compare import MapDiff
 from mechdiff_mlflow.tracking.recovery import Stuck
 from mechdiff_mlflow.tracking.redaction import redact

@@ -17,7 +17,6 @@ from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.computing import load_as_asked, settle_threads
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments.adapting import make_adapter
 from mechdiff_mlflow.experiments.possible import check_map, check_pair
@@ -26,6 +25,7 @@ from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.pairs import Pair
 from mechdiff_mlflow.report.adapter import adapter_card
 from mechdiff_mlflow.spec import PairSpec, Position
+from mechdiff_mlflow.text import text_of
 from mechdiff_mlflow.tracking.fetch import load_map
 from mechdiff_mlflow.tracking.store import open_store
 

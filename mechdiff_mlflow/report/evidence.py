@@ -12,9 +12,9 @@ import pandas as pd
 from mechdiff_mlflow import foreign, selection
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.records import PatchRecord
-from mechdiff_mlflow.shown import markdown
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.text import markdown
 
 Row: TypeAlias = Mapping[str, Any]
 LEVEL = 0.95

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from mechdiff_mlflow import selection
-from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.selection import META
-from mechdiff_mlflow.shown import markdown
 from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.text import markdown, text_of
 
 if TYPE_CHECKING:
     from mechdiff_mlflow.maps import AffineMap
@@ -209,13 +208,13 @@ def _use(the_map: AffineMap, uri: str) -> list[str]:
     body = f'{{"inputs": [{zeros}]}}'
     return [
         "```python",
-        "import mechdiff_mlflow",
-        f'the_map = mechdiff_mlflow.load_map("{uri}")',
+        "import mechdiff_mlflow as md",
+        f'the_map = md.load_map("{uri}")',
         f"tuned_like = the_map(base_activations)  # [n, {the_map.d_in}] -> [n, {the_map.d_out}]",
         "",
-        "with the_map.attached(base):  # a live transformers model: base acts as tuned there",
+        "with md.attached(the_map, base):  # a live transformers model: base acts as tuned there",
         "    base.generate(**inputs)",
-        'with the_map.attached(tuned, source=base, tokens="decision"):  # the patch that was measured',
+        'with md.attached(the_map, tuned, source=base, tokens="decision"):  # the patch that was measured',
         "    tuned.generate(**inputs)",
         "```",
         "",

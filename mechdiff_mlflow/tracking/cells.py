@@ -11,7 +11,7 @@ from mlflow.entities import Run
 
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT, SELECTION, SELECTION_LEAK
+from mechdiff_mlflow.tracking.tag_names import PAIR_FINGERPRINT, SELECTION, SELECTION_LEAK
 
 CELLS = "cells.json"
 """Artifact of a finished top run: a table of the patch runs below it."""

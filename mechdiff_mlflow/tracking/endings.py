@@ -9,7 +9,7 @@ from mlflow.entities import Run
 from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.exact import number_in, text_of
+from mechdiff_mlflow.text import number_in, text_of
 from mechdiff_mlflow.tracking.interrupts import Killed
 from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, RunRecord
 

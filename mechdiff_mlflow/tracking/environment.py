@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import yaml
 
-import mechdiff_mlflow
+from mechdiff_mlflow.version import __version__
 
 
 @lru_cache(maxsize=1)
@@ -18,7 +18,7 @@ def environment_files() -> tuple[tuple[str, str], ...]:
     """Names and texts of the files that MLflow makes an environment from; the same for every map."""
     python = platform.python_version()
     requirements = [
-        f"mechdiff-mlflow=={mechdiff_mlflow.__version__}",
+        f"mechdiff-mlflow=={__version__}",
         f"mlflow=={mlflow.__version__}",
         f"torch=={torch.__version__.split('+')[0]}",
         f"numpy=={np.__version__}",

@@ -12,10 +12,10 @@ from mlflow.entities import Run
 from mechdiff_mlflow import bundles
 from mechdiff_mlflow.bundles import Manifest
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.text import text_of
 from mechdiff_mlflow.tracking import registry
 from mechdiff_mlflow.tracking.enclosing import experiment_of
 from mechdiff_mlflow.tracking.fetch import load_map
@@ -23,8 +23,6 @@ from mechdiff_mlflow.tracking.keys import KEY_TAG, ROOT_TAG, key_of
 from mechdiff_mlflow.tracking.lookup import all_runs
 from mechdiff_mlflow.tracking.names import check_alias, registered_name
 from mechdiff_mlflow.tracking.policy import (
-    IMPORTED_FROM,
-    PAIR_FINGERPRINT,
     PromotionPolicy,
     numbers,
     numbers_in,
@@ -36,6 +34,7 @@ from mechdiff_mlflow.tracking.registry import Version, winners_of
 from mechdiff_mlflow.tracking.repeats import Earlier, earlier
 from mechdiff_mlflow.tracking.runs import Tracker
 from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
+from mechdiff_mlflow.tracking.tag_names import IMPORTED_FROM, PAIR_FINGERPRINT
 
 _PARAMS = ("solver", "family", "k", "position")
 

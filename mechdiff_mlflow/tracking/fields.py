@@ -10,16 +10,16 @@ from importlib.metadata import distributions
 import pandas as pd
 
 from mechdiff_mlflow import selection
-from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.sweep import LeastRank
 from mechdiff_mlflow.maps import AffineMap
 from mechdiff_mlflow.prompts import PromptSet
 from mechdiff_mlflow.spec import Cell, PairSpec
 from mechdiff_mlflow.stats import Correlation, Interval
+from mechdiff_mlflow.text import text_of
 from mechdiff_mlflow.tracking import records
-from mechdiff_mlflow.tracking.policy import FITTED_ON, REPORTED, SELECTION, SELECTION_LEAK
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
+from mechdiff_mlflow.tracking.tag_names import FITTED_ON, REPORTED, SELECTION, SELECTION_LEAK
 
 NOT_APPLICABLE = "n/a"
 """Of a hyperparameter that the solver does not have: every run has every column."""

@@ -38,7 +38,7 @@ from pydantic import Field
 from mechdiff_mlflow import foreign
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.locks import lock_file, machine_id, process_start, run_lock_file
-from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.store import LeaseLost, Store
 
 LEASE_TAG = "mechdiff.lease."
 LEASE_S = 60.0
@@ -49,10 +49,6 @@ _kept: set[str] = set()
 _log = logging.getLogger(__name__)
 _Word = Annotated[str, Field(max_length=255)]
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]
-
-
-class LeaseLost(MechdiffError):
-    """Another process has taken the run over."""
 
 
 @dataclass(frozen=True, slots=True)

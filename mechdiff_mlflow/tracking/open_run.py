@@ -19,12 +19,12 @@ from mechdiff_mlflow.tracking.endings import cut, ending, params_of, plain
 from mechdiff_mlflow.tracking.flavour import SHA256_TAG
 from mechdiff_mlflow.tracking.interrupts import Interrupts
 from mechdiff_mlflow.tracking.keys import KEY_TAG, ROOT_TAG, check_same, key_of
-from mechdiff_mlflow.tracking.lease import Lease, LeaseLost
+from mechdiff_mlflow.tracking.lease import Lease
 from mechdiff_mlflow.tracking.lookup import all_runs, made_once
 from mechdiff_mlflow.tracking.provenance import code_version, provenance_tags
 from mechdiff_mlflow.tracking.records import RunRecord, param_text
 from mechdiff_mlflow.tracking.redaction import redact
-from mechdiff_mlflow.tracking.store import Store, StoreFull, StoreUnreachable
+from mechdiff_mlflow.tracking.store import LeaseLost, Store, StoreFull, StoreUnreachable
 from mechdiff_mlflow.tracking.writing import RecordWriter
 
 EPOCH_TAG = "mechdiff.epoch"

@@ -13,20 +13,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.spec import explain
+from mechdiff_mlflow.text import text_of
+from mechdiff_mlflow.tracking.tag_names import (
+    FITTED_ON,
+    IMPORTED_FROM,
+    PAIR_FINGERPRINT,
+    REPORTED,
+    SELECTION,
+    SELECTION_LEAK,
+)
 
-PAIR_FINGERPRINT = "pair_fingerprint"
-FITTED_ON = "fitted_on_pair"
-"""Fingerprint of the pair that a map was fitted on, where it was measured on another."""
-SELECTION_LEAK = "selection_leak"
-"""Tag: whether something was chosen on prompts that are reported: true, false, or unknown."""
-SELECTION = "selection"
-"""Tag: what was chosen on prompts that are reported, in words."""
-REPORTED = "mechdiff.prompts"
-"""Tag: digest of the reported prompts."""
-IMPORTED_FROM = "imported_from"
-"""Tag: which file of the predecessor's a map was imported from."""
 MEASURE = "mechdiff patch --map runs:/RUN does"
 
 _COMPARED = ("KL_mapped", "drop_pct", "skill_pct")

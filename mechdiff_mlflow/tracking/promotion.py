@@ -29,12 +29,6 @@ from mechdiff_mlflow.tracking.fetch import read_back, verified_map
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.names import check_alias, check_name, registered_name
 from mechdiff_mlflow.tracking.policy import (
-    FITTED_ON,
-    IMPORTED_FROM,
-    PAIR_FINGERPRINT,
-    REPORTED,
-    SELECTION,
-    SELECTION_LEAK,
     Candidate,
     PromotionPolicy,
     numbers,
@@ -46,6 +40,14 @@ from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS
 from mechdiff_mlflow.tracking.registry import Version
 from mechdiff_mlflow.tracking.runs import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store import NotAllowed, Store, StoreUnreachable
+from mechdiff_mlflow.tracking.tag_names import (
+    FITTED_ON,
+    IMPORTED_FROM,
+    PAIR_FINGERPRINT,
+    REPORTED,
+    SELECTION,
+    SELECTION_LEAK,
+)
 
 _MODEL_VERSIONS_TAG = "mlflow.modelVersions"  # how a logged model's page knows its registered versions
 _NOTE_TAG = "mlflow.note.content"

@@ -10,7 +10,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
-import mechdiff_mlflow
+from mechdiff_mlflow.version import PACKAGE, __version__
 
 _GIT_WAIT_S = 10
 
@@ -26,18 +26,17 @@ def _process_tags() -> dict[str, str]:
         "mlflow.user": _user(),
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python",
-        "mechdiff.version": mechdiff_mlflow.__version__,
+        "mechdiff.version": __version__,
         "mechdiff.host": platform.node() or "unknown",
     }
-    package = Path(mechdiff_mlflow.__file__).resolve().parent
     # Tracked: an installed copy may lie inside somebody else's repository.
-    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None:
-        commit = _git(package, "rev-parse", "HEAD")
-        branch = _git(package, "rev-parse", "--abbrev-ref", "HEAD")
+    if _git(PACKAGE, "ls-files", "--error-unmatch", "__init__.py") is not None:
+        commit = _git(PACKAGE, "rev-parse", "HEAD")
+        branch = _git(PACKAGE, "rev-parse", "--abbrev-ref", "HEAD")
         if commit and branch:
             tags["mlflow.source.git.commit"] = commit
             tags["mlflow.source.git.branch"] = branch
-            tags["mechdiff.git.dirty"] = str(bool(_git(package, "status", "--porcelain", "--", "."))).lower()
+            tags["mechdiff.git.dirty"] = str(bool(_git(PACKAGE, "status", "--porcelain", "--", "."))).lower()
     return tags
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from mechdiff_mlflow.errors import MechdiffError, is_text
-from mechdiff_mlflow.exact import text_of
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.text import is_text, text_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,10 +18,10 @@ from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.cells import CELLS, read_cells
 from mechdiff_mlflow.tracking.lookup import all_runs, each_run
-from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.sent import check_read, sent_digest
 from mechdiff_mlflow.tracking.store import Store, StoreUnreachable
 from mechdiff_mlflow.tracking.stored import StoredFiles
+from mechdiff_mlflow.tracking.tag_names import PAIR_FINGERPRINT
 
 _MAX_TABLE = 256 << 20
 # Not what Python reads as numbers: 1_000, nan and 007 stay text.

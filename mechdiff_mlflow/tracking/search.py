@@ -13,9 +13,9 @@ from mechdiff_mlflow import foreign
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.sites import Site
 from mechdiff_mlflow.tracking.lookup import each_run
-from mechdiff_mlflow.tracking.policy import SELECTION_LEAK
 from mechdiff_mlflow.tracking.records import check_key
 from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.tag_names import SELECTION_LEAK
 
 _SETTINGS = {
     **dict.fromkeys(("solver", "family"), foreign.word),

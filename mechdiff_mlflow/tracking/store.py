@@ -56,6 +56,10 @@ class StoreFull(MechdiffError):
     """The disk of a store has no room, perhaps not even for the status of a run."""
 
 
+class LeaseLost(MechdiffError):
+    """Another process has taken the run over."""
+
+
 class NotAllowed(MechdiffError):
     """A server does not let this account do that."""
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mechdiff_mlflow import load_map
 from mechdiff_mlflow.adapters import HOOK_FILES
 from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.planted import Plant, plant_in
+from mechdiff_mlflow.plant import Plant
+from mechdiff_mlflow.planted import plant_in
 
 PROMPTS = ("does subject3 verb2 subject5", "does subject1 verb7 subject2 well well")
 STEER = ("steer", "--max-new-tokens", "4", *(word for text in PROMPTS for word in ("--prompt", text)))

@@ -18,6 +18,7 @@ from peft.utils import PeftWarning
 from torch import Tensor, nn
 
 from mechdiff_mlflow import adapters
+from mechdiff_mlflow.attach import attached
 from mechdiff_mlflow.engine.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps import AffineMap, Weight
@@ -39,7 +40,7 @@ def a_map(d: int, *, alpha: float = 1.0, identity: float | Tensor = 1.0, rank: i
 
 
 def wanted(model: nn.Module, site: Site, the_map: AffineMap) -> Tensor:
-    with torch.no_grad(), the_map.attached(model, site, tokens="all"):
+    with torch.no_grad(), attached(the_map, model, site, tokens="all"):
         return model(IDS).logits
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from mechdiff_mlflow.bundles import Manifest, bundle_file, read_bundle
 from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.planted import Plant
+from mechdiff_mlflow.plant import Plant
 from mechdiff_mlflow.prompts import read_prompts
 from mechdiff_mlflow.sites import Hook, Site
 from mechdiff_mlflow.spec import Alpha, PairSpec, Rank

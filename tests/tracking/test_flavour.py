@@ -278,6 +278,6 @@ def test_the_card_puts_the_numbers_into_words() -> None:
     assert "It is not to be told apart from the best control" in model_card(make_map(), unsure, "x", facts)
     assert "No leak" in card
     assert "mechdiff fetch demo-L3-attn_out@champion -o map.pt" in card
-    assert "the_map.attached(tuned, source=base, " in card
+    assert "md.attached(the_map, tuned, source=base, " in card
     assert "  -m models:/demo-L3-attn_out@champion" in card
     assert "**Leak:" in model_card(make_map(), metrics, "x", {**facts, "selection_leak": "true"})

@@ -1,4 +1,4 @@
-"""Text from anywhere, made safe for where it is shown: a terminal, Markdown, HTML."""
+"""Text: numbers written exactly, and text from anywhere made safe for a terminal, Markdown or HTML."""
 
 from __future__ import annotations
 
@@ -40,3 +40,27 @@ def _visible(character: str) -> str:
     code = ord(character)  # as JSON has them, for it is also what is shown
     high = f"\\u{0xD7C0 + (code >> 10):04x}" if code > 0xFFFF else ""
     return f"{high}\\u{0xDC00 + code % 0x400 if high else code:04x}"
+
+
+def text_of(value: float) -> str:
+    """The shortest text that reads as this very number: `0.3`, `1`, `1e-07`, `1e22`.
+
+    Without a `+`, which MLflow refuses in the names of metrics.
+    """
+    return repr(float(value)).removesuffix(".0").replace("e+", "e")
+
+
+def number_in(text: str) -> float:
+    """The number that a text is, as a person writes it: no underscores, no digits of other scripts.
+
+    Raises:
+        ValueError: It is none; `nan` and `inf` are.
+    """
+    if not text.isascii() or "_" in text:
+        raise ValueError(f"not a number: {text[:40]!r}")
+    return float(text)
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be stored: it has no lone surrogates, which stand for bytes that are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
