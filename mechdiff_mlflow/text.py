@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html as _html
+import re
 import unicodedata
 
 
@@ -20,7 +21,8 @@ def plain(text: str) -> str:
 def markdown(text: object, limit: int = 300) -> str:
     """For one line of Markdown, in a sentence, in a table or between backticks: nothing in it is markup."""
     line = " ".join(plain(cut(str(text), limit)).split())
-    return line.translate(_LOOKALIKES).replace("](", "] (").replace("**", "* *")
+    line = line.translate(_LOOKALIKES).replace("](", "] (")
+    return re.sub(r"\*(?=\*)", "* ", line)
 
 
 def html(text: str) -> str:

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from toy import SPEC, write_pair
 
 from mechdiff_mlflow import text as safe
-from mechdiff_mlflow import untrusted
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.pairs import load_pair
-from mechdiff_mlflow.spec import PairSpec
-from mechdiff_mlflow.tracking.store import prepare_process
+from mechdiff_mlflow.models.pairs import load_pair
+from mechdiff_mlflow.spec import untrusted
+from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.tracking.store.store import prepare_process
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report.evidence import Measured, Quoted
-from mechdiff_mlflow.stats import Interval
 from mechdiff_mlflow.text import text_of
 
 SMALL_N = 100

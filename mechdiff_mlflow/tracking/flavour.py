@@ -36,18 +36,19 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import _save_example
 from mlflow.types.schema import ParamSchema, ParamSpec, Schema, TensorSpec
 
-from mechdiff_mlflow import mapfiles, untrusted
-from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.tracking.card import model_card
-from mechdiff_mlflow.tracking.environment import environment_files
-from mechdiff_mlflow.tracking.names import logged_model_name
-from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, param_text
-from mechdiff_mlflow.tracking.sent import Sent, sent_digest
-from mechdiff_mlflow.tracking.store import LeaseLost, Store, open_store
-from mechdiff_mlflow.tracking.stored import StoredFiles
-from mechdiff_mlflow.version import __version__
+from mechdiff_mlflow.maps import files as mapfiles
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.spec import untrusted
+from mechdiff_mlflow.spec.digests import file_sha256
+from mechdiff_mlflow.spec.version import __version__
+from mechdiff_mlflow.tracking.content.artifact_digests import Sent, sent_digest
+from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.card import model_card
+from mechdiff_mlflow.tracking.content.environment import environment_files
+from mechdiff_mlflow.tracking.content.names import logged_model_name
+from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, ParamValue, param_text
+from mechdiff_mlflow.tracking.store.store import LeaseLost, Store, open_store
 
 FLAVOR_NAME = "mechdiff"
 MAP_FILE = "map.pt"

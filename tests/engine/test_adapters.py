@@ -17,12 +17,12 @@ from families import FAMILIES, Family
 from peft.utils import PeftWarning
 from torch import Tensor, nn
 
-from mechdiff_mlflow import adapters
-from mechdiff_mlflow.attach import attached
-from mechdiff_mlflow.engine.architecture import Decoder
+from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.models import map_adapters as adapters
+from mechdiff_mlflow.models.attach import attached
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.PeftWarning")
 assert PeftWarning

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from mlflow.models import validate_serving_input
 
 import mechdiff_mlflow
-from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.spec.digests import file_sha256
 from mechdiff_mlflow.tracking import flavour
-from mechdiff_mlflow.tracking.card import model_card
+from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.card import model_card
 from mechdiff_mlflow.tracking.flavour import load_model, load_verified, log_model, save_model
-from mechdiff_mlflow.tracking.store import Store
-from mechdiff_mlflow.tracking.stored import StoredFiles
+from mechdiff_mlflow.tracking.store.store import Store
 
 from .conftest import D, flip_byte, make_map
 
