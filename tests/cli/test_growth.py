@@ -14,8 +14,8 @@ import pytest
 from cli.conftest import Invoke
 from mlflow.entities import Metric, Param, RunTag
 
-from mechdiff_mlflow.cli.reports import TABLES, evidence_of
 from mechdiff_mlflow.report.evidence import Evidence
+from mechdiff_mlflow.tracking.commands.documents import TABLES, evidence_of
 from mechdiff_mlflow.tracking.runs.results import results_df, tables_of
 from mechdiff_mlflow.tracking.runs.search import _MOST_VALUES, FoundRun, find_runs
 from mechdiff_mlflow.tracking.store.store import Store, open_store

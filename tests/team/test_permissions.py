@@ -12,7 +12,8 @@ from mlflow.server.auth.client import AuthServiceClient
 from mlflow.tracking import MlflowClient
 from team.server import ADMIN, Server
 
-from mechdiff_mlflow.cli import cli, experiments
+from mechdiff_mlflow.cli import cli
+from mechdiff_mlflow.tracking.commands import measuring
 from mechdiff_mlflow.tracking.registry.registry import history
 from mechdiff_mlflow.tracking.store.store import login_name, open_store
 
@@ -115,7 +116,7 @@ def test_who_may_not_promote_is_told_before_models_load(
     team: Server, owned: dict[str, str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enter(team, "bob", monkeypatch)
-    monkeypatch.setattr(experiments, "session", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(measuring, "session", lambda *_: pytest.fail("it went on"))
     words = ("--pair", owned["toy"], "--layer", "2", "--hook", "mlp_out", "--promote")
     result = mechdiff("run", *words, "--experiment", "of-bob")
     assert REFUSED in result.output
