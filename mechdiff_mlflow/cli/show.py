@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -27,10 +27,9 @@ from mechdiff_mlflow.shown import plain
 from mechdiff_mlflow.stats import Interval
 from mechdiff_mlflow.tracking.compare import MapDiff
 from mechdiff_mlflow.tracking.recovery import Stuck
-from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.registry import Move, Version
 from mechdiff_mlflow.tracking.search import FoundRun
-from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.store import Store, command_on
 from mechdiff_mlflow.tracking.view import ui_command, view_url
 
 _PIPE_WIDTH = 160
@@ -225,8 +224,7 @@ def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:
 def command(*words: object) -> str:
     """A command of ours to type, quoted for a shell, on the store that the present one was given."""
     uri = click.get_current_context().params.get("tracking_uri")
-    place = ["--tracking-uri", uri] if uri and redact(uri) == uri else []
-    return shlex.join(["mechdiff", *map(str, words), *place])
+    return command_on(uri or os.environ.get("MLFLOW_TRACKING_URI"), *words)
 
 
 def lines(texts: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from mechdiff_mlflow.tracking.provenance import provenance_tags
 from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.redaction import redact
 from mechdiff_mlflow.tracking.store import Store
-from mechdiff_mlflow.tracking.view import install_view
+from mechdiff_mlflow.tracking.view import install_view, view_tag
 from mechdiff_mlflow.tracking.writing import MAP_RUN_TAG
 
 __all__ = ["MAP_RUN_TAG", "RUN_ID_VARIABLE", "OpenRun", "Tracker"]
@@ -161,7 +161,7 @@ class Tracker:
                 theirs = self.store.client.get_experiment(run.info.experiment_id)
             if theirs.name == self.experiment:
                 return str(theirs.experiment_id), {"mlflow.parentRunId": run.info.run_id}
-        return self.store.experiment(self.experiment), {}
+        return self.store.experiment(self.experiment, view_tag()), {}
 
     def _attach(self, record: RunRecord, lease: Lease) -> Run | None:
         # Taken out of the environment: a second run of this process, or of one it starts, is another run.

@@ -16,8 +16,9 @@ from mlflow.entities import Metric, Param, RunTag
 
 from mechdiff_mlflow.cli.reports import TABLES, evidence_of
 from mechdiff_mlflow.report.evidence import Evidence
+from mechdiff_mlflow.tracking.lookup import MOST_VALUES
 from mechdiff_mlflow.tracking.results import results_df, tables_of
-from mechdiff_mlflow.tracking.search import _MOST_VALUES, FoundRun, find_runs
+from mechdiff_mlflow.tracking.search import FoundRun, find_runs
 from mechdiff_mlflow.tracking.store import Store, open_store
 
 SWEEP = ("--sites", "L2/attn_out,L3/attn_out", "--ranks", "2,full", "--targets", "10", "--alphas", "1")
@@ -112,7 +113,7 @@ def measured_runs(client: mlflow.MlflowClient, n: int, layers: int) -> None:
         client.set_terminated(run.info.run_id)
 
 
-@pytest.mark.parametrize("layers", [3, _MOST_VALUES + 8])
+@pytest.mark.parametrize("layers", [3, MOST_VALUES + 8])
 @pytest.mark.parametrize("metric", ["drop_pct", "KL_mapped"])
 def test_the_best_of_each_site_is_found_without_reading_the_others(
     here: Path, client: mlflow.MlflowClient, layers: int, metric: str
