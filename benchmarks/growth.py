@@ -33,7 +33,7 @@ from faults.proxy import proxying
 from tracking.servers import serving
 
 from mechdiff_mlflow.cli import cli
-from mechdiff_mlflow.tracking.store import PLACE_TAG
+from mechdiff_mlflow.tracking.store.store import PLACE_TAG
 
 PAIRS = ("cultural-demo", "cognitive-demo")
 SWEEP = ("--sites", "L26/attn_out,L24/resid_post", "--ranks", "1,8,full", "--alphas", "0.3")

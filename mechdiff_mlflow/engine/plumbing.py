@@ -11,12 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.engine.chunks import in_chunks
+from mechdiff_mlflow.engine.model.chunks import in_chunks
+from mechdiff_mlflow.engine.model.hooks import tapped
 from mechdiff_mlflow.engine.patch_engine import PatchEngine
-from mechdiff_mlflow.engine.taps import tapped
-from mechdiff_mlflow.engine.variants import VariantGroup
-from mechdiff_mlflow.prompts import TokenizedPrompts
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.engine.paths.variants import VariantGroup
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Relative difference of activations that the order of summation explains, after many blocks."""

@@ -13,7 +13,7 @@ from cli.test_run import SITE
 from mlflow.projects._project_spec import load_project
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap, identity_map
+from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 
 ROOT = Path(__file__).parents[2]
 STOPPED = "Stopped by the test."

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, Lfm2Config
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import Check, examine
-from mechdiff_mlflow.pairs import Pair, load_pair
-from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import PairSpec, Position
+from mechdiff_mlflow.models.pairs import Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
+from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 
 def load(spec: Path) -> Pair:
