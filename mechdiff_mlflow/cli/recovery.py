@@ -76,7 +76,7 @@ def _resume(request: ResumeRequest) -> None:
     if known is None and not request.yes:
         raise MechdiffError(
             f"You did not begin run {run_id} on this machine ({who_began(run)}), so it is not resumed "
-            f"unasked; if you want `{line}` done here for it, run mechdiff resume {run_id} --yes."
+            f"unasked; if you want `{line}` done here for it, run {show.command('resume', run_id, '--yes')}"
         )
     show.lines([_on_one_line(f"Resuming {run.info.run_name} (run {run_id})."), _on_one_line(line)])
     place = () if request.tracking_uri is None else ("--tracking-uri", request.tracking_uri)
@@ -97,7 +97,7 @@ def _nothing_of_mine(shown: str, others: Sequence[str]) -> str:
     are = one if len(others) == 1 else f"{len(others)} runs of others or from other machines are"
     return (
         f"Nothing of yours in {shown} is unfinished; {are}: {'; '.join(others[:_LISTED])}{more}. "
-        "Name one: mechdiff resume RUN --yes"
+        f"Name one: {show.command('resume', 'RUN', '--yes')}"
     )
 
 
@@ -170,7 +170,7 @@ def _check_taken(run_id: str, asked: Request, field: str) -> None:
         flag, text = flag_of(field, option), option.kind.text(value)[:200]
         raise MechdiffError(
             f"Run {run_id}, which you did not begin on this machine, {asks} with {flag} {text!r}; say "
-            f"yourself what it is to be: mechdiff resume {run_id} --yes -- {flag} {field.upper()}."
+            f"yourself what it is to be: {show.command('resume', run_id, '--yes')} -- {flag} {field.upper()}."
         )
 
 
@@ -178,7 +178,8 @@ def list_stuck(store: Store, *, repair: bool, ids: Sequence[str]) -> None:
     """Show, and if asked end, the runs that stay RUNNING for ever."""
     found = stuck_runs(store, watch=repair)
     if unknown := set(ids) - {one.run_id for one in found}:
-        raise MechdiffError(f"Run {min(unknown)} is not stuck; see mechdiff runs --stuck for those that are.")
+        stuck = show.command("runs", "--stuck")
+        raise MechdiffError(f"Run {min(unknown)} is not stuck; those that are: {stuck}")
     if not found:
         show.lines(["No run is stuck."])
         return

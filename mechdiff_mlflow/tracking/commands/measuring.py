@@ -32,7 +32,7 @@ from mechdiff_mlflow.tracking.content.parents import report_pass_run
 from mechdiff_mlflow.tracking.flavour import maps_of_run
 from mechdiff_mlflow.tracking.registry.fetch import load_map
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused, demand_may_promote, promote
+from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused, promote
 from mechdiff_mlflow.tracking.registry.registry import winners_of
 from mechdiff_mlflow.tracking.store.store import open_store
 
@@ -51,26 +51,26 @@ def run(request: RunRequest, caller: Caller = PYTHON) -> Result:
                 "α would be chosen on the val prompts that are reported, and such a map may not be promoted; "
                 "report test, give one --alpha, or add --force."
             )
-        demand_may_promote(open_store(request.tracking_uri), request.spec.name, cell.site)
     notes: list[str] = []
     versions = []
     refused = ""
-    with session(request, str(cell), caller, partial(check_cells, [cell])) as now:
+    promotes = [] if request.promote is None else [cell.site.slug]
+    with session(request, str(cell), caller, partial(check_cells, [cell]), promotes=promotes) as now:
         (fit,) = now.study.fit([cell])
         map_run = now.run.log(fields.fit_run(fit, now.study))
         (patch,) = now.study.patch([fit.to_patch])
-        now.run.log(fields.patch_run(patch, now.study, map_run=map_run))
+        measured = now.run.log(fields.patch_run(patch, now.study, map_run=map_run))
         now.run.add(fields.headline(patch))
         _require_signal(patch)
         if request.promote is not None:
             try:
                 version = promote(
                     now.store,
-                    map_run,
+                    measured,
                     alias=request.promote,
                     policy=PromotionPolicy(force=request.force),
                     say=notes.append,
-                    demand=now.run.demand,
+                    here=now.run,
                     read=fit.map,
                 )
                 versions.append(version)

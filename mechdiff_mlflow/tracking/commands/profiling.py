@@ -39,7 +39,8 @@ def atlas(request: AtlasRequest, caller: Caller = PYTHON) -> Result:
     notes: list[str] = []
     refused: list[str] = []
     versions = []
-    with session(request, f"atlas of {request.pair}", caller, check) as now:
+    promotes = [rf"L\d+-{hook}" for hook in request.hooks] if request.promote_best else []
+    with session(request, f"atlas of {request.pair}", caller, check, promotes=promotes) as now:
         found = measured_atlas.atlas(
             now.study,
             hooks=request.hooks,
@@ -58,7 +59,8 @@ def atlas(request: AtlasRequest, caller: Caller = PYTHON) -> Result:
                         alias=request.alias,
                         policy=PromotionPolicy(force=request.force),
                         say=notes.append,
-                        demand=now.run.demand,
+                        here=now.run,
+                        read=found.fits[site].map,
                     )
                     versions.append(version)
                 except PromotionRefused as refusal:

@@ -28,6 +28,7 @@ from mechdiff_mlflow.tracking.commands.computing import workers_of
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
+from mechdiff_mlflow.tracking.registry.promotion import demand_may_promote
 from mechdiff_mlflow.tracking.registry.registry import Version
 from mechdiff_mlflow.tracking.runs.enclosing import experiment_of
 from mechdiff_mlflow.tracking.runs.recovery import Command, user_of
@@ -150,6 +151,7 @@ def session(
     check: Callable[[Protocol, Pair], None] = check_pair,
     *,
     position: Position | None = None,
+    promotes: Sequence[str] = (),
 ) -> Iterator[Session]:
     """A tracked run around a study of the pair of a request.
 
@@ -159,12 +161,15 @@ def session(
         caller: Who asks.
         check: Refuses what is impossible for the pair, of which no weights have been loaded.
         position: In place of the request's.
+        promotes: Slugs of the sites whose maps it may register, as regular expressions.
     """
     spec, protocol = request.spec, request.protocol
     params: dict[str, ParamValue] = dict(request.params())
     if position is not None:
         protocol, params["position"] = replace(protocol, position=position), str(position)
     store, resumed = open_store(request.tracking_uri), caller.resumed
+    if promotes:
+        demand_may_promote(store, spec.name, promotes)
     if resumed is not None and spec.trust_remote_code and not resumed.trusts:
         raise MechdiffError(
             f"Pair {request.pair[:200]!r} says trust_remote_code: true, and nothing on this machine says "
