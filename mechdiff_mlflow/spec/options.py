@@ -132,8 +132,8 @@ class Option:
     is_technical: bool = False
     is_resumed: bool = True
 
-    def checked(self, value: Any) -> Any:
-        """A value, or the text of one, in the type of the field.
+    def checked(self, name: str, value: Any) -> Any:
+        """The value of the field called `name`, in its type; it may be given as text.
 
         Raises:
             MechdiffError: It is not allowed.
@@ -143,7 +143,8 @@ class Option:
         if self.is_repeated:
             return tuple(self.kind.read(self.kind.text(item)) for item in value)
         if (value is None and not self.kind.none) or (self.kind is FLAG and not isinstance(value, bool)):
-            raise MechdiffError(f"{self.flag or self.help} cannot be {value!r}; give a {self.kind.name}.")
+            wanted = "True or False" if self.kind is FLAG else f"a {self.kind.name}"
+            raise MechdiffError(f"{name} is {value!r}; give {wanted}.")
         return value if self.kind is FLAG else self.kind.read(self.kind.text(value))
 
 
@@ -173,7 +174,7 @@ class Request:
 
     def __post_init__(self) -> None:
         for name, option in self.options().items():
-            object.__setattr__(self, name, option.checked(getattr(self, name)))
+            object.__setattr__(self, name, option.checked(name, getattr(self, name)))
 
     @classmethod
     def options(cls) -> dict[str, Option]:
