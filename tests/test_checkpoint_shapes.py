@@ -362,6 +362,20 @@ def test_multimodal_models_are_read_whole(spec: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("T5Config", r"is an encoder with a decoder \(t5\), .*; name a decoder-only model"),
+        ("BartConfig", r"is an encoder with a decoder \(bart\), .*; name a decoder-only model"),
+        ("ViTConfig", r"is no causal language model \(vit\), .*; name a decoder-only model"),
+    ],
+)
+def test_what_is_no_decoder_is_refused_before_weights(spec: Path, config: str, message: str) -> None:
+    getattr(transformers, config)().save_pretrained(spec.parent / "tuned")
+    with pytest.raises(MechdiffError, match=message):
+        load(spec)
+
+
+@pytest.mark.parametrize(
     ("config", "more"),
     [
         ("GPT2Config", {"n_positions": 12, "n_embd": 16, "n_layer": 2, "n_head": 2}),

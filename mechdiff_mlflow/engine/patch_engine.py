@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +23,15 @@ from mechdiff_mlflow.engine.recorded import Recorded, Shelf
 from mechdiff_mlflow.engine.routing import implementation
 from mechdiff_mlflow.engine.scoreboard import ScoreBoard
 from mechdiff_mlflow.engine.startup import MODES, choose_path, path_named
+from mechdiff_mlflow.engine.sums import without_unlike
 from mechdiff_mlflow.engine.sweep import SweepPath
 from mechdiff_mlflow.engine.variants import Path, ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
 from mechdiff_mlflow.prompts import TokenizedPrompts
 from mechdiff_mlflow.sites import Site
+
+_R = TypeVar("_R")
 
 
 class PatchEngine:
@@ -74,6 +79,8 @@ class PatchEngine:
                 "The model is in training mode, where dropout is random; call model.eval() first."
             )
         self.forward = PromptForward(Decoder.of(model, overrides))
+        if overrides is None or overrides == ModuleNames(layers=overrides.layers):
+            self.forward.decoder = self._tried(lambda: without_unlike(self.forward))
         self._fusion = Fusion.of(self.forward.decoder) if fused else Fusion()
         self._shelf = shelf or Shelf(budget)
         self._elastic = Elastic(bounds, self._shelf.give_up)
@@ -381,12 +388,22 @@ class PatchEngine:
         return path
 
     def _chosen(self, bounds: Bounds, *, spans: bool) -> Path:
+        choose = partial(choose_path, fusion=self._fusion, spans=spans)
+        return self._tried(lambda: choose(self.forward, self._mode, bounds))
+
+    def _tried(self, work: Callable[[], _R]) -> _R:
         try:
-            return choose_path(self.forward, self._mode, bounds, fusion=self._fusion, spans=spans)
-        except Exception as error:
+            return work()
+        except MechdiffError:
+            raise
+        except Exception as error:  # models of strangers fail in every way
             if is_out_of_memory(error):
                 raise does_not_fit("The short prompts of the start-up check do", str(error)) from error
-            raise
+            raise MechdiffError(
+                f"{type(self.forward.decoder.model).__name__} cannot be run on short prompts with hooks on its "
+                f"blocks ({type(error).__name__}: {str(error)[:200]}); take a model of a family that "
+                "docs/supported-models.md lists, or set modules.layers in the pair's spec to other blocks."
+            ) from error
 
     def _check(self, prompts: TokenizedPrompts, sites: Sequence[Site]) -> None:
         for site in sites:

@@ -53,7 +53,7 @@ def check_cells(cells: Sequence[Cell], protocol: Protocol, pair: Pair) -> None:
     """
     check_pair(protocol, pair)
     sites = dict.fromkeys(cell.site for cell in cells)
-    check_sites([*sites, *(elsewhere(site, pair.n_layers) for site in sites)], pair)
+    check_sites([*sites, *(elsewhere(site, pair) for site in sites)], pair)
     n_train, widths = len(Study(pair, protocol).train_prompts), _widths(pair)
     if n_train < 2:
         raise MechdiffError(f"{n_train} train prompt is too little to fit on; give --n-train 2 or more.")
