@@ -148,8 +148,8 @@ class Checkpoint:
             if found.is_encoder_decoder or not (own or any(type(found) in a._model_mapping for a in known)):
                 kind = "an encoder with a decoder" if found.is_encoder_decoder else "no causal language model"
                 raise MechdiffError(
-                    f"Model {self.place} of pair {self.spec.name!r} is {kind} ({found.model_type}), and prompts "
-                    "are continued by decoders alone here; name a decoder-only model."
+                    f"Model {self.place} of pair {self.spec.name!r} is {kind} ({found.model_type}), where "
+                    "prompts are continued by a decoder alone; name a decoder-only model."
                 )
             return found
 
@@ -238,7 +238,8 @@ def explained(what: str, place: str) -> Iterator[None]:
     except MechdiffError:
         raise
     except Exception as error:  # configurations and weights of strangers fail in every way
-        reason = " ".join(str(error).split()) or type(error).__name__
+        said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        reason = " ".join(said.split()) or type(error).__name__
         is_local = os.path.isabs(place)
         if isinstance(error, ImportError) or "requires `accelerate`" in reason:
             remedy = "install what it needs, e.g. mechdiff-mlflow[multigpu] for a device map"

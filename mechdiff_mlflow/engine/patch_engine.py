@@ -400,8 +400,8 @@ class PatchEngine:
             if is_out_of_memory(error):
                 raise does_not_fit("The short prompts of the start-up check do", str(error)) from error
             raise MechdiffError(
-                f"{type(self.forward.decoder.model).__name__} cannot be run on short prompts with hooks on its "
-                f"blocks ({type(error).__name__}: {str(error)[:200]}); take a model of a family that "
+                f"{type(self.forward.decoder.model).__name__} cannot be run on short prompts with hooks on "
+                f"its blocks ({type(error).__name__}: {str(error)[:200]}); take a model of a family that "
                 "docs/supported-models.md lists, or set modules.layers in the pair's spec to other blocks."
             ) from error
 

@@ -1,4 +1,4 @@
-"""Whether blocks add to the residual stream what their sublayers give, as `attn_out` and `mlp_out` promise."""
+"""Whether blocks add what their sublayers give, as `attn_out` and `mlp_out` promise."""
 
 from __future__ import annotations
 

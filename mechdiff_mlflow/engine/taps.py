@@ -30,8 +30,8 @@ def tapped(decoder: Decoder, site: Site, edit: Edit, n_prompts: int | Callable[[
     def edited(hidden: Tensor) -> Tensor | None:
         if not 2 <= hidden.dim() <= 3:
             raise MechdiffError(
-                f"The activation at {site} has the shape {list(hidden.shape)}, where prompts, tokens and width "
-                "were expected; such a residual stream cannot be patched, so take a model of another family."
+                f"The activation at {site} has the shape {list(hidden.shape)}, where prompts, tokens and "
+                "width were expected; such a stream cannot be patched, so take a model of another family."
             )
         # OPT flattens prompts and tokens before its MLP.
         n = n_prompts if isinstance(n_prompts, int) else n_prompts()

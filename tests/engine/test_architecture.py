@@ -32,7 +32,7 @@ def test_llama_is_found() -> None:
 def test_unknown_models_name_the_override_and_what_there_is() -> None:
     odd = Odd(tiny.llama())
     assert Decoder.of(odd).blocks[3].module is odd.stack[3], "the only list of that length"
-    with pytest.raises(MechdiffError, match=r"L0/attn_out .*; take hook resid_pre or resid_post, or set modul"):
+    with pytest.raises(MechdiffError, match=r"L0/attn_out .* hook resid_pre or resid_post, or set modules"):
         Decoder.of(odd).check(Site(0, Hook.ATTN_OUT))
     odd.stack.pop(3)
     with pytest.raises(

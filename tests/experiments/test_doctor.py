@@ -55,7 +55,7 @@ def test_a_hybrid_is_sound_and_says_where_it_has_attention(tmp_path: Path) -> No
     pair = load(tmp_path / "toy.yaml")
     assert not failed(pair)
     with pair.tuned.engine() as engine:
-        with pytest.raises(MechdiffError, match="take one of layers 1, 3, or hook resid_pre or resid_post, or set"):
+        with pytest.raises(MechdiffError, match="take one of layers 1, 3, or hook resid_pre or resid_post"):
             engine.forward.decoder.check(Site(2, Hook.ATTN_OUT))
         engine.forward.decoder.check(Site(1, Hook.ATTN_OUT))
 
