@@ -55,8 +55,8 @@ def check_folder(folder: Path) -> None:
         if cut and not quantized:
             raise MechdiffError(
                 f"{path} holds {len(cut)} weights as whole numbers ({cut[0][:80]} as "
-                f"{tensors[cut[0]]['dtype']}) and nothing says their scales; save it again in float32 or bfloat16, or put the config.json "
-                "with its quantization_config beside it."
+                f"{tensors[cut[0]]['dtype']}) and nothing says their scales; save it again in float32 or "
+                "bfloat16, or put the config.json with its quantization_config beside it."
             )
         twice = next((name for name in tensors if name in homes), None) if path.name in shards else None
         if twice is not None:

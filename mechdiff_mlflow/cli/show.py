@@ -21,7 +21,7 @@ from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.adapting import AdapterRecord
 from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows
+from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, leak_lines
 from mechdiff_mlflow.report.evidence import Quoted, of_record
 from mechdiff_mlflow.shown import plain
 from mechdiff_mlflow.stats import Interval
@@ -134,6 +134,7 @@ def adapter(record: AdapterRecord, folder: Path) -> None:
     for cells in closeness_rows(record):
         _row(table, *cells)
     _console().print(table)
+    lines(leak_lines(record))
 
 
 def frame(table: pd.DataFrame) -> None:

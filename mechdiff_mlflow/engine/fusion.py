@@ -93,7 +93,9 @@ def _fused(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if "forward" in module.__dict__:  # somebody else's, such as accelerate's
         return None
     weight = next(module.parameters(), None)
-    for forward, width in _candidates(module) if weight is not None else ():
+    if weight is None:
+        return None
+    for forward, width in _candidates(module):
         x = torch.randn(4, width, device=weight.device, generator=_generator(weight.device)).to(weight.dtype)
         try:
             if _agree(forward(x), module(x)):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdiff_mlflow import adapters, stats
+from mechdiff_mlflow import adapters, selection, stats
 from mechdiff_mlflow.adapters import Form
 from mechdiff_mlflow.attach import Tokens, attached
 from mechdiff_mlflow.engine.architecture import Decoder
@@ -62,6 +62,7 @@ class AdapterRecord:
         closeness: By what is done to base: `base`, `map at the decision token`, `adapter`, and `ceiling`,
             tuned's own activation put there at the decision token, the most a map can do at that token;
             empty when base and tuned have different vocabularies.
+        leak: What was chosen for the map on the prompts measured on; None where nobody knows.
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class AdapterRecord:
     split: str
     n: int
     closeness: dict[str, Closeness]
+    leak: tuple[str, ...] | None
 
 
 def make_adapter(
@@ -125,7 +127,8 @@ def make_adapter(
     closeness = _closeness(pair, the_map, site, folder, prompts)
     written = Form.HOOK if found is None else Form.PEFT
     return AdapterRecord(
-        *(folder, written, site, target, rank, the_map.alpha, merges, split, len(prompts), closeness)
+        *(folder, written, site, target, rank, the_map.alpha, merges, split, len(prompts), closeness),
+        selection.leaks(the_map, prompts),
     )
 
 

@@ -21,7 +21,13 @@ def check_pair(protocol: Protocol, pair: Pair) -> None:
     Raises:
         MechdiffError: There are not, or they cannot; or what is planted does not fit the model.
     """
-    for prompts in Study(pair, protocol).prompt_sets:
+    study = Study(pair, protocol)
+    if study.report_prompts.n_groups < 2:
+        raise MechdiffError(
+            f"{len(study.report_prompts)} {protocol.split} prompts, {study.report_prompts.n_groups} of them "
+            "independent, give no interval; pass a larger --n, or add prompts of another group to the file."
+        )
+    for prompts in study.prompt_sets:
         pair.check_same_tokens(prompts, protocol.position)
     plant, widths = pair.spec.tuned.plant, _widths(pair)
     if plant is not None:

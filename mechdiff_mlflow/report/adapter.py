@@ -7,7 +7,7 @@ from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments.adapting import CEILING, AdapterRecord
 from mechdiff_mlflow.maps import AffineMap, Family
 from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.selection import META
+from mechdiff_mlflow.selection import META, REMEDY, sentence
 from mechdiff_mlflow.stats import Interval
 
 CLOSENESS_HEADS = ("base with", "KL(it ‖ tuned), nats", "of the way to tuned, %", "tuned's top token")
@@ -102,8 +102,15 @@ def _table(record: AdapterRecord) -> list[str]:
         "The third line puts tuned's own activation there, at the decision token: the most that a map can "
         "do at that token; the rest of the way is due to other places. The adapter acts on the tokens "
         "before it too.",
+        *leak_lines(record),
     ]
     return rows
+
+
+def leak_lines(record: AdapterRecord) -> list[str]:
+    """What a reader must know of how the map was chosen, and what helps; none where nothing was."""
+    text = sentence(record.leak)
+    return [f"{text}. For a number without that, {REMEDY}."] if text else []
 
 
 def closeness_rows(record: AdapterRecord) -> list[tuple[str, str, str, str]]:

@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
             "laurel_rank": 4,
             "activation_sparsity_pattern": [0.0, 0.0],
         },
-        r"L0/resid_pre has the shape \[2, 1, 7, 32\], .* so take a model of another family",
+        r"L0/resid_pre has the shape \[2, 1, 7, 32\], .* take a model of another family",
     ),
 }
 

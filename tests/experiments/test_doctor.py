@@ -9,11 +9,14 @@ import toy as toys
 from transformers import AutoModelForCausalLM, Lfm2Config
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.doctor import Check, examine
+from mechdiff_mlflow.experiments.fitting import elsewhere
+from mechdiff_mlflow.experiments.possible import check_cells
 from mechdiff_mlflow.pairs import Pair, load_pair
 from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts
 from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import PairSpec, Position
+from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
 
 
 def load(spec: Path) -> Pair:
@@ -58,6 +61,14 @@ def test_a_hybrid_is_sound_and_says_where_it_has_attention(tmp_path: Path) -> No
         with pytest.raises(MechdiffError, match="take one of layers 1, 3, or hook resid_pre or resid_post"):
             engine.forward.decoder.check(Site(2, Hook.ATTN_OUT))
         engine.forward.decoder.check(Site(1, Hook.ATTN_OUT))
+    # The wrong-layer control is where there is such a site too.
+    asked = [Site(1, Hook.ATTN_OUT), Site(3, Hook.ATTN_OUT)]
+    assert [elsewhere(site, pair).layer for site in asked] == [3, 1]
+    cells = [Cell(site, "ridge", "update", Rank(None), Alpha((1.0,))) for site in asked]
+    check_cells(cells, Protocol(), pair)
+    study = Study(pair, Protocol(n_resamples=20))
+    records = study.patch([(fit.cell, fit.map) for fit in study.fit(cells)])
+    assert all("wrong_layer" in record.controls for record in records)
 
 
 def test_two_copies_of_one_model_are_noticed(toy: Path, tmp_path: Path) -> None:
