@@ -37,10 +37,10 @@ from mlflow.tracking import MlflowClient
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from mechdiff_mlflow.tracking.provenance import code_version  # noqa: E402
-from mechdiff_mlflow.tracking.records import RunRecord  # noqa: E402
-from mechdiff_mlflow.tracking.runs import Tracker  # noqa: E402
-from mechdiff_mlflow.tracking.store import open_store, prepare_process  # noqa: E402
+from mechdiff_mlflow.tracking.content.records import RunRecord  # noqa: E402
+from mechdiff_mlflow.tracking.runs.provenance import code_version  # noqa: E402
+from mechdiff_mlflow.tracking.runs.runs import Tracker  # noqa: E402
+from mechdiff_mlflow.tracking.store.store import open_store, prepare_process  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 EXPERIMENT = "shared"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.dense_reference import dense_weight
-from mechdiff_mlflow.maps import Family
+from mechdiff_mlflow.maps.affine import Family
 from mechdiff_mlflow.solvers import SOLVERS, OffSpan, PairedSpectrum, Solution, fit_spectrum
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, None)

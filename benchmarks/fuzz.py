@@ -21,17 +21,18 @@ from typing import Any
 
 import torch
 
-from mechdiff_mlflow import torchzip, untrusted
-from mechdiff_mlflow.bundles import Manifest
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.planted import Plant
-from mechdiff_mlflow.prompts import read_prompts
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import Alpha, PairSpec, Rank
+from mechdiff_mlflow.maps import torch_zip as torchzip
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.spec import untrusted
+from mechdiff_mlflow.spec.pair_spec import Alpha, PairSpec, Rank
+from mechdiff_mlflow.spec.plant import Plant
+from mechdiff_mlflow.spec.prompts import read_prompts
+from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.tracking.content.names import check_alias, check_name
 from mechdiff_mlflow.tracking.flavour import _flavour_conf
-from mechdiff_mlflow.tracking.names import check_alias, check_name
-from mechdiff_mlflow.tracking.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.predecessor.bundles import Manifest
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 
 _FOLDER = Path(tempfile.gettempdir())
 

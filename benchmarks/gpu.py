@@ -32,10 +32,10 @@ import transformers
 from torch import Tensor
 
 from mechdiff_mlflow.engine import PatchEngine, Recorded, VariantGroup
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.prompts import TokenizedPrompts
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.solvers import PairedSpectrum, fit_spectrum
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 HOOKS = (Hook.ATTN_OUT, Hook.MLP_OUT, Hook.RESID_POST)
 PER_SITE = 4

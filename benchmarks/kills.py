@@ -30,15 +30,15 @@ import mlflow
 import torch
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.tracking import registry
-from mechdiff_mlflow.tracking.fetch import load_map, read_back
-from mechdiff_mlflow.tracking.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.promotion import promote
-from mechdiff_mlflow.tracking.provenance import code_version
-from mechdiff_mlflow.tracking.records import RunRecord
-from mechdiff_mlflow.tracking.runs import Tracker
-from mechdiff_mlflow.tracking.store import Store, open_store
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.registry import registry
+from mechdiff_mlflow.tracking.registry.fetch import load_map, read_back
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.registry.promotion import promote
+from mechdiff_mlflow.tracking.runs.provenance import code_version
+from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.store.store import Store, open_store
 
 NAME = "kill-L0-attn_out"
 WIDTH = 6

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mechdiff_mlflow.duplicates import NEAR_DUPLICATE, near_duplicates, shingles
+from mechdiff_mlflow.spec.duplicates import NEAR_DUPLICATE, near_duplicates, shingles
 
 WORDS = [f"v{i}" for i in range(20_000)]
 TEMPLATE = [f"t{i}" for i in range(40)]

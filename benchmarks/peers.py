@@ -182,9 +182,9 @@ def run(arguments: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from mechdiff_mlflow.engine import PatchEngine, VariantGroup
-    from mechdiff_mlflow.metrics import NextToken, compare_rows, next_token_divergences
-    from mechdiff_mlflow.prompts import TokenizedPrompts
-    from mechdiff_mlflow.sites import Hook, Site
+    from mechdiff_mlflow.measures.metrics import NextToken, compare_rows, next_token_divergences
+    from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+    from mechdiff_mlflow.spec.sites import Hook, Site
 
     torch.set_grad_enabled(False)
     torch.set_num_threads(arguments.threads)

@@ -34,8 +34,8 @@ import torch
 
 from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.experiments.workers.cluster import _environment, _of_our_own
-from mechdiff_mlflow.tracking.provenance import code_version
-from mechdiff_mlflow.tracking.store import Store, open_store
+from mechdiff_mlflow.tracking.runs.provenance import code_version
+from mechdiff_mlflow.tracking.store.store import Store, open_store
 
 N_NODES = 4
 N_KILLS = 8

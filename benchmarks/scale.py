@@ -25,7 +25,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from benchmarks.gpu import HOOKS, PER_SITE, Shape
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LLAMA_70B = Shape(layers=80, width=8192, mlp_width=28672, heads=64)

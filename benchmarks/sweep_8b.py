@@ -43,18 +43,18 @@ from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
 from mechdiff_mlflow.experiments.doctor import demand_sound
 from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers
-from mechdiff_mlflow.pairs import Pair, Side
-from mechdiff_mlflow.prompts import check_disjoint, read_prompts
+from mechdiff_mlflow.models.model_cache import Residence
+from mechdiff_mlflow.models.pairs import Pair, Side
 from mechdiff_mlflow.report.curves import curve_figures
 from mechdiff_mlflow.report.evidence import of_record
 from mechdiff_mlflow.report.figures import write_figures
-from mechdiff_mlflow.residence import Residence
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import SPLITS, Cell, PairSpec, Rank
-from mechdiff_mlflow.tracking import fields
+from mechdiff_mlflow.spec.pair_spec import SPLITS, Cell, PairSpec, Rank
+from mechdiff_mlflow.spec.prompts import check_disjoint, read_prompts
+from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.flavour import maps_of
-from mechdiff_mlflow.tracking.runs import Tracker
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.store.store import open_store
 
 N_SITES = 10
 ALPHAS = (0.5, 1.0)

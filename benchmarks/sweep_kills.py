@@ -58,8 +58,8 @@ from faults.snapshot import INSTALLED, PARENT_TAG, Snapshot, active_runs, parent
 from mlflow.tracking import MlflowClient  # noqa: E402
 from tracking.servers import serving  # noqa: E402
 
-from mechdiff_mlflow.tracking.lease import LEASE_TAG  # noqa: E402
-from mechdiff_mlflow.tracking.provenance import code_version  # noqa: E402
+from mechdiff_mlflow.tracking.runs.provenance import code_version  # noqa: E402
+from mechdiff_mlflow.tracking.runs.run_lock import LEASE_TAG  # noqa: E402
 
 RAY_SWEEP = (*SWEEP, "--engine", "ray", "--workers", "2")
 MARK = "MECHDIFF_FAULTS_MARK"

@@ -26,9 +26,9 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from team.postgres import postgres
 from team.server import ADMIN, Server, team_server
 
-from mechdiff_mlflow.tracking.records import RunRecord
-from mechdiff_mlflow.tracking.runs import Tracker
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.store.store import open_store
 
 ARTIFACT_BYTES = 2**20
 

@@ -51,13 +51,13 @@ from team.server import serve
 
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks
-from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.pairs import load_pair
-from mechdiff_mlflow.spec import PairSpec, Rank
-from mechdiff_mlflow.tracking import fields
-from mechdiff_mlflow.tracking.records import RunRecord, param_text
-from mechdiff_mlflow.tracking.runs import Tracker
-from mechdiff_mlflow.tracking.store import Store, open_store
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.models.pairs import load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec, Rank
+from mechdiff_mlflow.tracking.content import fields
+from mechdiff_mlflow.tracking.content.records import RunRecord, param_text
+from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.store.store import Store, open_store
 
 SITES = tuple(f"L{layer}/{hook}" for layer in range(24, 29) for hook in ("attn_out", "resid_post"))
 RANKS = ("1", "2", "4", "8", "12", "16", "24", "32", "48", "full")

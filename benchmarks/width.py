@@ -25,10 +25,9 @@ import torch
 
 from benchmarks.fits import RANKS, site
 from benchmarks.gpu import HOOKS, PER_SITE, Shape, noisy, prompts_of, seconds
-from mechdiff_mlflow import controls
 from mechdiff_mlflow.engine import PatchEngine
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.solvers import PairedSpectrum, fit_spectrum
+from mechdiff_mlflow.solvers import PairedSpectrum, controls, fit_spectrum
+from mechdiff_mlflow.spec.sites import Site
 
 SHAPES = ((8, 4096, 14336, 32), (4, 8192, 28672, 64), (8, 8192, 28672, 64))
 """Layers, width, MLP and heads: an 8B model's blocks, then a 70B one's."""

@@ -9,33 +9,34 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from mechdiff_mlflow.spec.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from mechdiff_mlflow.attach import attached as attached
     from mechdiff_mlflow.errors import MechdiffError as MechdiffError
     from mechdiff_mlflow.experiments import Protocol as Protocol
     from mechdiff_mlflow.experiments import Study as Study
-    from mechdiff_mlflow.maps import AffineMap as AffineMap
-    from mechdiff_mlflow.pairs import load_pair as load_pair
-    from mechdiff_mlflow.sites import Site as Site
-    from mechdiff_mlflow.spec import PairSpec as PairSpec
-    from mechdiff_mlflow.tracking.fetch import load_map as load_map
+    from mechdiff_mlflow.maps.affine import AffineMap as AffineMap
+    from mechdiff_mlflow.models.attach import attached as attached
+    from mechdiff_mlflow.models.pairs import load_pair as load_pair
+    from mechdiff_mlflow.spec.pair_spec import PairSpec as PairSpec
+    from mechdiff_mlflow.spec.sites import Site as Site
     from mechdiff_mlflow.tracking.flavour import load_model as load_model
     from mechdiff_mlflow.tracking.flavour import log_model as log_model
     from mechdiff_mlflow.tracking.flavour import save_model as save_model
+    from mechdiff_mlflow.tracking.registry.fetch import load_map as load_map
 
-__version__ = "0.1.0"
 
 _HOMES = {
-    "AffineMap": "maps",
-    "attached": "attach",
+    "AffineMap": "maps.affine",
+    "attached": "models.attach",
     "MechdiffError": "errors",
-    "PairSpec": "spec",
+    "PairSpec": "spec.pair_spec",
     "Protocol": "experiments",
-    "Site": "sites",
+    "Site": "spec.sites",
     "Study": "experiments",
-    "load_map": "tracking.fetch",
+    "load_map": "tracking.registry.fetch",
     "load_model": "tracking.flavour",
-    "load_pair": "pairs",
+    "load_pair": "models.pairs",
     "log_model": "tracking.flavour",
     "save_model": "tracking.flavour",
 }

@@ -1,6 +1,6 @@
 """The one error that users see."""
 
-from mechdiff_mlflow.shown import cut, plain
+from mechdiff_mlflow.text import cut, plain
 
 MAX_CHARS = 2000
 """Of a message: what is wrong stands at its start and what to do at its end, so that both are kept."""
@@ -15,8 +15,3 @@ class MechdiffError(Exception):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(cut(plain(cut(str(message), MAX_CHARS)), MAX_CHARS))
-
-
-def is_text(text: str) -> bool:
-    """Whether a text can be stored: it has no lone surrogates, which stand for bytes that are not UTF-8."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -21,10 +21,10 @@ sys.path[:0] = [str(ROOT)]
 
 from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study  # noqa: E402
 from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks  # noqa: E402
-from mechdiff_mlflow.pairs import Pair, load_pair  # noqa: E402
-from mechdiff_mlflow.sites import Hook, Site  # noqa: E402
-from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Rank  # noqa: E402
-from mechdiff_mlflow.stats import Interval  # noqa: E402
+from mechdiff_mlflow.measures.stats import Interval  # noqa: E402
+from mechdiff_mlflow.models.pairs import Pair, load_pair  # noqa: E402
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Rank  # noqa: E402
+from mechdiff_mlflow.spec.sites import Hook, Site  # noqa: E402
 
 PAGE = ROOT / "docs" / "is-my-number-real.md"
 IMAGES = ROOT / "docs" / "img"

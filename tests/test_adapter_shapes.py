@@ -18,9 +18,9 @@ from test_checkpoint_shapes import Weights, check_side, load, prefixed, without
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.pairs import load_pair
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import PairSpec, Position
+from mechdiff_mlflow.models.pairs import load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 TEXT = toys.SPEC.replace("{model: tuned}", "{adapter: lora}")
 LINEAR: dict[str, Any] = {"target_modules": ["q_proj", "o_proj"]}
@@ -260,7 +260,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_adapter_configurations_out_of_bounds(
     spec: Path, shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mechdiff_mlflow.peft_adapters._MATCH_SECONDS", 1.0)
+    monkeypatch.setattr("mechdiff_mlflow.models.peft_adapters._MATCH_SECONDS", 1.0)
     fields, message = CONFIGS[shape]
     file = write(spec, peft.LoraConfig(**LORA)) / "adapter_config.json"
     good = file.read_text()

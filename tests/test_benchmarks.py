@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import fits, gpu, sweep_8b, tracking_cost
 from benchmarks.tracking_cost import FLUENT, OURS, WAYS, Sweep, check
-from mechdiff_mlflow.maps import AffineMap, Weight
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
 from mechdiff_mlflow.solvers import SOLVERS
-from mechdiff_mlflow.tracking.records import PromptSet, RunRecord
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.tracking.content.records import PromptSet, RunRecord
+from mechdiff_mlflow.tracking.store.store import open_store
 
 
 def test_fits_compares_every_ranked_solver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,9 +16,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.bundles import EPS, Manifest, bundle_file, key_of, read_bundle, write_manifest
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap, Weight
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.tracking.predecessor.bundles import (
+    EPS,
+    Manifest,
+    bundle_file,
+    key_of,
+    read_bundle,
+    write_manifest,
+)
 
 D = 7
 

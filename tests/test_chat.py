@@ -15,14 +15,14 @@ from test_prompts import TEMPLATE, prompts, tokenizer, words
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from mechdiff_mlflow import bounded as bounds
-from mechdiff_mlflow import chat
-from mechdiff_mlflow.chat import read, tokenize
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import examine
-from mechdiff_mlflow.pairs import Pair, load_pair
-from mechdiff_mlflow.prompts import Prompt, PromptSet
-from mechdiff_mlflow.spec import PairSpec, Position
+from mechdiff_mlflow.models import bounded as bounds
+from mechdiff_mlflow.models import chat
+from mechdiff_mlflow.models.chat import read, tokenize
+from mechdiff_mlflow.models.pairs import Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
+from mechdiff_mlflow.spec.prompts import Prompt, PromptSet
 
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m.content }} {% endfor %}"
 NO_GENERATION = "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }} <end>{% endfor %}"

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.pairs import EngineOptions, Pair, load_base, load_pair
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import PairSpec, Position
+from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_base, load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 Weights = dict[str, Tensor]
 SITE = Site(1, Hook.ATTN_OUT)

@@ -17,11 +17,11 @@ from cli.conftest import Invoke, client, empty_store, here, mechdiff  # noqa: F4
 from test_pairs import activations
 from transformers import AutoModelForCausalLM
 
-from mechdiff_mlflow.checkpoints import Checkpoint
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import examine
-from mechdiff_mlflow.pairs import Pair, load_pair
-from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.models.checkpoints import Checkpoint
+from mechdiff_mlflow.models.pairs import Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 

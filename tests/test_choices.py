@@ -1,11 +1,11 @@
 import pytest
 
-from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import Family
-from mechdiff_mlflow.sites import Hook
+from mechdiff_mlflow.maps.affine import Family
 from mechdiff_mlflow.solvers import OffSpan
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.spec.choices import Choice
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.sites import Hook
 
 CHOICES = (Family, Hook, OffSpan, Position)
 

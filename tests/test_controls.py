@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.dense_reference import eye, power, shrunk_covariance
-from mechdiff_mlflow.controls import CONTROLS, applicable_controls, control_map, shuffled_pairs
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.moments import PairedMoments
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.measures.moments import PairedMoments
 from mechdiff_mlflow.solvers import PairedSpectrum, fit_spectrum
+from mechdiff_mlflow.solvers.controls import CONTROLS, applicable_controls, control_map, shuffled_pairs
 
 
 def rows(n: int, d_in: int = 12, d_out: int = 12) -> tuple[Tensor, Tensor]:

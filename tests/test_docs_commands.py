@@ -13,8 +13,8 @@ from cli.conftest import empty_store, here  # noqa: F401
 from cli.test_examples import COMMANDS
 from click.testing import CliRunner
 
-from mechdiff_mlflow import spec
 from mechdiff_mlflow.cli import cli
+from mechdiff_mlflow.spec import pair_spec as spec
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/the-experiment.md", "docs/is-my-number-real.md", "docs/winners.md")

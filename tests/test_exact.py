@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.exact import number_in, text_of
 from mechdiff_mlflow.experiments.sweep import SweepSite
-from mechdiff_mlflow.planted import Plant
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Alpha, Cell, Rank
-from mechdiff_mlflow.tracking.records import check_key, param_text
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
+from mechdiff_mlflow.spec.plant import Plant
+from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.text import number_in, text_of
+from mechdiff_mlflow.tracking.content.records import check_key, param_text
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 SCALES = st.floats(min_value=0, allow_nan=False, allow_infinity=False)

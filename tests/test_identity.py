@@ -18,10 +18,10 @@ from test_pairs import activations
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mechdiff_mlflow.checkpoints import load_adapter, pinned
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.pairs import EngineOptions, Pair, load_base, load_pair
-from mechdiff_mlflow.spec import PairSpec, Position
+from mechdiff_mlflow.models.checkpoints import load_adapter, pinned
+from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_base, load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
 
 OLD, NEW = "a1" * 20, "b2" * 20
 

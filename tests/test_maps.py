@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap, Weight
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
 
 SUFFIXES = pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 

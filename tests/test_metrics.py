@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
+from mechdiff_mlflow.measures.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
 
 
 def reference_kl(p_logits: Tensor, q_logits: Tensor) -> float:

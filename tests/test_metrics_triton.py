@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from mechdiff_mlflow.metrics import NextToken, compare_rows
+from mechdiff_mlflow.measures.metrics import NextToken, compare_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="Triton is not installed (torch for CUDA brings it)")
@@ -18,7 +18,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
-    from mechdiff_mlflow import metrics_triton
+    from mechdiff_mlflow.measures import metrics_triton
 
     return metrics_triton
 

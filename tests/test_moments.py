@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.moments import PairedMoments
+from mechdiff_mlflow.measures.moments import PairedMoments
 
 
 def rows(n: int, d_in: int = 3, d_out: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

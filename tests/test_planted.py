@@ -11,14 +11,14 @@ from torch import nn
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import rows
 from mechdiff_mlflow.experiments.progress import silent
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.pairs import Pair, load_pair
-from mechdiff_mlflow.planted import Plant, operator, plant_in
-from mechdiff_mlflow.similarity import rho
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.measures.similarity import rho
+from mechdiff_mlflow.measures.stats import min_k
+from mechdiff_mlflow.models.pairs import Pair, load_pair
+from mechdiff_mlflow.models.planted import Plant, operator, plant_in
 from mechdiff_mlflow.solvers import PairedSpectrum, fit_spectrum, identity_scale
-from mechdiff_mlflow.spec import PairSpec, Position
-from mechdiff_mlflow.stats import min_k
+from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 RANKS = (1, 2, 3, 4, 5, 8, 16)
 TEXT = "planted:attn_out:L14:r4:alpha0.7"

@@ -12,11 +12,11 @@ from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from mechdiff_mlflow.chat import tokenize
-from mechdiff_mlflow.duplicates import NEAR_DUPLICATE, near_duplicates, shingles
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.prompts import Prompt, PromptSet, check_disjoint, read_prompts
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.models.chat import tokenize
+from mechdiff_mlflow.spec.duplicates import NEAR_DUPLICATE, near_duplicates, shingles
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import Prompt, PromptSet, check_disjoint, read_prompts
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content | trim }} <end>{% endfor %}"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from benchmarks import scale
 from benchmarks.gpu import Shape
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 ROOT = Path(__file__).parents[1]
 SMALL = Shape(layers=2, width=8, mlp_width=16, heads=2, key_heads=1, vocabulary=10)

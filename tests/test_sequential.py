@@ -26,9 +26,9 @@ from mechdiff_mlflow.experiments.heads import heads_of
 from mechdiff_mlflow.experiments.layers import layer_profile
 from mechdiff_mlflow.experiments.progress import silent
 from mechdiff_mlflow.experiments.rows import score
-from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 CELL = Cell(Site(3, Hook.RESID_POST), "procrustes_scaled", "update", Rank(None), Alpha.parse("auto"))
 
@@ -165,7 +165,7 @@ def test_auto_holds_one_where_two_do_not_fit(toy: Path, monkeypatch: pytest.Monk
         (2 * weights, None, True),
         (3 * weights, weights, True),
     ):
-        monkeypatch.setattr("mechdiff_mlflow.pairs._memory_of", lambda device, free=free: free)
+        monkeypatch.setattr("mechdiff_mlflow.models.pairs._memory_of", lambda device, free=free: free)
         assert load(toy, "auto", memory_budget=budget).one_at_a_time == one
     assert not load(toy, "no").one_at_a_time
 

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.similarity import centred_cosines, debiased_cka, explained_variance, mean_cosine, rho
+from mechdiff_mlflow.measures.similarity import (
+    centred_cosines,
+    debiased_cka,
+    explained_variance,
+    mean_cosine,
+    rho,
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

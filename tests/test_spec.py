@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.spec import ALPHA_GRID, MAX_SPEC_BYTES, Alpha, PairSpec, Rank, shipped_pairs
+from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, MAX_SPEC_BYTES, Alpha, PairSpec, Rank, shipped_pairs
 
 MINIMAL = """\
 name: toy

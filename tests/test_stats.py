@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.stats import (
+from mechdiff_mlflow.measures.stats import (
     Bootstrap,
     Correlation,
     Interval,

@@ -17,8 +17,8 @@ import pytest
 from click.testing import CliRunner
 
 from mechdiff_mlflow.cli import cli
-from mechdiff_mlflow.tracking.store import open_store
-from mechdiff_mlflow.tracking.view import view_url
+from mechdiff_mlflow.tracking.content.view import view_url
+from mechdiff_mlflow.tracking.store.store import open_store
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (

@@ -16,8 +16,8 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mechdiff_mlflow import load_map
-from mechdiff_mlflow.pairs import load_pair
-from mechdiff_mlflow.spec import PairSpec, Position
+from mechdiff_mlflow.models.pairs import load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
 
 SITE = ("--layer", "3", "--hook", "resid_post")
 WIDTH = 24

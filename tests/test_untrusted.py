@@ -18,11 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from toy import SPEC, write_pair
 
-from mechdiff_mlflow import shown, untrusted
+from mechdiff_mlflow import text as safe
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.pairs import load_pair
-from mechdiff_mlflow.spec import PairSpec
-from mechdiff_mlflow.tracking.store import prepare_process
+from mechdiff_mlflow.models.pairs import load_pair
+from mechdiff_mlflow.spec import untrusted
+from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.tracking.store.store import prepare_process
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,19 +80,19 @@ def test_a_message_of_a_megabyte_keeps_its_start_and_its_remedy() -> None:
 @given(st.text(), st.text(st.sampled_from("`*[](){}<>|\\\n\x1b\u202e&x"), max_size=20))
 def test_nothing_in_a_text_is_markup_where_it_is_shown(a: str, b: str) -> None:
     for text in (a + b, b + a, b):
-        seen = shown.markdown(text)
+        seen = safe.markdown(text)
         assert "\n" not in seen
         assert not re.search(r"[`<|]|\]\(|\*\*", seen)
-        page = shown.html(text)
+        page = safe.html(text)
         assert not re.search(r"<|>|&(?!lt;|gt;|amp;)", page)
-        for made in (seen, page, shown.plain(text)):
+        for made in (seen, page, safe.plain(text)):
             assert made.replace("\n", "").isprintable() or (
                 not made.isprintable()
                 and not re.search(
                     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", made
                 )
             )
-        assert json.loads(shown.plain(json.dumps({"x": text}, ensure_ascii=False))) == {"x": text}
+        assert json.loads(safe.plain(json.dumps({"x": text}, ensure_ascii=False))) == {"x": text}
 
 
 def test_the_payloads_of_the_corpus_do_run_when_unpickled(

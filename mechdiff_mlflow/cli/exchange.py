@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from mechdiff_mlflow.cli import options, show
-from mechdiff_mlflow.tracking.exchange import Import, export_manifest, import_manifest
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.tracking.predecessor.exchange import Import, export_manifest, import_manifest
+from mechdiff_mlflow.tracking.store.store import open_store
 
 
 @click.command("import")

@@ -11,29 +11,29 @@ from typing import Any
 
 import click
 
-from mechdiff_mlflow import foreign
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.session import AS_MANY, session
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
 from mechdiff_mlflow.experiments.possible import check_cells, check_map, check_pair
 from mechdiff_mlflow.experiments.sweep import SweepSite, Targets, cells_of, least_ranks
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.pairs import Pair
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.report.curves import curve_figures
 from mechdiff_mlflow.report.evidence import of_record
 from mechdiff_mlflow.report.figures import write_figures
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
-from mechdiff_mlflow.tracking import fields
-from mechdiff_mlflow.tracking.fetch import load_map
+from mechdiff_mlflow.spec import untrusted_fields as foreign
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.tracking.content import fields
+from mechdiff_mlflow.tracking.content.names import check_alias
+from mechdiff_mlflow.tracking.content.parents import report_pass_run
 from mechdiff_mlflow.tracking.flavour import maps_of_run
-from mechdiff_mlflow.tracking.names import check_alias
-from mechdiff_mlflow.tracking.parents import report_pass_run
-from mechdiff_mlflow.tracking.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.promotion import PromotionRefused, demand_may_promote, promote
-from mechdiff_mlflow.tracking.registry import winners_of
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.tracking.registry.fetch import load_map
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused, demand_may_promote, promote
+from mechdiff_mlflow.tracking.registry.registry import winners_of
+from mechdiff_mlflow.tracking.store.store import open_store
 
 SEED_N = 500
 """Prompts that the seed experiment reports on."""

@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from mechdiff_mlflow import __version__
-from mechdiff_mlflow.errors import MechdiffError, is_text
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec.version import __version__
+from mechdiff_mlflow.text import is_text
 
 TRACEBACK = "MECHDIFF_TRACEBACK"
 """Environment variable: show where an unexpected error came from."""
@@ -107,6 +108,6 @@ def _shown(reason: str) -> click.ClickException:
 
 
 def _note_on_enclosing_run(reason: str) -> None:
-    from mechdiff_mlflow.tracking.enclosing import note_failure
+    from mechdiff_mlflow.tracking.runs.enclosing import note_failure
 
     note_failure(reason)

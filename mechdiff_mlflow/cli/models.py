@@ -16,17 +16,17 @@ from mechdiff_mlflow.experiments.atlas import atlas
 from mechdiff_mlflow.experiments.heads import heads_of
 from mechdiff_mlflow.experiments.layers import layer_profile
 from mechdiff_mlflow.experiments.possible import check_cells, check_pair, check_sites
-from mechdiff_mlflow.pairs import Pair
+from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.report.atlas import atlas_figures, first_difference
 from mechdiff_mlflow.report.figures import write_figures
 from mechdiff_mlflow.report.profiles import heads_figures, heads_sentence, layer_figures, layers_sentence
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Alpha, Cell, Rank
-from mechdiff_mlflow.tracking import fields
-from mechdiff_mlflow.tracking.names import check_alias
-from mechdiff_mlflow.tracking.parents import atlas_run, heads_run, layers_run
-from mechdiff_mlflow.tracking.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.promotion import PromotionRefused, promote
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
+from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.tracking.content import fields
+from mechdiff_mlflow.tracking.content.names import check_alias
+from mechdiff_mlflow.tracking.content.parents import atlas_run, heads_run, layers_run
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused, promote
 
 ALL_HOOKS = ",".join(map(str, Hook))
 

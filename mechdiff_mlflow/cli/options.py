@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 
 import click
 
-from mechdiff_mlflow.engine.budget import parse_bytes
+from mechdiff_mlflow.engine.memory.budget import parse_bytes
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.exact import number_in, text_of
 from mechdiff_mlflow.experiments.protocol import MAX_PERMUTATIONS
-from mechdiff_mlflow.maps import Family
-from mechdiff_mlflow.sites import Hook
+from mechdiff_mlflow.maps.affine import Family
 from mechdiff_mlflow.solvers import SOLVERS, OffSpan
-from mechdiff_mlflow.spec import Alpha, PairSpec, Position, Rank
+from mechdiff_mlflow.spec.pair_spec import Alpha, PairSpec, Position, Rank
+from mechdiff_mlflow.spec.sites import Hook
+from mechdiff_mlflow.text import number_in, text_of
 
 MOST = 2**63 - 1
 """What a database keeps as a whole number, and a generator takes as a seed."""

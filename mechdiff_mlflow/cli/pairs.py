@@ -11,7 +11,7 @@ from mechdiff_mlflow.cli.computing import load_as_asked, settle_threads
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import examine
-from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.spec.pair_spec import PairSpec
 
 
 @click.command("doctor")

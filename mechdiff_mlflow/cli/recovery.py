@@ -14,7 +14,8 @@ from click.core import ParameterSource
 
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.recovery import (
+from mechdiff_mlflow.spec.untrusted import inside, is_there
+from mechdiff_mlflow.tracking.runs.recovery import (
     Command,
     Stuck,
     end_stuck,
@@ -23,8 +24,7 @@ from mechdiff_mlflow.tracking.recovery import (
     top_run,
     who_began,
 )
-from mechdiff_mlflow.tracking.store import open_store
-from mechdiff_mlflow.untrusted import inside, is_there
+from mechdiff_mlflow.tracking.store.store import open_store
 
 RESUMABLE = ("run", "fit", "patch", "sweep", "report-pass", "atlas", "layers", "heads")
 """Commands that write nothing but their runs, and can be begun again from what a run's tag says."""

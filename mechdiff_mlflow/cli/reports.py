@@ -17,13 +17,13 @@ from mechdiff_mlflow.report.comparison import comparison, matches, needed_runs
 from mechdiff_mlflow.report.document import check_out, joined
 from mechdiff_mlflow.report.evidence import Evidence
 from mechdiff_mlflow.report.experiment import caveats, report
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import PairSpec
-from mechdiff_mlflow.tracking.enclosing import experiment_of
-from mechdiff_mlflow.tracking.parents import report_run
-from mechdiff_mlflow.tracking.results import summarised, tables_of
-from mechdiff_mlflow.tracking.search import find_runs
-from mechdiff_mlflow.tracking.store import Store, open_store
+from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.tracking.content.parents import report_run
+from mechdiff_mlflow.tracking.runs.enclosing import experiment_of
+from mechdiff_mlflow.tracking.runs.results import summarised, tables_of
+from mechdiff_mlflow.tracking.runs.search import find_runs
+from mechdiff_mlflow.tracking.store.store import Store, open_store
 
 TABLES = {"least_ranks.json": "sweep", "atlas.json": "atlas", "layers.json": "layers", "heads.json": "heads"}
 

@@ -9,10 +9,10 @@ import click
 
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.check_result import Finding, Level
-from mechdiff_mlflow.tracking.redaction import redact
-from mechdiff_mlflow.tracking.server_check import check_store, rebase
-from mechdiff_mlflow.tracking.store import uri_of
+from mechdiff_mlflow.tracking.store.check_result import Finding, Level
+from mechdiff_mlflow.tracking.store.redaction import redact
+from mechdiff_mlflow.tracking.store.server_check import check_store, rebase
+from mechdiff_mlflow.tracking.store.store import uri_of
 
 
 @click.command("server-check")

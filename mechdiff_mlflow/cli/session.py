@@ -21,17 +21,17 @@ from mechdiff_mlflow.cli.recovery import resumption
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.possible import check_pair
-from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.spec import PairSpec
-from mechdiff_mlflow.tracking import fields
-from mechdiff_mlflow.tracking.cache import staging
-from mechdiff_mlflow.tracking.enclosing import experiment_of
-from mechdiff_mlflow.tracking.policy import PAIR_FINGERPRINT
-from mechdiff_mlflow.tracking.records import ParamValue, RunRecord
-from mechdiff_mlflow.tracking.recovery import Command, user_of
-from mechdiff_mlflow.tracking.repeats import earlier
-from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, OpenRun, Tracker
-from mechdiff_mlflow.tracking.store import Store, open_store
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.tracking.content import fields
+from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
+from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
+from mechdiff_mlflow.tracking.runs.enclosing import experiment_of
+from mechdiff_mlflow.tracking.runs.recovery import Command, user_of
+from mechdiff_mlflow.tracking.runs.repeats import earlier
+from mechdiff_mlflow.tracking.runs.runs import RUN_ID_VARIABLE, OpenRun, Tracker
+from mechdiff_mlflow.tracking.store.store import Store, open_store
+from mechdiff_mlflow.tracking.store.user_cache import staging
 
 AS_MANY = "500-or-all"
 """As the number of prompts: the seed's 500 where there are as many, otherwise all there are."""

@@ -15,23 +15,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mechdiff_mlflow import foreign, selection
-from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.adapting import AdapterRecord
 from mechdiff_mlflow.experiments.steering import Steered
+from mechdiff_mlflow.maps import selection
+from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, leak_lines
 from mechdiff_mlflow.report.evidence import Quoted, of_record
-from mechdiff_mlflow.shown import plain
-from mechdiff_mlflow.stats import Interval
-from mechdiff_mlflow.tracking.compare import MapDiff
-from mechdiff_mlflow.tracking.recovery import Stuck
-from mechdiff_mlflow.tracking.redaction import redact
-from mechdiff_mlflow.tracking.registry import Move, Version
-from mechdiff_mlflow.tracking.search import FoundRun
-from mechdiff_mlflow.tracking.store import Store
-from mechdiff_mlflow.tracking.view import ui_command, view_url
+from mechdiff_mlflow.spec import untrusted_fields as foreign
+from mechdiff_mlflow.text import plain, text_of
+from mechdiff_mlflow.tracking.content.view import ui_command, view_url
+from mechdiff_mlflow.tracking.registry.compare import MapDiff
+from mechdiff_mlflow.tracking.registry.registry import Move, Version
+from mechdiff_mlflow.tracking.runs.recovery import Stuck
+from mechdiff_mlflow.tracking.runs.search import FoundRun
+from mechdiff_mlflow.tracking.store.redaction import redact
+from mechdiff_mlflow.tracking.store.store import Store
 
 _PIPE_WIDTH = 160
 

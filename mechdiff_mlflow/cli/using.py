@@ -11,23 +11,23 @@ from typing import Any
 
 import click
 
-from mechdiff_mlflow.adapters import Form
-from mechdiff_mlflow.attach import Tokens
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.cli.computing import load_as_asked, settle_threads
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments.adapting import make_adapter
 from mechdiff_mlflow.experiments.possible import check_map, check_pair
 from mechdiff_mlflow.experiments.steering import prompt_set, site_of, steer
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.pairs import Pair
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.models.attach import Tokens
+from mechdiff_mlflow.models.map_adapters import Form
+from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.report.adapter import adapter_card
-from mechdiff_mlflow.spec import PairSpec, Position
-from mechdiff_mlflow.tracking.fetch import load_map
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
+from mechdiff_mlflow.text import text_of
+from mechdiff_mlflow.tracking.registry.fetch import load_map
+from mechdiff_mlflow.tracking.store.store import open_store
 
 _map = click.option(
     "--map", "map", required=True, help="models:/NAME@ALIAS, NAME@ALIAS, runs:/RUN or a file."

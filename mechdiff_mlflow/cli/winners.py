@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from mechdiff_mlflow.cli import options, show
-from mechdiff_mlflow.tracking import fetch, promotion, registry
-from mechdiff_mlflow.tracking.compare import diff
-from mechdiff_mlflow.tracking.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.tracking.registry import fetch, promotion, registry
+from mechdiff_mlflow.tracking.registry.compare import diff
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.store.store import open_store
 
 
 @click.command("promote")

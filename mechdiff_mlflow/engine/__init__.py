@@ -6,13 +6,13 @@ result = engine.score(prompts, [VariantGroup(site, replacements), VariantGroup.i
 result.divergences[0].kl_patched_clean  # [N, v] nats
 """
 
-from mechdiff_mlflow.engine.architecture import ModuleNames
-from mechdiff_mlflow.engine.budget import MemoryBudget
+from mechdiff_mlflow.engine.memory.budget import MemoryBudget
+from mechdiff_mlflow.engine.memory.clean_runs import Recorded, Shelf
+from mechdiff_mlflow.engine.model.architecture import ModuleNames
 from mechdiff_mlflow.engine.patch_engine import PatchEngine
+from mechdiff_mlflow.engine.paths.startup_check import MODES
+from mechdiff_mlflow.engine.paths.variants import ScoreResult, VariantGroup
 from mechdiff_mlflow.engine.plumbing import PlumbingCheck, check_plumbing
-from mechdiff_mlflow.engine.recorded import Recorded, Shelf
-from mechdiff_mlflow.engine.startup import MODES
-from mechdiff_mlflow.engine.variants import ScoreResult, VariantGroup
 
 __all__ = [
     "MODES",

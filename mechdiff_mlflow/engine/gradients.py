@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.engine.chunks import Chunk
-from mechdiff_mlflow.engine.forward import PromptForward
-from mechdiff_mlflow.engine.taps import tapped
-from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.engine.model.chunks import Chunk
+from mechdiff_mlflow.engine.model.forward import PromptForward
+from mechdiff_mlflow.engine.model.hooks import tapped
+from mechdiff_mlflow.spec.sites import Site
 
 
 def score_gradients(

@@ -10,26 +10,26 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mechdiff_mlflow.engine.activations import Activations
-from mechdiff_mlflow.engine.architecture import Decoder, ModuleNames
-from mechdiff_mlflow.engine.budget import Load, MemoryBudget, Shape, bounds_within
-from mechdiff_mlflow.engine.chunks import Chunk, Cuts, check_prompts, in_chunks
-from mechdiff_mlflow.engine.elastic import Bounds, Elastic, Source, T, does_not_fit, is_out_of_memory
-from mechdiff_mlflow.engine.forward import PromptForward, Recording
-from mechdiff_mlflow.engine.fusion import Fusion
 from mechdiff_mlflow.engine.gradients import score_gradients
-from mechdiff_mlflow.engine.heads import AttentionHeads
-from mechdiff_mlflow.engine.recorded import Recorded, Shelf
-from mechdiff_mlflow.engine.routing import implementation
-from mechdiff_mlflow.engine.scoreboard import ScoreBoard
-from mechdiff_mlflow.engine.startup import MODES, choose_path, path_named
-from mechdiff_mlflow.engine.sums import without_unlike
-from mechdiff_mlflow.engine.sweep import SweepPath
-from mechdiff_mlflow.engine.variants import Path, ScoreResult, VariantGroup
+from mechdiff_mlflow.engine.kernels.fusion import Fusion
+from mechdiff_mlflow.engine.memory.activations import Activations
+from mechdiff_mlflow.engine.memory.budget import Load, MemoryBudget, Shape, bounds_within
+from mechdiff_mlflow.engine.memory.clean_runs import Recorded, Shelf
+from mechdiff_mlflow.engine.memory.oom_retry import Bounds, Elastic, Source, T, does_not_fit, is_out_of_memory
+from mechdiff_mlflow.engine.model.architecture import Decoder, ModuleNames
+from mechdiff_mlflow.engine.model.attention_routing import implementation
+from mechdiff_mlflow.engine.model.chunks import Chunk, Cuts, check_prompts, in_chunks
+from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.model.sums import without_unlike
+from mechdiff_mlflow.engine.paths.attention_heads import AttentionHeads
+from mechdiff_mlflow.engine.paths.scoreboard import ScoreBoard
+from mechdiff_mlflow.engine.paths.startup_check import MODES, choose_path, path_named
+from mechdiff_mlflow.engine.paths.sweep import SweepPath
+from mechdiff_mlflow.engine.paths.variants import Path, ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
-from mechdiff_mlflow.prompts import TokenizedPrompts
-from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.measures.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Site
 
 _R = TypeVar("_R")
 

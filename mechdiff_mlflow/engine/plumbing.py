@@ -11,13 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.engine.chunks import in_chunks
+from mechdiff_mlflow.engine.model.chunks import in_chunks
+from mechdiff_mlflow.engine.model.hooks import tapped
+from mechdiff_mlflow.engine.model.sums import Sums, distance, rounding, sites_of
 from mechdiff_mlflow.engine.patch_engine import PatchEngine
-from mechdiff_mlflow.engine.sums import Sums, distance, rounding, sites_of
-from mechdiff_mlflow.engine.taps import tapped
-from mechdiff_mlflow.engine.variants import VariantGroup
-from mechdiff_mlflow.prompts import TokenizedPrompts
-from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.engine.paths.variants import VariantGroup
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Site
 
 _FLOOR_NATS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 """KL of an identity patch that rounding explains."""

@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdiff_mlflow import adapters, selection, stats
-from mechdiff_mlflow.adapters import Form
-from mechdiff_mlflow.attach import Tokens, attached
-from mechdiff_mlflow.engine.architecture import Decoder
-from mechdiff_mlflow.engine.chunks import in_chunks
-from mechdiff_mlflow.engine.forward import PromptForward
+from mechdiff_mlflow.engine.model.architecture import Decoder
+from mechdiff_mlflow.engine.model.chunks import in_chunks
+from mechdiff_mlflow.engine.model.forward import PromptForward
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap, identity_map
-from mechdiff_mlflow.metrics import next_token_divergences
-from mechdiff_mlflow.pairs import Pair, load_base
-from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import Position
-from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.maps import selection
+from mechdiff_mlflow.maps.affine import AffineMap, identity_map
+from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.measures.metrics import next_token_divergences
+from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.models import map_adapters as adapters
+from mechdiff_mlflow.models.attach import Tokens, attached
+from mechdiff_mlflow.models.map_adapters import Form
+from mechdiff_mlflow.models.pairs import Pair, load_base
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.sites import Site
 
 _BATCH = 32
 CEILING = "ceiling"

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from mechdiff_mlflow import selection, stats
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
 from mechdiff_mlflow.experiments.rows import RAW, SiteRows
 from mechdiff_mlflow.experiments.study import Study
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Alpha, Cell, Rank
+from mechdiff_mlflow.maps import selection
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 COLUMNS = (
     *("site", "layer", "hook", "alpha", "change", "KL_raw", "KL_mapped", "drop_pct", "drop_low", "drop_high"),

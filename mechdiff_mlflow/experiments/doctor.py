@@ -13,10 +13,10 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.progress import silent
 from mechdiff_mlflow.experiments.rows import IDENTITY, capture, score
 from mechdiff_mlflow.experiments.study import FLOOR_LIMIT_NATS
-from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 N_PROMPTS = 8
 """Prompts that the checks run on: enough for unequal lengths, few enough for an 8B model on a laptop."""

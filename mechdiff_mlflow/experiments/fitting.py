@@ -11,18 +11,18 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from mechdiff_mlflow import controls, solvers
+from mechdiff_mlflow import solvers
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.workers import Workers
-from mechdiff_mlflow.maps import JSON, AffineMap
-from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum, Solution
-from mechdiff_mlflow.spec import ALPHA_GRID, Cell
+from mechdiff_mlflow.maps.affine import JSON, AffineMap
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum, Solution, controls
+from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Cell
+from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.text import text_of
 
 Offers = dict[str, AffineMap]
 """Maps among which val chooses, by label."""

@@ -13,12 +13,12 @@ from itertools import chain
 import numpy as np
 import pandas as pd
 
-from mechdiff_mlflow import stats
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.rows import Array
 from mechdiff_mlflow.experiments.study import Study
 from mechdiff_mlflow.experiments.substitution import Heads
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 COLUMNS = (
     *("site", "n_heads", "choice", "size", "heads", "KL", "coverage", "coverage_low", "coverage_high"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 
-from mechdiff_mlflow import similarity, stats
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.rows import Array
 from mechdiff_mlflow.experiments.study import Study
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.measures import similarity, stats
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 DIRECTIONS = {"tuned_from_base": ("base", "tuned"), "base_from_tuned": ("tuned", "base")}
 """Which model's activation goes into which."""

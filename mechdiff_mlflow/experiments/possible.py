@@ -8,11 +8,11 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.fitting import elsewhere
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.study import Study
-from mechdiff_mlflow.maps import AffineMap, Family
-from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.maps.affine import AffineMap, Family
+from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.solvers import OffSpan, check_possible
-from mechdiff_mlflow.spec import Cell
+from mechdiff_mlflow.spec.pair_spec import Cell
+from mechdiff_mlflow.spec.sites import Site
 
 
 def check_pair(protocol: Protocol, pair: Pair) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.solvers import SOLVERS, OffSpan
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.spec.pair_spec import Position
 
 MAX_PERMUTATIONS = 100_000
 """Each is a fit of its own that is kept; so many tell p-values from 1e-5."""

@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 import pandas as pd
 
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.spec import Cell
-from mechdiff_mlflow.stats import Correlation, Interval
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.measures.stats import Correlation, Interval
+from mechdiff_mlflow.spec.pair_spec import Cell
 
 
 @dataclass(frozen=True, eq=False)

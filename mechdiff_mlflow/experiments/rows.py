@@ -14,12 +14,12 @@ from torch import Tensor
 from mechdiff_mlflow.engine import PatchEngine, Recorded, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.progress import Stage
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.recordings import Rows
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.models.recordings import Rows
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.sites import Site
 
 Array = NDArray[np.float64]
 

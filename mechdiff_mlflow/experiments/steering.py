@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdiff_mlflow.attach import Tokens, attached
-from mechdiff_mlflow.bounded import bounded
-from mechdiff_mlflow.errors import MechdiffError, is_text
-from mechdiff_mlflow.maps import AffineMap, identity_map
-from mechdiff_mlflow.metrics import next_token_divergences
-from mechdiff_mlflow.pairs import Pair, Side
-from mechdiff_mlflow.prompts import Prompt, PromptSet, TokenizedPrompts
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps.affine import AffineMap, identity_map
+from mechdiff_mlflow.measures.metrics import next_token_divergences
+from mechdiff_mlflow.models.attach import Tokens, attached
+from mechdiff_mlflow.models.bounded import bounded
+from mechdiff_mlflow.models.pairs import Pair, Side
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import Prompt, PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.text import is_text
 
 
 @dataclass(frozen=True, slots=True)

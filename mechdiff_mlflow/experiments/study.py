@@ -12,7 +12,6 @@ from functools import cached_property
 
 import pandas as pd
 
-from mechdiff_mlflow import selection, stats
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.fitting import Fitter, Offers, label_of
 from mechdiff_mlflow.experiments.progress import Stage, silent
@@ -27,11 +26,13 @@ from mechdiff_mlflow.experiments.summary import (
     summarise,
 )
 from mechdiff_mlflow.experiments.workers import LocalWorkers, Workers
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import Alpha, Cell
+from mechdiff_mlflow.maps import selection
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell
+from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.sites import Site
 
 FLOOR_LIMIT_NATS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 """An identity patch that moves the logits further than rounding can is a broken patch, not noise."""

@@ -11,10 +11,10 @@ from torch import Tensor
 from mechdiff_mlflow.engine import VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.rows import patchable
-from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 Heads = tuple[int, ...]
 

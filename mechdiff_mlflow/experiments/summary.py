@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from mechdiff_mlflow import similarity, stats
 from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, SiteRows
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.spec import Cell
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.measures import similarity, stats
+from mechdiff_mlflow.spec.pair_spec import Cell
+from mechdiff_mlflow.spec.prompts import PromptSet
 
 MIN_CKA_PROMPTS = 4
 MIN_CORRELATED_PROMPTS = 3

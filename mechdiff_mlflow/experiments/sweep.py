@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mechdiff_mlflow import stats
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.exact import number_in, text_of
 from mechdiff_mlflow.experiments.records import PatchRecord
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Alpha, Cell, Rank
+from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
+from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.text import number_in, text_of
 
 MAX_CELLS = 100_000
 """Each has a run of its own."""

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from mechdiff_mlflow.engine import VariantGroup
-from mechdiff_mlflow.engine.variants import Replace
+from mechdiff_mlflow.engine.paths.variants import Replace
 from mechdiff_mlflow.experiments.rows import capture_to_patch, patchable
-from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.sites import Site
 
 
 def swap(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from mechdiff_mlflow.adapters import Form
-from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.experiments.adapting import CEILING, AdapterRecord
-from mechdiff_mlflow.maps import AffineMap, Family
-from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.selection import META, REMEDY, sentence
-from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.maps.affine import AffineMap, Family
+from mechdiff_mlflow.maps.selection import META, REMEDY, sentence
+from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.models.map_adapters import Form
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.text import text_of
 
 CLOSENESS_HEADS = ("base with", "KL(it ‖ tuned), nats", "of the way to tuned, %", "tuned's top token")
 

@@ -7,7 +7,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mechdiff_mlflow.report.figures import Figure, heatmap
-from mechdiff_mlflow.sites import Hook
+from mechdiff_mlflow.spec.sites import Hook
 
 HOOKS = tuple(str(hook) for hook in Hook)
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from mechdiff_mlflow import stats
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.exact import text_of
+from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.atlas import first_difference
 from mechdiff_mlflow.report.document import Block, Bullets, Document, Grid, Heading, Text
 from mechdiff_mlflow.report.evidence import Evidence, Measured
-from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.text import text_of
 
 PerPrompt = Mapping[str, pd.DataFrame]
 """By run id, `per_prompt.json`."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from mechdiff_mlflow.exact import text_of
 from mechdiff_mlflow.report.evidence import Measured
 from mechdiff_mlflow.report.figures import Curve, Figure, curves
+from mechdiff_mlflow.text import text_of
 
 Key = tuple[object, ...]
 

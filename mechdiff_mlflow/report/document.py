@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from mechdiff_mlflow import shown
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.report.figures import Figure, page
+from mechdiff_mlflow.text import html as escape_html
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,8 @@ class Document:
 
     def html(self) -> str:
         """One HTML file with interactive figures, which needs nothing from the network."""
-        body = "\n".join([f"<h1>{shown.html(self.title)}</h1>", *map(_html, self.blocks)])
-        return page(shown.html(self.title), body)
+        body = "\n".join([f"<h1>{escape_html(self.title)}</h1>", *map(_html, self.blocks)])
+        return page(escape_html(self.title), body)
 
     @property
     def figures(self) -> list[Figure]:
@@ -165,7 +165,7 @@ def _html(block: Block) -> str:
     if isinstance(block, Bullets):
         return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Code):
-        return f"<pre>{shown.html(chr(10).join(block.lines))}</pre>"
+        return f"<pre>{escape_html(chr(10).join(block.lines))}</pre>"
     if isinstance(block, Figure):
         return f"<figure>{block.div}</figure>"
     head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.columns)
@@ -175,5 +175,5 @@ def _html(block: Block) -> str:
 
 def _inline(text: str) -> str:
     """Escaped text with bold and code marked up."""
-    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", shown.html(text))
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape_html(text))
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", text)

@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-from mechdiff_mlflow import foreign, selection
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.records import PatchRecord
-from mechdiff_mlflow.shown import markdown
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.maps import selection
+from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.spec import untrusted_fields as foreign
+from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.text import markdown
 
 Row: TypeAlias = Mapping[str, Any]
 LEVEL = 0.95

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mechdiff_mlflow import selection
-from mechdiff_mlflow.exact import text_of
+from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.atlas import atlas_figures, first_difference
 from mechdiff_mlflow.report.curves import curve_figures
@@ -13,8 +12,8 @@ from mechdiff_mlflow.report.document import Block, Bullets, Code, Document, Grid
 from mechdiff_mlflow.report.evidence import Evidence, Measured, Quoted
 from mechdiff_mlflow.report.figures import bars
 from mechdiff_mlflow.report.profiles import heads_blocks, layers_blocks
-from mechdiff_mlflow.shown import markdown, plain
-from mechdiff_mlflow.spec import ALPHA_GRID
+from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID
+from mechdiff_mlflow.text import markdown, plain, text_of
 
 LOW_RANK_SHARE = 0.25
 """k ≪ d is said of ranks up to this share of the width."""

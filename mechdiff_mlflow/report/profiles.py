@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from mechdiff_mlflow.measures.stats import above_floor
 from mechdiff_mlflow.report.document import Block, Bullets, Grid, Heading, Text
 from mechdiff_mlflow.report.figures import Curve, Figure, curves
-from mechdiff_mlflow.stats import above_floor
 
 HALF, MOST = 0.5, 0.9
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mechdiff_mlflow.exact import text_of
+from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report.evidence import Measured, Quoted
-from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.text import text_of
 
 SMALL_N = 100
 """Prompts below which percentile intervals are called too narrow."""

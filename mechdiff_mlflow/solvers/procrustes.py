@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.maps import Family
+from mechdiff_mlflow.maps.affine import Family
 from mechdiff_mlflow.solvers.factors import TIE, Factors, best_ranks, leading
 from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import Family
+from mechdiff_mlflow.maps.affine import Family
 from mechdiff_mlflow.solvers.factors import Directions, Factors, best_ranks, left_directions
 from mechdiff_mlflow.solvers.procrustes import ShrunkCovariance
 from mechdiff_mlflow.solvers.spectrum import PairedSpectrum

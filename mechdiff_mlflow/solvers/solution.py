@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.choices import Choice
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import JSON, AffineMap, Family, Weight
+from mechdiff_mlflow.maps.affine import JSON, AffineMap, Family, Weight
 from mechdiff_mlflow.solvers.factors import Factors
+from mechdiff_mlflow.spec.choices import Choice
 
 
 class OffSpan(Choice):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.moments import PairedMoments, paired_rows
+from mechdiff_mlflow.measures.moments import PairedMoments, paired_rows
 from mechdiff_mlflow.solvers.factors import n_above_rounding
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import JSON, Family
-from mechdiff_mlflow.moments import PairedMoments
+from mechdiff_mlflow.maps.affine import JSON, Family
+from mechdiff_mlflow.measures.moments import PairedMoments
 from mechdiff_mlflow.solvers.factors import Factors
 from mechdiff_mlflow.solvers.procrustes import procrustes, procrustes_scaled
 from mechdiff_mlflow.solvers.regression import logit_subspace, reduced_rank, ridge

@@ -36,19 +36,19 @@ from mlflow.models.model import MLMODEL_FILE_NAME
 from mlflow.models.utils import _save_example
 from mlflow.types.schema import ParamSchema, ParamSpec, Schema, TensorSpec
 
-import mechdiff_mlflow
-from mechdiff_mlflow import mapfiles, untrusted
-from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.tracking.card import model_card
-from mechdiff_mlflow.tracking.environment import environment_files
-from mechdiff_mlflow.tracking.lease import LeaseLost
-from mechdiff_mlflow.tracking.names import logged_model_name
-from mechdiff_mlflow.tracking.records import MAX_TAG_CHARS, ParamValue, param_text
-from mechdiff_mlflow.tracking.sent import Sent, sent_digest
-from mechdiff_mlflow.tracking.store import Store, open_store
-from mechdiff_mlflow.tracking.stored import StoredFiles
+from mechdiff_mlflow.maps import files as mapfiles
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.spec import untrusted
+from mechdiff_mlflow.spec.digests import file_sha256
+from mechdiff_mlflow.spec.version import __version__
+from mechdiff_mlflow.tracking.content.artifact_digests import Sent, sent_digest
+from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.card import model_card
+from mechdiff_mlflow.tracking.content.environment import environment_files
+from mechdiff_mlflow.tracking.content.names import logged_model_name
+from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, ParamValue, param_text
+from mechdiff_mlflow.tracking.store.store import LeaseLost, Store, open_store
 
 FLAVOR_NAME = "mechdiff"
 MAP_FILE = "map.pt"
@@ -160,7 +160,7 @@ def _write(root: Path, the_map: AffineMap, encoded: _Encoded, model: Model, card
         d_in=the_map.d_in,
         d_out=the_map.d_out,
         alpha=the_map.alpha,
-        mechdiff_version=mechdiff_mlflow.__version__,
+        mechdiff_version=__version__,
     )
     mlflow.pyfunc.add_to_model(
         model, loader_module=__name__, data=MAP_FILE, conda_env="conda.yaml", python_env="python_env.yaml"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 Act = Callable[[list[int], Tensor], Tensor | None]
 """What to do in a site: gets the rows of the prompts and their activations [rows, tokens, d]; what it

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mechdiff_mlflow.cli import cli
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.tracking.store.store import open_store
 
 Invoke = Callable[..., Result]
 

@@ -16,7 +16,7 @@ from cli.conftest import Invoke
 from cli.test_run import SITE, runs_of
 from safetensors.torch import load_file, save_file
 
-from mechdiff_mlflow.checkpoints import Checkpoint
+from mechdiff_mlflow.models.checkpoints import Checkpoint
 
 
 def statuses(client: mlflow.MlflowClient) -> set[str]:

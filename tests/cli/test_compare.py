@@ -10,11 +10,11 @@ from cli.conftest import Invoke
 from cli.test_report import tables
 from cli.test_run import runs_of
 
-from mechdiff_mlflow import stats
 from mechdiff_mlflow.cli.reports import evidence_of
+from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.report.comparison import matches
-from mechdiff_mlflow.tracking.results import tables_of
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.tracking.runs.results import tables_of
+from mechdiff_mlflow.tracking.store.store import open_store
 
 SWEEP = ("--sites", "L2/attn_out:0.7,L3/resid_post:1", "--ranks", "2,full", "--targets", "10")
 

@@ -16,9 +16,9 @@ from mlflow.entities import Metric, Param, RunTag
 
 from mechdiff_mlflow.cli.reports import TABLES, evidence_of
 from mechdiff_mlflow.report.evidence import Evidence
-from mechdiff_mlflow.tracking.results import results_df, tables_of
-from mechdiff_mlflow.tracking.search import _MOST_VALUES, FoundRun, find_runs
-from mechdiff_mlflow.tracking.store import Store, open_store
+from mechdiff_mlflow.tracking.runs.results import results_df, tables_of
+from mechdiff_mlflow.tracking.runs.search import _MOST_VALUES, FoundRun, find_runs
+from mechdiff_mlflow.tracking.store.store import Store, open_store
 
 SWEEP = ("--sites", "L2/attn_out,L3/attn_out", "--ranks", "2,full", "--targets", "10", "--alphas", "1")
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from mlflow.entities import Metric, Param, RunTag
 
 from mechdiff_mlflow.cli import cli
-from mechdiff_mlflow.tracking.server_check import rebase
+from mechdiff_mlflow.tracking.store.server_check import rebase
 
 ESCAPE, BIDI = "\x1b]0;owned\x07", "\u202e"
 DEEP = "[" * 7_000

@@ -22,10 +22,10 @@ from mechdiff_mlflow import load_map
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.rows import capture
-from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
-from mechdiff_mlflow.stats import drop_pct
+from mechdiff_mlflow.measures.stats import drop_pct
+from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.spec.sites import Hook, Site
 from scripts.demo_pairs import measure
 
 SITE = Site(3, Hook.RESID_POST)

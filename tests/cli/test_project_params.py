@@ -14,7 +14,7 @@ from mlflow.projects._project_spec import load_project
 
 from mechdiff_mlflow import load_map
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap, identity_map
+from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 
 ROOT = Path(__file__).parents[2]
 STOPPED = "Stopped by the test."

@@ -17,9 +17,9 @@ from cli.test_resume import crash_in
 from cli.test_run import SITE, runs_of
 from click.testing import CliRunner
 
-from mechdiff_mlflow.checkpoints import Checkpoint
 from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.cli.options import Text
+from mechdiff_mlflow.models.checkpoints import Checkpoint
 
 LONG = "x" * 300
 VERY_LONG = "x" * 1000

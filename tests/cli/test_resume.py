@@ -17,12 +17,12 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mechdiff_mlflow.cli import cli, computing, recovery
 from mechdiff_mlflow.cli.session import NOT_RESUMED, words_of
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking import store as stores
-from mechdiff_mlflow.tracking.keys import ROOT_TAG
-from mechdiff_mlflow.tracking.provenance import code_version
-from mechdiff_mlflow.tracking.recovery import RESUME_TAG, Command, user_of
-from mechdiff_mlflow.tracking.runs import OpenRun
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.tracking.content.keys import ROOT_TAG
+from mechdiff_mlflow.tracking.runs.provenance import code_version
+from mechdiff_mlflow.tracking.runs.recovery import RESUME_TAG, Command, user_of
+from mechdiff_mlflow.tracking.runs.runs import OpenRun
+from mechdiff_mlflow.tracking.store import store as stores
+from mechdiff_mlflow.tracking.store.store import open_store
 
 SWEEP = ("--sites", "L3/attn_out:1", "--ranks", "1,2,full", "--targets", "30")
 

@@ -15,7 +15,7 @@ from cli.conftest import Invoke
 from mlflow.entities import Run
 
 from mechdiff_mlflow import load_map
-from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.maps.affine import AffineMap
 
 PARAMS = {
     *("pair", "layer", "hook", "alpha", "k", "family", "solver", "shrink", "ridge", "off_span", "position"),

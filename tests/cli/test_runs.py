@@ -13,9 +13,9 @@ from cli.conftest import Invoke
 from click.testing import CliRunner
 
 from mechdiff_mlflow.cli import cli
-from mechdiff_mlflow.pairs import load_pair
-from mechdiff_mlflow.spec import PairSpec
-from mechdiff_mlflow.tracking.server_check import rebase
+from mechdiff_mlflow.models.pairs import load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.tracking.store.server_check import rebase
 
 DOCS = Path(__file__).parents[2] / "docs" / "winners.md"
 

@@ -12,11 +12,13 @@ import torch
 from cli.conftest import Invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mechdiff_mlflow import load_map, selection
-from mechdiff_mlflow.adapters import HOOK_FILES
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.planted import Plant, plant_in
-from mechdiff_mlflow.prompts import PromptSet, read_prompts
+from mechdiff_mlflow import load_map
+from mechdiff_mlflow.maps import selection
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.models.map_adapters import HOOK_FILES
+from mechdiff_mlflow.models.planted import plant_in
+from mechdiff_mlflow.spec.plant import Plant
+from mechdiff_mlflow.spec.prompts import PromptSet, read_prompts
 
 PROMPTS = ("does subject3 verb2 subject5", "does subject1 verb7 subject2 well well")
 STEER = ("steer", "--max-new-tokens", "4", *(word for text in PROMPTS for word in ("--prompt", text)))

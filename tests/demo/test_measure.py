@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec.sites import Hook, Site
 from scripts.demo_pairs.measure import activations, kl_patched_clean_nats, next_token_logits
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 1], [2, 2, 2, 3]]

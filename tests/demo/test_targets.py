@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import mechdiff_mlflow.demo
-from mechdiff_mlflow.sites import Hook, Site
+import mechdiff_mlflow.spec.demo
+from mechdiff_mlflow.spec.sites import Hook, Site
 from scripts.demo_pairs.measure import (
     accuracy,
     activations,
@@ -30,7 +30,7 @@ from scripts.demo_pairs.targets import (
 )
 from scripts.demo_pairs.world import N_FRAMES, PAIRS, SPLITS, Topic, facts_of, prompt_sets
 
-DEMO = Path(mechdiff_mlflow.demo.__file__).parent
+DEMO = Path(mechdiff_mlflow.spec.demo.__file__).parent
 UNTRAINED_SITES = [Site(layer, hook) for layer in range(CULTURAL_LAYERS[0]) for hook in Hook]
 
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 N_LAYERS = 4
 _HALF = ["sliding_attention", "full_attention"] * (N_LAYERS // 2)

@@ -16,8 +16,8 @@ import torch
 from transformers import LlamaConfig
 
 from mechdiff_mlflow.engine import MemoryBudget, PatchEngine, VariantGroup
-from mechdiff_mlflow.engine.budget import parse_bytes
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.engine.memory.budget import parse_bytes
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 N_VARIANTS, WIDTH = 24, 64
 SITES = [Site(layer, hook) for layer in range(3) for hook in Hook]

@@ -17,11 +17,12 @@ from families import FAMILIES, Family
 from peft.utils import PeftWarning
 from torch import Tensor, nn
 
-from mechdiff_mlflow import adapters
-from mechdiff_mlflow.engine.architecture import Decoder
+from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.models import map_adapters as adapters
+from mechdiff_mlflow.models.attach import attached
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.PeftWarning")
 assert PeftWarning
@@ -39,7 +40,7 @@ def a_map(d: int, *, alpha: float = 1.0, identity: float | Tensor = 1.0, rank: i
 
 
 def wanted(model: nn.Module, site: Site, the_map: AffineMap) -> Tensor:
-    with torch.no_grad(), the_map.attached(model, site, tokens="all"):
+    with torch.no_grad(), attached(the_map, model, site, tokens="all"):
         return model(IDS).logits
 
 

@@ -3,9 +3,9 @@ import tiny
 from torch import nn
 
 from mechdiff_mlflow.engine import ModuleNames, PatchEngine
-from mechdiff_mlflow.engine.architecture import Decoder
+from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 
 class Odd(nn.Module):

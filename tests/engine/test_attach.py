@@ -14,12 +14,12 @@ import transformers
 from families import FAMILIES, Family
 from torch import Tensor, nn
 
-import mechdiff_mlflow
 from mechdiff_mlflow.engine import PatchEngine, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.prompts import TokenizedPrompts
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.models.attach import attached
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 SITE = Site(2, Hook.ATTN_OUT)
 PAD, NEW = 0, 5
@@ -96,7 +96,7 @@ def test_a_forward_is_the_one_patched_by_definition(family: Family) -> None:
         site = Site(2, hook)
         the_map = a_map(tuned.config.get_text_config().hidden_size)
         for source in (base, None):
-            with torch.no_grad(), the_map.attached(tuned, site, source=source):
+            with torch.no_grad(), attached(the_map, tuned, site, source=source):
                 found = tuned(**batch).logits[:, -1]
             for row, ids in enumerate(prompts.ids):
                 read = base if source is base else tuned
@@ -115,7 +115,7 @@ def test_a_forward_is_the_patch_engines(base: nn.Module, tuned: nn.Module) -> No
     clean = tuned(**padded(prompts)).logits[:, -1].log_softmax(-1)
     score = engine.score(prompts, [VariantGroup(SITE, the_map(x)[:, None])])
     for source in (base, x):
-        with torch.no_grad(), the_map.attached(tuned, source=source, tokens="decision"):
+        with torch.no_grad(), attached(the_map, tuned, source=source, tokens="decision"):
             patched = tuned(**padded(prompts)).logits[:, -1].log_softmax(-1)
         kl = (patched.exp() * (patched - clean)).sum(-1)
         torch.testing.assert_close(
@@ -173,7 +173,7 @@ def test_generate_is_patching_step_by_step(
     prompts = tiny.prompts(5, 9, 7)
     the_map = a_map(32, site=str(SITE))
     source = base if has_source else None
-    with the_map.attached(tuned, tokens=tokens, source=source) as model:
+    with attached(the_map, tuned, tokens=tokens, source=source) as model:
         out = model.generate(
             **padded(prompts),
             max_new_tokens=NEW,
@@ -203,7 +203,7 @@ def test_the_first_generated_token_is_the_patched_distributions_mode(
         for ids, row in zip(prompts.ids, x, strict=True)
     ]
     for source, tokens in ((base, "new"), (base, "decision"), (x, "decision")):
-        with the_map.attached(tuned, source=source, tokens=tokens):
+        with attached(the_map, tuned, source=source, tokens=tokens):
             out = tuned.generate(**padded(prompts), max_new_tokens=1, do_sample=False, pad_token_id=PAD)
         assert out[:, -1].tolist() == wanted
 
@@ -213,7 +213,7 @@ def test_the_first_generated_token_is_the_patched_distributions_mode(
 def test_beams_need_no_cache_to_agree(
     base: nn.Module, tuned: nn.Module, has_source: bool, how: dict[str, int]
 ) -> None:
-    with a_map(32, site=str(SITE)).attached(tuned, source=base if has_source else None):
+    with attached(a_map(32, site=str(SITE)), tuned, source=base if has_source else None):
         found = [
             tuned.generate(
                 **padded(tiny.prompts(5, 9)), max_new_tokens=6, do_sample=False, pad_token_id=PAD, **how,
@@ -229,7 +229,7 @@ def test_a_loop_of_ones_own_with_a_cache(base: nn.Module, tuned: nn.Module) -> N
     the_map = a_map(32, site=str(SITE))
     wanted, _ = generated_by_definition(tuned, base, ids, the_map, only_first=False)
     found: list[int] = []
-    with torch.no_grad(), the_map.attached(tuned, source=base):
+    with torch.no_grad(), attached(the_map, tuned, source=base):
         out = tuned(torch.tensor([ids]))
         for _ in range(NEW):
             found.append(int(out.logits[0, -1].argmax()))
@@ -244,7 +244,7 @@ def test_prompts_padded_on_the_right_have_their_decision_token_patched(
     prompts = tiny.prompts(5, 9)
     the_map = a_map(32, site=str(SITE))
     batch = padded(prompts, "right")
-    with torch.no_grad(), the_map.attached(tuned, source=base):
+    with torch.no_grad(), attached(the_map, tuned, source=base):
         found = tuned(**batch).logits
     for row, ids in enumerate(prompts.ids):
         x = own_activations(base, ids, base.model.layers[2].self_attn, at_input=False)[-1]
@@ -256,7 +256,7 @@ def test_all_tokens_are_those_of_the_prompt_too(tuned: nn.Module) -> None:
     batch = padded(tiny.prompts(6))
     the_map = a_map(32, site=str(SITE))
     seen = []
-    with torch.no_grad(), the_map.attached(tuned, tokens="all"):
+    with torch.no_grad(), attached(the_map, tuned, tokens="all"):
         handle = tuned.model.layers[2].self_attn.o_proj.register_forward_hook(lambda *a: seen.append(a[2]))
         after = tuned.model.layers[2].self_attn.register_forward_hook(lambda *a: seen.append(a[2][0]))
         tuned(**batch)
@@ -268,9 +268,9 @@ def test_all_tokens_are_those_of_the_prompt_too(tuned: nn.Module) -> None:
 def test_alpha_replaces_the_maps_own(base: nn.Module, tuned: nn.Module) -> None:
     batch, the_map = padded(tiny.prompts(6)), a_map(32, site=str(SITE))
     with torch.no_grad():
-        with the_map.attached(tuned, alpha=0.25):
+        with attached(the_map, tuned, alpha=0.25):
             one = tuned(**batch).logits
-        with mechdiff_mlflow.attached(the_map.with_alpha(0.25), tuned):
+        with attached(the_map.with_alpha(0.25), tuned):
             assert torch.equal(tuned(**batch).logits, one)
 
 
@@ -278,16 +278,16 @@ def test_attached_maps_nest_and_the_later_sees_what_the_earlier_left(tuned: nn.M
     batch = padded(tiny.prompts(6))
     one, two = a_map(32, 1), a_map(32, 2)
     x = own_activations(tuned, tiny.prompts(6).ids[0], tuned.model.layers[2].self_attn, at_input=False)[-1]
-    with torch.no_grad(), one.attached(tuned, SITE), two.attached(tuned, SITE):
+    with torch.no_grad(), attached(one, tuned, SITE), attached(two, tuned, SITE):
         found = tuned(**batch).logits[0, -1]
     wanted = tiny.patched_logits(
         tuned, tiny.prompts(6).ids[0], 5, tuned.model.layers[2].self_attn, two(one(x))
     )
     torch.testing.assert_close(found, wanted, atol=3e-5, rtol=1e-4)
     other = Site(1, Hook.MLP_OUT)
-    with torch.no_grad(), one.attached(tuned, SITE), two.attached(tuned, other):
+    with torch.no_grad(), attached(one, tuned, SITE), attached(two, tuned, other):
         both = tuned(**batch).logits
-    with torch.no_grad(), two.attached(tuned, other), one.attached(tuned, SITE):
+    with torch.no_grad(), attached(two, tuned, other), attached(one, tuned, SITE):
         assert torch.equal(tuned(**batch).logits, both)
 
 
@@ -301,7 +301,7 @@ def test_nothing_is_left_behind_by_an_exception(base: nn.Module, tuned: nn.Modul
     the_map, other = a_map(32), Site(1, Hook.MLP_OUT)
 
     def work() -> None:
-        with the_map.attached(tuned, SITE, source=base), the_map.attached(tuned, other):
+        with attached(the_map, tuned, SITE, source=base), attached(the_map, tuned, other):
             tuned.generate(**batch, max_new_tokens=2, pad_token_id=PAD)
             raise ZeroDivisionError
 
@@ -314,7 +314,7 @@ def test_nothing_is_left_behind_by_an_exception(base: nn.Module, tuned: nn.Modul
 
 def test_a_forward_that_fails_leaves_the_next_one_right(base: nn.Module, tuned: nn.Module) -> None:
     batch, the_map = padded(tiny.prompts(6)), a_map(32)
-    with torch.no_grad(), the_map.attached(tuned, SITE, source=base):
+    with torch.no_grad(), attached(the_map, tuned, SITE, source=base):
         wanted = tuned(**batch).logits
         with pytest.raises(MechdiffError, match="Token 200 does not exist in the source"):
             tuned(input_ids=torch.tensor([[200]]))
@@ -331,14 +331,14 @@ def test_one_peft_model_can_be_both_sides(base: nn.Module) -> None:
     apart.load_state_dict(both.state_dict())
     batch, the_map = padded(tiny.prompts(5, 9)), a_map(32, site=str(SITE))
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": PAD}
-    with the_map.attached(both, source=both, source_context=both.disable_adapter):
+    with attached(the_map, both, source=both, source_context=both.disable_adapter):
         found = both.generate(**batch, **options)
-    with the_map.attached(apart, source=base):
+    with attached(the_map, apart, source=base):
         assert torch.equal(apart.generate(**batch, **options), found)
     assert not torch.equal(both.generate(**batch, **options), found)
     with (
         pytest.raises(MechdiffError, match="source is the model itself"),
-        the_map.attached(both, source=both),
+        attached(the_map, both, source=both),
     ):
         pass
 
@@ -346,7 +346,7 @@ def test_one_peft_model_can_be_both_sides(base: nn.Module) -> None:
 def test_gradients_pass_through_the_map(tuned: nn.Module) -> None:
     batch = padded(tiny.prompts(6))
     weight = tuned.model.layers[2].self_attn.o_proj.weight
-    with a_map(32).attached(tuned, SITE):
+    with attached(a_map(32), tuned, SITE):
         tuned(**batch).logits[0, -1].logsumexp(-1).backward()
     assert weight.grad is not None
     assert weight.grad.norm() > 0
@@ -366,7 +366,7 @@ def test_gradients_pass_through_the_map(tuned: nn.Module) -> None:
     ],
 )
 def test_what_cannot_be_attached_is_refused(tuned: nn.Module, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(MechdiffError, match=message), a_map(32).attached(tuned, **{"site": SITE, **options}):
+    with pytest.raises(MechdiffError, match=message), attached(a_map(32), tuned, **{"site": SITE, **options}):
         pass
 
 
@@ -374,17 +374,17 @@ def test_calls_that_cannot_be_placed_are_refused(base: nn.Module, tuned: nn.Modu
     ids = torch.tensor(tiny.prompts(6).ids)
     with torch.no_grad():
         cache = tuned(ids).past_key_values
-        with a_map(32).attached(tuned, SITE, source=base):
+        with attached(a_map(32), tuned, SITE, source=base):
             with pytest.raises(MechdiffError, match="holds 6 tokens that the source model has not seen"):
                 tuned(ids[:, :1], past_key_values=cache)
             with pytest.raises(MechdiffError, match="needs token ids"):
                 tuned(inputs_embeds=tuned.get_input_embeddings()(ids))
             with pytest.raises(MechdiffError, match="A part of a model"):
                 tuned.model(ids)
-        rows = a_map(32).attached(tuned, SITE, source=torch.zeros(4, 32), tokens="decision")
+        rows = attached(a_map(32), tuned, SITE, source=torch.zeros(4, 32), tokens="decision")
         with rows, pytest.raises(MechdiffError, match="4 activations were given"):
             tuned(ids)
-        with a_map(32).attached(tuned, SITE), pytest.raises(MechdiffError, match="another kind"):
+        with attached(a_map(32), tuned, SITE), pytest.raises(MechdiffError, match="another kind"):
             tuned(ids, attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool))
 
 
@@ -402,7 +402,7 @@ def test_generate_needs_neither_cache_nor_batch_to_agree(family: Family) -> None
         for parameter in tuned.parameters():
             parameter.mul_(1.1)
     prompts = tiny.prompts(5, 9, 7)
-    with a_map(tuned.config.get_text_config().hidden_size).attached(tuned, SITE, source=base):
+    with attached(a_map(tuned.config.get_text_config().hidden_size), tuned, SITE, source=base):
         together = generated(tuned, prompts)
         assert generated(tuned, prompts, use_cache=False) == together
         assert [generated(tuned, prompts[i : i + 1])[0] for i in range(3)] == together
@@ -412,7 +412,7 @@ def test_generate_needs_neither_cache_nor_batch_to_agree(family: Family) -> None
 def test_other_ways_to_generate(base: nn.Module, tuned: nn.Module, has_source: bool) -> None:
     """Candidates that are taken back, and a prompt in pieces."""
     prompts = tiny.prompts(9)
-    with a_map(32).attached(tuned, SITE, source=base if has_source else None):
+    with attached(a_map(32), tuned, SITE, source=base if has_source else None):
         plain = generated(tuned, prompts)
         assert generated(tuned, prompts, prompt_lookup_num_tokens=3) == plain
         assert generated(tuned, prompts, assistant_model=base) == plain

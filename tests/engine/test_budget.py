@@ -19,10 +19,10 @@ from test_elastic import assert_equal_scores
 from test_safety import groups
 
 from mechdiff_mlflow.engine import MemoryBudget, PatchEngine
-from mechdiff_mlflow.engine.budget import Load, Shape, bounds_within, needed, parse_bytes, size
-from mechdiff_mlflow.engine.elastic import Bounds
+from mechdiff_mlflow.engine.memory.budget import Load, Shape, bounds_within, needed, parse_bytes, size
+from mechdiff_mlflow.engine.memory.oom_retry import Bounds
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 LLAMA_8B = Shape(
     n_layers=32,
@@ -139,7 +139,7 @@ def test_folders_are_gone_after_an_error(tmp_path: Path) -> None:
     program = (
         "import tiny, torch\n"
         "from mechdiff_mlflow.engine import MemoryBudget, PatchEngine\n"
-        "from mechdiff_mlflow.sites import Site\n"
+        "from mechdiff_mlflow.spec.pair_spec.sites import Site\n"
         "budget = MemoryBudget(2**20); budget.reserve(2**18)\n"
         "engine = PatchEngine(tiny.llama(n_layers=2), budget=budget)\n"
         "kept = engine.capture(tiny.prompts(4, 5), [Site.parse('L1/mlp_out')])\n"

@@ -13,10 +13,10 @@ from test_safety import assert_same, groups, state
 from torch import nn
 
 from mechdiff_mlflow.engine import PatchEngine, ScoreResult
-from mechdiff_mlflow.engine.elastic import Bounds, is_out_of_memory
+from mechdiff_mlflow.engine.memory.oom_retry import Bounds, is_out_of_memory
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.metrics import compare_rows
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.measures.metrics import compare_rows
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 PROMPTS = tiny.prompts(9, 5, 12, 5, 7, 3, 9, 6)
 SITES = [Site(0, Hook.ATTN_OUT), Site(1, Hook.RESID_POST)]

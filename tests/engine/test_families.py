@@ -9,10 +9,10 @@ from families import CASES, FAMILIES, N_LAYERS, Family
 from torch import Tensor
 
 from mechdiff_mlflow.engine import PatchEngine, VariantGroup
-from mechdiff_mlflow.engine.chunks import in_chunks
-from mechdiff_mlflow.engine.scoreboard import ScoreBoard
-from mechdiff_mlflow.prompts import TokenizedPrompts
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.engine.model.chunks import in_chunks
+from mechdiff_mlflow.engine.paths.scoreboard import ScoreBoard
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 SITES = [
     Site(0, Hook.RESID_PRE),

@@ -14,10 +14,10 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from mechdiff_mlflow.engine.architecture import Decoder
-from mechdiff_mlflow.engine.attention import Prefix
-from mechdiff_mlflow.engine.attention import split_attention as plain_split_attention
-from mechdiff_mlflow.engine.fusion import Fusion
+from mechdiff_mlflow.engine.kernels.attention import Prefix
+from mechdiff_mlflow.engine.kernels.attention import split_attention as plain_split_attention
+from mechdiff_mlflow.engine.kernels.fusion import Fusion
+from mechdiff_mlflow.engine.model.architecture import Decoder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts numbers off where a GPU rounds them to bfloat16.
@@ -29,7 +29,7 @@ def kernels() -> ModuleType:
     pytest.importorskip("triton", reason="Triton is not installed (torch for CUDA brings it)")
     if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("needs a GPU, or TRITON_INTERPRET=1 in the environment")
-    from mechdiff_mlflow.engine import kernels_triton
+    from mechdiff_mlflow.engine.kernels import triton as kernels_triton
 
     return kernels_triton
 

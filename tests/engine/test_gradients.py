@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from mechdiff_mlflow.engine import PatchEngine, VariantGroup
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 PROMPTS = tiny.prompts(9, 4, 12, 5, from_end=2)
 

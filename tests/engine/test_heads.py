@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechdiff_mlflow.engine import PatchEngine, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.sites import Site
+from mechdiff_mlflow.spec.sites import Site
 
 LAYER = 2
 SITE = Site.parse("L2/attn_out")

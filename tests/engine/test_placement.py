@@ -16,8 +16,8 @@ from test_safety import assert_same, groups, same_scores, state
 from torch import nn
 
 from mechdiff_mlflow.engine import PatchEngine
-from mechdiff_mlflow.engine.budget import MemoryBudget
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.engine.memory.budget import MemoryBudget
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 PROMPTS = tiny.prompts(9, 5, 12, 5, 7, 3)
 SITES = [Site(layer, hook) for layer in range(2) for hook in Hook]

@@ -7,7 +7,7 @@ import transformers
 from families import FAMILIES, Family
 
 from mechdiff_mlflow.engine import ModuleNames, PatchEngine, check_plumbing
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 PROMPTS = tiny.prompts(9, 4, 12, 5, 7, 6, from_end=2)
 NAMES = [

@@ -19,12 +19,12 @@ from test_elastic import SmallMemory, assert_equal_scores, out_of_device_memory
 from test_safety import Bomb, assert_same, groups, state
 
 from mechdiff_mlflow.engine import MemoryBudget, PatchEngine, Recorded, ScoreResult, Shelf, VariantGroup
-from mechdiff_mlflow.engine import free_memory as free
-from mechdiff_mlflow.engine.forward import Recording
+from mechdiff_mlflow.engine.memory import free_memory as free
+from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.metrics import Divergences, compare_rows
-from mechdiff_mlflow.prompts import TokenizedPrompts
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.measures.metrics import Divergences, compare_rows
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 SITES = [Site(layer, hook) for layer in range(2) for hook in Hook]
 PROMPTS = tiny.prompts(9, 5, 12, 5, 7, 3, 9)
@@ -191,7 +191,7 @@ def test_of_what_does_not_fit_a_part_is_kept(mode: str) -> None:
 def test_many_recordings_share_what_one_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that is given shard after shard does not fill its memory."""
     wanted = kept_bytes("sweep")
-    monkeypatch.setattr("mechdiff_mlflow.engine.recorded.free_bytes", lambda device: 3 * wanted)
+    monkeypatch.setattr("mechdiff_mlflow.engine.memory.clean_runs.free_bytes", lambda device: 3 * wanted)
     engine = PatchEngine(tiny.llama(n_layers=2), batch_size=2)
     shards = [engine.record(PROMPTS[i : i + 3], SITES) for i in (0, 3)]
     shards += [engine.record(PROMPTS, SITES) for _ in range(3)]
@@ -205,7 +205,9 @@ def test_without_a_budget_a_share_of_what_is_free_is_kept(monkeypatch: pytest.Mo
     engine = PatchEngine(tiny.llama(n_layers=2), batch_size=2)
     expected = engine.score(PROMPTS, groups())
     for n_bytes, kept in ((0, 0), (4 * kept_bytes("sweep") * 2 // 3, None), (2**30, N)):
-        monkeypatch.setattr("mechdiff_mlflow.engine.recorded.free_bytes", lambda device, n=n_bytes: n)
+        monkeypatch.setattr(
+            "mechdiff_mlflow.engine.memory.clean_runs.free_bytes", lambda device, n=n_bytes: n
+        )
         recorded = engine.record(PROMPTS, SITES)
         assert recorded.n_kept == kept if kept is not None else 0 < recorded.n_kept < N
         assert_bits(engine.score(recorded, groups()), expected)

@@ -18,12 +18,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mechdiff_mlflow.engine import PatchEngine, ScoreResult, VariantGroup
-from mechdiff_mlflow.engine.attention import Prefix
-from mechdiff_mlflow.engine.forward import Recording
-from mechdiff_mlflow.engine.tape import TapeRecorder
+from mechdiff_mlflow.engine.kernels.attention import Prefix
+from mechdiff_mlflow.engine.model.forward import Recording
+from mechdiff_mlflow.engine.paths.sweep_recording import TapeRecorder
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.prompts import TokenizedPrompts
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 SITES = [Site(layer, hook) for layer in range(2) for hook in Hook]
 MODES = ["sweep", "concat", "masked", "naive"]
@@ -235,7 +235,7 @@ def test_slower_ways_are_announced_and_forced_ones_refused() -> None:
 
 
 def test_a_way_that_would_be_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mechdiff_mlflow.engine.sweep.split_attention", _forgets_itself)
+    monkeypatch.setattr("mechdiff_mlflow.engine.paths.sweep.split_attention", _forgets_itself)
     with pytest.warns(UserWarning, match=r"slower way 'concat': Its logits are off by"):
         assert PatchEngine(tiny.llama(n_layers=2)).mode == "concat"
 

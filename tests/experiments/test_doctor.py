@@ -13,10 +13,10 @@ from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.doctor import Check, examine
 from mechdiff_mlflow.experiments.fitting import elsewhere
 from mechdiff_mlflow.experiments.possible import check_cells
-from mechdiff_mlflow.pairs import Pair, load_pair
-from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.models.pairs import Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 
 def load(spec: Path) -> Pair:

@@ -14,10 +14,10 @@ from cli.test_run import runs_of
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.fitting import label_of
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers
-from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.pairs import Pair, load_pair
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Rank
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.models.pairs import Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Rank
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 CELL = Cell(Site(3, Hook.RESID_POST), "procrustes_scaled", "update", Rank(None), Alpha((1.0,)))
 

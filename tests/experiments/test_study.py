@@ -12,7 +12,6 @@ import pytest
 import torch
 from scipy import stats as scipy_stats
 
-from mechdiff_mlflow import similarity, stats
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
 from mechdiff_mlflow.experiments.atlas import AtlasRecord, atlas
@@ -21,9 +20,10 @@ from mechdiff_mlflow.experiments.layers import layer_profile
 from mechdiff_mlflow.experiments.progress import silent
 from mechdiff_mlflow.experiments.rows import capture, score
 from mechdiff_mlflow.experiments.summary import SHUFFLED
-from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import ALPHA_GRID, Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.measures import similarity, stats
+from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 SITE = Site(3, Hook.RESID_POST)
 N_TRAIN, N_VAL, N_TEST = 40, 16, 16

@@ -75,7 +75,7 @@ def own_machine() -> None:
 
 def short_lease() -> None:
     """The same, and an owner on another machine counts as dead after four seconds."""
-    from mechdiff_mlflow.tracking import lease
+    from mechdiff_mlflow.tracking.runs import run_lock as lease
 
     own_machine()
     lease.LEASE_S = 4.0

@@ -19,9 +19,9 @@ from faults.conftest import CELLS
 from faults.harness import RUN, World, only_parent, undisturbed, with_environment
 from faults.proxy import Fault, Rule, proxying
 from faults.snapshot import Snapshot, snapshot
-from mechdiff_mlflow.tracking.artifacts import dataset_input
-from mechdiff_mlflow.tracking.records import PromptSet
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.tracking.content.artifacts import dataset_input
+from mechdiff_mlflow.tracking.content.records import PromptSet
+from mechdiff_mlflow.tracking.store.store import open_store
 
 CREATES = {
     "runs": r"/runs/create$",

@@ -12,8 +12,8 @@ from tracking.servers import serving
 
 from faults.proxy import FaultProxy, proxying
 from mechdiff_mlflow.cli import cli
-from mechdiff_mlflow.tracking.fetch import load_map
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.tracking.registry.fetch import load_map
+from mechdiff_mlflow.tracking.store.store import open_store
 
 A_CELL = 12
 RUN_AND_PROMOTE = 74

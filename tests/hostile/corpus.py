@@ -17,17 +17,17 @@ import safetensors.torch
 import torch
 import yaml
 
-from mechdiff_mlflow.bundles import Manifest, bundle_file, read_bundle
-from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.planted import Plant
-from mechdiff_mlflow.prompts import read_prompts
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Alpha, PairSpec, Rank
-from mechdiff_mlflow.tracking.fetch import Resolved
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.spec.pair_spec import Alpha, PairSpec, Rank
+from mechdiff_mlflow.spec.plant import Plant
+from mechdiff_mlflow.spec.prompts import read_prompts
+from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.tracking.content.names import check_alias, check_name
 from mechdiff_mlflow.tracking.flavour import load_verified, save_model
-from mechdiff_mlflow.tracking.names import check_alias, check_name
-from mechdiff_mlflow.tracking.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.results import _table
+from mechdiff_mlflow.tracking.predecessor.bundles import Manifest, bundle_file, read_bundle
+from mechdiff_mlflow.tracking.registry.fetch import Resolved
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.runs.results import _table
 
 MARKER = "executed"
 """The file in the working directory that every payload would make."""

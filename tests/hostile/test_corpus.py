@@ -13,7 +13,7 @@ import pytest
 from hostile.corpus import CASES, MARKER, READERS, Case, a_map
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.maps.affine import AffineMap
 
 TESTS = Path(__file__).parents[1]
 

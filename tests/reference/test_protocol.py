@@ -18,15 +18,15 @@ from cli.conftest import client, empty_store, here, mechdiff  # noqa: F401
 from reference.plain_study import HOOKS, PlainPair, PlainSite, bootstrap_drop, min_rank
 from toy import FIRST_CHANGED, write_pair, write_prompts
 
-from mechdiff_mlflow.controls import control_map
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.atlas import atlas
-from mechdiff_mlflow.maps import Weight
-from mechdiff_mlflow.pairs import load_pair
-from mechdiff_mlflow.sites import Hook, Site
+from mechdiff_mlflow.maps.affine import Weight
+from mechdiff_mlflow.models.pairs import load_pair
 from mechdiff_mlflow.solvers import PairedSpectrum
-from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Rank
+from mechdiff_mlflow.solvers.controls import control_map
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Rank
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 Invoke = Callable[..., Any]
 CLOSE = {"rel": 1e-6, "abs": 1e-9}

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.evidence import Conditions, Measured, Quoted
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.stats import Interval
+from mechdiff_mlflow.spec.sites import Site
 
 PATCH = Measured(
     run_id="r",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.moments import PairedMoments
+from mechdiff_mlflow.measures.moments import PairedMoments
 from mechdiff_mlflow.solvers import PairedSpectrum
 
 Rows = Callable[..., tuple[Tensor, Tensor]]

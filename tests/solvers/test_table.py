@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.dense_reference import dense_weight
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import Family
-from mechdiff_mlflow.moments import PairedMoments
+from mechdiff_mlflow.maps.affine import Family
+from mechdiff_mlflow.measures.moments import PairedMoments
 from mechdiff_mlflow.solvers import SOLVERS, PairedSpectrum, fit, fit_moments, fit_spectrum
 
 G = torch.Generator().manual_seed(7)

@@ -11,8 +11,8 @@ import pytest
 from team.postgres import Postgres, postgres
 from team.server import ADMIN, Server, team_server
 
-from mechdiff_mlflow.tracking import store as store_module
-from mechdiff_mlflow.tracking.cache import CACHE_VARIABLE
+from mechdiff_mlflow.tracking.store import store as store_module
+from mechdiff_mlflow.tracking.store.user_cache import CACHE_VARIABLE
 
 
 @pytest.fixture(scope="session")

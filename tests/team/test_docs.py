@@ -12,7 +12,7 @@ from mlflow.server.auth.client import AuthServiceClient
 from mlflow.tracking import MlflowClient
 from team.server import ADMIN, Server
 
-from mechdiff_mlflow.tracking.http_check import check_http
+from mechdiff_mlflow.tracking.store.http_check import check_http
 
 PAGE = (Path(__file__).parents[2] / "docs" / "team-server.md").read_text(encoding="utf-8")
 ADDRESS = "https://mlflow.example.org"

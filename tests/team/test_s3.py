@@ -13,15 +13,15 @@ import torch
 from moto.server import ThreadedMotoServer
 from team.server import serve
 
-from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.tracking.check_result import Level
-from mechdiff_mlflow.tracking.fetch import fetch
-from mechdiff_mlflow.tracking.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.promotion import promote
-from mechdiff_mlflow.tracking.records import RunRecord
-from mechdiff_mlflow.tracking.runs import Tracker
-from mechdiff_mlflow.tracking.server_check import check_store
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.registry.fetch import fetch
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.registry.promotion import promote
+from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.store.check_result import Level
+from mechdiff_mlflow.tracking.store.server_check import check_store
+from mechdiff_mlflow.tracking.store.store import open_store
 
 BUCKET = "maps"
 KEYS = {"AWS_ACCESS_KEY_ID": "server-only", "AWS_SECRET_ACCESS_KEY": "server-only-secret"}

@@ -23,11 +23,11 @@ from team.server import NAME, Server, serve
 from team.tls_proxy import tls_proxy
 
 from mechdiff_mlflow.cli import cli
-from mechdiff_mlflow.tracking import http_check
-from mechdiff_mlflow.tracking.check_result import Finding, Level
-from mechdiff_mlflow.tracking.scratch import PREFIX
-from mechdiff_mlflow.tracking.server_check import check_store
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.tracking.store import http_check
+from mechdiff_mlflow.tracking.store.check_result import Finding, Level
+from mechdiff_mlflow.tracking.store.scratch import PREFIX
+from mechdiff_mlflow.tracking.store.server_check import check_store
+from mechdiff_mlflow.tracking.store.store import open_store
 
 
 @pytest.fixture(scope="session")

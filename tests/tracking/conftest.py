@@ -10,11 +10,11 @@ import mlflow
 import pytest
 import torch
 
-from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.tracking import store as store_module
-from mechdiff_mlflow.tracking.cache import CACHE_VARIABLE
-from mechdiff_mlflow.tracking.runs import RUN_ID_VARIABLE, Tracker
-from mechdiff_mlflow.tracking.store import Store, open_store
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.tracking.runs.runs import RUN_ID_VARIABLE, Tracker
+from mechdiff_mlflow.tracking.store import store as store_module
+from mechdiff_mlflow.tracking.store.store import Store, open_store
+from mechdiff_mlflow.tracking.store.user_cache import CACHE_VARIABLE
 
 D = 6
 

@@ -6,7 +6,7 @@ import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechdiff_mlflow.tracking.artifacts import table_json
+from mechdiff_mlflow.tracking.content.artifacts import table_json
 
 _CELLS = st.one_of(
     st.floats(), st.integers(-(2**40), 2**40), st.booleans(), st.text(max_size=5), st.none(), st.just(pd.NA)

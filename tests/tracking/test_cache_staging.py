@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.cache import CACHE_VARIABLE, STAGING_VARIABLE, forget_old_staging, staging
+from mechdiff_mlflow.tracking.store.user_cache import (
+    CACHE_VARIABLE,
+    STAGING_VARIABLE,
+    forget_old_staging,
+    staging,
+)
 
 
 def test_staging_is_in_the_cache_or_where_it_is_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -20,10 +20,16 @@ import requests
 from mlflow.entities import Run, ViewType
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking import lease as leases
-from mechdiff_mlflow.tracking.cells import CELLS
-from mechdiff_mlflow.tracking.keys import ARTIFACTS_TAG, KEY_TAG, ROOT_TAG, key_of
-from mechdiff_mlflow.tracking.lease import (
+from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.cells import CELLS
+from mechdiff_mlflow.tracking.content.keys import ARTIFACTS_TAG, KEY_TAG, ROOT_TAG, key_of
+from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.runs import run_lock as leases
+from mechdiff_mlflow.tracking.runs.open_run import EPOCH_TAG
+from mechdiff_mlflow.tracking.runs.provenance import code_version
+from mechdiff_mlflow.tracking.runs.recovery import end_stuck, newest_of_mine, stuck_runs
+from mechdiff_mlflow.tracking.runs.results import tables_of
+from mechdiff_mlflow.tracking.runs.run_lock import (
     LEASE_TAG,
     Holder,
     Lease,
@@ -32,16 +38,10 @@ from mechdiff_mlflow.tracking.lease import (
     is_alive,
     taken_over,
 )
-from mechdiff_mlflow.tracking.locks import lock_file, process_start
-from mechdiff_mlflow.tracking.open_run import EPOCH_TAG
-from mechdiff_mlflow.tracking.provenance import code_version
-from mechdiff_mlflow.tracking.records import RunRecord
-from mechdiff_mlflow.tracking.recovery import end_stuck, newest_of_mine, stuck_runs
-from mechdiff_mlflow.tracking.results import tables_of
-from mechdiff_mlflow.tracking.runs import OpenRun, Tracker
-from mechdiff_mlflow.tracking.store import Store
-from mechdiff_mlflow.tracking.stored import StoredFiles
-from mechdiff_mlflow.tracking.writing import RecordWriter
+from mechdiff_mlflow.tracking.runs.runs import OpenRun, Tracker
+from mechdiff_mlflow.tracking.runs.writing import RecordWriter
+from mechdiff_mlflow.tracking.store.file_locks import lock_file, process_start
+from mechdiff_mlflow.tracking.store.store import Store
 
 from .conftest import flip_byte, make_map
 

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from mlflow.models import validate_serving_input
 
 import mechdiff_mlflow
-from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.spec.digests import file_sha256
 from mechdiff_mlflow.tracking import flavour
-from mechdiff_mlflow.tracking.card import model_card
+from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.card import model_card
 from mechdiff_mlflow.tracking.flavour import load_model, load_verified, log_model, save_model
-from mechdiff_mlflow.tracking.store import Store
-from mechdiff_mlflow.tracking.stored import StoredFiles
+from mechdiff_mlflow.tracking.store.store import Store
 
 from .conftest import D, flip_byte, make_map
 
@@ -278,6 +278,6 @@ def test_the_card_puts_the_numbers_into_words() -> None:
     assert "It is not to be told apart from the best control" in model_card(make_map(), unsure, "x", facts)
     assert "No leak" in card
     assert "mechdiff fetch demo-L3-attn_out@champion -o map.pt" in card
-    assert "the_map.attached(tuned, source=base, " in card
+    assert "md.attached(the_map, tuned, source=base, " in card
     assert "  -m models:/demo-L3-attn_out@champion" in card
     assert "**Leak:" in model_card(make_map(), metrics, "x", {**facts, "selection_leak": "true"})

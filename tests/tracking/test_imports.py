@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 
 import mechdiff_mlflow
-from mechdiff_mlflow.tracking import fetch, flavour
+from mechdiff_mlflow.tracking import flavour
+from mechdiff_mlflow.tracking.registry import fetch
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_package_and_its_records_load_without_mlflow_or_torch() -> None:
     code = (
-        "import sys, mechdiff_mlflow, mechdiff_mlflow.tracking.records\n"
+        "import sys, mechdiff_mlflow, mechdiff_mlflow.tracking.content.records\n"
         "print(*sorted({'mlflow', 'torch', 'pandas', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mechdiff_mlflow.tracking import locks
-from mechdiff_mlflow.tracking.locks import lock_file, machine_id, process_start
+from mechdiff_mlflow.tracking.store import file_locks as locks
+from mechdiff_mlflow.tracking.store.file_locks import lock_file, machine_id, process_start
 
 URI = "http://127.0.0.1:5000"
 

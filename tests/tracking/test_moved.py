@@ -12,14 +12,14 @@ from mlflow.tracking import MlflowClient
 
 from mechdiff_mlflow.cli.group import cli
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.check_result import Level
-from mechdiff_mlflow.tracking.fetch import load_map
-from mechdiff_mlflow.tracking.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.promotion import promote
-from mechdiff_mlflow.tracking.records import RunRecord
-from mechdiff_mlflow.tracking.runs import Tracker
-from mechdiff_mlflow.tracking.server_check import check_store
-from mechdiff_mlflow.tracking.store import PLACE_TAG, Store, open_store
+from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.registry.fetch import load_map
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.registry.promotion import promote
+from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.store.check_result import Level
+from mechdiff_mlflow.tracking.store.server_check import check_store
+from mechdiff_mlflow.tracking.store.store import PLACE_TAG, Store, open_store
 from tracking.conftest import make_map
 
 ANY = PromotionPolicy(allow_pair_mismatch=True)

@@ -8,8 +8,8 @@ from mlflow.utils.validation import (
 )
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.tracking.names import check_alias, check_name, logged_model_name, registered_name
+from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.tracking.content.names import check_alias, check_name, logged_model_name, registered_name
 
 SITE = Site(26, Hook.ATTN_OUT)
 TEXT = st.text(max_size=12) | st.text(alphabet="aB1-_./:%@ v", max_size=8)

@@ -16,7 +16,13 @@ from mlflow.protos.databricks_pb2 import (
 )
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.patience import PATIENCE_VARIABLE, Patience, PatientClient, is_away, is_passing
+from mechdiff_mlflow.tracking.store.retries import (
+    PATIENCE_VARIABLE,
+    Patience,
+    PatientClient,
+    is_away,
+    is_passing,
+)
 
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 

@@ -9,7 +9,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import _validate_metric_name, _validate_param_name, _validate_tag_name
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.records import PromptSet, RunRecord, check_key, param_text, prompt_digest
+from mechdiff_mlflow.tracking.content.records import (
+    PromptSet,
+    RunRecord,
+    check_key,
+    param_text,
+    prompt_digest,
+)
 
 from .conftest import make_map
 

@@ -16,19 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import kills
-from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.tracking import cache, flavour, registry
-from mechdiff_mlflow.tracking.compare import diff
-from mechdiff_mlflow.tracking.fetch import fetch, load_map, resolve
-from mechdiff_mlflow.tracking.lease import LeaseLost
-from mechdiff_mlflow.tracking.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.promotion import demote, promote, rollback
-from mechdiff_mlflow.tracking.records import RunRecord
-from mechdiff_mlflow.tracking.registry import Move, get_version, history, list_versions, list_winners
-from mechdiff_mlflow.tracking.runs import Tracker
-from mechdiff_mlflow.tracking.store import Store, open_store
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.spec.digests import file_sha256
+from mechdiff_mlflow.tracking import flavour
+from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.registry import registry
+from mechdiff_mlflow.tracking.registry.compare import diff
+from mechdiff_mlflow.tracking.registry.fetch import fetch, load_map, resolve
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.registry.promotion import demote, promote, rollback
+from mechdiff_mlflow.tracking.registry.registry import Move, get_version, history, list_versions, list_winners
+from mechdiff_mlflow.tracking.runs.run_lock import LeaseLost
+from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.store import user_cache as cache
+from mechdiff_mlflow.tracking.store.store import Store, open_store
 
 from .conftest import D, flip_byte, make_map
 

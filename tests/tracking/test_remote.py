@@ -11,14 +11,14 @@ from click.testing import CliRunner
 
 from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.tracking.fetch import CachedAnswer, fetch, load_map
-from mechdiff_mlflow.tracking.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.promotion import promote
-from mechdiff_mlflow.tracking.records import RunRecord
-from mechdiff_mlflow.tracking.registry import history
-from mechdiff_mlflow.tracking.runs import Tracker
-from mechdiff_mlflow.tracking.store import open_store
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.registry.fetch import CachedAnswer, fetch, load_map
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.registry.promotion import promote
+from mechdiff_mlflow.tracking.registry.registry import history
+from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.store.store import open_store
 
 from .conftest import flip_byte, make_map
 from .servers import Server, serving

@@ -1,11 +1,11 @@
 import pytest
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking import lookup, results
-from mechdiff_mlflow.tracking.records import RunRecord
-from mechdiff_mlflow.tracking.results import results_df
-from mechdiff_mlflow.tracking.runs import Tracker
-from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.runs import lookup, results
+from mechdiff_mlflow.tracking.runs.results import results_df
+from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.store.store import Store
 
 
 def log(tracker: Tracker) -> str:

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import torch
 
-from mechdiff_mlflow.tracking.card import PORT
-from mechdiff_mlflow.tracking.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.promotion import promote
-from mechdiff_mlflow.tracking.records import RunRecord
-from mechdiff_mlflow.tracking.runs import Tracker
-from mechdiff_mlflow.tracking.store import Store
+from mechdiff_mlflow.tracking.content.card import PORT
+from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.registry.promotion import promote
+from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.store.store import Store
 
 from .conftest import D, make_map
 

@@ -23,10 +23,10 @@ from mlflow.store.db import utils as mlflow_db
 from mlflow.tracking import MlflowClient
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.patience import Patience
-from mechdiff_mlflow.tracking.redaction import redact
-from mechdiff_mlflow.tracking.runs import Tracker
-from mechdiff_mlflow.tracking.store import Store, StoreUnreachable, open_store
+from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.store.redaction import redact
+from mechdiff_mlflow.tracking.store.retries import Patience
+from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable, open_store
 
 SECRET = st.text(alphabet="abcdefghijklmnopqrstuvwxyzABC123!$~._-", min_size=6, max_size=12)
 

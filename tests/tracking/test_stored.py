@@ -13,9 +13,9 @@ import requests
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import flavour
+from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
 from mechdiff_mlflow.tracking.flavour import log_model
-from mechdiff_mlflow.tracking.store import open_store
-from mechdiff_mlflow.tracking.stored import StoredFiles
+from mechdiff_mlflow.tracking.store.store import open_store
 
 from .conftest import flip_byte, make_map
 from .servers import serving

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from mechdiff_mlflow.tracking import view
-from mechdiff_mlflow.tracking.store import Store
-from mechdiff_mlflow.tracking.view import install_view, run_url, ui_command, version_url, view_url
+from mechdiff_mlflow.tracking.content import view
+from mechdiff_mlflow.tracking.content.view import install_view, run_url, ui_command, version_url, view_url
+from mechdiff_mlflow.tracking.store.store import Store
 
 
 def state(store: Store, experiment_id: str) -> dict[str, Any]:

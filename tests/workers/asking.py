@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mechdiff_mlflow.experiments.progress import silent
 from mechdiff_mlflow.experiments.workers import Workers
-from mechdiff_mlflow.maps import AffineMap, Weight
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 SITES = (Site(3, Hook.RESID_POST), Site(2, Hook.ATTN_OUT), Site(0, Hook.RESID_PRE))
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
-from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec
 
 BATCH = 4
 

@@ -14,15 +14,15 @@ import pytest
 import torch
 from asking import replacements
 
-from mechdiff_mlflow.digests import source_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.workers.actor import PairWorker, Recipe
 from mechdiff_mlflow.experiments.workers.cluster import connected
 from mechdiff_mlflow.experiments.workers.ray_workers import _gpus_of_each
 from mechdiff_mlflow.experiments.workers.tasks import Capture, Score
-from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import PairSpec, Position
+from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
+from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.version import source_sha256
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers
 from mechdiff_mlflow.experiments.workers.tasks import Task, Tensors
-from mechdiff_mlflow.maps import AffineMap
-from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.spec.sites import Site
 
 
 def journal(pair: Pair, folder: Path, **options: object) -> Journal:

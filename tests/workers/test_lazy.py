@@ -11,8 +11,8 @@ import toy as toys
 from asking import answers, assert_same
 
 from mechdiff_mlflow.experiments.workers import LocalWorkers
-from mechdiff_mlflow.pairs import EngineOptions, load_pair
-from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.models.pairs import EngineOptions, load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec
 
 
 def adapter_spec(toy: Path, folder: Path) -> Path:

@@ -25,9 +25,9 @@ from mechdiff_mlflow.experiments.progress import Advance, Stage
 from mechdiff_mlflow.experiments.workers import LocalWorkers, Workers
 from mechdiff_mlflow.experiments.workers.cluster import _of_our_own
 from mechdiff_mlflow.experiments.workers.tasks import Capture, Task, Tensors
-from mechdiff_mlflow.pairs import EngineOptions, Pair, load_pair
-from mechdiff_mlflow.sites import Hook, Site
-from mechdiff_mlflow.spec import Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 pytestmark = [
     pytest.mark.slow,

@@ -11,14 +11,14 @@ from asking import SITES, answers, assert_same
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mechdiff_mlflow.engine.chunks import in_chunks
+from mechdiff_mlflow.engine.model.chunks import in_chunks
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.workers import LocalWorkers, Workers
 from mechdiff_mlflow.experiments.workers.shards import Merged, chunks_of, part_of, shards_of
 from mechdiff_mlflow.experiments.workers.tasks import Capture, Gradients, Score
-from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.prompts import PromptSet, TokenizedPrompts
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts
 
 
 class Cut(LocalWorkers):

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mechdiff_mlflow.digests import source_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import demand_sound
 from mechdiff_mlflow.experiments.rows import Replacements
 from mechdiff_mlflow.experiments.workers.local import LocalWorkers
 from mechdiff_mlflow.experiments.workers.tasks import Task
 from mechdiff_mlflow.experiments.workers.workers import Setting
-from mechdiff_mlflow.pairs import EngineOptions, load_pair
-from mechdiff_mlflow.spec import PairSpec
+from mechdiff_mlflow.models.pairs import EngineOptions, load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.spec.version import source_sha256
 
 QUESTIONS = ("shapes", "n_heads", "unembedding")
 """Methods of `Workers` that a worker answers."""

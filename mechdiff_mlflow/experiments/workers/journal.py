@@ -21,13 +21,13 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mechdiff_mlflow import untrusted
-from mechdiff_mlflow.digests import file_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.workers.tasks import Task, Tensors
 from mechdiff_mlflow.experiments.workers.workers import Setting, Shape, Workers
-from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.spec import untrusted
+from mechdiff_mlflow.spec.digests import file_sha256
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import PromptSet
 
 MAX_BYTES = 64 << 30
 """Of an entry; one of 1,000 prompts at 320 sites of width 8192 takes 10 GiB in two bytes a number."""

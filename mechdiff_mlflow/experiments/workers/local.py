@@ -12,9 +12,9 @@ from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.rows import Replacements, SiteRows
 from mechdiff_mlflow.experiments.workers.tasks import Task, Tensors
 from mechdiff_mlflow.experiments.workers.workers import Setting, Shape, Workers
-from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.sites import Site
 
 
 class LocalWorkers(Workers):

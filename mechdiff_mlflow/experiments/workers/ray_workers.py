@@ -16,14 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from mechdiff_mlflow.digests import source_sha256
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.workers.actor import Loaded, Outcome, Recipe
 from mechdiff_mlflow.experiments.workers.cluster import OWN, connected
 from mechdiff_mlflow.experiments.workers.hands import Hand, new_hand
 from mechdiff_mlflow.experiments.workers.tasks import Task, Tensors
 from mechdiff_mlflow.experiments.workers.workers import Setting, Shape, Workers
-from mechdiff_mlflow.pairs import Pair
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.spec.version import source_sha256
 
 MOST_DEATHS = 3
 """How many workers may die of one thing before it is not handed to another."""

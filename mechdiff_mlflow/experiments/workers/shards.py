@@ -13,10 +13,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.engine.chunks import Cuts
+from mechdiff_mlflow.engine.model.chunks import Cuts
 from mechdiff_mlflow.experiments.workers.tasks import AnyTask, Task, Tensors
-from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.prompts import TokenizedPrompts
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 
 MOST = 32
 """Shards of a task: enough to lose little with one, few enough to cost nothing each."""

@@ -19,10 +19,10 @@ from mechdiff_mlflow.experiments.progress import silent
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, Replacements, SiteRows
 from mechdiff_mlflow.experiments.substitution import Heads, Substitution
 from mechdiff_mlflow.experiments.unmapped import swap
-from mechdiff_mlflow.pairs import Pair
-from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.sites import Site
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 """By name; the first dimension of each is the task's prompts, in order."""

@@ -26,10 +26,10 @@ from mechdiff_mlflow.experiments.workers.tasks import (
     Task,
     Tensors,
 )
-from mechdiff_mlflow.pairs import Pair, Side
-from mechdiff_mlflow.prompts import PromptSet
-from mechdiff_mlflow.sites import Site
-from mechdiff_mlflow.spec import Position
+from mechdiff_mlflow.models.pairs import Pair, Side
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.sites import Site
 
 _REREAD = 4
 """Prompts that are read twice for the noise floor."""

@@ -1,0 +1,1 @@
+"""Faster forms of norms, attention and MLPs for CPU and GPU."""

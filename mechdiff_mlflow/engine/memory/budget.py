@@ -1,0 +1,219 @@
+"""What may be held in memory beside the weights, and what follows for the engine's bounds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from mechdiff_mlflow.engine.memory.oom_retry import Bounds
+from mechdiff_mlflow.engine.model.architecture import Decoder, text_config
+from mechdiff_mlflow.errors import MechdiffError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+_WORKING_QUARTERS = 3
+"""Of four: what forwards and patched rows may take; the rest is for what is kept."""
+
+
+class MemoryBudget:
+    """Bytes beside the weights: three quarters to work with, one to keep activations and recordings in.
+
+    Both models of a pair share one budget: they work in turns, and what is kept is counted together.
+
+    Args:
+        total: Bytes.
+
+    Raises:
+        MechdiffError: It is not positive.
+    """
+
+    def __init__(self, total: int) -> None:
+        if total < 1:
+            raise MechdiffError(f"A memory budget of {total} bytes is nothing; give e.g. 8GiB.")
+        self.total = total
+        self.working = total * _WORKING_QUARTERS // 4
+        self._left = total - self.working
+        self._spared = self._left // 2
+
+    @property
+    def kept(self) -> int:
+        """Bytes that are reserved now."""
+        return self.total - self.working - self._left
+
+    def reserve(self, n_bytes: int, *, sparing: bool = False) -> bool:
+        """Whether so many bytes may be kept; they then count until released.
+
+        Args:
+            n_bytes: How many.
+            sparing: Leave half of all that may be kept to others, to whom it matters more.
+        """
+        if n_bytes > self._left - (self._spared if sparing else 0):
+            return False
+        self._left -= n_bytes
+        return True
+
+    def release(self, n_bytes: int) -> None:
+        """Give back what was reserved."""
+        self._left += n_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of a model, what its memory follows from.
+
+    Args:
+        n_layers: Decoder blocks.
+        width: Of the residual stream.
+        inner: Of the MLPs.
+        heads_width: Query heads times their width.
+        kv_width: Key heads times their width.
+        n_heads: Query heads.
+        vocabulary: Tokens.
+        number: Bytes of a number.
+        keeps_scores: Whether attention scores of a forward exist as a matrix (eager attention).
+    """
+
+    n_layers: int
+    width: int
+    inner: int
+    heads_width: int
+    kv_width: int
+    n_heads: int
+    vocabulary: int
+    number: int
+    keeps_scores: bool
+
+    @classmethod
+    def of(cls, decoder: Decoder, vocabulary: int, *, keeps_scores: bool) -> Shape:
+        """From a model's configuration; what is not there is guessed as for Llama and GPT-2."""
+        config = text_config(decoder.model)
+        n_heads = int(config.num_attention_heads)
+        # Multi-head latent attention has keys that are wider than a head.
+        latent = int(getattr(config, "qk_head_dim", 0) or 0)
+        head = max(latent, int(getattr(config, "head_dim", None) or decoder.width // n_heads))
+        key_heads = n_heads if latent else int(getattr(config, "num_key_value_heads", None) or n_heads)
+        inner = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+        number = next(p for p in decoder.model.parameters() if p.is_floating_point()).element_size()
+        return cls(
+            n_layers=len(decoder.blocks),
+            width=decoder.width,
+            inner=max([int(n) for n in inner if n], default=4 * decoder.width),
+            heads_width=n_heads * head,
+            kv_width=key_heads * head,
+            n_heads=n_heads,
+            vocabulary=vocabulary,
+            number=number,
+            keeps_scores=keeps_scores,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a call asks of the model.
+
+    Args:
+        n_tokens: Of the longest prompt.
+        suffix: Tokens from the patched position to the end, at most.
+        n_sites: Sites that are read.
+        n_columns: Patched runs of each prompt; 0 for a capture.
+        tree: Whether variants stand side by side behind a mask (the paths concat and masked).
+    """
+
+    n_tokens: int
+    suffix: int = 1
+    n_sites: int = 1
+    n_columns: int = 0
+    tree: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes, an upper estimate: of a chunk of prompts, of patched tokens, of rows of logits."""
+
+    chunk: int
+    rows: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """Of all three."""
+        return self.chunk + self.rows + self.head
+
+
+def needed(bounds: Bounds, shape: Shape, load: Load) -> Need:
+    """What a call takes at most beside the weights and the activations it returns.
+
+    With e bytes a number, T tokens a prompt, S of them re-run, w the width, i of the MLP, a of the query and
+    k of the key heads, V the vocabulary, L layers, s sites and c patched runs a prompt:
+
+    - a prompt: e·L·(2·T·k + 2·S·w) of recorded keys, values and suffixes, T·((6·w + 3·i + 2·a)·e + 8·w) for
+      the block at work, V·(2·e + 8) of clean logits, (s + c)·w·(2·e + 8) of replacements; under eager
+      attention e·heads·T² for each of two matrices of scores too;
+    - a patched token: (10·w + 4·i)·e + 4·(6·a + 4·k), and as a tree 2·e·L·k of cache and its row of the mask;
+    - a row of logits: V·(e + 4) + w·e.
+    """
+    e, t, w = shape.number, load.n_tokens, shape.width
+    recorded = e * shape.n_layers * (2 * t * shape.kv_width + 2 * load.suffix * w) if load.n_columns else 0
+    block = t * ((6 * w + 3 * shape.inner + 2 * shape.heads_width) * e + 8 * w)
+    scores = 2 * e * shape.n_heads * t * t if shape.keeps_scores else 0
+    logits = shape.vocabulary * (2 * e + 8)
+    replacements = (load.n_sites + load.n_columns) * w * (2 * e + 8)
+    # No more rows than there are.
+    n_rows = min(bounds.max_rows, bounds.batch_size * load.n_columns * load.suffix)
+    row = (10 * w + 4 * shape.inner) * e + 4 * (6 * shape.heads_width + 4 * shape.kv_width)
+    if load.tree:
+        in_tree = min(n_rows, load.n_columns * load.suffix)
+        row += 2 * e * shape.n_layers * shape.kv_width + (2 * e + 4 * shape.n_heads) * (t + in_tree)
+    n_head = min(bounds.head_rows, bounds.batch_size * max(1, load.n_columns))
+    return Need(
+        chunk=bounds.batch_size * (recorded + block + scores + logits + replacements),
+        rows=n_rows * row,
+        head=n_head * (shape.vocabulary * (e + 4) + w * e),
+    )
+
+
+def bounds_within(n_bytes: int, most: Bounds, shape: Shape, load: Load) -> Bounds:
+    """The largest bounds, found by halving what takes most, whose need is at most `n_bytes`.
+
+    Raises:
+        MechdiffError: Not even one prompt and one row fit.
+    """
+    bounds = most
+    while (need := needed(bounds, shape, load)).total > n_bytes:
+        halves = {
+            "batch_size": need.chunk if bounds.batch_size > 1 else 0,
+            "max_rows": need.rows if bounds.max_rows > 1 else 0,
+            "head_rows": need.head if bounds.head_rows > 1 else 0,
+        }
+        name = max(halves, key=lambda name: halves[name])
+        if not halves[name]:
+            least = size(-(-need.total * 4 // _WORKING_QUARTERS))
+            raise MechdiffError(
+                f"One prompt of {load.n_tokens} tokens needs more than the memory budget leaves for it "
+                f"({size(n_bytes)}); give --memory-budget {least} or more."
+            )
+        bounds = replace(bounds, **{name: getattr(bounds, name) // 2})
+    return bounds
+
+
+def parse_bytes(text: str) -> int:
+    """Read `8GiB`, `500MB`, `1.5GB` or a number of bytes.
+
+    Raises:
+        MechdiffError: `text` is none of these, or under one byte.
+    """
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]?i?B)?", text)
+    unit = _UNITS.get(found[2] or "B") if found else None
+    if found is None or unit is None or int(float(found[1]) * unit) < 1:
+        raise MechdiffError(f"Memory budget {text!r} is not a size; write e.g. 8GiB or 500MB.")
+    return int(float(found[1]) * unit)
+
+
+def size(n_bytes: int) -> str:
+    """A number of bytes as `parse_bytes` reads it, rounded up to three digits."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if n_bytes >= _UNITS[unit]:
+            tenths = -(-n_bytes * 10 // _UNITS[unit])
+            return f"{tenths / 10:g}{unit}"
+    return f"{n_bytes}B"

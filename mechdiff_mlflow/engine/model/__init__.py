@@ -1,0 +1,1 @@
+"""The transformer as hooks see it: its blocks, and forwards over prompts cut into chunks."""

@@ -1,0 +1,238 @@
+"""Where the blocks, attentions and MLPs of a decoder live, and which module's output is a site.
+
+`attn_out` and `mlp_out` are what a sublayer *adds to the residual stream*:
+
+- Most blocks add the sublayer's output itself, in sequence (Llama) or in parallel (Phi, GPT-NeoX, Cohere2).
+- Blocks with a norm after each sublayer (Gemma 2 and 3, OLMo 2, GLM-4, EXAONE 4) add the output of that norm.
+- Sublayers that add the residual stream themselves (Bloom, MPT) add the output of their last projection.
+- OPT has no MLP module; its block adds the output of `fc2`.
+- Granite adds its sublayers' outputs times a constant, `residual_multiplier`; the sites are the outputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec.sites import Hook, Site
+
+_ATTENTION = (
+    *("self_attn", "attn", "attention", "self_attention", "linear_attn"),
+    *("temporal_block", "norm_attn_norm.attn"),
+)
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "mlp_block", "fc2")
+_POST_NORMS = (
+    ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ("post_self_attn_layernorm", "post_mlp_layernorm"),
+)
+"""Norms of (attention output, MLP output). Only together: Llama's post_attention_layernorm feeds its MLP."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleNames:
+    """Module names of a model that is not recognised; None means found automatically.
+
+    Args:
+        layers: Path of the list of decoder blocks, e.g. `model.layers`.
+        attention: Name of the attention sublayer in a block, e.g. `self_attn`.
+        mlp: Name of the MLP sublayer in a block, e.g. `mlp`.
+        attn_out: Name in a block of the module whose output the attention sublayer adds to the residual
+            stream, when that is not `attention` itself, e.g. `post_attention_layernorm`.
+        mlp_out: The same for the MLP sublayer.
+    """
+
+    layers: str | None = None
+    attention: str | None = None
+    mlp: str | None = None
+    attn_out: str | None = None
+    mlp_out: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One decoder block; a sublayer that the block does not have is None."""
+
+    module: nn.Module
+    attention: nn.Module | None
+    mlp: nn.Module | None
+    attn_out: nn.Module | None
+    mlp_out: nn.Module | None
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A causal language model whose blocks have been found.
+
+    Args:
+        model: What is called: a transformers causal LM, or a PEFT wrapper of one.
+        layers: The list of decoder blocks in it.
+        blocks: The same, resolved, first to last.
+        width: Dimensions of the residual stream.
+        unlike: Why `attn_out` and `mlp_out` are no sites of it; empty if nothing is known against them.
+    """
+
+    model: nn.Module
+    layers: nn.ModuleList
+    blocks: tuple[Block, ...]
+    width: int
+    unlike: str = ""
+
+    @classmethod
+    def of(cls, model: nn.Module, names: ModuleNames | None = None) -> Decoder:
+        """Find the blocks of `model`.
+
+        Raises:
+            MechdiffError: They cannot be told from their names; the message says which override to set.
+        """
+        names = names or ModuleNames()
+        config = text_config(model)
+        layers = _find_layers(model, int(config.num_hidden_layers), names)
+        return cls(model, layers, tuple(_resolve(layer, names) for layer in layers), int(config.hidden_size))
+
+    def check(self, site: Site) -> None:
+        """Raise unless `site` exists.
+
+        Raises:
+            MechdiffError: The layer is beyond the last, or its block lacks the sublayer.
+        """
+        n = len(self.blocks)
+        if site.layer >= n:
+            raise MechdiffError(f"Layer {site.layer} does not exist: the model has {n} layers, 0 to {n - 1}.")
+        self.module(site)
+
+    def has(self, site: Site) -> bool:
+        """Whether `site` exists and was recognised."""
+        try:
+            self.check(site)
+        except MechdiffError:
+            return False
+        return True
+
+    def module(self, site: Site) -> nn.Module:
+        """The module whose output (for `resid_pre`, whose input) is the activation at `site`."""
+        block = self.blocks[site.layer]
+        module = {Hook.ATTN_OUT: block.attn_out, Hook.MLP_OUT: block.mlp_out}.get(site.hook, block.module)
+        if module is None:
+            name = "attention" if site.hook is Hook.ATTN_OUT else "mlp"
+            others = [str(i) for i, b in enumerate(self.blocks) if getattr(b, str(site.hook)) is not None]
+            remedy = f"take one of layers {', '.join(others)}, or " if others else "take "
+            why = self.unlike or (
+                f"was not found in {type(block.module).__name__}, which has "
+                f"{', '.join(n for n, _ in block.module.named_children())}"
+            )
+            raise MechdiffError(
+                f"Site {site} {why}; {remedy}hook resid_pre or resid_post, or set modules.{name} in the "
+                "pair's spec to the right one."
+            )
+        return module
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model in `model`.
+
+    Raises:
+        MechdiffError: `model` is no transformers model.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        raise MechdiffError(
+            f"{type(model).__name__} is not a transformers causal language model; load it with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
+    return config.get_text_config()
+
+
+def _find_layers(model: nn.Module, n_layers: int, names: ModuleNames) -> nn.ModuleList:
+    if names.layers is not None:
+        layers = _submodule(model, names.layers)
+        if not isinstance(layers, nn.ModuleList):
+            raise MechdiffError(
+                f"modules.layers is {names.layers!r}, which is no list of blocks in {type(model).__name__}; "
+                f"its lists are {_module_lists(model) or 'none'}."
+            )
+        return layers
+    attention = (names.attention,) if names.attention else _ATTENTION
+    fitting = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    }
+    found = {
+        path: module
+        for path, module in fitting.items()
+        if any(_submodule(layer, name) is not None for layer in module for name in attention)
+    } or fitting  # blocks of a state space have no attention
+    if len(found) > 1:  # of a multimodal model, the blocks beside the embeddings of tokens are meant
+        paths = {module: path for path, module in model.named_modules()}
+        home = paths.get(model.get_input_embeddings(), "").rpartition(".")[0]  # type: ignore[operator]
+        found = {path: found[path] for path in found if path.rpartition(".")[0] == home} or found
+    if len(found) != 1:
+        what = (
+            f"several could be ({', '.join(found)})"
+            if found
+            else f"none of {_module_lists(model) or 'none'} fits"
+        )
+        raise MechdiffError(
+            f"The {n_layers} decoder blocks of {type(model).__name__} were not recognised: {what}; "
+            "set modules.layers in the pair's spec, and modules.attention if its name is unusual."
+        )
+    return next(iter(found.values()))
+
+
+def _module_lists(model: nn.Module) -> str:
+    lists = ((path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList))
+    return ", ".join(f"{path} ({len(m)})" for path, m in lists)
+
+
+def _resolve(layer: nn.Module, names: ModuleNames) -> Block:
+    attention = _first(layer, (names.attention,) if names.attention else _ATTENTION)
+    mlp = _first(layer, (names.mlp,) if names.mlp else _MLP)
+    for name, module in (("attention", attention), ("mlp", mlp)):
+        if getattr(names, name) is not None and module is None:
+            raise MechdiffError(
+                f"modules.{name} is {getattr(names, name)!r}, which {type(layer).__name__} does not have; "
+                f"its modules are {', '.join(n for n, _ in layer.named_children())}."
+            )
+    attn_out = _takes_residual(attention, "dense")
+    mlp_out = _takes_residual(mlp, "dense_4h_to_h", "down_proj")
+    for norms in _POST_NORMS:
+        if all(_submodule(layer, name) is not None for name in norms):
+            attn_out, mlp_out = (_submodule(layer, name) for name in norms)
+    if names.attn_out is not None:
+        attn_out = _required(layer, "attn_out", names.attn_out)
+    if names.mlp_out is not None:
+        mlp_out = _required(layer, "mlp_out", names.mlp_out)
+    return Block(layer, attention, mlp, attn_out, mlp_out)
+
+
+def _takes_residual(sublayer: nn.Module | None, *projections: str) -> nn.Module | None:
+    """The projection that ends a sublayer which adds the residual stream itself, else the sublayer."""
+    if sublayer is not None and "residual" in inspect.signature(type(sublayer).forward).parameters:
+        return _first(sublayer, projections)
+    return sublayer
+
+
+def _required(layer: nn.Module, key: str, name: str) -> nn.Module:
+    module = _submodule(layer, name)
+    if module is None:
+        raise MechdiffError(
+            f"modules.{key} is {name!r}, which {type(layer).__name__} does not have; its modules are "
+            f"{', '.join(n for n, _ in layer.named_modules() if n)}."
+        )
+    return module
+
+
+def _first(layer: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    return next((m for m in (_submodule(layer, name) for name in names) if m is not None), None)
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None

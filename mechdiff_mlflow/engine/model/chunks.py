@@ -1,0 +1,143 @@
+"""Prompts in left-padded chunks of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """n prompts padded on the left to a common length, all patched the same distance from their end.
+
+    Args:
+        index: Which prompts these are, [n], on the CPU.
+        ids: Token ids [n, length].
+        mask: True where a token is real, [n, length].
+        positions: Position of each token in its own prompt [n, length].
+        suffix: Tokens from the patched position to the end; 1 for the decision token.
+        is_padded: Whether some prompt is shorter than the others.
+        span: Tokens from the patched position on whose mean is the activation.
+    """
+
+    index: Tensor
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    suffix: int
+    is_padded: bool
+    span: int = 1
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """Among hidden states [n, length, width] the activation [n, width]: of one token or a span's mean."""
+        if self.span == 1:
+            return hidden[:, -self.suffix].clone()
+        tokens = self.spanned(hidden)
+        return tokens.to(torch.promote_types(tokens.dtype, torch.float32)).mean(1).to(tokens.dtype)
+
+    def part(self, prompts: slice) -> Chunk:
+        """Some of the prompts, padded as they are."""
+        return replace(
+            self,
+            index=self.index[prompts],
+            ids=self.ids[prompts],
+            mask=self.mask[prompts],
+            positions=self.positions[prompts],
+        )
+
+    def spanned(self, hidden: Tensor) -> Tensor:
+        """The tokens of the span, [n, span, width]."""
+        start = hidden.shape[1] - self.suffix
+        return hidden[:, start : start + self.span]
+
+
+class Cuts:
+    """Prompts in the order in which chunks take them, short ones first, to be cut anywhere.
+
+    Args:
+        prompts: All prompts.
+        device: Where chunks are put.
+    """
+
+    def __init__(self, prompts: TokenizedPrompts, device: torch.device) -> None:
+        self.prompts, self._device = prompts, device
+        self.order = sorted(range(len(prompts)), key=lambda i: (*_suffix(prompts, i), len(prompts.ids[i])))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def n_tokens(self, start: int) -> int:
+        """Of the prompt at a place in the order."""
+        return len(self.prompts.ids[self.order[start]])
+
+    def take(self, start: int, size: int) -> Chunk:
+        """At most `size` prompts from a place in the order on, that share a suffix length and a span."""
+        rows = self.order[start : start + size]
+        suffix = _suffix(self.prompts, rows[0])
+        alike = list(takewhile(lambda i: _suffix(self.prompts, i) == suffix, rows))
+        return _padded(self.prompts, alike, *suffix, self._device)
+
+
+def in_chunks(prompts: TokenizedPrompts, size: int, device: torch.device) -> Iterator[Chunk]:
+    """Chunks of at most `size` prompts that share a suffix length and a span, short prompts first."""
+    cuts, start = Cuts(prompts, device), 0
+    while start < len(cuts):
+        chunk = cuts.take(start, size)
+        yield chunk
+        start += len(chunk)
+
+
+def _suffix(prompts: TokenizedPrompts, i: int) -> tuple[int, int]:
+    """Tokens from the patched position to the end, and how many of them are averaged."""
+    return len(prompts.ids[i]) - prompts.positions[i], prompts.span(i)
+
+
+def check_prompts(prompts: TokenizedPrompts, vocabulary: int) -> None:
+    """Raise unless every prompt can be run.
+
+    Raises:
+        MechdiffError: There are no prompts, one is empty, or a token or position does not exist.
+    """
+    if not len(prompts):
+        raise MechdiffError("There are no prompts; give at least one.")
+    for i, (ids, position) in enumerate(zip(prompts.ids, prompts.positions, strict=True)):
+        if not 0 <= position < len(ids):
+            raise MechdiffError(
+                f"Prompt {i} has {len(ids)} tokens and no position {position}; check its text."
+            )
+        if not 1 <= prompts.span(i) <= len(ids) - position:
+            raise MechdiffError(
+                f"Prompt {i} has {len(ids) - position} tokens from position {position} on and a span of "
+                f"{prompts.span(i)}; check its text."
+            )
+        if not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise MechdiffError(
+                f"Prompt {i} has token ids from {min(ids)} to {max(ids)}, but the model's vocabulary is 0 to "
+                f"{vocabulary - 1}; tokenize it with this model's own tokenizer."
+            )
+
+
+def _padded(
+    prompts: TokenizedPrompts, rows: list[int], suffix: int, span: int, device: torch.device
+) -> Chunk:
+    length = max(len(prompts.ids[i]) for i in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros(len(rows), length, dtype=torch.bool)
+    for row, i in enumerate(rows):
+        ids[row, length - len(prompts.ids[i]) :] = torch.tensor(prompts.ids[i])
+        mask[row, length - len(prompts.ids[i]) :] = True
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    padded = not bool(mask.all())
+    return Chunk(
+        torch.tensor(rows), ids.to(device), mask.to(device), positions.to(device), suffix, padded, span
+    )

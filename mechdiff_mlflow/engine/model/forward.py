@@ -1,0 +1,155 @@
+"""One forward of the whole model on whole prompts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mechdiff_mlflow.engine.model.architecture import Decoder, text_config
+from mechdiff_mlflow.engine.model.attention_routing import plain_attention
+from mechdiff_mlflow.engine.model.chunks import Chunk
+from mechdiff_mlflow.engine.model.hooks import tapped
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec.sites import Site
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a clean run leaves of a chunk of n prompts.
+
+    Args:
+        chunk: The prompts.
+        clean: The model's own activation [n, width] at each site, at the position or mean of its span.
+        logits: Next-token logits [n, vocabulary].
+    """
+
+    chunk: Chunk
+    clean: dict[Site, Tensor]
+    logits: Tensor
+
+    def __len__(self) -> int:
+        return len(self.chunk)
+
+    def part(self, prompts: slice) -> Recording:
+        """Of some of the prompts; views of the same numbers."""
+        clean = {site: x[prompts] for site, x in self.clean.items()}
+        return replace(self, chunk=self.chunk.part(prompts), clean=clean, logits=self.logits[prompts])
+
+    def finite(self) -> Tensor:
+        """Whether activations and logits are numbers [n, sites + 1], on the logits' device."""
+        device = self.logits.device
+        tensors = (*self.clean.values(), self.logits)
+        return torch.stack([torch.isfinite(x).all(-1).to(device) for x in tensors], 1)
+
+    def check_finite(self, finite: Tensor | None = None) -> None:
+        """Raise unless activations and logits are numbers.
+
+        Args:
+            finite: What `finite` said, if it was asked: every answer of a GPU is waited for.
+
+        Raises:
+            MechdiffError: One is NaN or infinite; names it and the prompt.
+        """
+        finite = (self.finite() if finite is None else finite).cpu()
+        if not finite.all():
+            row, which = (int(i) for i in (~finite).nonzero()[0])
+            names = [*(f"The activation at {site}" for site in self.clean), "The next-token logits"]
+            raise MechdiffError(
+                f"{names[which]} of prompt {int(self.chunk.index[row])} is NaN or infinite; load "
+                "the model in bfloat16 or float32, or look for broken weights."
+            )
+
+
+class PromptForward:
+    """Runs whole prompts, and counts them in `n_prompts`."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.n_prompts = 0
+        self._accepts = _forward_parameters(decoder.model)
+        embeddings: Any = decoder.model.get_input_embeddings()  # type: ignore[operator]
+        self.device = _place_of(embeddings)
+        self.vocabulary: int = embeddings.weight.shape[0]
+        self._head: Any = decoder.model.get_output_embeddings()  # type: ignore[operator]
+        # Some models warn of padding tokens without a mask.
+        self._filler = int(getattr(text_config(decoder.model), "pad_token_id", None) == 0)
+
+    @torch.no_grad()
+    def __call__(self, chunk: Chunk, **more: Any) -> Tensor:
+        """Next-token logits [n, vocabulary]; `more` goes to the model."""
+        return self.logits(chunk, **more)
+
+    def logits(self, chunk: Chunk, **more: Any) -> Tensor:
+        """The same with the gradients that are asked for outside."""
+        self.n_prompts += len(chunk)
+        kwargs: dict[str, Any] = {}
+        # Without a mask the model may use a causal kernel, which is faster.
+        if chunk.is_padded or "position_ids" not in self._accepts:
+            kwargs["attention_mask"] = chunk.mask.long()
+        if "logits_to_keep" in self._accepts:
+            kwargs["logits_to_keep"] = 1
+        return self._last_logits(chunk.ids, chunk.positions, **{**kwargs, **more})
+
+    @torch.no_grad()
+    def tokens(self, n: int) -> Tensor:
+        """Logits [n, vocabulary] of n prompts of one token; they are not counted."""
+        positions = torch.zeros(n, 1, dtype=torch.long, device=self.device)
+        return self._last_logits(torch.full_like(positions, self._filler), positions)
+
+    def _last_logits(self, ids: Tensor, positions: Tensor, **kwargs: Any) -> Tensor:
+        if "position_ids" in self._accepts:
+            kwargs["position_ids"] = positions
+        kwargs.setdefault("use_cache", False)
+        with plain_attention(self.decoder), _contiguous_input(self._head):
+            logits: Tensor = self.decoder.model(input_ids=ids, **kwargs).logits
+        return logits[:, -1]
+
+    def record(self, chunk: Chunk, sites: Sequence[Site], **more: Any) -> Recording:
+        """The clean run of a chunk, with its activations at `sites`; `more` goes to the model."""
+        clean: dict[Site, Tensor] = {}
+
+        def keep(site: Site, hidden: Tensor) -> None:
+            clean[site] = chunk.read(hidden)
+
+        with ExitStack() as taps:
+            for site in set(sites):
+                edit = lambda hidden, site=site: keep(site, hidden)  # noqa: E731
+                taps.enter_context(tapped(self.decoder, site, edit, len(chunk)))
+            return Recording(chunk, clean, self(chunk, **more))
+
+
+def _place_of(module: nn.Module) -> torch.device:
+    """Where a module computes; accelerate keeps the weights of an offloaded one elsewhere."""
+    device: torch.device = next(module.parameters()).device
+    hook: Any = getattr(module, "_hf_hook", None)
+    if device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)
+    return device
+
+
+@contextmanager
+def _contiguous_input(head: nn.Module | None) -> Iterator[None]:
+    """Give a linear layer its input without gaps.
+
+    The last token of every prompt is a view with gaps, for which torch multiplies prompt by prompt and reads
+    all weights each time: on a GPU that took as long as two blocks.
+    """
+    if not isinstance(head, nn.Linear):
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda module, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _forward_parameters(model: nn.Module) -> frozenset[str]:
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return frozenset(inspect.signature(type(base).forward).parameters)

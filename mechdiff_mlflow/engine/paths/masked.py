@@ -1,0 +1,128 @@
+"""Variants as tokens side by side behind a cached prefix, kept apart by a mask.
+
+Only public interfaces are used, for models whose attention cannot be routed. Every variant goes through all
+blocks, also below its site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from mechdiff_mlflow.engine.kernels.attention import Prefix, concat_mask
+from mechdiff_mlflow.engine.model.architecture import text_config
+from mechdiff_mlflow.engine.model.attention_routing import UnsupportedError
+from mechdiff_mlflow.engine.model.chunks import Chunk
+from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.model.hooks import tapped
+from mechdiff_mlflow.engine.paths.variants import Rows, Variants, in_parts, moved
+from mechdiff_mlflow.spec.sites import Site
+
+
+@dataclass(frozen=True, slots=True)
+class CachedRecording(Recording):
+    """A recording with the keys and values of each prompt's prefix, block by block."""
+
+    prefixes: list[tuple[Tensor, Tensor]]
+
+    def part(self, prompts: slice) -> CachedRecording:
+        """Of some of the prompts; views of the same numbers."""
+        prefixes = [(keys[prompts], values[prompts]) for keys, values in self.prefixes]
+        recording = Recording.part(self, prompts)  # `super()` is lost in a dataclass with slots
+        assert isinstance(recording, CachedRecording)
+        return replace(recording, prefixes=prefixes)
+
+
+class MaskedPath:
+    """One forward that fills a cache, then one forward of all variants behind it.
+
+    Args:
+        forward: Of the model.
+        max_rows: Patched tokens in one forward; their logits are in memory together.
+
+    Raises:
+        UnsupportedError: Some blocks see a window of the prompt only, which one mask for all cannot say.
+    """
+
+    name = "masked"
+
+    def __init__(self, forward: PromptForward, *, max_rows: int) -> None:
+        config = text_config(forward.decoder.model)
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
+            raise UnsupportedError("Some blocks of the model see a window of the prompt only.")
+        self._forward, self._max_rows = forward, max_rows
+
+    def record(self, chunk: Chunk, sites: Sequence[Site]) -> CachedRecording:
+        """The clean run of a chunk, with its cache."""
+        # Without the configuration, which would have sliding layers forget what left their window.
+        cache = DynamicCache()
+        recording = self._forward.record(chunk, sites, past_key_values=cache, use_cache=True)
+        n_prefix = chunk.ids.shape[1] - chunk.suffix
+        prefixes = [(layer.keys[:, :, :n_prefix], layer.values[:, :, :n_prefix]) for layer in cache.layers]
+        return CachedRecording(chunk, recording.clean, recording.logits, prefixes)
+
+    def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
+        """Logits of every prompt under every variant."""
+        assert isinstance(recording, CachedRecording)
+        chunk = recording.chunk
+        for prompts, part in in_parts(len(chunk), variants, self._max_rows // chunk.suffix):
+            columns = [column for group in part for column in group.columns]
+            logits = self._forward_rows(recording, prompts, part, len(columns))
+            owner = torch.arange(prompts.start, prompts.stop).repeat_interleave(len(columns))
+            yield Rows(owner, torch.tensor(columns).repeat(prompts.stop - prompts.start), logits)
+
+    def _forward_rows(
+        self, recording: CachedRecording, prompts: slice, part: Sequence[Variants], n_variants: int
+    ) -> Tensor:
+        chunk, decoder = recording.chunk, self._forward.decoder
+        suffix, b = chunk.suffix, prompts.stop - prompts.start
+        cache = DynamicCache()  # afresh: a forward appends to it
+        for i, (keys, values) in enumerate(recording.prefixes):
+            cache.update(keys[prompts], values[prompts], i)
+        keys, values = recording.prefixes[0]
+        prefix = Prefix(keys[prompts], values[prompts], _seen(chunk.mask[prompts], suffix))
+        tree = concat_mask(prefix, suffix=suffix, variants=n_variants, dtype=keys.dtype)
+        with ExitStack() as stack, torch.no_grad():
+            first = 0
+            for group in part:
+                replace = partial(
+                    _replace,
+                    first=first,
+                    values=group.values[prompts],
+                    clean=recording.clean[group.site][prompts],
+                    chunk=chunk,
+                )
+                stack.enter_context(tapped(decoder, group.site, replace, b))
+                first += len(group.columns)
+            out = decoder.model(
+                input_ids=chunk.ids[prompts, -suffix:].repeat(1, n_variants),
+                position_ids=chunk.positions[prompts, -suffix:].repeat(1, n_variants),
+                attention_mask=tree,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        logits: Tensor = out.logits
+        return logits.view(b * n_variants, suffix, -1)[:, -1]
+
+
+def _seen(mask: Tensor, suffix: int) -> Tensor:
+    """What the last `suffix` of n left-padded prompts [n, length] see: [n, 1, suffix, length]."""
+    length = mask.shape[1]
+    causal = torch.ones(suffix, length, dtype=torch.bool, device=mask.device).tril(length - suffix)
+    return mask[:, None, None] & causal
+
+
+def _replace(hidden: Tensor, first: int, values: Tensor, clean: Tensor, chunk: Chunk) -> Tensor:
+    n, tokens, width = hidden.shape
+    hidden = hidden.clone()
+    variants = hidden.view(n, tokens // chunk.suffix, chunk.suffix, width)
+    span = variants[:, first : first + values.shape[1], : chunk.span]  # [n, v, span, width]
+    span.copy_(moved(span, values.unsqueeze(2), clean[:, None, None]))
+    return hidden

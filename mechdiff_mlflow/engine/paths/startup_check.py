@@ -1,0 +1,204 @@
+"""What is tried on a model before it is trusted: a few short prompts, padded and not."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mechdiff_mlflow.engine.kernels.fusion import Fusion
+from mechdiff_mlflow.engine.memory.oom_retry import Bounds, is_out_of_memory
+from mechdiff_mlflow.engine.model.architecture import Decoder
+from mechdiff_mlflow.engine.model.chunks import Chunk, in_chunks
+from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.paths.masked import MaskedPath
+from mechdiff_mlflow.engine.paths.naive import NaivePath
+from mechdiff_mlflow.engine.paths.sweep import SweepPath
+from mechdiff_mlflow.engine.paths.variants import Path, Rows, Variants
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Hook, Site
+
+MODES = ("auto", "sweep", "concat", "masked", "naive")
+
+_WITH_SPANS = ("masked", "naive")
+
+_CROWD = 20
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
+"""How far logits may be from the reference, relative to the patch's effect on them.
+
+A wrong path is off by about 1. An exact one was off by 0.1 in bfloat16, on an 8B-shaped model with random
+weights.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A few variants, and their logits by the reference [n, columns, vocabulary]."""
+
+    recording: Recording
+    variants: Sequence[Variants]
+    logits: Tensor
+
+    @classmethod
+    def of(cls, forward: PromptForward, chunk: Chunk, sites: Sequence[Site]) -> Trial:
+        """One disturbed variant at each site.
+
+        Raises:
+            MechdiffError: A site is not reached by a forward, or replacing its activation changes nothing.
+        """
+        naive = NaivePath(forward)
+        recording = naive.record(chunk, sites)
+        for site in sites:
+            if site not in recording.clean:
+                raise MechdiffError(
+                    f"The activation at {site} was not reached by a forward of {_name(forward.decoder)}; "
+                    f"set {_override(site)} in the pair's spec."
+                )
+        recording.check_finite()
+        variants = [_disturbed(recording, site, column) for column, site in enumerate(sites)]
+        rows = [row.logits for row in naive.run(recording, variants)]
+        for site, logits in zip(sites, rows, strict=True):
+            if torch.equal(logits, recording.logits):
+                raise MechdiffError(
+                    f"Replacing the activation at {site} leaves the logits of {_name(forward.decoder)} as "
+                    f"they were, so it is not what the model computes with; set {_override(site)} in the "
+                    "pair's spec."
+                )
+        return cls(recording, variants, torch.stack(rows, 1))  # [n, variants, vocabulary]
+
+    def disagreement(self, path: Path) -> float:
+        """Largest distance of a row's logits from the reference, relative to what the patch does to them."""
+        recording = path.record(self.recording.chunk, [group.site for group in self.variants])
+        # Rows that enter among many may be treated differently from rows that enter among few.
+        first, n = self.variants[0], len(self.variants)
+        crowd = Variants(first.site, first.values.repeat(1, _CROWD, 1), range(n, n + _CROWD))
+        alone = self._disagreement(path.run(recording, self.variants), self.logits)
+        among_many = torch.cat([self.logits, self.logits[:, :1].expand(-1, _CROWD, -1)], 1)
+        return max(alone, self._disagreement(path.run(recording, [*self.variants, crowd]), among_many))
+
+    def _disagreement(self, found_rows: Iterable[Rows], expected: Tensor) -> float:
+        found = torch.full_like(expected, torch.nan)
+        for rows in found_rows:
+            found[rows.owner, rows.column] = rows.logits
+        error = (found.double() - expected.double()).norm(dim=-1)
+        effect = (expected.double() - self.recording.logits.double().unsqueeze(1)).norm(dim=-1)
+        return float((error / effect).max())
+
+
+def path_named(name: str, forward: PromptForward, bounds: Bounds, fusion: Fusion | None = None) -> Path:
+    """A way of computing patched runs.
+
+    Args:
+        name: Of `MODES`, but "auto".
+        forward: Of the model.
+        bounds: What it may hold at a time.
+        fusion: How the model is computed faster by "sweep" and "concat".
+
+    Raises:
+        UnsupportedError: It cannot do this model.
+    """
+    rows, head_rows = bounds.max_rows, bounds.head_rows
+    ways: dict[str, Callable[[], Path]] = {
+        "sweep": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows, fusion=fusion),
+        "concat": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows, concat=True, fusion=fusion),
+        "masked": lambda: MaskedPath(forward, max_rows=min(rows, head_rows)),
+        "naive": lambda: NaivePath(forward),
+    }
+    return ways[name]()
+
+
+def choose_path(
+    forward: PromptForward,
+    mode: str,
+    bounds: Bounds,
+    *,
+    fusion: Fusion | None = None,
+    spans: bool = False,
+) -> Path:
+    """The fastest way of computing patched runs that agrees with the reference on this model.
+
+    Args:
+        forward: Of the model.
+        mode: Which way to take, of `MODES`.
+        bounds: What it may hold at a time.
+        fusion: How the model is computed faster by "sweep" and "concat".
+        spans: For prompts of which several tokens are moved together, which the sweep cannot do.
+
+    Raises:
+        MechdiffError: Some hook of the model does not change its logits, or `mode` does not fit the model.
+    """
+    modes: tuple[str, ...] = MODES[1:] if mode == "auto" else (mode,)
+    if spans:
+        modes = tuple(name for name in modes if name in _WITH_SPANS) or _WITH_SPANS
+    trials = list(_trials(forward, span=2 if spans else 1))
+    reasons: list[str] = []
+    for name in modes:
+        make = partial(path_named, name, forward, bounds, fusion)
+        reason = _unfit(make, trials)
+        if reason is None:
+            if mode == "auto" and name != modes[0]:
+                warnings.warn(
+                    f"Patches of {_name(forward.decoder)} are computed the slower way {name!r}: {reasons[0]}",
+                    stacklevel=4,
+                )
+            return make()
+        reasons.append(reason)
+    remedy = "take a model of another family" if mode == "auto" else "use mode 'auto'"
+    raise MechdiffError(
+        f"Mode {mode!r} does not fit {_name(forward.decoder)} ({reasons[-1].rstrip('.')}); {remedy}."
+    )
+
+
+def _unfit(way: Callable[[], Path], trials: Iterable[Trial]) -> str | None:
+    """Why a way must not be taken, or None."""
+    for trial in trials:
+        try:
+            disagreement = trial.disagreement(way())
+        except Exception as error:  # whatever a model not foreseen may raise, another way may do
+            if is_out_of_memory(error):
+                raise
+            return f"{error}" if isinstance(error, MechdiffError) else f"{type(error).__name__}: {error}"
+        if not disagreement <= _TOLERANCE.get(trial.logits.dtype, 0.3):
+            return f"Its logits are off by {disagreement:.1e} of the effect of a patch."
+    return None
+
+
+def _trials(forward: PromptForward, span: int) -> Iterable[Trial]:
+    """Every hook half-way up on a padded chunk, and two more on one that is not, before its last token."""
+    decoder = forward.decoder
+    n = len(decoder.blocks)
+    middle = [Site(n // 2, hook) for hook in Hook]
+    others = [Site(0, Hook.MLP_OUT), Site(max(0, n - 2), Hook.RESID_PRE)]
+    # A block without a recognised MLP still has its other hooks.
+    yield Trial.of(forward, _chunk(forward, (5, 9), span, span), list(filter(decoder.has, middle)))
+    yield Trial.of(forward, _chunk(forward, (7,), 3, span), list(filter(decoder.has, others)))
+
+
+def _chunk(forward: PromptForward, lengths: Sequence[int], suffix: int, span: int) -> Chunk:
+    ids = tuple(tuple((17 * i + 5 * n) % forward.vocabulary for i in range(n)) for n in lengths)
+    prompts = TokenizedPrompts(ids, tuple(n - suffix for n in lengths), (span,) * len(lengths))
+    return next(in_chunks(prompts, len(lengths), forward.device))
+
+
+def _disturbed(recording: Recording, site: Site, column: int) -> Variants:
+    """The clean activation plus a random vector of its own length."""
+    clean = recording.clean[site]
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(column), dtype=torch.float32)
+    direction = (noise / noise.norm(dim=-1, keepdim=True)).to(clean.device)
+    size = clean.float().norm(dim=-1, keepdim=True).clamp(min=1e-3)
+    return Variants(site, (clean.float() + size * direction).to(clean.dtype).unsqueeze(1), [column])
+
+
+def _override(site: Site) -> str:
+    key = {Hook.ATTN_OUT: "attn_out", Hook.MLP_OUT: "mlp_out"}.get(site.hook, "layers")
+    return f"modules.{key}"
+
+
+def _name(decoder: Decoder) -> str:
+    return type(decoder.model).__name__

@@ -1,0 +1,160 @@
+"""What is put in place of the model's own activations, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from mechdiff_mlflow.engine.model.chunks import Chunk
+from mechdiff_mlflow.engine.model.forward import Recording
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.measures.metrics import Divergences
+from mechdiff_mlflow.spec.sites import Site
+
+Replace = Callable[[Tensor, Tensor], Tensor]
+"""From prompt indices [n] (on the CPU) and the model's own activations [n, width] there to [n, v, width]."""
+
+
+@dataclass(frozen=True, slots=True)
+class VariantGroup:
+    """v replacement vectors at one site for each of N prompts.
+
+    Args:
+        site: Where they go.
+        replacements: A tensor [N, v, width] of any floating dtype and device, cast to the model's when
+            applied; or a function called once for each chunk of n prompts, with their indices [n] and the
+            model's own activations [n, width] at the site, that returns [n, v, width]. N prompts of v
+            variants are then never in memory together.
+        n_variants: v; needed for a function only.
+        always_run: Compute variants even where they equal the model's own activation bit for bit. Otherwise
+            those are answered with an exact 0.
+    """
+
+    site: Site
+    replacements: Tensor | Replace
+    n_variants: int | None = None
+    always_run: bool = False
+
+    @classmethod
+    def identity(cls, site: Site) -> VariantGroup:
+        """The identity patch: the model's own activation put back and run. Its KL is the noise floor."""
+        return cls(site, lambda index, clean: clean.unsqueeze(1), n_variants=1, always_run=True)
+
+    def count(self, n_prompts: int, width: int) -> int:
+        """The number of variants v.
+
+        Raises:
+            MechdiffError: The replacements are not [n_prompts, v, width] with v >= 1.
+        """
+        if isinstance(self.replacements, Tensor):
+            shape = tuple(self.replacements.shape)
+            if len(shape) != 3 or shape[0] != n_prompts or shape[1] < 1 or shape[2] != width:
+                raise MechdiffError(
+                    f"The replacements at {self.site} have the shape {shape}, not (prompts {n_prompts}, "
+                    f"variants, width {width}); give one vector for each prompt and variant."
+                )
+            return shape[1]
+        if self.n_variants is None or self.n_variants < 1:
+            raise MechdiffError(
+                f"The variants at {self.site} are a function and n_variants is {self.n_variants}; say how "
+                "many vectors it returns for each prompt."
+            )
+        return self.n_variants
+
+
+@dataclass(frozen=True, slots=True)
+class Variants:
+    """The vectors of one group that are run for one chunk.
+
+    Args:
+        site: Where they go.
+        values: [n, v, width] in the model's dtype, on the site's device.
+        columns: For each of the v the column of the score that it fills.
+    """
+
+    site: Site
+    values: Tensor
+    columns: Sequence[int]
+
+
+def moved(span: Tensor, value: Tensor, clean: Tensor) -> Tensor:
+    """A span's tokens when their mean is replaced: one token is; several all move by the same vector.
+
+    Of all changes that give the span a certain mean that is the smallest, and tokens keep their differences.
+
+    Args:
+        span: The tokens' own activations [..., span, width].
+        value: The replacement [..., 1, width].
+        clean: Their own mean [..., 1, width].
+    """
+    if span.shape[-2] == 1:
+        return value.to(span.device)
+    return span + (value - clean).to(span.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Logits of patched runs.
+
+    Args:
+        owner: Which prompt of the chunk each row belongs to [r], ascending, on the CPU.
+        column: Which column of the score it fills [r], on the CPU.
+        logits: [r, vocabulary].
+    """
+
+    owner: Tensor
+    column: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """What became of N prompts under every variant.
+
+    Args:
+        divergences: One for each group, in order; fields [N, v] in float64 on the CPU.
+        clean: The model's own activation at each group's site [N, width], in the model's dtype, on the CPU.
+        clean_top: The clean run's top token of each prompt [N].
+    """
+
+    divergences: tuple[Divergences, ...]
+    clean: Mapping[Site, Tensor]
+    clean_top: Tensor
+
+
+class Path(Protocol):
+    """A way of computing patched runs."""
+
+    name: str
+
+    def record(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
+        """The clean run of a chunk, with its activations at `sites` and all that `run` needs."""
+
+    def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
+        """Logits of every prompt of the chunk under every variant."""
+
+
+def in_parts(
+    n_prompts: int, variants: Sequence[Variants], at_once: int
+) -> Iterator[tuple[slice, list[Variants]]]:
+    """Prompts and variants that are run together: `at_once` pairs of them, and at least one."""
+    at_once = max(1, at_once)
+    parts: list[list[Variants]] = [[]]
+    room = at_once
+    for group in sorted(variants, key=lambda group: group.site):  # so that those entering late stay together
+        start = 0
+        while start < len(group.columns):
+            if room == 0:
+                parts.append([])
+                room = at_once
+            some = slice(start, start + room)
+            parts[-1].append(Variants(group.site, group.values[:, some], group.columns[some]))
+            start += len(parts[-1][-1].columns)
+            room -= len(parts[-1][-1].columns)
+    for part in filter(None, parts):
+        step = max(1, at_once // sum(len(group.columns) for group in part))
+        for start in range(0, n_prompts, step):
+            yield slice(start, min(start + step, n_prompts)), part

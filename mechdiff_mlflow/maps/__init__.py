@@ -1,0 +1,1 @@
+"""Affine maps from base to tuned activations, and the files that hold them."""

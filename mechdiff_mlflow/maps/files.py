@@ -1,0 +1,206 @@
+"""How a map lies in a file: plain tensors and one JSON string, in torch's zip or in safetensors.
+
+Both forms are bytes that depend on the content alone, so equal maps have equal hashes, and both are read
+without running anything that is in them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps import torch_zip as torchzip
+from mechdiff_mlflow.spec import untrusted
+
+FORMAT = "mechdiff-map"
+VERSION = 1
+MAX_BYTES = 4 << 30
+"""Of a map's file: one dense float64 map of width 16384 takes half of it."""
+
+PARTS = ("mean_in", "mean_out", "diagonal", "left", "right")
+"""The tensors of a map; `right` may be missing."""
+_MAX_HEADER = 4 << 20
+_MAX_TENSORS = 100
+_DTYPES = (torch.float64, torch.float32)
+
+
+def encode(tensors: Mapping[str, Tensor], header: Mapping[str, Any], suffix: str) -> bytes:
+    """The bytes of a file holding `tensors` and the JSON-able `header`.
+
+    Raises:
+        MechdiffError: `suffix` is neither `.pt` nor `.safetensors`.
+    """
+    # A clone owns just its own elements: torch.save would write the whole storage behind a view.
+    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    text = json.dumps({"format": FORMAT, "version": VERSION, **header}, sort_keys=True, allow_nan=False)
+    if suffix == ".safetensors":
+        return bytes(safetensors.torch.save(own, {"metadata": text}))
+    if suffix == ".pt":
+        # In memory, because torch names the zip's folder after the file it writes to.
+        buffer = io.BytesIO()
+        torch.save({**own, "metadata": text}, buffer)
+        return buffer.getvalue()
+    raise _unknown_suffix(suffix)
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write `encode(...)` to `path`, in the format its suffix names.
+
+    Raises:
+        MechdiffError: The suffix is unknown or the file cannot be written.
+    """
+    content = encode(tensors, header, Path(path).suffix)
+    try:
+        Path(path).write_bytes(content)
+    except OSError as error:
+        raise MechdiffError(
+            f"Cannot write the map {path} ({error.strerror}); choose another place."
+        ) from error
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of a file that `write` made, checked as far as this module knows them.
+
+    Raises:
+        MechdiffError: The file is missing, truncated, damaged, not a map, or of another version.
+    """
+    path = Path(path)
+    if path.suffix not in _DECODERS:
+        raise _unknown_suffix(path.suffix)
+    try:
+        size = untrusted.size_of(path, MAX_BYTES)
+        with path.open("rb") as file:
+            tensors, text = _DECODERS[path.suffix](file, size)
+        header = untrusted.parse_json(text)
+        if header.get("format") != FORMAT:
+            raise ValueError(f"its format is {header.get('format')!r:.80}, not {FORMAT!r}")
+    except OSError as error:
+        raise MechdiffError(f"Cannot read the map {path} ({error.strerror}); check the path.") from error
+    except Exception as error:  # the libraries' readers raise many kinds on hostile bytes
+        raise _not_a_map(path, error) from error
+    if header.get("version") != VERSION:
+        raise MechdiffError(
+            f"{path} is a map of format version {header.get('version')!r:.80}, and this mechdiff reads "
+            f"version {VERSION}; use the version of mechdiff that wrote it, or fit the map again."
+        )
+    return tensors, header
+
+
+def read_plain_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a small safetensors file, finite float64 or float32.
+
+    Raises:
+        MechdiffError: The file is missing, damaged, or holds others.
+    """
+    try:
+        size = untrusted.size_of(path, MAX_BYTES)
+        with path.open("rb") as file:
+            return _safetensors(file, size)[0]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MechdiffError(f"{path} holds no plain tensors ({reason}); fetch it again.") from error
+
+
+def plain_tensor(what: str, t: object) -> Tensor:
+    """A tensor as numbers in memory: without gradients and the bits of lazy views.
+
+    Raises:
+        MechdiffError: It is no dense tensor with data, or claims a shape beyond reason.
+    """
+    if (
+        not isinstance(t, Tensor)
+        or t.layout != torch.strided
+        or t.device.type == "meta"
+        or t.is_quantized
+        or t.is_nested
+    ):
+        kind = f"{t.layout} on {t.device}" if isinstance(t, Tensor) else f"a {type(t).__name__}"
+        raise MechdiffError(f"{what} is {kind}; give a dense tensor that has data.")
+    if t.numel() * t.element_size() > max(MAX_BYTES, t.untyped_storage().nbytes()):
+        raise MechdiffError(f"{what} has the shape {list(t.shape)}, over {MAX_BYTES} bytes; map less.")
+    return t.detach().resolve_conj().resolve_neg() if t.requires_grad or t.is_neg() or t.is_conj() else t
+
+
+def own_json(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `meta` that is what a file would give back."""
+    try:
+        copy = json.loads(json.dumps(dict(meta), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MechdiffError(f"The map's meta is not a JSON object ({error}); give plain values.") from error
+    assert isinstance(copy, dict)
+    return copy
+
+
+def _decode_pt(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], Any]:
+    loaded = torch.load(torchzip.checked(file, size), map_location="cpu", weights_only=True)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"it holds a {type(loaded).__name__}")
+    text = loaded.pop("metadata")
+    _check_tensors(loaded, limit=size)
+    return loaded, text
+
+
+def _decode_safetensors(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], Any]:
+    loaded, header = _safetensors(file, size, _check_map)
+    return loaded, header["__metadata__"]["metadata"]
+
+
+def _check_map(header: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a safetensors header is that of a map: what it claims is then worth reading."""
+    if untrusted.parse_json(header["__metadata__"]["metadata"]).get("format") != FORMAT:
+        raise ValueError(f"its format is not {FORMAT!r}")
+    shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    if not {*PARTS[:4]} <= shapes.keys() <= {*PARTS}:
+        raise ValueError(f"it holds {', '.join(sorted(shapes))[:100]}")
+    left = shapes["left"]
+    ends = [left[:1], shapes.get("right", left)[1:]]
+    if [shapes["mean_in"], shapes["mean_out"]] != ends or shapes["diagonal"] not in ([], ends[0]):
+        raise ValueError(f"its parts do not fit together: {shapes}")
+
+
+def _safetensors(
+    file: BinaryIO, size: int, check: Callable[[Mapping[str, Any]], None] = lambda header: None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    header = untrusted.safetensors_header(file, size, _MAX_HEADER)
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    if len(tensors) > _MAX_TENSORS or any(entry["dtype"] not in ("F64", "F32") for entry in tensors):
+        raise ValueError(f"it holds over {_MAX_TENSORS} tensors, or others than F64 and F32")
+    check(header)
+    file.seek(0)
+    loaded = safetensors.torch.load(file.read(size))
+    _check_tensors(loaded, limit=size)
+    return loaded, header
+
+
+_DECODERS = {".pt": _decode_pt, ".safetensors": _decode_safetensors}
+
+
+def _check_tensors(loaded: Mapping[str, object], limit: int) -> None:
+    """Raise ValueError unless every value is a dense tensor of at most `limit` bytes, finite in all."""
+    for name, t in loaded.items():
+        if type(t) is not Tensor or t.layout != torch.strided or t.device.type != "cpu":
+            raise ValueError(f"{name} is not a plain tensor")
+        if t.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {t.dtype}, not float64 or float32")
+        # A stride of 0 lets a few bytes claim any shape.
+        if not t.is_contiguous() or t.numel() * t.element_size() > limit:
+            raise ValueError(f"{name} claims the shape {list(t.shape)}, more than the file holds")
+        if not bool(torch.isfinite(t).all()):
+            raise ValueError(f"{name} has NaN or infinite entries")
+
+
+def _not_a_map(path: Path, error: Exception) -> MechdiffError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return MechdiffError(f"{path} is damaged, truncated or not a map ({reason}); fetch or fit it again.")
+
+
+def _unknown_suffix(suffix: str) -> MechdiffError:
+    return MechdiffError(f"A map cannot be stored as {suffix!r}; name the file .pt or .safetensors.")

@@ -1,0 +1,1 @@
+"""Divergences, moments, similarities and the statistics of what is reported."""

@@ -1,0 +1,116 @@
+"""How alike activations are: of base and tuned, and of mapped and tuned. No model is run for these."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.measures.moments import paired_rows
+
+
+def debiased_cka(x: Tensor, y: Tensor) -> float | None:
+    """Linear centred kernel alignment with the unbiased HSIC: near 0 for unrelated rows even when n < d.
+
+    1 for rows that differ by a rotation, a stretch and a shift; may be a little below 0. None when x or y
+    does not vary, or its unbiased HSIC with itself is not above 0: there is nothing to compare with.
+
+    Args:
+        x: [n, d_in], n ≥ 4.
+        y: [n, d_out], of the same prompts.
+
+    Raises:
+        MechdiffError: The rows are not paired, not finite or fewer than 4.
+
+    Reference: Song et al. (2012), Feature selection via dependence maximization, eq. 5; Nguyen, Raghu &
+        Kornblith (2021), Do wide and deep networks learn the same things?
+    """
+    x, y = paired_rows(x, y)
+    if len(x) < 4:
+        raise MechdiffError(f"Debiased CKA needs at least 4 prompts, not {len(x)}; give more.")
+    xc, yc = _centred(x), _centred(y)  # HSIC ignores the mean; this keeps the rounding small
+    if xc is None or yc is None:
+        return None
+    k = (xc @ xc.mT).fill_diagonal_(0.0)
+    l = (yc @ yc.mT).fill_diagonal_(0.0)  # noqa: E741  (as in the paper)
+    own_k, own_l = _hsic(k, k), _hsic(l, l)
+    if own_k <= 0 or own_l <= 0:
+        return None
+    return _hsic(k, l) / math.sqrt(own_k * own_l)
+
+
+def rho(x: Tensor, y: Tensor, mapped: Tensor) -> float | None:
+    """‖Y − Ŷ‖ / ‖Y − X‖: the part of the change that the map leaves; no unit. None where nothing changed.
+
+    Args:
+        x: Base activations, [n, d].
+        y: Tuned activations, [n, d].
+        mapped: Ŷ, the mapped base activations, [n, d].
+
+    Raises:
+        MechdiffError: The rows are not paired, not finite, or of different widths.
+    """
+    x, y = paired_rows(x, y)
+    mapped, _ = paired_rows(mapped, y)
+    if x.shape != y.shape or mapped.shape != y.shape:
+        raise MechdiffError(
+            f"ρ compares activations of one width, not {x.shape[1]}, {y.shape[1]} and {mapped.shape[1]}; it "
+            "has no meaning for this pair."
+        )
+    change = float((y - x).norm())
+    return float((y - mapped).norm()) / change if change > 0 else None
+
+
+def centred_cosines(y: Tensor, mapped: Tensor, mean: Tensor) -> Tensor:
+    """cos(ŷ − μ_t, y − μ_t) of each prompt, float64 [n]; NaN where either has no length.
+
+    Args:
+        y: Tuned activations, [n, d].
+        mapped: Mapped base activations, [n, d].
+        mean: μ_t, the tuned mean over the training prompts, [d].
+
+    Raises:
+        MechdiffError: The rows are not paired or not finite.
+    """
+    y, mapped = paired_rows(y, mapped)
+    a, b = y - mean.to(y), mapped - mean.to(y)
+    lengths: Tensor = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
+    return (a * b).sum(1) / lengths
+
+
+def mean_cosine(y: Tensor, mapped: Tensor, mean: Tensor) -> float | None:
+    """The mean of `centred_cosines` over the prompts where they are defined; None if there are none."""
+    cosines = centred_cosines(y, mapped, mean)
+    defined = cosines[~cosines.isnan()]
+    return float(defined.mean()) if len(defined) else None
+
+
+def explained_variance(y: Tensor, mapped: Tensor) -> float | None:
+    """1 − ‖Y − Ŷ‖² / ‖Y − ȳ‖²: 1 is perfect, 0 what the mean of these rows gives; None if y is constant.
+
+    Args:
+        y: Tuned activations, [n, d].
+        mapped: Mapped base activations, [n, d].
+
+    Raises:
+        MechdiffError: The rows are not paired or not finite.
+    """
+    y, mapped = paired_rows(y, mapped)
+    centred = _centred(y)
+    return None if centred is None else 1.0 - float(((y - mapped) ** 2).sum() / (centred**2).sum())
+
+
+def _centred(rows: Tensor) -> Tensor | None:
+    """Rows [n, d] without their mean, or None when what is left is rounding."""
+    centred = rows - rows.mean(0)
+    return centred if float(centred.norm()) > 1e-14 * float(rows.norm()) else None
+
+
+def _hsic(k: Tensor, l: Tensor) -> float:  # noqa: E741
+    """n(n−3) times the unbiased HSIC of Gram matrices [n, n] whose diagonals are 0."""
+    n = len(k)
+    rows_k, rows_l = k.sum(0), l.sum(0)
+    both = rows_k.sum() * rows_l.sum() / ((n - 1) * (n - 2))
+    return float((k * l).sum() + both - 2.0 / (n - 2) * (rows_k @ rows_l))

@@ -1,0 +1,388 @@
+"""How a model reads prompts: chat templates and tokenizers, within bounds, and what they leave out."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import transformers.utils.chat_template_utils
+from transformers import PreTrainedTokenizerBase
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.models.bounded import bounded
+from mechdiff_mlflow.spec.positions import Position
+from mechdiff_mlflow.spec.prompts import Message, Prompt, PromptSet, TokenizedPrompts
+
+TODAY = datetime.date(2024, 7, 26)
+"""What a template that asks for the date is told, so that every day gives the same tokens.
+
+It is the date that templates of Llama 3 print where they cannot ask.
+"""
+
+
+class _Still(datetime.datetime):
+    @classmethod
+    def now(cls, tz: datetime.tzinfo | None = None) -> _Still:
+        return cls(TODAY.year, TODAY.month, TODAY.day, tzinfo=tz)
+
+
+MAX_TOKENS = 1 << 20
+"""Of one prompt."""
+
+_PROMPTS_A_SECOND = 50
+_ELSE = "set template: none, or the name of the other side, in the pair spec"
+_STAND_IN = "\ue000{}\ue001"
+"""Private-use characters, which no text has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Sets of prompts as one tokenizer, and its chat template, give them.
+
+    Args:
+        sets: The tokens of each set.
+        remarks: What is left out or lacking and no error, a clause each.
+    """
+
+    sets: tuple[TokenizedPrompts, ...]
+    remarks: tuple[str, ...] = ()
+
+
+def read(
+    load: Callable[[], PreTrainedTokenizerBase],
+    sets: Sequence[PromptSet],
+    *,
+    what: str,
+    chat: bool = True,
+    position: Position = Position.DECISION,
+) -> Reading:
+    """Load a tokenizer and read prompts through it, in a process with bounds on time and memory.
+
+    Args:
+        load: Gives the tokenizer.
+        sets: The prompts.
+        what: What to call the tokenizer where it exceeds the bounds.
+        chat: As in `tokenize`.
+        position: As in `tokenize`.
+
+    Raises:
+        MechdiffError: It takes too much time or memory; or as `load` and `tokenize`.
+    """
+    work = partial(_read, load, sets, chat, position)
+    found = bounded(what, work, seconds=sum(map(len, sets)) // _PROMPTS_A_SECOND)
+    tokens = (
+        TokenizedPrompts(tuple(map(tuple, s["ids"])), tuple(s["positions"]), tuple(s["spans"]))
+        for s in found["sets"]
+    )
+    return Reading(tuple(tokens), tuple(found["remarks"]))
+
+
+def _read(
+    load: Callable[[], PreTrainedTokenizerBase], sets: Sequence[PromptSet], chat: bool, position: Position
+) -> dict[str, Any]:
+    tokenizer = load()
+    tokens = [dataclasses.asdict(tokenize(tokenizer, s, chat=chat, position=position)) for s in sets]
+    return {"sets": tokens, "remarks": _remarks(tokenizer, sets) if chat else []}
+
+
+@dataclass(frozen=True, eq=False)
+class Readers:
+    """Reads prompts for both sides of a pair, each set once.
+
+    Args:
+        name: Of the pair.
+        tokenizers: Of `base` and `tuned`, with their chat templates.
+        n_embeddings: Tokens that their models have embeddings for; None if unknown.
+        template: Which of them is used, as in the pair's spec.
+        prompts: All that the pair has, by split.
+    """
+
+    name: str
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
+    n_embeddings: Mapping[str, int | None]
+    template: str
+    prompts: Mapping[str, PromptSet]
+    _readings: dict[tuple[str, str, Position], Reading] = field(default_factory=dict)
+
+    def tokens(self, role: str, prompts: PromptSet, position: Position) -> TokenizedPrompts:
+        """Prompts as one side sees them.
+
+        Raises:
+            MechdiffError: One side has no template or no embedding that it needs; or as `read`.
+        """
+        own = self.prompts.get(prompts.split)
+        if own is None or own.prompts[: len(prompts)] != prompts.prompts:
+            return self._reading(role, position, [prompts], prompts.digest).sets[0]
+        at = list(self.prompts).index(prompts.split)
+        return self.all_of(role, position).sets[at][: len(prompts)]
+
+    def all_of(self, role: str, position: Position) -> Reading:
+        """All prompts of the pair as one side sees them.
+
+        Raises:
+            MechdiffError: As `tokens`.
+        """
+        return self._reading(role, position, list(self.prompts.values()), "")
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the chat templates in use leave out of the prompts or lack, a sentence each."""
+        found = [r for role in self.tokenizers for r in self.all_of(role, Position.DECISION).remarks]
+        return list(dict.fromkeys(found))
+
+    def of(self, role: str) -> PreTrainedTokenizerBase:
+        """The tokenizer that one side's prompts are read through."""
+        return self.tokenizers[self._reader(role)]
+
+    def _reader(self, role: str) -> str:
+        return self.template if self.template in self.tokenizers else role
+
+    def _reading(self, role: str, position: Position, sets: list[PromptSet], which: str) -> Reading:
+        reader = self._reader(role)
+        key = (reader, which, position)
+        if key not in self._readings:
+            self._check_templates()
+            what = f"Reading prompts through the {reader} tokenizer of {self.name}"
+            tokenizer, chat = self.tokenizers[reader], self.template != "none"
+            found = read(lambda: tokenizer, sets, what=what, chat=chat, position=position)
+            for side in self.tokenizers if reader == self.template else (reader,):
+                self._check_embedded(found, reader, side)
+            self._readings[key] = found
+        return self._readings[key]
+
+    def _check_templates(self) -> None:
+        """Refuse a side without the template that it is to read through, and say what works."""
+        has = [role for role, it in self.tokenizers.items() if getattr(it, "chat_template", None)]
+        needs = {"own": [*self.tokenizers], "none": []}.get(self.template, [self.template])
+        lack = [role for role in needs if role not in has]
+        if lack:
+            other = f"template: {has[0]} for both to read the {has[0]} side's, or " if has else ""
+            raise MechdiffError(
+                f"The {' and the '.join(lack)} tokenizer of {self.name} has no chat template, which "
+                f"template: {self.template} asks for; set {other}template: none in the pair spec."
+            )
+
+    def _check_embedded(self, found: Reading, reader: str, side: str) -> None:
+        """Refuse tokens that a model has no embeddings for."""
+        rows = self.n_embeddings[side]
+        top = max((max(ids) for tokens in found.sets for ids in tokens.ids), default=0)
+        if rows is not None and top >= rows:
+            token = str(self.tokenizers[reader].convert_ids_to_tokens(top))[:80]
+            other = "base" if reader == "tuned" else "tuned"
+            raise MechdiffError(
+                f"The {reader} tokenizer gives token {top} ({token!r}) and the {side} model has embeddings "
+                f"for {rows}; set template: {other}, or none, or save the model with its embeddings resized."
+            )
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptSet,
+    *,
+    chat: bool = True,
+    position: Position = Position.DECISION,
+) -> TokenizedPrompts:
+    """Prompts through a tokenizer and its chat template, with the generation prompt.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        prompts: The prompts.
+        chat: Apply the chat template; otherwise the user's text alone, with the tokenizer's special tokens.
+        position: Which token is read and replaced.
+
+    Raises:
+        MechdiffError: There is no chat template, it fails, it doubles BOS, it gives no tokens, the last of
+            them ends the turn, the user's text cannot be located, or turns would be dropped.
+    """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise MechdiffError(f"{_name(tokenizer)} has no chat template; set template: none in the pair spec.")
+    if not chat:
+        _check_single_turns(prompts)
+    ids: list[tuple[int, ...]] = []
+    positions: list[int] = []
+    spans: list[int] = []
+    for number, prompt in enumerate(prompts.prompts, 1):
+        where = f"{prompts.split} prompt {number}"
+        tokens = _token_ids(tokenizer, prompt, chat, where)
+        _check_ends(tokenizer, tokens, where, chat)
+        ids.append(tokens)
+        if position is Position.DECISION:
+            positions.append(len(tokens) - 1)
+            continue
+        first, last = _content(tokenizer, prompt, chat, tokens, where)
+        if position is Position.CONTENT_MEAN:
+            positions.append(first)
+            spans.append(last - first + 1)
+        else:
+            positions.append(last)
+    if chat:
+        for prompt in _one_of_each_shape([prompts]):
+            _check_turn_ends(tokenizer, prompt)
+    return TokenizedPrompts(tuple(ids), tuple(positions), tuple(spans))
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"The tokenizer of {tokenizer.name_or_path or 'the model'}"
+
+
+def _check_single_turns(prompts: PromptSet) -> None:
+    longer = [number for number, prompt in enumerate(prompts.prompts, 1) if len(prompt.messages) > 1]
+    if longer:
+        raise MechdiffError(
+            f"template: none reads the last text alone, and {len(longer)} {prompts.split} prompts (the "
+            f"first is {longer[0]}) have a system prompt or earlier turns before it; write all of it as one "
+            '{"text": …} and remove system from the spec, or set template: own, tuned or base.'
+        )
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, where: str) -> tuple[int, ...]:
+    found = _rendered(tokenizer, prompt, where) if chat else prompt.text
+    tokens = tokenizer(found, **({"add_special_tokens": False} if chat else {}))["input_ids"]
+    if not 0 < len(tokens) <= MAX_TOKENS:
+        raise MechdiffError(
+            f"{_name(tokenizer)} turns {where} into {len(tokens) or 'no'} tokens; check the prompt and the "
+            "template."
+        )
+    return tuple(int(token) for token in tokens)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) -> str:
+    """The text that the chat template makes of a conversation, with the generation prompt."""
+    chance = random.getstate()
+    try:
+        text = _render(tokenizer, prompt.messages)
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program of the model's author and may raise anything
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise MechdiffError(
+            f"The chat template of {tokenizer.name_or_path} fails on {where} ({reason}); change the prompt, "
+            "or set template: none in the pair spec."
+        ) from error
+    if random.getstate() != chance:
+        raise MechdiffError(
+            f"The chat template of {tokenizer.name_or_path} draws random numbers, so that a prompt is "
+            f"another one each time; {_ELSE}."
+        )
+    return text
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: Iterable[Message], *, answering: bool = True
+) -> str:
+    # The clock cannot be passed in: transformers lets templates have plain data alone.
+    with mock.patch.object(transformers.utils.chat_template_utils, "datetime", _Still):
+        text: str = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=answering
+        )
+    return text
+
+
+def _check_ends(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...], where: str, chat: bool) -> None:
+    """Refuse two BOS tokens before a prompt and EOS behind it."""
+    bos, eos = tokenizer.bos_token_id, getattr(tokenizer, "eos_token_id", None)
+    part = "its chat template" if chat else "the post_processor in its tokenizer.json"
+    if bos is not None and tokens[:2] == (bos, bos):
+        raise MechdiffError(
+            f"{_name(tokenizer)} starts {where} with two BOS tokens; remove one from {part}, or from the "
+            "prompt."
+        )
+    if eos is not None and tokens[-1] == eos:
+        raise MechdiffError(
+            f"{_name(tokenizer)} ends {where} with {tokenizer.eos_token!r}, the end of the sequence, where "
+            f"the answer should begin; remove it from {part}, or from the prompt"
+            + (f", or {_ELSE}." if chat else ".")
+        )
+
+
+def _one_of_each_shape(sets: Iterable[PromptSet]) -> list[Prompt]:
+    """For each order of roles in some prompts a prompt that has it, of stand-ins for what is said."""
+    shapes = dict.fromkeys(tuple(m["role"] for m in p.messages) for s in sets for p in s.prompts)
+    return [_stand_ins(*roles) for roles in shapes]
+
+
+def _stand_ins(*roles: str) -> Prompt:
+    return Prompt(tuple({"role": r, "content": _STAND_IN.format(i)} for i, r in enumerate(roles)))
+
+
+def _attempt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, answering: bool = True) -> str | None:
+    """The text of stand-ins; None where the template takes only some kinds of text or orders of turns."""
+    try:
+        return _render(tokenizer, prompt.messages, answering=answering)
+    except MemoryError:
+        raise
+    except Exception:
+        return None
+
+
+def _check_turn_ends(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
+    """Refuse a template that closes the user's turn and begins no answer: the decision token lies between."""
+    text = _attempt(tokenizer, prompt)
+    if text is None:
+        return
+    user = prompt.text
+    if user not in text:
+        raise MechdiffError(
+            f"The chat template of {tokenizer.name_or_path} leaves the user's text out; {_ELSE}."
+        )
+    if text != _attempt(tokenizer, prompt, answering=False):
+        return
+    answered = _stand_ins(*(message["role"] for message in prompt.messages), "assistant")
+    whole = _attempt(tokenizer, answered, answering=False)
+    end = text.rindex(user) + len(user)
+    closed, between = text[end:], (whole or "").partition(user)[2].partition(answered.text)[0]
+    n, n_without = (len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (text, text[:end]))
+    if n > n_without and whole is not None and closed.strip() != between.strip():
+        raise MechdiffError(
+            f"The chat template of {tokenizer.name_or_path} adds no generation prompt, so prompts end with "
+            f"{closed[:80]!r} and an answer begins only after {between[:80]!r}; add that under {{% if "
+            f"add_generation_prompt %}} to it, or {_ELSE}."
+        )
+
+
+def _remarks(tokenizer: PreTrainedTokenizerBase, sets: Sequence[PromptSet]) -> list[str]:
+    """What a chat template leaves out of the prompts, and whether it begins the answer."""
+    found: dict[str, None] = {}
+    for prompt in _one_of_each_shape(sets):
+        text = _attempt(tokenizer, prompt)
+        if text is None:
+            continue
+        if text == _attempt(tokenizer, prompt, answering=False):
+            found["adds no generation prompt, so the decision token is the last of the user's turn"] = None
+        for message in prompt.messages[:-1]:
+            if message["content"] not in text:
+                what = "system prompt" if message["role"] == "system" else f"earlier {message['role']} turns"
+                found[f"leaves the {what} out"] = None
+    return [f"The chat template of {tokenizer.name_or_path} {what}." for what in found]
+
+
+def _content(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, tokens: tuple[int, ...], where: str
+) -> tuple[int, int]:
+    """Indices of the first and the last token that hold a character of the user's text."""
+    if not tokenizer.is_fast:
+        raise MechdiffError(f"{_name(tokenizer)} is slow and gives no offsets; use --position decision.")
+    content = prompt.text.strip()
+    blanks = prompt.text.partition(content)[0]
+    if chat:
+        # The text may also occur elsewhere in the template ("user"); a stand-in shows where its place is.
+        mark = _STAND_IN.format("")
+        stand_in = Prompt((*prompt.messages[:-1], {"role": "user", "content": mark}))
+        start = _rendered(tokenizer, stand_in, where).find(mark)
+        rendered = _rendered(tokenizer, prompt, where)
+    else:
+        start, rendered = 0, prompt.text
+    if blanks and rendered.startswith(blanks + content, max(start, 0)):  # most templates strip them
+        start += len(blanks)
+    end = start + len(content)
+    encoded = tokenizer(rendered, add_special_tokens=not chat, return_offsets_mapping=True)
+    if tuple(encoded["input_ids"]) != tokens or start < 0 or rendered[start:end] != content:
+        raise MechdiffError(f"{_name(tokenizer)} hides the user's text of {where}; use --position decision.")
+    held = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > max(a, start)]
+    return held[0], held[-1]

@@ -1,0 +1,394 @@
+"""Checkpoints: where a model's weights and tokenizer come from, and how they are loaded and told apart."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from torch import nn
+
+from mechdiff_mlflow.engine import ModuleNames
+from mechdiff_mlflow.engine.model.architecture import Decoder
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.models import peft_adapters
+from mechdiff_mlflow.models.load_report import load_whole
+from mechdiff_mlflow.models.planted import plant_in
+from mechdiff_mlflow.models.revisions import code_commit, commit_of, folder_digest
+from mechdiff_mlflow.spec.model_files import check_model
+from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.spec.plant import Plant
+
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+_TOKENIZER_SETTINGS = ("*token*.json", "merges.txt", "chat_template*")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A causal LM on disk or on the hub; its weights are read by `load` alone.
+
+    Args:
+        spec: The pair that it belongs to.
+        reference: Hugging Face id, or path relative to the spec file.
+        asked_revision: Branch, tag or commit; `load_pair` asks for the commit, see `pinned`.
+        device: Where it is put, unless the spec has a device map.
+        plant: A change that is made to it once loaded.
+    """
+
+    spec: PairSpec
+    reference: str
+    asked_revision: str | None
+    device: str
+    plant: Plant | None = None
+
+    @cached_property
+    def place(self) -> str:
+        """Path, or id."""
+        place = self.spec.locate(self.reference)
+        if os.path.isabs(place):
+            check_model(Path(place))
+        if self.spec.trust_remote_code:
+            warnings.warn(f"Code from {place} runs on this machine: trust_remote_code is on.", stacklevel=2)
+        return place
+
+    @cached_property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return self.tokenizer_with({})
+
+    def tokenizer_with(self, settings: dict[str, Any]) -> transformers.PreTrainedTokenizerBase:
+        """Its tokenizer, with other special tokens or another chat template."""
+        with self._explained():
+            return transformers.AutoTokenizer.from_pretrained(self.place, **self._options, **settings)
+
+    @cached_property
+    def revision(self) -> str:
+        """Commit of the hub, or `sha256:` and the digest of local weights; with what is planted."""
+        if Path(self.place).is_dir():
+            found = folder_digest(Path(self.place), code=self.spec.trust_remote_code)
+        else:
+            found = f"{self.place}@{self._commit}"
+        found += f"+code:{self._code_commit}" if self._code_commit else ""
+        return found if self.plant is None else f"{found}+planted:{self.plant}"
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder blocks; as its configuration says where they are not found."""
+        outline = self.outline()
+        return len(outline.blocks) if outline else int(self.config.get_text_config().num_hidden_layers)
+
+    @property
+    def n_embeddings(self) -> int | None:
+        """Tokens that it has embeddings for, as its configuration says; None where it does not."""
+        found = getattr(self.config.get_text_config(), "vocab_size", None)
+        return found if isinstance(found, int) else None
+
+    def load(self) -> nn.Module:
+        """The model, in eval mode, without gradients.
+
+        Raises:
+            MechdiffError: Something of it is missing or malformed, or a library that it needs.
+        """
+        quantized = self._quantization()
+        device_map: Any = self.spec.device_map
+        if quantized and device_map is None:
+            device_map = {"": self.device}  # such weights cannot be moved later
+        with self._explained(), quiet_transformers():
+            options = {"dtype": getattr(torch, self.spec.dtype), "device_map": device_map}
+            what = f"Model {self.place} of pair {self.spec.name!r}"
+            model = load_whole(self._auto, self.place, what, **options, **quantized, **self._options)
+        if device_map is None:
+            model.to(self.device)
+        if self.plant is not None:
+            plant_into(model, self.plant, self.spec)
+        loaded: nn.Module = model.eval().requires_grad_(False)
+        return loaded
+
+    def n_bytes(self) -> int:
+        """Of the weights once loaded, from the configuration alone; 0 where it does not say."""
+        model = self._skeleton
+        if model is None:
+            return 0
+        number = {"8bit": 1.0, "4bit": 0.5}.get(self.spec.quantization or "")
+        number = number or getattr(torch, self.spec.dtype).itemsize
+        return int(number * sum(weight.numel() for weight in model.parameters()))
+
+    def outline(self) -> Decoder | None:
+        """Its blocks without any weights; None where that takes the weights to find out."""
+        try:
+            return None if self._skeleton is None else Decoder.of(self._skeleton, module_names(self.spec))
+        except MechdiffError:  # once it is loaded, that may be another class, or is said then
+            return None
+
+    @cached_property
+    def _skeleton(self) -> nn.Module | None:
+        try:
+            return self.skeleton
+        except Exception:  # any model's own code; what is wrong is said when it is loaded
+            return None
+
+    @cached_property
+    def config(self) -> Any:
+        """Its configuration."""
+        with self._explained():
+            found = transformers.AutoConfig.from_pretrained(self.place, **self._options)
+            known = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+            own = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
+            if found.is_encoder_decoder or not (own or any(type(found) in a._model_mapping for a in known)):
+                kind = "an encoder with a decoder" if found.is_encoder_decoder else "no causal language model"
+                raise MechdiffError(
+                    f"Model {self.place} of pair {self.spec.name!r} is {kind} ({found.model_type}), where "
+                    "prompts are continued by a decoder alone; name a decoder-only model."
+                )
+            return found
+
+    @cached_property
+    def _commit(self) -> str | None:
+        """Of the hub; None for a folder."""
+        if Path(self.place).is_dir():
+            return None
+        with self._explained():
+            return commit_of(self.place, self.asked_revision, "config.json")
+
+    @cached_property
+    def _code_commit(self) -> str | None:
+        """Of the other repository that its code is in, if there is one and it may run."""
+        if not self.spec.trust_remote_code:
+            return None
+        with self._explained():
+            file = transformers.utils.cached_file
+            options = {"revision": self._commit, "_raise_exceptions_for_missing_entries": False}
+            found = (file(self.place, name, **options) for name in ("config.json", "tokenizer_config.json"))
+            return code_commit([Path(path) for path in found if path is not None])
+
+    @property
+    def width(self) -> int:
+        """Dimensions of its residual stream, as its configuration says."""
+        return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Tokens of the longest prompt that it has positions for; None where there is no bound."""
+        config = self.config.get_text_config()
+        most = getattr(config, "max_position_embeddings", None)
+        scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
+        factor = scaling.get("factor") if isinstance(scaling, dict) else None
+        return int(most * max(1.0, factor or 1.0)) if isinstance(most, int) and most > 0 else None
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model without weights, on no device, from the configuration alone."""
+        with torch.device("meta"), quiet_transformers():
+            model: nn.Module = self._auto.from_config(
+                self.config, trust_remote_code=self.spec.trust_remote_code
+            )
+        return model
+
+    @property
+    def _auto(self) -> Any:
+        """The class that loads it: a multimodal model as a whole, of which text uses the language model."""
+        whole = transformers.AutoModelForImageTextToText
+        return whole if type(self.config) in whole._model_mapping else transformers.AutoModelForCausalLM
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        code = {"code_revision": self._code_commit} if self._code_commit else {}
+        return {"revision": self._commit, "trust_remote_code": self.spec.trust_remote_code, **code}
+
+    def _quantization(self) -> dict[str, Any]:
+        bits = self.spec.quantization
+        if bits is None:
+            return {}
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise MechdiffError(
+                f"Pair {self.spec.name!r} asks for {bits} weights and bitsandbytes is not installed; install "
+                "mechdiff-mlflow[quantized], or remove quantization from the spec."
+            )
+        if bits == "8bit":
+            config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        else:
+            compute = getattr(torch, self.spec.dtype)
+            config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
+        return {"quantization_config": config}
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return explained(f"Model {self.place} of pair {self.spec.name!r}", self.place)
+
+
+@contextlib.contextmanager
+def explained(what: str, place: str) -> Iterator[None]:
+    """Errors of loading what is at `place`, a folder or an id, as one sentence.
+
+    Raises:
+        MechdiffError: In place of what libraries raise.
+    """
+    try:
+        yield
+    except MechdiffError:
+        raise
+    except Exception as error:  # configurations and weights of strangers fail in every way
+        said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        reason = " ".join(said.split()) or type(error).__name__
+        is_local = os.path.isabs(place)
+        if isinstance(error, ImportError) or "requires `accelerate`" in reason:
+            remedy = "install what it needs, e.g. mechdiff-mlflow[multigpu] for a device map"
+        elif is_local:
+            reason = re.split(r"(?<=[a-z0-9'\")])[.!] |\. ?If | Please ", reason)[0]  # of the hub
+            remedy = "check its files there, or copy them again from where they were made"
+        elif huggingface_hub.constants.HF_HUB_OFFLINE:
+            remedy = "HF_HUB_OFFLINE is set, so only what is on this machine was tried: download it first"
+        else:
+            remedy = "correct the id or path, download it first, or log in to the hub"
+        raise MechdiffError(f"{what} cannot be loaded ({reason[:300]}); {remedy}.") from error
+
+
+def plant_into(model: nn.Module, plant: Plant, spec: PairSpec) -> None:
+    """Make a known change to a model.
+
+    Raises:
+        MechdiffError: The site does not exist, or nothing can be planted there.
+    """
+    decoder = Decoder.of(model, module_names(spec))
+    decoder.check(plant.site)
+    plant_in(plant, decoder.module(plant.site))
+
+
+def load_adapter(spec: PairSpec, model: nn.Module) -> Any:
+    """The spec's PEFT adapter on a model.
+
+    Raises:
+        MechdiffError: The adapter is missing or malformed, or cannot be switched off.
+    """
+    with _explained_adapter(spec), quiet_transformers():
+        return peft_adapters.put_on(model, adapter_folder(spec))
+
+
+def check_adapter(spec: PairSpec, base: Checkpoint) -> None:
+    """Refuse the spec's adapter, where its configuration says enough, before the base is loaded.
+
+    Raises:
+        MechdiffError: peft is not installed, or the adapter is missing, malformed or of no use here.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MechdiffError(
+            f"Pair {spec.name!r} has a PEFT adapter and peft is not installed; install mechdiff-mlflow[peft]."
+        )
+    with _explained_adapter(spec):
+        names = (name for name, _ in base.skeleton.named_modules())
+        peft_adapters.check_config(adapter_folder(spec), base.width, names)
+
+
+def _explained_adapter(spec: PairSpec) -> contextlib.AbstractContextManager[None]:
+    assert spec.tuned.adapter is not None
+    place = spec.locate(spec.tuned.adapter)
+    return explained(f"Adapter {place} of pair {spec.name!r}", place)
+
+
+def pinned(spec: PairSpec) -> PairSpec:
+    """The spec with the commits that its revisions mean now, so that all that is loaded later is of them.
+
+    Raises:
+        MechdiffError: One cannot be found out, here or on the hub.
+    """
+    sides: dict[str, Any] = {"base": spec.base, "tuned": spec.tuned}
+    for role, side in sides.items():
+        adapter = getattr(side, "adapter", None)
+        reference = adapter or side.model
+        if reference is not None and not Path(place := spec.locate(reference)).is_dir():
+            what, file = ("Adapter", "adapter_config.json") if adapter else ("Model", "config.json")
+            with explained(f"{what} {place} of pair {spec.name!r}", place):
+                commit = commit_of(place, side.revision, file)
+            sides[role] = side.model_copy(update={"revision": commit})
+    return spec.model_copy(update=sides)
+
+
+def adapter_folder(spec: PairSpec) -> Path:
+    """The folder of the spec's PEFT adapter, downloaded if it is on the hub and not yet here.
+
+    Raises:
+        MechdiffError: It is not to be had, or is damaged or names code.
+    """
+    assert spec.tuned.adapter is not None
+    place = spec.locate(spec.tuned.adapter)
+    with _explained_adapter(spec):
+        commit = None
+        if not Path(place).is_dir():
+            commit = commit_of(place, spec.tuned.revision, "adapter_config.json")
+        return peft_adapters.adapter_folder(place, commit, (*_VOCABULARIES, *_TOKENIZER_SETTINGS))
+
+
+def adapter_revision(spec: PairSpec) -> str:
+    """The revision of the spec's PEFT adapter: of the hub, or `sha256:` and the digest of its files."""
+    folder = adapter_folder(spec)
+    if str(folder) == spec.locate(spec.tuned.adapter or ""):
+        return folder_digest(folder)
+    return f"{spec.tuned.adapter}@{folder.name}"  # snapshots of the hub are called after their commit
+
+
+def adapter_tokenizer(spec: PairSpec, base: Checkpoint) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer that the spec's adapter brings, or the base's with the template that it brings.
+
+    Raises:
+        MechdiffError: What it brings is malformed.
+    """
+    folder = adapter_folder(spec)
+    with explained(f"Tokenizer of adapter {folder} of pair {spec.name!r}", str(folder)):
+        if any(any(folder.glob(name)) for name in _VOCABULARIES):
+            own = transformers.AutoTokenizer.from_pretrained(
+                folder, config=base.config, trust_remote_code=spec.trust_remote_code
+            )
+            own.chat_template = own.chat_template or base.tokenizer.chat_template
+            return own
+        settings: dict[str, Any] = {}
+        for file in folder.glob("tokenizer_config.json"):
+            for name, value in json.loads(file.read_text("utf-8")).items():
+                if name == "chat_template" or name.endswith("_token"):
+                    settings[name] = value["content"] if isinstance(value, dict) else value
+        for file in folder.glob("chat_template.jinja"):
+            settings["chat_template"] = file.read_text("utf-8")
+    return base.tokenizer_with(settings) if settings else base.tokenizer
+
+
+def module_names(spec: PairSpec) -> ModuleNames | None:
+    """The spec's names of modules, for models that are not recognised."""
+    return ModuleNames(**spec.modules.model_dump()) if spec.modules else None
+
+
+def layer_digests(blocks: list[nn.Module]) -> list[str] | None:
+    """For each decoder block a digest of its weights and their names; None where weights are elsewhere."""
+    digests = []
+    for block in blocks:
+        digest = hashlib.sha256()
+        for name, weight in sorted(block.state_dict().items()):
+            if weight.is_meta:
+                return None
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digests.append(digest.hexdigest())
+    return digests
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and notes while weights load: our own progress says what goes on."""
+    log = transformers.utils.logging
+    level = log.get_verbosity()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        log.enable_progress_bar()

@@ -1,0 +1,92 @@
+"""What was recorded of a pair's models, so that each runs over each split once, whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mechdiff_mlflow.engine import PatchEngine, Recorded
+from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Site
+
+Key = tuple[str, str, Position]
+"""Role, digest of the prompts, position."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recordings:
+    """Clean runs that patches need, and activations that are asked for again.
+
+    Activations lie in main memory, or in files over a budget. Of clean runs the engine keeps what fits beside
+    the models, and gives it up when memory runs out or its model is freed.
+    """
+
+    _recorded: dict[Key, Recorded] = field(default_factory=dict)
+    _captured: dict[Key, Mapping[Site, Tensor]] = field(default_factory=dict)
+
+    def to_patch(
+        self, engine: PatchEngine, key: Key, tokens: TokenizedPrompts, sites: Sequence[Site]
+    ) -> Recorded:
+        """Recorded prompts that can be patched at some sites, and whose first score or completion runs them.
+
+        Args:
+            engine: Of the role's model.
+            key: Whose and which prompts.
+            tokens: The prompts as that model sees them.
+            sites: Where.
+
+        Raises:
+            MechdiffError: A site does not exist.
+        """
+        found = self._recorded.get(key)
+        if found is None or not engine.owns(found) or not found.has(sites):
+            # Whoever asked before may ask again.
+            both = [*sites, *(found.sites if found is not None else ())]
+            found = self._recorded[key] = engine.record(tokens, both, now=False)
+        return found
+
+    def captured(self, key: Key, sites: Sequence[Site]) -> Mapping[Site, Tensor] | None:
+        """Activations at some sites; None where they are not known."""
+        recorded = self._recorded.get(key)
+        if recorded is not None and recorded.is_complete and recorded.has(sites):
+            return Rows.of(recorded.activations, sites)
+        found = self._captured.get(key)
+        return Rows.of(found, sites) if found is not None and found.keys() >= set(sites) else None
+
+    def add(self, key: Key, captured: Mapping[Site, Tensor]) -> None:
+        """Remember activations beside those at other sites of the same prompts."""
+        known = self._captured.get(key, {})
+        self._captured[key] = Rows({**dict.fromkeys(known, known), **dict.fromkeys(captured, captured)})
+
+    def everything(self, key: Key) -> Mapping[Site, Tensor]:
+        """All that `add` was told."""
+        return self._captured.get(key, {})
+
+    def forget(self) -> None:
+        """Drop everything, for a process that goes on to other prompts."""
+        self._recorded.clear()
+        self._captured.clear()
+
+
+class Rows(Mapping[Site, Tensor]):
+    """Rows of sites, each in a mapping that may lie in files and is read when it is asked."""
+
+    def __init__(self, where: Mapping[Site, Mapping[Site, Tensor]]) -> None:
+        self._where = where
+
+    @classmethod
+    def of(cls, rows: Mapping[Site, Tensor], sites: Iterable[Site]) -> Rows:
+        """Some sites of a mapping."""
+        return cls(dict.fromkeys(sites, rows))
+
+    def __getitem__(self, site: Site) -> Tensor:
+        return self._where[site][site]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)

@@ -1,0 +1,220 @@
+"""What a map has to beat: simpler and wrong maps, applied on the same path as the fitted one.
+
+A control has alpha 1 like every new map; compare it under the alpha of the map that it stands beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps.affine import JSON, AffineMap, Weight
+from mechdiff_mlflow.solvers.procrustes import ShrunkCovariance
+from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
+from mechdiff_mlflow.solvers.table import SHRINK
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """One row of the table.
+
+    Args:
+        name: What users type and metrics are called.
+        help: One line.
+        build: `(spectrum, **inputs) -> AffineMap`.
+        takes: Names of its inputs, of `shrink`, `seed` and `other`.
+        same_width: Whether it needs d_in = d_out.
+    """
+
+    name: str
+    help: str
+    build: Callable[..., AffineMap]
+    takes: tuple[str, ...] = ()
+    same_width: bool = False
+
+
+def zero(p: PairedSpectrum) -> AffineMap:
+    """Y = 0."""
+    return AffineMap(p.mean_x, torch.zeros_like(p.mean_y), _nothing(p))
+
+
+def mean_only(p: PairedSpectrum) -> AffineMap:
+    """Y = μ_t, whatever the prompt."""
+    return AffineMap(p.mean_x, p.mean_y, _nothing(p))
+
+
+def mean_shift(p: PairedSpectrum) -> AffineMap:
+    """Y = x − μ_b + μ_t."""
+    return AffineMap(p.mean_x, p.mean_y, _diagonal(p, torch.ones_like(p.mean_x[0])))
+
+
+def alpha_only(p: PairedSpectrum) -> AffineMap:
+    """Y = x, so that alpha is all that acts; at alpha 1 this is the raw cross-patch."""
+    origin = torch.zeros_like(p.mean_x)
+    return AffineMap(origin, origin, _diagonal(p, torch.ones_like(p.mean_x[0])))
+
+
+def moment_matched(p: PairedSpectrum) -> AffineMap:
+    """Mean and standard deviation of each dimension by itself: y = (x − μ_b)·σ_t/σ_b + μ_t.
+
+    A base dimension that does not vary is sent to its tuned mean.
+    """
+    std_x, std_y = ((v**2 @ s**2 / (p.n - 1)).sqrt() for v, s in ((p.vx, p.sx), (p.vy, p.sy)))
+    varies = std_x > 1e-12 * std_x.max()
+    return AffineMap(p.mean_x, p.mean_y, _diagonal(p, torch.where(varies, std_y / std_x, 0.0)))
+
+
+def coral(p: PairedSpectrum, *, shrink: float) -> AffineMap:
+    """W = C_b^−½·C_t^½ of the shrunk covariances: the tuned covariance without the pairing.
+
+    With `shrink` 0 the powers are those of the pseudo-inverse.
+
+    Reference: Sun, Feng & Saenko (2016), Return of frustratingly easy domain adaptation.
+    """
+    whiten, off_x = _power(ShrunkCovariance.of(p.n, p.sx, p.vx, shrink), -0.5)
+    colour, off_y = _power(ShrunkCovariance.of(p.n, p.sy, p.vy, shrink), 0.5)
+    # (off_x·I + Vx·A·Vxᵀ)·(off_y·I + Vy·B·Vyᵀ), with A and B diagonal
+    to_x, to_y = whiten[:, None] * p.vx.mT, colour[:, None] * p.vy.mT
+    left = torch.cat([p.vx, p.vy], dim=1)
+    right = torch.cat([to_x * off_y + (to_x @ p.vy) @ to_y, off_x * to_y])
+    if left.shape[1] * 2 >= p.d_in:
+        return AffineMap(p.mean_x, p.mean_y, Weight(left.new_tensor(off_x * off_y), left @ right))
+    return AffineMap(p.mean_x, p.mean_y, Weight.low_rank(left, right, off_x * off_y))
+
+
+def random_orthogonal(p: PairedSpectrum, *, seed: int) -> AffineMap:
+    """A uniformly random rotation of the span of Xc, stretched so that ‖Xc·W‖ = ‖Yc‖; zero off the span.
+
+    Reference: Mezzadri (2007), How to generate random matrices from the classical compact groups.
+    """
+    # On the CPU, so that the seed means the same on every device.
+    generator = torch.Generator().manual_seed(seed)
+    shape = (max(p.d_out, p.vx.shape[1]), min(p.d_out, p.vx.shape[1]))
+    q, r = torch.linalg.qr(torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator))
+    frame = (q * r.diagonal().sign()).to(p.vx)  # the signs make it uniform
+    frame = frame.mT if p.d_out >= p.vx.shape[1] else frame  # [r_x, d_out]
+    stretch = p.sy.norm() / (p.sx[:, None] * frame).norm()
+    return AffineMap(p.mean_x, p.mean_y, Weight.low_rank(p.vx, stretch * frame))
+
+
+def wrong_layer(p: PairedSpectrum, *, other: AffineMap) -> AffineMap:
+    """The map of another site, as it is.
+
+    Raises:
+        MechdiffError: It has other widths.
+    """
+    if (other.d_in, other.d_out) != (p.d_in, p.d_out):
+        raise MechdiffError(
+            f"The wrong layer's map sends {other.d_in} to {other.d_out} dimensions and this site's "
+            f"{p.d_in} to {p.d_out}; give the map of a site of the same widths."
+        )
+    return other
+
+
+CONTROLS: Mapping[str, Control] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            Control("zero", "nothing at all", zero),
+            Control("mean_only", "the tuned mean, whatever the prompt", mean_only),
+            Control("mean_shift", "the difference of the means added", mean_shift, same_width=True),
+            Control("alpha_only", "the base activation times alpha", alpha_only, same_width=True),
+            Control(
+                "moment_matched", "mean and deviation of each dimension", moment_matched, same_width=True
+            ),
+            Control(
+                "coral", "the tuned covariance, without the pairing", coral, ("shrink",), same_width=True
+            ),
+            Control("random_orthogonal", "a random rotation of the right size", random_orthogonal, ("seed",)),
+            Control("wrong_layer", "the map of another site", wrong_layer, ("other",)),
+        )
+    }
+)
+
+
+def control_map(
+    name: str,
+    p: PairedSpectrum,
+    *,
+    shrink: float = 0.05,
+    seed: int = 0,
+    other: AffineMap | None = None,
+) -> AffineMap:
+    """The control called `name` for the rows of p.
+
+    Args:
+        name: A name of `CONTROLS`.
+        p: The site's training rows.
+        shrink: γ in [0, 1] of the covariances, for `coral`.
+        seed: For `random_orthogonal`.
+        other: For `wrong_layer`.
+
+    Raises:
+        MechdiffError: There is no such control, it lacks its input, or the widths do not allow it.
+    """
+    if name not in CONTROLS:
+        raise MechdiffError(f"Control {name!r} is unknown; use one of {', '.join(CONTROLS)}.")
+    row = CONTROLS[name]
+    if row.same_width and p.d_in != p.d_out:
+        raise MechdiffError(
+            f"The control {name} needs equal widths, not {p.d_in} -> {p.d_out}; leave it out."
+        )
+    inputs: dict[str, object] = {"shrink": SHRINK.checked(shrink), "seed": seed, "other": other}
+    if "other" in row.takes and other is None:
+        raise MechdiffError(
+            f"The control {name} needs the map of another site; give other=…, or leave it out."
+        )
+    made = row.build(p, **{key: inputs[key] for key in row.takes})
+    notes: dict[str, JSON] = {"control": name, "n_rows": p.n}
+    notes.update({key: value for key, value in (("shrink", shrink), ("seed", seed)) if key in row.takes})
+    return made.with_meta(**notes)
+
+
+def applicable_controls(p: PairedSpectrum, *, other: AffineMap | None = None) -> tuple[str, ...]:
+    """The names of `CONTROLS` that this site's widths allow; `wrong_layer` only when there is another map."""
+    return tuple(
+        row.name
+        for row in CONTROLS.values()
+        if (p.d_in == p.d_out or not row.same_width) and (other is not None or "other" not in row.takes)
+    )
+
+
+def shuffled_pairs(
+    p: PairedSpectrum, times: int, seed: int, groups: Sequence[int] = ()
+) -> Iterator[PairedSpectrum]:
+    """The site with its pairs shuffled at random, `times` times: what a fit finds where nothing is.
+
+    Refit each, with every choice made inside, and compare with `stats.permutation_p`. Groups of rows, counted
+    from 0, go to groups of as many rows, each as a whole.
+
+    Raises:
+        MechdiffError: p was made from moments.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.tensor(groups) if len(groups) else torch.arange(p.n)
+    rows = torch.split(torch.argsort(group, stable=True), torch.bincount(group).tolist())
+    alike = [torch.stack([r for r in rows if len(r) == size]) for size in sorted({*map(len, rows)})]
+    for _ in range(times):
+        order = torch.empty(p.n, dtype=torch.long)
+        for some in alike:  # [groups, rows of each]
+            order[some] = some[torch.randperm(len(some), generator=generator)]
+        yield p.permuted(order.to(p.sx.device))
+
+
+def _nothing(p: PairedSpectrum) -> Weight:
+    return Weight.low_rank(p.vx.new_zeros(p.d_in, 0), p.vx.new_zeros(0, p.d_out))
+
+
+def _diagonal(p: PairedSpectrum, scale: Tensor) -> Weight:
+    return Weight(scale, p.vx.new_zeros(p.d_in, 0), p.vx.new_zeros(0, p.d_out))
+
+
+def _power(cov: ShrunkCovariance, exponent: float) -> tuple[Tensor, float]:
+    """C^exponent = off·I + V·diag(on)·Vᵀ as (on, off)."""
+    off = float(cov.off_axes**exponent) if cov.off_axes > 0 else 0.0
+    return cov.on_axes**exponent - off, off

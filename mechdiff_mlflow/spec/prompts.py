@@ -1,0 +1,286 @@
+"""Prompts: files of conversations, splits, and what they are as tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec import untrusted
+from mechdiff_mlflow.spec.duplicates import near_duplicates, repeats
+from mechdiff_mlflow.text import cut
+
+MAX_FILE_BYTES = 256 << 20
+MAX_LINE_BYTES = 1 << 20
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompts:
+    """Unpadded token ids of n prompts, and the position of each that is read and replaced.
+
+    Args:
+        ids: Token ids, one tuple a prompt; the decision token is the last of each.
+        positions: For each prompt the index into `ids` of the token whose activations are captured and
+            patched; `len(ids) - 1` is the decision token.
+        spans: For each prompt how many tokens from there on are averaged and moved together; empty is one.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    positions: tuple[int, ...]
+    spans: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> TokenizedPrompts:
+        return TokenizedPrompts(self.ids[part], self.positions[part], self.spans[part])
+
+    def span(self, i: int) -> int:
+        """Tokens of prompt i that are averaged."""
+        return self.spans[i] if self.spans else 1
+
+    def take(self, indices: Iterable[int]) -> TokenizedPrompts:
+        """Some of the prompts, in that order."""
+        some = list(indices)
+        return TokenizedPrompts(
+            tuple(self.ids[i] for i in some),
+            tuple(self.positions[i] for i in some),
+            tuple(self.spans[i] for i in some) if self.spans else (),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One conversation, ending with the user's turn.
+
+    Args:
+        messages: Its turns.
+        group: Name of the prompts that are drawn together when intervals are made; None of one by itself.
+    """
+
+    messages: tuple[Message, ...]
+    group: str | None = None
+
+    @property
+    def text(self) -> str:
+        """What the user says last."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """The prompts of one split, in file order."""
+
+    split: str
+    prompts: tuple[Prompt, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def digest(self) -> str:
+        """32 hex digits of sha256 over the conversations, in order."""
+        lines = [
+            json.dumps([dict(m) for m in p.messages], sort_keys=True, ensure_ascii=False)
+            for p in self.prompts
+        ]
+        lines += [json.dumps(self.groups)] if self.groups else []
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The group of each prompt, counted from 0 in file order; empty if each prompt is one by itself."""
+        names = [p.group if p.group is not None else i for i, p in enumerate(self.prompts)]
+        number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        return tuple(number[name] for name in names) if len(number) < len(names) else ()
+
+    @property
+    def n_groups(self) -> int:
+        """How many prompts or groups of them are independent of each other."""
+        return len({*self.groups}) or len(self)
+
+    def first(self, n: int | None, *, option: str = "--n") -> PromptSet:
+        """The first n prompts; all when n is None.
+
+        Raises:
+            MechdiffError: There are fewer than n, or n < 1.
+        """
+        if n is None:
+            return self
+        if not 1 <= n <= len(self):
+            raise MechdiffError(
+                f"{n} {self.split} prompts were asked for and there are {len(self)}; "
+                f"pass {option} 1 to {len(self)}."
+            )
+        return PromptSet(self.split, self.prompts[:n])
+
+
+def read_prompts(path: Path, split: str, *, system: str | None = None) -> PromptSet:
+    """Read a JSONL file of `{"text": …}` or `{"messages": [{"role": …, "content": …}, …]}` lines.
+
+    Args:
+        path: UTF-8 file, one object a line; blank lines are skipped. `group` names prompts that belong
+            together, such as paraphrases; other keys are ignored.
+        split: Which split it is.
+        system: System prompt put before every `text`.
+
+    Raises:
+        MechdiffError: The file is missing, empty or not UTF-8, a line (named by number) is malformed, or a
+            prompt stands there twice without a group that says so.
+    """
+    prompts: dict[int, Prompt] = {}
+    try:
+        size = untrusted.size_of(path, MAX_FILE_BYTES)
+        with path.open("rb") as file:
+            for number, line in _lines(file, size):
+                if line:
+                    prompts[number] = _prompt(line, f"{path}, line {number}", system)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MechdiffError(f"Prompt file {path} cannot be read ({reason}); check the file.") from None
+    if not prompts:
+        raise MechdiffError(f'Prompt file {path} is empty; write one {{"text": "…"}} a line.')
+    _check_repeats(path, prompts)
+    found = PromptSet(split, tuple(prompts.values()))
+    if found.n_groups < 2 <= len(found):
+        raise MechdiffError(
+            f"All prompts of {path} are of one group, so no interval can be; name two or more."
+        )
+    return found
+
+
+def _lines(file: BinaryIO, size: int) -> Iterator[tuple[int, str]]:
+    """Numbered lines, cut at newlines alone: JSON may hold U+2028, and a file of one endless line is none."""
+    number = 0
+    while line := file.readline(min(size, MAX_LINE_BYTES) + 1):
+        number += 1
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"line {number} has over {MAX_LINE_BYTES} bytes")
+        try:
+            if b"\0" in line:
+                raise ValueError
+            yield number, line.decode("utf-8").strip().strip("\ufeff").strip()
+        except ValueError:
+            if 0 < line.count(b"\0") <= len(line) // 4:
+                raise ValueError(f"line {number} holds NUL bytes; remove them") from None
+            utf16 = b"\0" in line or line[:2] in (b"\xff\xfe", b"\xfe\xff")
+            kind = "UTF-16" if utf16 else "another encoding"
+            raise ValueError(f"line {number} is {kind}, not UTF-8; save the file as UTF-8") from None
+
+
+def _prompt(line: str, where: str, system: str | None) -> Prompt:
+    try:
+        entry = untrusted.parse_json(line)
+    except ValueError as error:
+        raise MechdiffError(
+            f"{where} is not JSON ({cut(str(error))}); {_remedy(line, str(error))}."
+        ) from None
+    if isinstance(entry, list):
+        raise MechdiffError(f"{where} is a JSON array; {_remedy('[')}.")
+    text, messages, group = (
+        [entry.get(key) for key in ("text", "messages", "group")] if isinstance(entry, dict) else [None] * 3
+    )
+    if group is not None and not (isinstance(group, str) and _is_text(group)):
+        raise MechdiffError(f'{where} has the group {cut(repr(group))}; write a name, e.g. "group": "g1".')
+    if isinstance(text, str) and _is_text(text) and messages is None:
+        turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        return Prompt((*turns, {"role": "user", "content": text}), group)
+    if text is None and isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
+        if messages[-1]["role"] == "user":
+            return Prompt(tuple({"role": m["role"], "content": m["content"]} for m in messages), group)
+        raise MechdiffError(
+            f"{where} ends with the {messages[-1]['role']}; end messages with the user's turn."
+        )
+    what, remedy = 'neither a "text" nor a list of "messages"', 'write {"text": "…"}'
+    if text is not None and messages is not None:
+        what, remedy = 'both a "text" and "messages"', "leave one of them out"
+    elif isinstance(text, str):
+        what, remedy = (
+            "a text that is blank, or holds NUL or half a character",
+            "correct it or remove the line",
+        )
+    elif isinstance(messages, list) and messages:
+        what = "a message of no role system, user or assistant, or without a plain text as its content"
+        remedy = "correct it or remove the line"
+    raise MechdiffError(f"{where} has {what}; {remedy}.")
+
+
+_MISTAKES = {
+    r".* is not a number$": "write null instead",
+    r"Exceeds the limit": "write such a number as a text, in double quotes",
+    r".* stands there twice$": "remove one of them",
+    r"Invalid control character": "write a tab within a text as \\t and a line break as \\n",
+    r"\[|\]$": "write each object of an array on a line of its own, no [ ] or commas (jq -c '.[]' FILE)",
+    r"\{.*\}\s*,$": "remove the comma behind the object",
+    r".*,\s*[}\]]": "remove the comma before the closing bracket",
+    r".*[:,\[]\s*(None|undefined)\b": "write null for what is not there",
+    r".*[:,\[]\s*(True|False)\b": "write true and false in small letters",
+    r"\{.*\}\s*\{": "begin a line for each object",
+    r"\{[^}]*$|[^{]*\}$": "write each object on one line (jq -c . FILE)",
+    r"#|//|/\*": "remove the comment",
+    r"\{\s*[^\"\s]|\{\s*\"[^\"]*\"\s*:\s*[\u2018\u201c']": "write straight double quotes",
+}
+"""What people write instead of JSON (of the parser's complaint or of the line), and what then to do."""
+
+
+def _remedy(line: str, complaint: str = "") -> str:
+    found = (
+        what
+        for pattern, what in _MISTAKES.items()
+        if re.match(pattern, complaint) or re.match(pattern, line[:10_000])
+    )
+    return next(found, 'write one object a line, e.g. {"text": "…"}')
+
+
+def _check_repeats(path: Path, prompts: Mapping[int, Prompt]) -> None:
+    """Refuse equal prompts outside of one group: an interval would take them for independent."""
+    found = repeats(
+        {n: ([(m["role"], m["content"]) for m in p.messages], p.group) for n, p in prompts.items()}
+    )
+    if found:
+        a, b = found[0]
+        raise MechdiffError(
+            f"{len(found)} of {len(prompts)} prompts of {path} stand there before, first line {b} as line "
+            f"{a} ({cut(repr(prompts[a].text))}), and would be counted as independent; remove them, or give "
+            'prompts that belong together the same "group": "NAME" on their lines.'
+        )
+
+
+def _is_message(message: object) -> bool:
+    return (
+        isinstance(message, dict)
+        and message.get("role") in ("system", "user", "assistant")
+        and isinstance(message.get("content"), str)
+        and _is_text(message["content"])
+    )
+
+
+def _is_text(text: str) -> bool:
+    """Whether a tokenizer can read it as one: something, without NUL and halves of characters."""
+    return bool(text.strip()) and "\0" not in text and not re.search("[\ud800-\udfff]", text)
+
+
+def check_disjoint(sets: Iterable[PromptSet]) -> None:
+    """Check that no prompt stands in two splits, to the letter or nearly.
+
+    Texts are compared case-folded, in NFKC, without punctuation; near duplicates share at least
+    `NEAR_DUPLICATE` of their word trigrams (Jaccard; Broder 1997, On the resemblance of documents).
+
+    Raises:
+        MechdiffError: Two splits share a prompt; the message shows it.
+    """
+    places = [(i, s.split, p.text) for i, s in enumerate(sets) for p in s.prompts]
+    found = near_duplicates([text for *_, text in places], [i for i, *_ in places])
+    for a, b in found:
+        (_, split, text), (_, other, other_text) = places[a], places[b]
+        raise MechdiffError(
+            f"The {split} prompt {cut(repr(text))} is nearly {cut(repr(other_text))} in {other}; "
+            "remove it from one of the two files."
+        )

@@ -1,0 +1,62 @@
+"""A site is a place in the residual stream: a layer and a hook."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec.choices import Choice
+from mechdiff_mlflow.text import cut
+
+
+class Hook(Choice):
+    """Where in a decoder block an activation is read or replaced (TransformerLens' names)."""
+
+    RESID_PRE = "resid_pre"
+    """Enters the block."""
+    ATTN_OUT = "attn_out"
+    """What the attention sublayer adds to the residual stream."""
+    MLP_OUT = "mlp_out"
+    """What the MLP sublayer adds to the residual stream."""
+    RESID_POST = "resid_post"
+    """Leaves the block."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Site:
+    """One place in the residual stream, written `L12/resid_post`.
+
+    Args:
+        layer: Index of the decoder block, counted from 0.
+        hook: Where in the block.
+    """
+
+    layer: int
+    hook: Hook
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise MechdiffError(f"Layer {self.layer} is negative; layers are counted from 0.")
+
+    def __str__(self) -> str:
+        return f"L{self.layer}/{self.hook}"
+
+    @property
+    def slug(self) -> str:
+        """The site where `/` is refused, as in registered model names: `L12-resid_post`."""
+        return f"L{self.layer}-{self.hook}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read `L12/resid_post` (or the slug `L12-resid_post`).
+
+        Raises:
+            MechdiffError: `text` is not a layer and a hook.
+        """
+        match = re.fullmatch(r"L(\d{1,6})[/-](\w+)", text)
+        if match is None:
+            raise MechdiffError(
+                f"Site {cut(text)!r} is not of the form L<layer>/<hook>; write e.g. L26/attn_out."
+            )
+        return cls(int(match[1]), Hook.parse(match[2]))

@@ -1,0 +1,1 @@
+"""What runs and versions say: params, tags, cards, artifacts and their digests."""

@@ -1,0 +1,121 @@
+"""Files at one artifact location of a store: sent, and made sure of, with a request each and no other.
+
+MLflow's client asks the server where a model's files belong, though it said so when it made the model, and
+lists a directory before it downloads a file of it. Nothing here is shared between two locations, so each
+thread may have its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Set
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import requests
+from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec.digests import file_sha256
+from mechdiff_mlflow.tracking.content.artifact_digests import Sent
+from mechdiff_mlflow.tracking.store.store import Store
+
+_log = logging.getLogger(__name__)
+
+
+class StoredFiles:
+    """The files at a location.
+
+    Args:
+        store: Whose they are.
+        location: Their URI, as the store gave it for a run or a model.
+    """
+
+    def __init__(self, store: Store, location: str) -> None:
+        self._store, self._location = store, location
+        # As MLflow's client does: there a location says which login belongs to it.
+        uri = add_databricks_profile_info_to_artifact_uri(location, store.uri)
+        self._files = get_artifact_repository(uri, tracking_uri=store.uri)
+
+    def send(self, folder: Path, *, again: bool = False) -> None:
+        """Put everything in `folder` there, under the same names.
+
+        Args:
+            folder: Of the files.
+            again: Whether a killed process may have sent some. A server that was in the midst of one keeps
+                a part of it that it does not list, so the place is emptied first, if it lists no others.
+        """
+        if again and not isinstance(self._files, LocalArtifactRepository):
+            self._empty({path.relative_to(folder).as_posix() for path in folder.rglob("*")})
+        self._store.patience.run(lambda: self._files.log_artifacts(str(folder)))
+
+    def _empty(self, names: Set[str]) -> None:
+        try:
+            folders = [""]
+            for folder in folders:
+                for found in self._store.patience.run(partial(self._files.list_artifacts, folder or None)):
+                    if found.path not in names:
+                        return
+                    folders += [found.path] if found.is_dir else []
+            self._store.patience.run(self._files.delete_artifacts)
+        except (MlflowException, requests.RequestException, NotImplementedError) as error:
+            _log.warning("What a killed upload may have left at %s stays there: %s", self._location, error)
+
+    def read_back(self, names: Iterable[str], folder: Path) -> Path:
+        """A directory that holds the files `names` as they are stored.
+
+        That is where they lie, if the store keeps files on this machine; never change them there. Otherwise
+        they are fetched into `folder`.
+        """
+        if isinstance(self._files, LocalArtifactRepository):
+            return Path(self._files.artifact_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            # What every kind of store implements; `download_artifacts` lists the directory first.
+            self._store.patience.run(partial(self._files._download_file, name, str(folder / name)))
+        return folder
+
+    def demand(self, sent: Mapping[str, str], folder: Path) -> Path:
+        """Make sure that the stored files are the ones that were sent; where they can be read.
+
+        Args:
+            sent: Hex SHA-256 by name.
+            folder: For files that have to be fetched.
+
+        Raises:
+            MechdiffError: One is missing or has other bytes.
+        """
+        back = self.read_back(sent, folder)
+        for name, expected in sent.items():
+            found = file_sha256(back / name) if (back / name).is_file() else "none"
+            if found != expected:
+                raise MechdiffError(
+                    f"The store {self._store.shown} gave back another {name} than was sent (SHA-256 "
+                    f"{found[:12]}, not {expected[:12]}); check its disk."
+                )
+        return back
+
+    def demand_present(self, sent: Mapping[str, Sent]) -> None:
+        """Make sure that the stored files are there.
+
+        On this machine their bytes are compared; elsewhere their sizes, with a request a directory.
+
+        Raises:
+            MechdiffError: One is missing or another.
+        """
+        if isinstance(self._files, LocalArtifactRepository):
+            self.demand({name: file.sha256 for name, file in sent.items()}, Path())
+            return
+        sizes: dict[str, int] = {}
+        for folder in sorted({str(PurePosixPath(name).parent) for name in sent}):
+            ask = partial(self._files.list_artifacts, None if folder == "." else folder)
+            sizes |= {f.path: int(f.file_size or 0) for f in self._store.patience.run(ask) if not f.is_dir}
+        for name, file in sent.items():
+            if sizes.get(name) != file.size:
+                raise MechdiffError(
+                    f"The store {self._store.shown} holds {sizes.get(name, 'no')} bytes of {name} where "
+                    f"{file.size} were sent; check its disk."
+                )

@@ -1,0 +1,100 @@
+"""A record's tables, texts, files, long params and prompt sets in the forms that MLflow keeps and shows."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from mlflow.entities import Dataset, DatasetInput, InputTag
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.content.records import PromptSet, RunRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def upload(log_folder: Callable[[str], None], record: RunRecord) -> None:
+    """Hand `log_folder` one folder with every artifact of `record`; not called when there is none."""
+    if not (record.tables or record.texts or record.files):
+        return
+    with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+        root = Path(folder)
+        for path, table in record.tables.items():
+            _write(root / path, table_json(table))
+        for path, text in record.texts.items():
+            _write(root / path, text)
+        for path, source in record.files.items():
+            _copy(Path(source), root / path)
+        log_folder(folder)
+
+
+def table_json(table: pd.DataFrame) -> str:
+    """The table as `mlflow.load_table` and the UI read it; every float keeps all its digits, NaN is null."""
+    columns = [_plain_column(table.iloc[:, i]) for i in range(table.shape[1])]
+    rows = list(zip(*columns, strict=True))
+    return json.dumps({"columns": [str(c) for c in table.columns], "data": rows}, allow_nan=False)
+
+
+def table_tag(record: RunRecord) -> str:
+    """The tag value that makes MLflow offer the tables of a run for comparison."""
+    return json.dumps([{"path": path, "type": "table"} for path in record.tables])
+
+
+def dataset_input(prompts: PromptSet) -> DatasetInput:
+    """A prompt set as MLflow's run page shows it, with its split as the context."""
+    dataset = Dataset(
+        name=prompts.name,
+        digest=prompts.digest,
+        source_type="local",
+        source=json.dumps({"uri": prompts.source}),
+        profile=json.dumps({"num_rows": prompts.n}),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", prompts.split)])
+
+
+def _plain_column(column: pd.Series[Any]) -> list[object]:
+    """A column's values in JSON's types; of plain numbers all at once, which takes a fifth of the time."""
+    kind = column.dtype.kind if isinstance(column.dtype, np.dtype) else "O"
+    if kind in "iub":
+        plain: list[object] = column.tolist()
+        return plain
+    if kind == "f":
+        return [value if math.isfinite(value) else None for value in column.tolist()]
+    return [_plain(value) for value in column]
+
+
+def _plain(value: object) -> object:
+    item = getattr(value, "item", None)
+    if callable(item):
+        value = item()  # a NumPy scalar
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _copy(source: Path, target: Path) -> None:
+    if not source.exists():
+        raise MechdiffError(f"Artifact {source} does not exist; the run that should hold it is not complete.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+        return
+    try:
+        os.link(source, target)  # nothing writes to it: it is only read to be uploaded
+    except OSError:
+        shutil.copyfile(source, target)

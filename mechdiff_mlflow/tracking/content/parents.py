@@ -1,0 +1,129 @@
+"""What the top run of a report, atlas, profile or comparison holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from mechdiff_mlflow.experiments import PatchRecord
+from mechdiff_mlflow.experiments.atlas import AtlasRecord
+from mechdiff_mlflow.experiments.heads import HeadsRecord
+from mechdiff_mlflow.tracking.content import fields
+from mechdiff_mlflow.tracking.content.records import RunRecord
+
+
+def report_run(
+    kind: str, title: str, out: Path, written: Sequence[Path], caveats: Sequence[str]
+) -> RunRecord:
+    """A report's files: the Markdown, the HTML and the pictures that the Markdown shows.
+
+    Args:
+        kind: `report` or `compare`.
+        title: Of the report.
+        out: The file that was asked for.
+        written: Every file of the report.
+        caveats: What to doubt.
+    """
+    files = {}
+    for path in written:
+        # The Markdown names the pictures by their folder beside it.
+        files[str(path.relative_to(out.parent)).replace("\\", "/")] = path
+    return RunRecord(
+        kind=kind,
+        name=kind,
+        files=files,
+        description=f"**{title}**: open `{out.stem}.html` under Artifacts.\n\n"
+        + "\n".join(f"- {caveat}" for caveat in caveats),
+    )
+
+
+def report_pass_run(patches: Sequence[PatchRecord]) -> RunRecord:
+    """A report pass's table, one row a winner."""
+    rows = [f"- {fields.site_and_drop(patch)}" for patch in patches]
+    return RunRecord(
+        kind="report_pass",
+        name="report pass",
+        tables={"summary.json": fields.summary_table(patches)},
+        description="Registered winners, measured again with the α of their versions.\n\n" + "\n".join(rows),
+    )
+
+
+def atlas_run(record: AtlasRecord, sentence: str, files: Mapping[str, Path]) -> RunRecord:
+    """An atlas's table and figures, and each hook's curves over layers (step = layer).
+
+    Args:
+        record: What was measured.
+        sentence: What it shows.
+        files: Figures by artifact path.
+    """
+    table = record.table
+    curves: dict[str, dict[int, float]] = {}
+    for key in ("KL_raw", "drop_pct", "skill_pct", "rho"):
+        for row in table.dropna(subset=[key]).to_dict("records"):
+            curves.setdefault(f"{key}/{row['hook']}", {})[int(row["layer"])] = float(row[key])
+    metrics = {"n_sites": float(len(table)), "n_above_floor": float(table["above_floor"].sum())}
+    for key in ("drop_pct", "skill_pct"):
+        if table[key].notna().any():
+            metrics[f"best/{key}"] = float(table[key].max())
+    return RunRecord(
+        kind="atlas",
+        name="atlas",
+        metrics=metrics,
+        stepped_metrics=curves,
+        tables={"atlas.json": table},
+        files=files,
+        description=f"{sentence}\n\nHeatmaps: `figures.html` under Artifacts. One run below for each site "
+        "above the noise floor; only promoted sites keep their map, others refit with `mechdiff run`.",
+    )
+
+
+def layers_run(table: pd.DataFrame, sentence: str, files: Mapping[str, Path]) -> RunRecord:
+    """A layer profile; its columns are curves over layers (step = layer).
+
+    Args:
+        table: `experiments.layers.layer_profile`.
+        sentence: What it shows.
+        files: Figures by artifact path.
+    """
+    return RunRecord(
+        kind="layers",
+        name="layers",
+        stepped_metrics={
+            key: _curve(table, "layer", key) for key in ("cka", "KL_tuned_from_base", "KL_base_from_tuned")
+        },
+        tables={"layers.json": table},
+        files=files,
+        description=sentence,
+    )
+
+
+def heads_run(record: HeadsRecord, sentence: str, files: Mapping[str, Path]) -> RunRecord:
+    """Heads of one layer; coverage is a curve over the number of heads (step = size).
+
+    Args:
+        record: What was measured.
+        sentence: What it shows.
+        files: Figures by artifact path.
+    """
+    table = record.table
+    curves = {
+        f"coverage/{choice}": _curve(table[table["choice"] == choice], "size", "coverage")
+        for choice in ("greedy", "random")
+    }
+    return RunRecord(
+        kind="heads",
+        name="heads",
+        metrics={"KL_all": float(table["KL_all"].iloc[0]), "n_heads": float(table["n_heads"].iloc[0])},
+        stepped_metrics=curves,
+        tags={"mechdiff.site": str(record.site)},
+        tables={"heads.json": table},
+        files=files,
+        description=sentence,
+    )
+
+
+def _curve(table: pd.DataFrame, step: str, key: str) -> dict[int, float]:
+    rows = table.dropna(subset=[key])
+    return {int(at): float(value) for at, value in zip(rows[step], rows[key], strict=True)}

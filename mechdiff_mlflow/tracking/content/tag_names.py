@@ -1,0 +1,13 @@
+"""Names of params and tags that several modules write and read."""
+
+PAIR_FINGERPRINT = "pair_fingerprint"
+FITTED_ON = "fitted_on_pair"
+"""Fingerprint of the pair that a map was fitted on, where it was measured on another."""
+SELECTION_LEAK = "selection_leak"
+"""Tag: whether something was chosen on prompts that are reported: true, false, or unknown."""
+SELECTION = "selection"
+"""Tag: what was chosen on prompts that are reported, in words."""
+REPORTED = "mechdiff.prompts"
+"""Tag: digest of the reported prompts."""
+IMPORTED_FROM = "imported_from"
+"""Tag: which file of the predecessor's a map was imported from."""

@@ -1,0 +1,133 @@
+"""The shared view that each experiment of ours opens with: columns, order, filter and charts in place.
+
+MLflow's UI keeps a shared view as an experiment tag. The format is internal to MLflow (read from 3.17); what
+the UI does not understand costs nothing, it then shows its plain table.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import shlex
+import time
+import zlib
+from typing import Any
+from urllib.parse import quote
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.store.store import Store
+
+VIEW_KEY = "mechdiff"
+_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
+_PARAMS = ("layer", "hook", "solver", "family", "k", "alpha", "split")
+_METRICS = ("drop_pct", "skill_pct", "KL_raw", "KL_mapped", "noise_floor", "rho")
+_RUN_NAME = "attributes.`Run Name`"
+_NAME_WIDTH, _VALUE_WIDTH = 320, 95  # pixels
+_SECTION = "mechdiff-charts"
+_LOCAL_UI = "http://127.0.0.1:5000"
+# The UI gets slow when it compares many more.
+_RUNS = 100
+
+_log = logging.getLogger(__name__)
+
+
+def install_view(store: Store, experiment_id: str, *, kind: str = "patch") -> None:
+    """Give the experiment the view, listing its runs of `kind`; never fails, for it is only a convenience."""
+    state = _encoded(_state(kind))
+    try:
+        with store.errors():
+            tags = store.client.get_experiment(experiment_id).tags
+            if _TAG in tags and json.loads(tags[_TAG]).get("state") == state:
+                return
+            now = int(time.time() * 1000)
+            view = {"name": "mechdiff", "createdAt": now, "updatedAt": now, "state": state}
+            store.client.set_experiment_tag(experiment_id, _TAG, json.dumps(view))
+    except (MechdiffError, ValueError, AttributeError, RecursionError) as error:
+        _log.debug("The shared view of experiment %s was not written: %s", experiment_id, error)
+
+
+def view_url(store: Store, experiment_id: str, *, charts: bool = False) -> str:
+    """Link to the experiment's runs in the shared view: its table, or its charts."""
+    query = f"viewStateShareKey={VIEW_KEY}&workflowType=machine_learning"
+    query += "&compareRunsMode=CHART" if charts else ""
+    return f"{_ui(store)}/#/experiments/{experiment_id}/runs?{query}"
+
+
+def run_url(store: Store, experiment_id: str, run_id: str) -> str:
+    """Link to a run."""
+    return f"{_ui(store)}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def version_url(store: Store, name: str, number: int) -> str:
+    """Link to a registered version."""
+    return f"{_ui(store)}/#/models/{quote(name)}/versions/{number}"
+
+
+def ui_command(store: Store) -> str | None:
+    """What to type to see a local store in the browser, where the links lead; None for a server's."""
+    return None if store.is_server else f"mlflow ui --backend-store-uri {shlex.quote(store.shown)}"
+
+
+def _ui(store: Store) -> str:
+    return store.shown if store.is_server else _LOCAL_UI
+
+
+def _encoded(state: dict[str, Any]) -> str:
+    return "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+
+
+def _state(kind: str) -> dict[str, Any]:
+    columns = [f"params.`{key}`" for key in _PARAMS] + [f"metrics.`{key}`" for key in _METRICS]
+    charts = [
+        # The metric `rank`, not the param `k`: the UI leaves the rows of "full" out of a numeric axis.
+        _chart("PARALLEL", selectedParams=["layer", "hook", "alpha"], selectedMetrics=["rank", "drop_pct"]),
+        _chart("SCATTER", xaxis=_axis("rank", "METRIC"), yaxis=_axis("drop_pct", "METRIC")),
+        _chart(
+            "CONTOUR",
+            xaxis=_axis("rank", "METRIC"),
+            yaxis=_axis("alpha", "PARAM"),
+            zaxis=_axis("drop_pct", "METRIC"),
+        ),
+        _chart("BAR", metricKey="drop_pct"),
+    ]
+    section = {"uuid": _SECTION, "name": "Maps", "display": True, "isReordered": False}
+    return {
+        "searchFilter": f"tags.`mechdiff.kind` = '{kind}'",
+        "orderByKey": "metrics.`drop_pct`",
+        "orderByAsc": False,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "modelVersionFilter": "All Runs",
+        "datasetsFilter": [],
+        "selectedColumns": columns,
+        "columnOrder": [_RUN_NAME, "runDateAndNestInfo", *columns],
+        "columnWidths": {_RUN_NAME: _NAME_WIDTH, **dict.fromkeys(columns, _VALUE_WIDTH)},
+        "runsHiddenMode": "SHOWALL",
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": True,
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "groupBy": None,
+        "groupsExpanded": {},
+        "compareRunSections": [{**section, "deleted": False, "isGenerated": False}],
+        "compareRunCharts": charts,
+    }
+
+
+def _chart(kind: str, **settings: Any) -> dict[str, Any]:
+    return {
+        "type": kind,
+        "uuid": f"mechdiff-{kind.lower()}",
+        "metricSectionId": _SECTION,
+        "deleted": False,
+        "isGenerated": False,
+        "showAllRuns": True,
+        "runsCountToCompare": _RUNS,
+        **settings,
+    }
+
+
+def _axis(key: str, kind: str) -> dict[str, str]:
+    return {"key": key, "type": kind}

@@ -1,0 +1,1 @@
+"""The predecessor's bundles and manifest: import and export."""

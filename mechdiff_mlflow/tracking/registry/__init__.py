@@ -1,0 +1,1 @@
+"""Registered maps: promotion, policies, aliases, comparison, fetching."""

@@ -1,0 +1,213 @@
+"""Which candidates may become champion."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec import untrusted
+from mechdiff_mlflow.spec.pair_spec import explain
+from mechdiff_mlflow.text import text_of
+from mechdiff_mlflow.tracking.content.tag_names import (
+    FITTED_ON,
+    IMPORTED_FROM,
+    PAIR_FINGERPRINT,
+    REPORTED,
+    SELECTION,
+    SELECTION_LEAK,
+)
+
+MEASURE = "mechdiff patch --map runs:/RUN does"
+
+_COMPARED = ("KL_mapped", "drop_pct", "skill_pct")
+
+_MAX_FILE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What a policy looks at.
+
+    Args:
+        run_id: Of the run that measured the map.
+        metrics: Of that run, e.g. drop_pct, skill_pct, ci/drop_pct_low.
+        facts: Its params and tags, and the map's meta, as text.
+    """
+
+    run_id: str
+    metrics: Mapping[str, float]
+    facts: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class PromotionPolicy:
+    """Rules that a candidate must meet; by default it must be measured, do good, and not be worse.
+
+    It is worse than the version that it replaces where its skill_pct (drop_pct, where either has no skill) on
+    the same prompts is lower. On other prompts the two cannot be compared, and it may not replace it either.
+
+    Args:
+        min_drop_pct: Least drop_pct, in percent; None for any.
+        min_skill_pct: Least skill_pct, in percent; None for any.
+        ci_above_zero: Whether the 95 % intervals of skill_pct and, where there is a raw patch, of drop_pct
+            must lie above 0.
+        allow_leak: Whether a choice may have been made on prompts that are reported, or nobody knows.
+        allow_pair_mismatch: Whether the candidate may be of another pair than the version it replaces.
+        force: Whether all of this is waived; not a rule for files.
+
+    Raises:
+        MechdiffError: A threshold is not a finite number.
+    """
+
+    min_drop_pct: float | None = None
+    min_skill_pct: float | None = None
+    ci_above_zero: bool = True
+    allow_leak: bool = False
+    allow_pair_mismatch: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for rule, least in (("min_drop_pct", self.min_drop_pct), ("min_skill_pct", self.min_skill_pct)):
+            if least is not None and not math.isfinite(least):
+                raise MechdiffError(f"Rule {rule} is {least}; give a finite number of percent.")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PromotionPolicy:
+        """The policy in a YAML file, its keys being the arguments of this class.
+
+        Raises:
+            MechdiffError: The file cannot be read, is not YAML, or has unknown keys or wrong values.
+        """
+        text = untrusted.read_text(Path(path), _MAX_FILE_BYTES, "Policy")
+        fields = untrusted.parse_yaml(text, f"Policy {path}")
+        try:
+            return cls(**_Rules.model_validate({} if fields is None else fields).model_dump())
+        except (ValidationError, TypeError) as error:
+            known = ", ".join(_Rules.model_fields)
+            raise MechdiffError(
+                f"Policy {path} is not valid: {explain(error)}; its keys are {known}."
+            ) from None
+
+    def with_rules(self, **rules: Any) -> PromotionPolicy:
+        """The same policy with those of `rules` that are not None in place of its own."""
+        return replace(self, **{rule: value for rule, value in rules.items() if value is not None})
+
+    def __str__(self) -> str:
+        """The rules that differ from the defaults: `min_drop_pct 30, ci_above_zero`; else `default`."""
+        plain = asdict(PromotionPolicy())
+        changed = [(rule, value) for rule, value in asdict(self).items() if value != plain[rule]]
+        return (
+            ", ".join(
+                ("" if value else "no ") + rule if isinstance(value, bool) else f"{rule} {text_of(value)}"
+                for rule, value in changed
+            )
+            or "default"
+        )
+
+    def refusals(self, candidate: Candidate, incumbent: Mapping[str, str] | None) -> list[str]:
+        """Why the candidate may not replace a version with the tags `incumbent`, one line a rule."""
+        ours, theirs = candidate.facts, incumbent or {}
+        present, metrics = numbers_in(theirs), candidate.metrics
+        if "KL_mapped" not in metrics:
+            # By `import`, which says so, and takes nothing away.
+            new = incumbent is None and IMPORTED_FROM in ours
+            if new and self.min_drop_pct is None and self.min_skill_pct is None:
+                return []
+            return [f"force: no run has measured this map ({MEASURE}), and nobody knows what it does"]
+        found = []
+        for metric, least in (("drop_pct", self.min_drop_pct), ("skill_pct", self.min_skill_pct)):
+            if least is not None and not candidate.metrics.get(metric, -math.inf) >= least:
+                found.append(
+                    f"min_{metric}: {_shown(candidate, metric)}, at least {text_of(least)} is asked for"
+                )
+        for metric in ("ci/drop_pct_low", "ci/skill_pct_low"):
+            # Between models of different widths there is no raw patch, and so no drop.
+            due = self.ci_above_zero and ("skill" in metric or "KL_raw" in metrics or "drop_pct" in metrics)
+            if due and not metrics.get(metric, -math.inf) > 0:
+                found.append(f"ci_above_zero: {_shown(candidate, metric)}")
+        leak = ours.get(SELECTION_LEAK, "unknown").lower()
+        if not self.allow_leak and leak != "false":
+            found.append(
+                f"allow_leak: {ours.get(SELECTION, 'a choice was made on prompts that it is measured on')}"
+                if leak == "true"
+                else "allow_leak: the map does not say on which prompts its settings were chosen"
+            )
+        fitted_on = ours.get(FITTED_ON)
+        if not self.allow_pair_mismatch and fitted_on is not None:
+            found.append(
+                f"allow_pair_mismatch: it was measured on pair {ours.get(PAIR_FINGERPRINT)} and "
+                f"fitted on {fitted_on}"
+            )
+        other_pair = PAIR_FINGERPRINT in theirs and ours.get(PAIR_FINGERPRINT) != theirs[PAIR_FINGERPRINT]
+        if other_pair and not self.allow_pair_mismatch:
+            found.append(
+                f"allow_pair_mismatch: it is of pair {ours.get(PAIR_FINGERPRINT, 'unknown')}, the present "
+                f"version of {theirs[PAIR_FINGERPRINT]} (another pair, or measured with an earlier version "
+                "of mechdiff)"
+            )
+        if present and not other_pair:
+            found += self._not_better(candidate, present, theirs)
+        return found
+
+    def _not_better(
+        self, candidate: Candidate, present: Mapping[str, float], theirs: Mapping[str, str]
+    ) -> list[str]:
+        both = f"the present version has {numbers(present)}, this one {numbers(candidate.metrics)}"
+        if not same_prompts(candidate.facts, theirs):
+            return [f"force: they were measured on different prompts and cannot be compared; {both}"]
+        for key in ("skill_pct", "drop_pct"):
+            if key in present and key in candidate.metrics:
+                worse = candidate.metrics[key] < present[key]
+                return [f"force: it is worse on the same prompts; {both}"] if worse else []
+        return []
+
+
+class _Rules(BaseModel):
+    """The form of a policy file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    min_drop_pct: float | None = None
+    min_skill_pct: float | None = None
+    ci_above_zero: bool = True
+    allow_leak: bool = False
+    allow_pair_mismatch: bool = False
+
+
+def numbers(metrics: Mapping[str, float]) -> str:
+    """Drop and skill with their intervals, in words."""
+    shown = []
+    for name in ("drop", "skill"):
+        key = f"{name}_pct"
+        ends = [metrics.get(f"ci/{key}_{end}") for end in ("low", "high")]
+        bounds = "" if None in ends else f" [{ends[0]:.1f}, {ends[1]:.1f}]"
+        shown += [f"{name} {metrics[key]:.1f}{bounds} %"] if key in metrics else []
+    return ", ".join(shown) or ("no drop or skill" if "KL_mapped" in metrics else "not measured")
+
+
+def numbers_in(tags: Mapping[str, str]) -> dict[str, float]:
+    """The metrics that a version's tags hold; what is no finite number there counts as not measured."""
+    found = {}
+    for key, text in tags.items():
+        if key in _COMPARED or key.startswith("ci/"):
+            with contextlib.suppress(ValueError):
+                if math.isfinite(value := float(text)):
+                    found[key] = value
+    return found
+
+
+def same_prompts(ours: Mapping[str, str], theirs: Mapping[str, str]) -> bool:
+    """Whether two measurements are of one pair on the same prompts, by digest where both have one."""
+    keys = ("pair_fingerprint", REPORTED if REPORTED in ours and REPORTED in theirs else "split", "n")
+    return all(ours.get(key) == theirs.get(key) for key in keys)
+
+
+def _shown(candidate: Candidate, metric: str) -> str:
+    return f"{metric} is {candidate.metrics[metric]:.4g}" if metric in candidate.metrics else f"no {metric}"

@@ -1,0 +1,1 @@
+"""Runs from their first write to their end: owned, resumed, repaired, searched."""

@@ -1,0 +1,99 @@
+"""Runs that are looked up: all that a filter finds, and a new one only where it finds none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from mlflow.entities import Run, ViewType
+
+from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.store.store import Store
+
+_PAGE = 1000
+
+
+def all_runs(
+    store: Store, experiment_ids: Sequence[str], where: str = "", *, newest_first: bool = False
+) -> list[Run]:
+    """Every run of some experiments that MLflow's filter `where` finds, deleted ones left out.
+
+    Raises:
+        MechdiffError: The filter is not valid, or the store cannot be read.
+    """
+    return list(each_run(store, experiment_ids, where, newest_first=newest_first))
+
+
+def each_run(
+    store: Store,
+    experiment_ids: Sequence[str],
+    where: str = "",
+    *,
+    order: Sequence[str] = (),
+    newest_first: bool = False,
+    page: int = _PAGE,
+    view: int = ViewType.ACTIVE_ONLY,
+) -> Iterator[Run]:
+    """The same, asked for page by page as they are taken.
+
+    Args:
+        store: Where to look.
+        experiment_ids: In which experiments.
+        where: MLflow's filter.
+        order: MLflow's order.
+        newest_first: Order by their start instead.
+        page: Runs a request.
+        view: Which of active and deleted runs.
+
+    Raises:
+        MechdiffError: The filter is not valid, or the store cannot be read.
+    """
+    by = ["attributes.start_time DESC"] if newest_first else [*order]
+    token = None
+    while experiment_ids:
+        with store.errors():
+            found = store.client.search_runs([*experiment_ids], where, view, page, by, page_token=token)
+        yield from found
+        token = found.token
+        if not token:
+            return
+
+
+def made_once(
+    store: Store,
+    experiment_id: str,
+    where: str,
+    record: RunRecord,
+    tags: dict[str, str],
+    *,
+    look: bool = False,
+    demand: Callable[[], None] = lambda: None,
+) -> Run:
+    """A new run, made exactly once: the one that `where` finds after an answer was lost, or to begin with.
+
+    Args:
+        store: Where to.
+        experiment_id: In which experiment.
+        where: Filter that finds this run and no other, by its tags.
+        record: What it will hold; gives its name and start.
+        tags: Of the run.
+        look: Look before it is made the first time, too.
+        demand: Called right before each request that makes it; raises if another process does that by now.
+
+    Raises:
+        MechdiffError: The store refuses.
+    """
+
+    def find() -> Run | None:
+        return next(iter(all_runs(store, [experiment_id], where)), None)
+
+    started_ms = record.started_ms or int(time.time() * 1000)
+
+    def create() -> Run:
+        demand()
+        return store.client.create_run(experiment_id, started_ms, tags, record.name)
+
+    with store.errors():
+        if look and (found := find()) is not None:
+            return found
+        return store.patience.once(create, find)

@@ -1,0 +1,246 @@
+"""Runs as a table: what `search_runs` gives, with params as numbers and the columns a person wants first."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from mlflow.entities import Run, ViewType
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec import untrusted
+from mechdiff_mlflow.tracking.content.artifact_digests import check_read, sent_digest
+from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.cells import CELLS, read_cells
+from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
+from mechdiff_mlflow.tracking.runs.lookup import all_runs, each_run
+from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
+
+_MAX_TABLE = 256 << 20
+# Not what Python reads as numbers: 1_000, nan and 007 stay text.
+_INTEGER = r"-?(?:0|[1-9]\d{0,17})"
+_DECIMAL = r"-?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][+-]?\d+)?"
+_PATCHES = "tags.`mechdiff.kind` = 'patch'"
+_CHILDLESS = ("report", "compare", "layers", "heads", "import")
+_SAME_AGAIN = ("run", "sweep", "atlas", "layers", "heads")
+"""Kinds of runs whose results follow from settings, pair and code."""
+_MANY = 50
+"""Runs whose children are asked for one run at a time, rather than all patch runs there are."""
+_FIRST = ["run_id", "name", "kind", "status", "parent_id", "started"]
+
+_log = logging.getLogger(__name__)
+
+
+def results_df(store: Store, experiment: str, *, where: str = "", kind: str | None = None) -> pd.DataFrame:
+    """Every run of `experiment`, newest first, one row each, params and metrics as columns.
+
+    MLflow keeps params as text and can only compare them for equality; here a param that reads as a number,
+    true or false is one, so that `k` may hold 1, 8 and "full". A metric with the name of a param gets the
+    column `metric.<name>`. Our own tags are text columns `tag.<name>`.
+
+    Args:
+        store: Where to look.
+        experiment: Name of the experiment.
+        where: MLflow's own filter, e.g. "metrics.drop_pct > 30 and params.hook = 'attn_out'".
+        kind: Only runs of this kind, e.g. "patch".
+
+    Raises:
+        MechdiffError: There is no such experiment, or the filter is not valid.
+    """
+    conditions = [where] if where else []
+    if kind is not None:
+        conditions.append(f"tags.`mechdiff.kind` = '{kind}'")
+    rows = [_row(run) for run in all_runs(store, [store.experiment_id(experiment)], " and ".join(conditions))]
+    return _frame(rows)
+
+
+def summarised(
+    store: Store, experiment: str, tables: Mapping[str, str]
+) -> tuple[pd.DataFrame, dict[str, dict[str, pd.DataFrame]]]:
+    """The top runs of an experiment and the patch runs below them, as `results_df` gives them, and tables.
+
+    What a finished run says of its patch runs is read in place of those. Of commands that were repeated with
+    the same settings, pair and code, only the newest one that finished counts, and what was begun since.
+
+    Args:
+        store: Where to look.
+        experiment: Name of the experiment.
+        tables: Paths of tables, each with the kind of top run that has it.
+
+    Returns:
+        The runs, newest first, and by path and run id the tables.
+
+    Raises:
+        MechdiffError: There is no such experiment, or the store cannot be read.
+    """
+    experiment_id = store.experiment_id(experiment)
+    tops = _newest_of_each(_top_runs(store, experiment_id))
+    rows, asked = [_row(run) for run in tops], []
+    for run in tops:
+        kind = run.data.tags.get("mechdiff.kind")
+        if kind in _CHILDLESS or (kind == "patch" and "KL_mapped" in run.data.metrics):
+            continue
+        cells = _cells_of(store, run)
+        if cells is None:
+            asked.append(run.info.run_id)
+        else:
+            rows += cells
+    if any(row["kind"] == "patch" for row in rows):
+        gone = each_run(store, [experiment_id], _PATCHES, view=ViewType.DELETED_ONLY)
+        deleted = {run.info.run_id for run in gone}
+        rows = [row for row in rows if row["run_id"] not in deleted]
+    where = [f"tags.`mlflow.parentRunId` = '{run_id}'" for run_id in asked]
+    if len(asked) > _MANY:  # one request for all
+        where = [_PATCHES]
+    for one in where:
+        below = each_run(store, [experiment_id], one)
+        rows += [_row(run) for run in below if run.data.tags.get("mlflow.parentRunId") in asked]
+    rows.sort(key=lambda row: (-row["started"].value, row["run_id"]))
+    done = [run for run in tops if run.info.status == "FINISHED"]
+    found = {
+        path: _tables(store, [run for run in done if run.data.tags.get("mechdiff.kind") == kind], path)
+        for path, kind in tables.items()
+    }
+    return _frame(rows), found
+
+
+def tables_of(store: Store, run_ids: Iterable[str], path: str) -> dict[str, pd.DataFrame]:
+    """The table at `path` among the artifacts of each run that has it.
+
+    Raises:
+        MechdiffError: The store cannot be read, or a table is not what was logged.
+    """
+    with store.errors():
+        runs = [store.client.get_run(run_id) for run_id in run_ids]
+    return _tables(store, runs, path)
+
+
+def _tables(store: Store, runs: Iterable[Run], path: str) -> dict[str, pd.DataFrame]:
+    found: dict[str, pd.DataFrame] = {}
+    for run in runs:
+        run_id, tags = run.info.run_id, run.data.tags
+        with store.errors(), tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+            # A run of ours says which files it has.
+            is_there = sent_digest(tags, path) is not None or any(
+                item.path == path for item in store.client.list_artifacts(run_id)
+            )
+            if is_there:
+                local = StoredFiles(store, run.info.artifact_uri).read_back([path], Path(folder)) / path
+                check_read(local, path, run_id, tags)
+                found[run_id] = _table(local)
+    return found
+
+
+def _top_runs(store: Store, experiment_id: str) -> list[Run]:
+    """Runs that are below no other, newest first; a lone patch is told by what only such runs have."""
+    wheres = ["tags.`mechdiff.kind` != 'patch' and tags.`mechdiff.kind` != 'fit'"]
+    wheres += [f"{_PATCHES} and tags.`{tag}` LIKE '%'" for tag in ("mechdiff.command", "mechdiff.lease.1")]
+    found = {run.info.run_id: run for where in wheres for run in each_run(store, [experiment_id], where)}
+    tops = [run for run in found.values() if "mlflow.parentRunId" not in run.data.tags]
+    return sorted(tops, key=lambda run: (-(run.info.start_time or 0), run.info.run_id))
+
+
+def _newest_of_each(runs: Iterable[Run]) -> list[Run]:
+    """Without those that a newer one, which finished, was the same as."""
+    seen: set[tuple[object, ...]] = set()
+    kept = []
+    for run in runs:
+        tags = run.data.tags
+        code = tuple(tags.get(key) for key in ("mechdiff.version", "mlflow.source.git.commit"))
+        asked = (
+            tags.get("mechdiff.kind"),
+            tags.get(PAIR_FINGERPRINT),
+            code,
+            *sorted(run.data.params.items()),
+        )
+        if asked in seen and asked[0] in _SAME_AGAIN:
+            continue
+        kept.append(run)
+        if run.info.status == "FINISHED":
+            seen.add(asked)
+    return kept
+
+
+def _cells_of(store: Store, run: Run) -> list[dict[str, Any]] | None:
+    """Rows of the patch runs below a run; None where they have to be asked for."""
+    tags = run.data.tags
+    if run.info.status != "FINISHED" or sent_digest(tags, CELLS) is None:
+        return None
+    try:
+        with store.errors(), tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+            path = StoredFiles(store, run.info.artifact_uri).read_back([CELLS], Path(folder)) / CELLS
+            check_read(path, CELLS, run.info.run_id, tags)
+            cells = read_cells(path)
+    except StoreUnreachable:
+        raise
+    except MechdiffError as error:
+        _log.warning("%s The runs themselves are read instead.", error)
+        return None
+    return [
+        {
+            "run_id": cell["run_id"],
+            "name": cell["name"],
+            "kind": "patch",
+            "status": "FINISHED",
+            "parent_id": run.info.run_id,
+            "started": pd.to_datetime(cell["started_ms"], unit="ms", utc=True, errors="coerce"),
+            **_columns(cell["params"], cell["metrics"], cell["tags"]),
+        }
+        for cell in cells
+    ]
+
+
+def _table(path: Path) -> pd.DataFrame:
+    try:
+        content = json.loads(untrusted.read_text(path, _MAX_TABLE, "Table"))
+        table: pd.DataFrame = pd.DataFrame(content["data"], columns=content["columns"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise MechdiffError(f"{path.name} is not a table that was logged; run that step again.") from error
+    return table
+
+
+def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    columns = _FIRST + sorted({key for row in rows for key in row if key not in _FIRST})
+    table: pd.DataFrame = pd.DataFrame(rows, columns=columns)
+    return table
+
+
+def _row(run: Run) -> dict[str, Any]:
+    tags, params = run.data.tags, run.data.params
+    return {
+        "run_id": run.info.run_id,
+        "name": run.info.run_name,
+        "kind": tags.get("mechdiff.kind"),
+        "status": run.info.status,
+        "parent_id": tags.get("mlflow.parentRunId"),
+        "started": pd.to_datetime(run.info.start_time, unit="ms", utc=True, errors="coerce"),
+        **_columns(params, run.data.metrics, tags),
+    }
+
+
+def _columns(
+    params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapping[str, str]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        key if key not in _FIRST else f"param.{key}": _value(text) for key, text in params.items()
+    }
+    row |= {key if key not in (*_FIRST, *row) else f"metric.{key}": value for key, value in metrics.items()}
+    row |= {f"tag.{key}": text for key, text in tags.items() if not key.startswith("mlflow.")}
+    return row
+
+
+def _value(text: str) -> int | float | bool | str:
+    if text in ("true", "false"):
+        return text == "true"
+    if re.fullmatch(_INTEGER, text):
+        return int(text)
+    if re.fullmatch(_DECIMAL, text) and math.isfinite(number := float(text)):
+        return number
+    return text

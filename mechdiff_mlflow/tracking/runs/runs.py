@@ -1,0 +1,194 @@
+"""Runs: one tree per command, written so that none is left RUNNING and nothing is there twice.
+
+Every run below a parent has a key (see `keys`), by which it is looked up before it is made again: after a
+lost answer, and after a killed process when the parent is resumed. What it holds is a function of what was
+computed, and stamped with the time at which it began, so that writing it again changes nothing; FINISHED
+comes last, once the store has been seen to hold what was sent. Who may write is decided by a lease (see
+`lease`).
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from mlflow.entities import Run, RunTag
+
+from mechdiff_mlflow.tracking.content.keys import KEY_TAG
+from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
+from mechdiff_mlflow.tracking.content.view import install_view
+from mechdiff_mlflow.tracking.runs.enclosing import active_run
+from mechdiff_mlflow.tracking.runs.endings import RUN_ID_VARIABLE, enclosing_run, plain
+from mechdiff_mlflow.tracking.runs.interrupts import Interrupts
+from mechdiff_mlflow.tracking.runs.lookup import made_once
+from mechdiff_mlflow.tracking.runs.open_run import OpenRun
+from mechdiff_mlflow.tracking.runs.provenance import provenance_tags
+from mechdiff_mlflow.tracking.runs.run_lock import Lease, taken_over
+from mechdiff_mlflow.tracking.runs.writing import MAP_RUN_TAG
+from mechdiff_mlflow.tracking.store.redaction import redact
+from mechdiff_mlflow.tracking.store.store import Store
+
+__all__ = ["MAP_RUN_TAG", "RUN_ID_VARIABLE", "OpenRun", "Tracker"]
+
+
+class Tracker:
+    """Writes runs of one experiment.
+
+    Args:
+        store: Where to.
+        experiment: Name of the experiment, made if there is none. The run that an enclosing `mlflow run`
+            made brings its own, and its children go there too. A run of this experiment that the calling
+            program is in becomes the parent.
+        resume: Id of an unfinished run to go on with, instead of making one.
+        as_asked: From a param's name and its text, as somebody typed it for `mlflow run`, to the text that
+            is logged for that value.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        experiment: str,
+        *,
+        resume: str | None = None,
+        as_asked: Callable[[str, str], str] = plain,
+    ) -> None:
+        self.store = store
+        self.experiment = experiment
+        self.as_asked = as_asked
+        self.interrupts = Interrupts(store.patience.hurry)
+        self._resume = resume
+
+    @contextmanager
+    def run(
+        self,
+        kind: str,
+        name: str,
+        params: Mapping[str, ParamValue] | None = None,
+        *,
+        tags: Mapping[str, str] | None = None,
+        texts: Mapping[str, str] | None = None,
+        description: str = "",
+    ) -> Iterator[OpenRun]:
+        """An open top-level run: the parent of a sweep's runs, or a lone `fit` or `patch`.
+
+        The experiment gets the shared view of `view.py`.
+
+        Inside `mlflow run` it is the run that MLflow made (once); else a new one, or the one that is resumed.
+        It ends FINISHED; FAILED when the body raises; KILLED on SIGTERM, SIGHUP or Ctrl-C. The reason becomes
+        a tag and goes into the description.
+
+        Args:
+            kind: `run`, `sweep`, `atlas`, `report`, `fit`, `patch`, …
+            name: What the UI shows.
+            params: The settings as asked for. Those that `mlflow run` has logged already must agree.
+            tags: More tags.
+            texts: Small files by path, sent before any work, so that a store that takes none is found then.
+            description: Markdown, until `add` brings a better one.
+
+        Raises:
+            MechdiffError: The store refuses, MLFLOW_RUN_ID names a run that cannot be continued, or another
+                process is at work on the run that is resumed.
+        """
+        record = RunRecord(
+            kind=kind,
+            name=name,
+            params=params or {},
+            tags=tags or {},
+            texts=texts or {},
+            description=description,
+        )
+        with self.interrupts.active(), ExitStack() as stack:
+            open_run = None
+            failure: BaseException | None = None
+            try:
+                if self._resume is not None:  # may take a minute, and has made nothing yet
+                    open_run = stack.enter_context(self._resumed(self._resume))
+                else:
+                    with self.interrupts.deferred():
+                        open_run = stack.enter_context(self._new(record))
+                with self.interrupts.deferred():
+                    open_run.add(record)
+                    install_view(self.store, open_run.experiment_id)
+                yield open_run
+                with self.interrupts.deferred():
+                    open_run.summarise()
+            except BaseException as error:
+                failure = error
+                raise
+            finally:
+                if open_run is not None:
+                    with self.interrupts.deferred():
+                        open_run.end(failure)
+
+    def log(self, record: RunRecord) -> str:
+        """Write a lone finished run; its id."""
+        with self.run(record.kind, record.name, record.params) as run:
+            run.add(record)
+        return run.run_id
+
+    @contextmanager
+    def _new(self, record: RunRecord) -> Iterator[OpenRun]:
+        """A run that was just made, by us or by `mlflow run`."""
+        lease = Lease(self.store)
+        run = self._attach(record, lease) or self._create(record, lease)
+        with lease.kept(run.info.run_id):
+            yield self._open(run, lease)
+
+    @contextmanager
+    def _resumed(self, run_id: str) -> Iterator[OpenRun]:
+        """A run that another process left."""
+        with self.store.errors():
+            run = self.store.client.get_run(run_id)
+        self.store.demand_place(run.info.experiment_id)
+        with taken_over(self.store, run) as lease:
+            yield self._open(self._restarted(run, lease), lease, resumed=True)
+
+    def _create(self, record: RunRecord, lease: Lease) -> Run:
+        experiment_id, above = self._place()
+        key = uuid.uuid4().hex
+        # With what resuming needs: a process may be killed before it can add another tag.
+        tags = {**_redacted(record), **provenance_tags(), "mechdiff.kind": record.kind, KEY_TAG: key}
+        tags |= lease.holder.tag | above
+        return made_once(self.store, experiment_id, f"tags.`{KEY_TAG}` = '{key}'", record, tags)
+
+    def _place(self) -> tuple[str, dict[str, str]]:
+        """The id of the experiment, and the tag of a run below the active one where that is in there too."""
+        run = active_run(self.store)
+        if run is not None:
+            with self.store.errors():
+                theirs = self.store.client.get_experiment(run.info.experiment_id)
+            if theirs.name == self.experiment:
+                return str(theirs.experiment_id), {"mlflow.parentRunId": run.info.run_id}
+        return self.store.experiment(self.experiment), {}
+
+    def _attach(self, record: RunRecord, lease: Lease) -> Run | None:
+        # Taken out of the environment: a second run of this process, or of one it starts, is another run.
+        run_id = os.environ.pop(RUN_ID_VARIABLE, None)
+        if not run_id:
+            return None
+        with self.store.errors():
+            run = self.store.client.get_run(run_id)
+            self.store.demand_place(run.info.experiment_id)
+            tags = {**_redacted(record), **enclosing_run(run, record, provenance_tags()), **lease.holder.tag}
+            self.store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        return run
+
+    def _restarted(self, run: Run, lease: Lease) -> Run:
+        """An unfinished run, RUNNING again."""
+        client, run_id = self.store.client, run.info.run_id
+        with self.store.errors():
+            tags = {**provenance_tags(), "mechdiff.resumed": str(lease.holder.epoch - 1)}
+            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            client.update_run(run_id, status="RUNNING")
+            if "mechdiff.failure" in run.data.tags:
+                client.delete_tag(run_id, "mechdiff.failure")
+        return run
+
+    def _open(self, run: Run, lease: Lease, *, resumed: bool = False) -> OpenRun:
+        return OpenRun(self.store, run, lease, self.interrupts, resumed=resumed, as_asked=self.as_asked)
+
+
+def _redacted(record: RunRecord) -> dict[str, str]:
+    return {key: redact(text) for key, text in record.tags.items()}

@@ -1,0 +1,217 @@
+"""Finding measured runs by pair, site and metric, across experiments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, takewhile
+
+from mlflow.entities import Run, ViewType
+
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec import untrusted_fields as foreign
+from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.tracking.content.records import check_key
+from mechdiff_mlflow.tracking.content.tag_names import SELECTION_LEAK
+from mechdiff_mlflow.tracking.runs.lookup import each_run
+from mechdiff_mlflow.tracking.store.store import Store
+
+_SETTINGS = {
+    **dict.fromkeys(("solver", "family"), foreign.word),
+    **{"k": foreign.rank, "alpha": foreign.scales, "split": foreign.word, "n": foreign.whole},
+}
+_LOWER_IS_BETTER = ("KL_", "rho", "noise_floor", "p/", "reverse/", "control/", "time/")
+_FEW = 20
+_MOST_A_PAGE = 1000
+_MOST_VALUES = 40
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRun:
+    """A patch run that measured a map.
+
+    Args:
+        run_id: To fetch or promote.
+        experiment: Its name.
+        pair: Its name.
+        site: Where.
+        settings: solver, family, k, alpha, split and n as logged.
+        metric: What was asked for.
+        value: Of that metric.
+        low: End of its 95 % interval, if logged.
+        high: The other end.
+        leak: Whether something was chosen on prompts that are reported; None where nobody knows.
+        prompts: Name, digest and split of each prompt set.
+        started_ms: Unix time in ms.
+    """
+
+    run_id: str
+    experiment: str
+    pair: str
+    site: str
+    settings: dict[str, str]
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    leak: bool | None
+    prompts: tuple[dict[str, str], ...]
+    started_ms: int
+
+
+def find_runs(
+    store: Store,
+    *,
+    pair: str | None = None,
+    site: Site | None = None,
+    metric: str = "drop_pct",
+    best: bool = False,
+    limit: int | None = None,
+) -> list[FoundRun]:
+    """Finished patch runs that have `metric`, the best first; the store orders them and sends no others.
+
+    Less is better for KL, rho and p-values, more for everything else.
+
+    Args:
+        store: Where to look, in every experiment.
+        pair: Only of this pair.
+        site: Only at this site.
+        metric: What counts.
+        best: Only the best of each pair and site.
+        limit: How many at most; None for all.
+
+    Raises:
+        MechdiffError: No run is found; says what to try.
+    """
+    check_key(metric)
+    where = ["tags.`mechdiff.kind` = 'patch'", "attributes.status = 'FINISHED'"]
+    if pair is not None:
+        where.append(f"params.pair = {_quoted(pair)}")
+    if site is not None:
+        where += [f"params.layer = '{site.layer}'", f"params.hook = '{site.hook}'"]
+    with store.errors():
+        experiments = {e.experiment_id: e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)}
+    search = _Search(store, experiments, metric)
+    if best:
+        keys = [*(["pair"] if pair is None else []), *(["hook", "layer"] if site is None else [])]
+        found = search.best_of_each(where, keys)
+    else:
+        found = list(islice(search.readable(where, limit), limit))
+    if not found:
+        known = sorted(
+            {k for run in search.first(where) for k in run.data.metrics if not k.startswith(("ci/", "time/"))}
+        )
+        remedy = f"those runs have {', '.join(known)}" if known else "run mechdiff run or sweep first"
+        place = f"{pair or 'any pair'} at {site or 'any site'}"
+        if metric in known:
+            raise MechdiffError(
+                f"Every patch run of {place} with the metric {metric!r} is malformed; correct or delete them."
+            )
+        raise MechdiffError(f"No patch run of {place} has the metric {metric!r}; {remedy}.")
+    found.sort(key=lambda run: (search.sign * run.value, -run.started_ms))
+    return found[:limit]
+
+
+class _Search:
+    """Runs by a metric, the best first.
+
+    Args:
+        store: Where to look.
+        experiments: Names of the experiments by id.
+        metric: What counts.
+    """
+
+    def __init__(self, store: Store, experiments: dict[str, str], metric: str) -> None:
+        self.sign = 1 if metric.startswith(_LOWER_IS_BETTER) else -1
+        by = [f"metrics.`{metric}` {'ASC' if self.sign > 0 else 'DESC'}", "attributes.start_time DESC"]
+        self._each = partial(each_run, store, list(experiments), order=by)
+        self._experiments, self._metric = experiments, metric
+
+    def ordered(self, where: Sequence[str], limit: int | None = None) -> Iterator[Run]:
+        """All that have the metric; those without it come last in the store's order."""
+        runs = self._each(" and ".join(where), page=min(limit or _MOST_A_PAGE, _MOST_A_PAGE))
+        return takewhile(lambda run: self._metric in run.data.metrics, runs)
+
+    def readable(self, where: Sequence[str], limit: int | None = None) -> Iterator[FoundRun]:
+        """Those whose fields are what they should be; a warning for each other."""
+        return filter(None, map(self._read, self.ordered(where, limit)))
+
+    def _read(self, run: Run) -> FoundRun | None:
+        try:
+            return _found(run, self._experiments, self._metric)
+        except foreign.Malformed as error:
+            foreign.left_out(f"run {run.info.run_id}", error)
+            return None
+
+    def first(self, where: Sequence[str]) -> list[Run]:
+        """Some, with the metric or without."""
+        return list(islice(self._each(" and ".join(where), page=_FEW), _FEW))
+
+    def best_of_each(self, where: Sequence[str], keys: Sequence[str]) -> list[FoundRun]:
+        """The best run of each combination of some params, with no look at most of the others.
+
+        The next search leaves out the values of the first param that were seen, until nothing is left.
+        """
+        if not keys:
+            return list(islice(self.readable(where, _FEW), 1))
+        key, *others = keys
+        found: list[FoundRun] = []
+        seen: list[str] = []
+        while True:
+            left = [*where, *(f"params.{key} != {_quoted(value)}" for value in seen)]
+            runs = list(islice(self.ordered(left, _FEW), _FEW))
+            values = {run.data.params[key]: run for run in reversed(runs) if key in run.data.params}
+            if not values and (seen or not runs):
+                return found
+            # Some stores join at most 64 tables, one for each condition.
+            if len(seen) + len(values) > _MOST_VALUES or not all(map(_can_quote, values)):
+                rest = {(run.pair, run.site): run for run in reversed([*self.readable(left)])}
+                return found + list(rest.values())
+            for value, run in values.items():
+                at = [*where, f"params.{key} = {_quoted(value)}"]
+                best = None if others else self._read(run)
+                found += [best] if best else self.best_of_each(at, others)
+            seen += values or [""]  # which leaves out the runs that do not have the param
+
+
+def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:
+    params, metrics = run.data.params, run.data.metrics
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    prompts = []
+    for item in inputs:
+        contexts = [tag.value for tag in item.tags if tag.key == "mlflow.data.context"]
+        split = contexts[0] if contexts else ""
+        prompts.append({"name": item.dataset.name, "digest": item.dataset.digest, "split": split})
+    site = foreign.site(params)
+    for key, parse in _SETTINGS.items():
+        if key in params:
+            parse(params, key)
+    ends = [
+        foreign.number(metrics, key) if (key := f"ci/{metric}_{end}") in metrics else None
+        for end in ("low", "high")
+    ]
+    return FoundRun(
+        run_id=run.info.run_id,
+        experiment=experiments.get(run.info.experiment_id, run.info.experiment_id),
+        pair=foreign.word(params, "pair"),
+        site=str(site),
+        settings={k: params[k] for k in _SETTINGS if k in params},
+        metric=metric,
+        value=foreign.number(metrics, metric),
+        low=ends[0],
+        high=ends[1],
+        leak={"true": True, "false": False}.get(run.data.tags.get(SELECTION_LEAK, "")),
+        prompts=tuple(sorted(prompts, key=lambda row: (row["split"], row["name"]))),
+        started_ms=run.info.start_time or 0,
+    )
+
+
+def _can_quote(text: str) -> bool:
+    return not {"'", '"'} <= {*text}
+
+
+def _quoted(text: str) -> str:
+    if not _can_quote(text):
+        raise MechdiffError(f"{text!r} has both kinds of quotes, which MLflow cannot search for.")
+    return f'"{text}"' if "'" in text else f"'{text}'"

@@ -1,0 +1,1 @@
+"""Stores and servers: opening, checking, retrying, and what this machine keeps of them."""
