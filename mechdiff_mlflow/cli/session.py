@@ -179,7 +179,7 @@ def as_asked(name: str, text: str) -> str:
     context = click.get_current_context()
     parameter = next((p for p in context.command.params if p.name == name), None)
     if isinstance(parameter, click.Option) and parameter.is_flag:
-        return {"yes": "True", "no": "False"}.get(text, text)
+        return {"yes": "true", "no": "false"}.get(text, text)
     if parameter is None or not isinstance(parameter.type, Text):
         return text
     try:

@@ -162,7 +162,6 @@ def test_adapters_of_other_forms(toy: Path, here: Path, mechdiff: Invoke, map_fi
     hooked = mechdiff(*words, "--to", "b", "--form", "hook", "--split", "val").output
     assert "a hook module on model.layers.3.self_attn" in hooked
     assert "8 val prompts" in (here / "b" / "README.md").read_text()
-    assert "It is not known on which prompts this map's settings were chosen" in hooked
     chosen = selection.recorded(load_map(map_file), selection.entry("alpha", val_of(toy)))
     chosen.save("chosen.pt")
     for split, leaks in (("val", True), ("test", False)):

@@ -115,7 +115,7 @@ def test_sites_are_sound_and_equal_plain_hooks(name: str) -> None:
     config, arguments, hooks = SOUND[name]
     model = build(name, config, arguments)
     engine, prompts = engine_of(model), tiny.prompts(5, 9)
-    decoder, sites = engine.model.forward.decoder, sites_of(engine.model.forward.decoder)
+    decoder, sites = engine.forward.decoder, sites_of(engine.forward.decoder)
     assert {site.hook for site in sites} == hooks
     assert [check for check in check_plumbing(engine, prompts) if not check.passed] == []
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_sites_are_sound_and_equal_plain_hooks(name: str) -> None:
 def test_blocks_with_one_sublayer_add_it_where_it_is_named() -> None:
     config, arguments, _ = SOUND["Nemotron-H"]
     engine = engine_of(build("Nemotron-H", config, arguments), overrides=ModuleNames(attention="mixer"))
-    assert {site.hook for site in sites_of(engine.model.forward.decoder)} == ALL - {Hook.MLP_OUT}
+    assert {site.hook for site in sites_of(engine.forward.decoder)} == ALL - {Hook.MLP_OUT}
     assert all(check.passed for check in check_plumbing(engine, tiny.prompts(5, 9)))
 
 
