@@ -121,7 +121,7 @@ def test_the_python_of_the_readme_runs_as_written(here: Path, demo_pairs: None) 
 
 
 def test_python_is_tracked_as_the_command_is(here: Path, demo_pairs: None) -> None:  # noqa: F811
-    """Params, tags and the words that `resume` reads are the same, and a repetition finds the same numbers."""
+    """Params, metrics, tags and the words that `resume` reads are the same."""
     _type("mechdiff run --layer 26 --alpha 1.6 --n 12 --seed 3")
     client = mlflow.MlflowClient(f"sqlite:///{here / 'mlflow.db'}")
     request = md.RunRequest(layer=26, alpha=md.Alpha((1.6,)), n=12, seed=3)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from mechdiff_mlflow.cli.group import cli
-from mechdiff_mlflow.spec.options import FLAG, Kind, Option, Request, flag_of
+from mechdiff_mlflow.spec.options import FLAG, Kind, Option, Request, flag_of, one_of
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 
 R = TypeVar("R", bound=Request)
@@ -42,12 +42,25 @@ def command(request: type[R], *, group: click.Group = cli) -> Callable[[Callable
 
 def params_of(request: type[Request]) -> list[click.Parameter]:
     """The options and arguments of a request."""
-    return [_param(name, option) for name, option in request.options().items()]
+    params = [_param(name, option) for name, option in request.options().items()]
+    return [*params, _FORCED] if "force" in request.options() else params
 
 
 def pair_name(pair: str) -> str:
     """The name in a pair spec, or what is no file as it is: nothing of the pair but its name is needed."""
     return PairSpec.load(pair).name if Path(pair).is_file() else pair
+
+
+_FORCED = click.Option(  # `mlflow run -P force=yes`: a parameter of MLproject has a value
+    ["--forced"],
+    type=Typed(one_of("--forced", "no", "yes")),
+    default="no",
+    hidden=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, param, value: ctx.meta.update(forced=value == "yes"),
+    help="yes is --force.",
+)
 
 
 def _param(name: str, option: Option) -> click.Parameter:
@@ -57,7 +70,10 @@ def _param(name: str, option: Option) -> click.Parameter:
         return click.Argument([name], type=kind, required=is_required, nargs=n_words, default=default)
     flags = [option.flag or flag_of(name, option), *option.short.split(), name]
     if option.kind is FLAG:
-        return click.Option(flags, is_flag=True, default=option.default, help=option.help)
+        by_value = (
+            (lambda ctx, param, value: value or ctx.meta.get("forced", False)) if name == "force" else None
+        )
+        return click.Option(flags, is_flag=True, default=option.default, callback=by_value, help=option.help)
     text = "" if is_required or option.is_repeated else option.kind.text(option.default)
     more: dict[str, Any] = {"is_flag": False, "flag_value": option.bare} if option.bare else {}
     return click.Option(

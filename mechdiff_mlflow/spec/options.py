@@ -215,8 +215,10 @@ class Request:
     def as_typed(cls, name: str, text: str) -> str:
         """A param as `mlflow run` logged it, in the words in which `params` has that value."""
         option = cls.options().get(name)
-        if option is None or option.kind is FLAG:
+        if option is None:
             return text
+        if option.kind is FLAG:
+            return {"yes": "true", "no": "false"}.get(text, text)
         try:
             return option.kind.text(option.kind.read(text))
         except MechdiffError:  # the command itself was given another value
