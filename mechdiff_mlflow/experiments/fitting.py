@@ -150,10 +150,10 @@ class Fitter:
 
     def _notes(self, solver: str) -> dict[str, JSON]:
         """What a map's own meta does not say of how it was made."""
-        notes: dict[str, JSON] = {"alpha_fit": self.protocol.alpha_fit}
-        if "basis" in solvers.solver_named(solver).tensors:
-            notes |= {"directions": self.protocol.directions, "unembedding": self.protocol.unembedding}
-        return notes
+        made_with = {
+            s.name: getattr(self.protocol, s.name) for s in solvers.solver_named(solver).tensor_settings
+        }
+        return {"alpha_fit": self.protocol.alpha_fit, **made_with}
 
     def _key(self, cell: Cell, alpha: float) -> Key:
         return cell.site, cell.solver, cell.family, alpha
@@ -196,9 +196,7 @@ class Fitter:
 
     def _settings(self, solver: str) -> dict[str, object]:
         """Of the protocol's hyperparameters those that a solver has."""
-        names = {setting.name for setting in solvers.solver_named(solver).settings}
-        known = ("shrink", "ridge", "output_metric")
-        return {name: getattr(self.protocol, name) for name in known if name in names}
+        return {s.name: getattr(self.protocol, s.name) for s in solvers.solver_named(solver).settings}
 
     def _tensors(self, cell: Cell, spectrum: PairedSpectrum) -> dict[str, object]:
         """The inputs of a solver that come from the models themselves."""

@@ -1,11 +1,12 @@
 """Solvers: from paired activations of a site to maps of every rank. Pure mathematics."""
 
 from mechdiff_mlflow.solvers.regression import identity_scale, unembedding_directions
+from mechdiff_mlflow.solvers.settings import Setting
 from mechdiff_mlflow.solvers.solution import OffSpan, Solution
 from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 from mechdiff_mlflow.solvers.table import (
+    SETTINGS,
     SOLVERS,
-    Setting,
     Solver,
     check_possible,
     fit,
@@ -15,6 +16,7 @@ from mechdiff_mlflow.solvers.table import (
 )
 
 __all__ = [
+    "SETTINGS",
     "SOLVERS",
     "OffSpan",
     "PairedSpectrum",

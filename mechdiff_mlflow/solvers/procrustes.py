@@ -57,20 +57,15 @@ def procrustes_scaled(p: PairedSpectrum, family: Family, *, shrink: float) -> Fa
     return _turn(p, family, cov_x.on_axes.sqrt(), cov_y.on_axes.sqrt(), rescale=True)
 
 
-def procrustes(p: PairedSpectrum, family: Family, *, scale: str) -> Factors:
-    """The turn nearest to the rows: XcᵀYc = U·diag(S)·Vᵀ, W = UVᵀ over the S that are not zero.
+def procrustes(p: PairedSpectrum, family: Family) -> Factors:
+    """The rotation nearest to the rows: XcᵀYc = U·diag(S)·Vᵀ, W = UVᵀ over the S that are not zero.
 
-    With `scale` "fitted" it is stretched by s = ΣSᵢ/‖Xc·U‖². Ranks as in `procrustes_scaled`, U_kV_kᵀ (with
-    its own s_k) for content, and the best rank-k approximation of W − I for update.
-
-    Args:
-        p: The site's rows.
-        family: What rank k counts.
-        scale: "unit" or "fitted".
+    Ranks as in `procrustes_scaled`, which with a shrinkage of 1 also stretches it: U_kV_kᵀ for content, and
+    the best rank-k approximation of W − I for update.
 
     Reference: Schönemann (1966), A generalized solution of the orthogonal Procrustes problem.
     """
-    return _turn(p, family, torch.ones_like(p.sx), torch.ones_like(p.sy), rescale=scale == "fitted")
+    return _turn(p, family, torch.ones_like(p.sx), torch.ones_like(p.sy), rescale=False)
 
 
 def _turn(p: PairedSpectrum, family: Family, std_x: Tensor, std_y: Tensor, *, rescale: bool) -> Factors:

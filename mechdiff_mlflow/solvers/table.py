@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,35 +15,9 @@ from mechdiff_mlflow.measures.moments import PairedMoments
 from mechdiff_mlflow.solvers.factors import Factors
 from mechdiff_mlflow.solvers.procrustes import procrustes, procrustes_scaled
 from mechdiff_mlflow.solvers.regression import logit_subspace, reduced_rank, ridge
-from mechdiff_mlflow.solvers.solution import Solution, check_rank
+from mechdiff_mlflow.solvers.settings import Setting
+from mechdiff_mlflow.solvers.solution import OffSpan, Solution, check_rank
 from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One hyperparameter of a solver: a number in [low, high], or one of `choices`."""
-
-    name: str
-    default: float | str
-    help: str
-    low: float = 0.0
-    high: float = math.inf
-    choices: tuple[str, ...] = ()
-
-    def checked(self, value: object) -> float | str:
-        """`value`, once it is sure that it is allowed.
-
-        Raises:
-            MechdiffError: It is not.
-        """
-        if self.choices:
-            if value not in self.choices:
-                raise MechdiffError(f"{self.name} is {value!r}; use one of {', '.join(self.choices)}.")
-            return str(value)
-        if not isinstance(value, (int, float)) or not self.low <= value <= self.high or value == math.inf:
-            high = f"to {self.high:g}" if self.high < math.inf else "up"
-            raise MechdiffError(f"{self.name} is {value!r}; give a number from {self.low:g} {high}.")
-        return float(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +29,9 @@ class Solver:
         help: One line.
         solve: `(spectrum, family, **settings, **tensors) -> Factors`.
         families: Those it supports; `update` always needs d_in = d_out.
-        settings: Its hyperparameters.
+        settings: Its hyperparameters, which `solve` takes.
         tensors: Names of further inputs, each with rows as wide as y; all optional in the signature.
+        tensor_settings: What whoever makes these from the models reads of the user.
         ranked: Whether rank k means anything.
         centred: Whether the means of x and y take part; they are 0 otherwise.
     """
@@ -68,6 +42,7 @@ class Solver:
     families: tuple[Family, ...] = tuple(Family)
     settings: tuple[Setting, ...] = ()
     tensors: tuple[str, ...] = ()
+    tensor_settings: tuple[Setting, ...] = ()
     ranked: bool = True
     centred: bool = True
 
@@ -77,8 +52,36 @@ def _no_update(p: PairedSpectrum, family: Family) -> Factors:
     return Factors(p.vx.new_zeros(p.d_in, 0), p.vx.new_zeros(0, p.d_out), (0,))
 
 
-RIDGE = Setting("ridge", 1e-2, "penalty λ as a fraction of the mean variance of x")
-SHRINK = Setting("shrink", 0.05, "shrinkage γ of the covariances towards a multiple of I", high=1.0)
+SHRINK = Setting("shrink", 0.05, "Covariance shrinkage, 0 to 1.", high=1.0)
+RIDGE = Setting("ridge", 0.01, "Penalty as a fraction of the mean variance, at least 0.")
+OUTPUT_METRIC = Setting(
+    "output_metric",
+    "identity",
+    "How reduced_rank counts errors: as they are, in deviations, or as they move the output.",
+    choices=("identity", "tuned_covariance", "fisher"),
+)
+DIRECTIONS = Setting(
+    "directions", 16, "Output directions that logit_subspace is restricted to.", low=1, high=100_000
+)
+UNEMBEDDING = Setting(
+    "unembedding",
+    "tuned",
+    "Whose top directions those are: tuned, or joint of base and tuned.",
+    choices=("tuned", "joint"),
+)
+OFF_SPAN = Setting(
+    "off_span",
+    None,
+    "Outside the span of the training rows: zero, nearest_identity, or auto (val chooses).",
+    choices=tuple(OffSpan),
+    none="auto",
+)
+ALPHA_FIT = Setting(
+    "alpha_fit",
+    "after",
+    "Where alpha enters: after a fit to y, or inside: a fit to y/alpha, then times alpha.",
+    choices=("after", "inside"),
+)
 
 SOLVERS: Mapping[str, Solver] = MappingProxyType(
     {
@@ -94,16 +97,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
                 "reduced_rank",
                 "least squares of rank k: the optimal map of each rank",
                 reduced_rank,
-                settings=(
-                    RIDGE,
-                    Setting(
-                        "output_metric",
-                        "identity",
-                        "what an error counts",
-                        choices=("identity", "tuned_covariance", "fisher"),
-                    ),
-                    SHRINK,
-                ),
+                settings=(RIDGE, OUTPUT_METRIC, SHRINK),
                 tensors=("fisher",),
             ),
             Solver(
@@ -116,7 +110,6 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
                 "procrustes",
                 "the rotation nearest to the rows",
                 procrustes,
-                settings=(Setting("scale", "unit", "stretch the rotation?", choices=("unit", "fitted")),),
             ),
             Solver(
                 "logit_subspace",
@@ -124,6 +117,7 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
                 logit_subspace,
                 settings=(RIDGE,),
                 tensors=("basis",),
+                tensor_settings=(DIRECTIONS, UNEMBEDDING),
             ),
             Solver(
                 "mean_shift",
@@ -143,6 +137,14 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
         )
     }
 )
+
+
+SETTINGS: tuple[Setting, ...] = (
+    *dict.fromkeys(s for row in SOLVERS.values() for s in (*row.settings, *row.tensor_settings)),
+    OFF_SPAN,
+    ALPHA_FIT,
+)
+"""All that a user can set of a fit, once each, and last what every solver has."""
 
 
 def solver_named(name: str) -> Solver:
