@@ -9,8 +9,8 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.protocol import MAX_PERMUTATIONS
 from mechdiff_mlflow.maps.affine import Family
 from mechdiff_mlflow.models.pairs import EngineOptions
-from mechdiff_mlflow.solvers import SOLVERS, OffSpan
-from mechdiff_mlflow.spec.options import FLAG, TEXT, Kind, Request, number, one_of, option, technical, whole
+from mechdiff_mlflow.solvers import SOLVERS, Settings
+from mechdiff_mlflow.spec.options import FLAG, TEXT, Kind, Request, one_of, option, technical, whole
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Position, Rank
 from mechdiff_mlflow.spec.sites import Hook, Site
 
@@ -223,7 +223,7 @@ class SiteOptions(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolverOptions(Request):
+class SolverOptions(Settings, Request):
     """How maps are fitted."""
 
     solver: str = option(
@@ -235,35 +235,6 @@ class SolverOptions(Request):
         "update",
         Kind("family", lambda text: str(Family.parse(text))),
         "What rank k bounds: update, rank(W - I); content, rank(W).",
-    )
-    shrink: float = option("0.05", number("--shrink", 0.05), "Covariance shrinkage, 0 to 1.")
-    ridge: float = option(
-        "0.01", number("--ridge", 0.01), "Penalty as a fraction of the mean variance, at least 0."
-    )
-    output_metric: str = option(
-        "identity",
-        one_of("--output-metric", "identity", "tuned_covariance", "fisher"),
-        "How reduced_rank counts errors: as they are, in deviations, or as they move the output.",
-    )
-    directions: int = option(
-        "16",
-        whole("--directions", 16, least=1, most=100_000),
-        "Output directions that logit_subspace is restricted to.",
-    )
-    unembedding: str = option(
-        "tuned",
-        one_of("--unembedding", "tuned", "joint"),
-        "Whose top directions those are: tuned, or joint of base and tuned.",
-    )
-    alpha_fit: str = option(
-        "after",
-        one_of("--alpha-fit", "after", "inside"),
-        "Where alpha enters: after a fit to y, or inside: a fit to y/alpha, then times alpha.",
-    )
-    off_span: OffSpan | None = option(
-        "auto",
-        Kind("rule", OffSpan.parse, none="auto"),
-        "Outside the span of the training rows: zero, nearest_identity, or auto (val chooses).",
     )
 
 

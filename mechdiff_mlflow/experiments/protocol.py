@@ -5,31 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.solvers import SETTINGS, OffSpan
+from mechdiff_mlflow.solvers import SETTINGS, Settings
 from mechdiff_mlflow.spec.pair_spec import Position
 
 MAX_PERMUTATIONS = 100_000
 """Each is a fit of its own that is kept; so many tell p-values from 1e-5."""
 
 
-@dataclass(frozen=True, slots=True)
-class Protocol:
-    """What all cells of an experiment share.
+@dataclass(frozen=True)
+class Protocol(Settings):
+    """What all cells of an experiment share, the settings of solvers included.
+
+    `alpha_fit` `after`: a map is fitted to y, then α multiplies it. `inside`: it is fitted to y/α, so that W and
+    not α·W is near the identity (see `planted`); `auto` then also offers the scale at which W is the identity in
+    most directions.
 
     Args:
         split: Reported split; `val` also chooses, so choices leak into the report.
         n: Reported prompts; None is all.
         n_train: Prompts fitted on; None is all.
         position: Which token is read and replaced.
-        shrink: Covariance shrinkage of the solvers that have one, in [0, 1].
-        ridge: Penalty of the solvers that have one, as a fraction of the mean variance.
-        output_metric: What an error of `reduced_rank` counts: `identity`, `tuned_covariance` or `fisher`.
-        directions: How many output directions `logit_subspace` is restricted to.
-        unembedding: Whose top directions those are: `tuned`, or `joint` of base and tuned.
-        off_span: What maps do outside the span of the training rows; None lets val choose.
-        alpha_fit: `after`: a map is fitted to y, then α multiplies it. `inside`: it is fitted to y/α, so
-            that W and not α·W is near the identity (see `planted`); `auto` then also offers the scale at
-            which W is the identity in most directions.
         permutations: How many times the fit is repeated on shuffled pairs, its choices inside; 0 is never.
         seed: Of bootstrap resamples, sign flips, shuffles, sampled gradients and random controls.
         n_resamples: Bootstrap resamples.
@@ -39,13 +34,6 @@ class Protocol:
     n: int | None = None
     n_train: int | None = None
     position: Position = Position.DECISION
-    shrink: float = 0.05
-    ridge: float = 0.01
-    output_metric: str = "identity"
-    directions: int = 16
-    unembedding: str = "tuned"
-    off_span: OffSpan | None = None
-    alpha_fit: str = "after"
     permutations: int = 0
     seed: int = 0
     n_resamples: int = 2000
@@ -53,7 +41,7 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.split not in ("val", "test"):
             raise MechdiffError(
-                f"Split {self.split!r} cannot be reported; use test, or val as the seed does."
+                f"Split {self.split!r} cannot be reported; use test, or val as the original experiment does."
             )
         if not 0 <= self.permutations <= MAX_PERMUTATIONS:
             raise MechdiffError(

@@ -7,6 +7,7 @@ from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 from mechdiff_mlflow.solvers.table import (
     SETTINGS,
     SOLVERS,
+    Settings,
     Solver,
     check_possible,
     fit,
@@ -21,6 +22,7 @@ __all__ = [
     "OffSpan",
     "PairedSpectrum",
     "Setting",
+    "Settings",
     "Solution",
     "Solver",
     "check_possible",

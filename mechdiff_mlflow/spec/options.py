@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable
@@ -180,7 +181,7 @@ class Request:
     def options(cls) -> dict[str, Option]:
         """By field: the pair, what the request itself adds, then each group that it inherits from."""
         known = {one.name: one.metadata["option"] for one in fields(cls)}
-        names = [name for owner in cls.__mro__ for name in vars(owner).get("__annotations__", {})]
+        names = [name for owner in cls.__mro__ for name in inspect.get_annotations(owner)]
         ordered = sorted(dict.fromkeys(names), key=lambda name: name != "pair")
         return {name: known[name] for name in ordered if name in known}
 

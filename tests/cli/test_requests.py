@@ -54,7 +54,7 @@ IMPOSSIBLE: list[tuple[tuple[str, ...], str]] = [
     ((*SWEEP, "--workers", TRILLION), f"--workers '{TRILLION}' {ONE} 1 and at most 4096"),
     ((*SWEEP, "--batch-size", TRILLION), f"--batch-size '{TRILLION}' {ONE} 1 and at most 100000"),
     ((*SWEEP, "--gpus-per-worker", TRILLION), f"--gpus-per-worker '{TRILLION}' {ONE} 1 and at most 64"),
-    ((*SWEEP, "--directions", TRILLION), f"--directions '{TRILLION}' {ONE} 1 and at most 100000"),
+    ((*SWEEP, "--directions", TRILLION), f"directions is {TRILLION}; give a whole number from 1 to 100000."),
     (
         (*SWEEP, "--solver", "logit_subspace", "--directions", "17"),
         "17 output directions are more",

@@ -159,7 +159,8 @@ def test_a_planted_run_is_not_resumed_and_its_code_is_never_trusted(
     inside = planted("run", "--pair", "trusting.yaml", "--layer", "2")
     shown = said(mechdiff, "resume", inside)
     assert f"You did not begin run {inside} on this machine (mallory on far)" in shown
-    assert "`mechdiff run --pair trusting.yaml --layer 2" in shown
+    assert "`mechdiff run --pair trusting.yaml " in shown
+    assert " --layer 2 " in shown
     for words in ((), ("--", "--pair", str(toy.parent / "trusting.yaml"))):
         shown = said(mechdiff, "resume", inside, "--yes", *words)
         assert "says trust_remote_code: true, and nothing on this machine says that you began" in shown
