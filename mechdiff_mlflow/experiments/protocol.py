@@ -16,9 +16,9 @@ MAX_PERMUTATIONS = 100_000
 class Protocol(Settings):
     """What all cells of an experiment share, the settings of solvers included.
 
-    `alpha_fit` `after`: a map is fitted to y, then α multiplies it. `inside`: it is fitted to y/α, so that W and
-    not α·W is near the identity (see `planted`); `auto` then also offers the scale at which W is the identity in
-    most directions.
+    `alpha_fit` `after`: a map is fitted to y, then α multiplies it. `inside`: it is fitted to y/α, so that W
+    and not α·W is near the identity (see `planted`); `auto` then also offers the scale at which W is the
+    identity in most directions.
 
     Args:
         split: Reported split; `val` also chooses, so choices leak into the report.
