@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.atlas import atlas
-from mechdiff_mlflow.experiments.doctor import demand_sound, examine
+from mechdiff_mlflow.experiments.doctor import require_sound, examine
 from mechdiff_mlflow.experiments.heads import heads_of
 from mechdiff_mlflow.experiments.layers import layer_profile
 from mechdiff_mlflow.experiments.progress import silent
@@ -58,7 +58,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_a_run_gives_the_same_numbers_with_one_model_in_memory(toy: Path, loads: list[str]) -> None:
     pair = load(toy, "yes")
     assert loads == []
-    demand_sound(pair)
+    require_sound(pair)
     study = Study(pair, Protocol(permutations=2))
     (record,) = study.patch([fit.to_patch for fit in study.fit([CELL])])
     assert loads == ["tuned", "base", "tuned", "base", "tuned"]

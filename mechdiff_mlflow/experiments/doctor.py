@@ -9,7 +9,6 @@ import torch
 
 from mechdiff_mlflow.engine import check_plumbing
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.progress import silent
 from mechdiff_mlflow.experiments.rows import IDENTITY, capture, score
 from mechdiff_mlflow.experiments.study import FLOOR_LIMIT_NATS
 from mechdiff_mlflow.models.pairs import Pair
@@ -46,7 +45,7 @@ def examine(pair: Pair) -> Iterator[Check]:
             yield Check(name, False, str(error))
 
 
-def demand_sound(pair: Pair) -> None:
+def require_sound(pair: Pair) -> None:
     """Run the checks without which no number may be printed.
 
     The oracle map is not among them: it is the identity patch of a site, whose floor every patch is held to.
@@ -160,7 +159,7 @@ def _capture_is_invariant(pair: Pair, prompts: PromptSet, sites: list[Site]) -> 
 
 
 def _identity(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
-    rows = score(pair, prompts, Position.DECISION, {site: {} for site in sites}, silent)
+    rows = score(pair, prompts, Position.DECISION, {site: {} for site in sites})
     floors = {site: rows[site].patched[IDENTITY].mean_kl for site in sites}
     worst = max(floors, key=lambda site: floors[site])
     limit = FLOOR_LIMIT_NATS[pair.spec.dtype]
@@ -175,7 +174,7 @@ def _identity(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
 def _oracle(pair: Pair, prompts: PromptSet, n_layers: int) -> str:
     """The tuned activation itself in place of the base one must undo the raw patch entirely."""
     site = Site(n_layers - 1, Hook.RESID_POST)
-    rows = score(pair, prompts, Position.DECISION, {site: {}}, silent)[site].patched
+    rows = score(pair, prompts, Position.DECISION, {site: {}})[site].patched
     if "raw" not in rows:
         return "widths differ: nothing to cross-patch raw"
     raw, oracle = rows["raw"].mean_kl, rows[IDENTITY].mean_kl

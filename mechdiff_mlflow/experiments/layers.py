@@ -25,7 +25,7 @@ def layer_profile(study: Study) -> pd.DataFrame:
         MechdiffError: The models differ in depth or width.
     """
     prompts, position = study.report_prompts, study.protocol.position
-    base, tuned = study.computing.shapes()
+    base, tuned = study.computing.model_sizes()
     if base != tuned:
         raise MechdiffError(
             f"Base has {base.n_layers} layers of width {base.width} and tuned {tuned.n_layers} of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mechdiff_mlflow.engine import PatchEngine, Recorded, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.models.recordings import Rows
@@ -104,11 +103,18 @@ Replacements = Mapping[Site, Mapping[str, AffineMap]]
 
 
 def capture(
-    pair: Pair, role: str, prompts: PromptSet, position: Position, sites: list[Site]
+    pair: Pair,
+    role: str,
+    prompts: PromptSet,
+    position: Position,
+    sites: list[Site],
+    *,
+    to_patch: bool = False,
 ) -> Mapping[Site, Tensor]:
     """Activations of one model at some sites, [n, d] in the model's dtype.
 
-    Where they are known already nothing is run, otherwise one forward a prompt.
+    Where they are known already nothing is run, otherwise one forward a prompt; its clean run is kept for
+    patches of the tuned model, and `to_patch` of base too.
     """
     if role == "base" and pair.one_at_a_time:
         pair.recorded_base(prompts, position)
@@ -116,47 +122,31 @@ def capture(
     found = pair.recordings.captured(key, sites)
     if found is not None:
         return found
-    with patchable(pair, role, prompts, position) as (engine, recorded):
-        if prompts.split == "train":
-            # Asked for once, by a fit, and nothing is patched on them.
-            return engine.capture(pair.tokens(role, prompts, position), sites)
-        if role == "tuned":
-            return _completed(engine, recorded(sites), sites)
+    if prompts.split != "train" and (role == "tuned" or to_patch):
+        with patchable(pair, role, prompts, position, sites) as (engine, recorded):
+            engine.complete(recorded)
+            return Rows.of(recorded.activations, sites)
+    with (pair.base if role == "base" else pair.tuned).engine() as engine:
+        tokens = pair.tokens(role, prompts, position)
+        if prompts.split == "train":  # asked for once, by a fit, and nothing is patched on them
+            return engine.capture(tokens, sites)
         known = pair.recordings.everything(key)
-        missing = [site for site in sites if site not in known]
-        pair.recordings.add(key, engine.capture(pair.tokens(role, prompts, position), missing))
+        pair.recordings.add(key, engine.capture(tokens, [site for site in sites if site not in known]))
         return Rows.of(pair.recordings.everything(key), sites)
-
-
-def capture_to_patch(
-    pair: Pair, role: str, prompts: PromptSet, position: Position, sites: list[Site]
-) -> Mapping[Site, Tensor]:
-    """As `capture`, of a model that will be patched on the same prompts: base too, which seldom is."""
-    if pair.one_at_a_time:  # its clean run would not outlast the other model
-        return capture(pair, role, prompts, position, sites)
-    with patchable(pair, role, prompts, position) as (engine, recorded):
-        return _completed(engine, recorded(sites), sites)
-
-
-def _completed(engine: PatchEngine, recorded: Recorded, sites: list[Site]) -> Mapping[Site, Tensor]:
-    engine.complete(recorded)
-    return Rows.of(recorded.activations, sites)
 
 
 @contextmanager
 def patchable(
-    pair: Pair, role: str, prompts: PromptSet, position: Position
-) -> Iterator[tuple[PatchEngine, Callable[[Sequence[Site]], Recorded]]]:
-    """The engine of one model, and what gives the prompts as they were recorded for patches at some sites."""
-    side = pair.base if role == "base" else pair.tuned
-    key = (role, prompts.digest, position)
-    with side.engine() as engine:
+    pair: Pair, role: str, prompts: PromptSet, position: Position, sites: Sequence[Site]
+) -> Iterator[tuple[PatchEngine, Recorded]]:
+    """The engine of one model, and prompts that are recorded for patches at some sites."""
+    with (pair.base if role == "base" else pair.tuned).engine() as engine:
         tokens = pair.tokens(role, prompts, position)
-        yield engine, lambda sites: pair.recordings.to_patch(engine, key, tokens, sites)
+        yield engine, pair.recordings.to_patch(engine, (role, prompts.digest, position), tokens, sites)
 
 
 def score(
-    pair: Pair, prompts: PromptSet, position: Position, replacements: Replacements, stage: Stage
+    pair: Pair, prompts: PromptSet, position: Position, replacements: Replacements
 ) -> dict[Site, SiteRows]:
     """Patch the tuned model with every map of every site; identity and raw rows come with each site.
 
@@ -167,7 +157,7 @@ def score(
     """
     sites = list(replacements)
     base = capture(pair, "base", prompts, position, sites)
-    with patchable(pair, "tuned", prompts, position) as (engine, recorded):
+    with patchable(pair, "tuned", prompts, position, sites) as (engine, recorded):
         groups: list[VariantGroup] = []
         labels: list[tuple[Site, list[str]]] = []
         for site, maps in replacements.items():
@@ -180,15 +170,7 @@ def score(
             if names := [*([RAW] if same_width else []), *maps]:
                 groups.append(_group(site, base, same_width, list(maps.values())))
                 labels.append((site, names))
-        with stage("patching tuned", len(prompts)) as advance:
-            done = 0
-
-            def progress(n_done: int) -> None:
-                nonlocal done
-                advance(n_done - done)
-                done = n_done
-
-            result = engine.score(recorded(sites), groups, progress=progress)
+        result = engine.score(recorded, groups)
     rows: dict[Site, dict[str, Patched]] = {site: {} for site in sites}
     for (site, names), found in zip(labels, result.divergences, strict=True):
         for column, name in enumerate(names):

@@ -195,7 +195,7 @@ class Study:
     @property
     def engine_mode(self) -> str:
         """Which of the engine's paths patches the tuned model."""
-        return self.computing.setting().engine
+        return self.computing.environment.engine_mode
 
     @cached_property
     def noise(self) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,65 +18,53 @@ from mechdiff_mlflow.spec.sites import Hook, Site
 
 Heads = tuple[int, ...]
 
-_KEPT: weakref.WeakKeyDictionary[Pair, dict[tuple[int, str, Position], Substitution]]
+HeadOutputs = tuple[Tensor, Tensor]
+"""What each head of base and of tuned gives, [n, heads, width]."""
+
+_OUTPUTS: WeakKeyDictionary[Pair, dict[tuple[int, str, Position], HeadOutputs]] = WeakKeyDictionary()
+"""Those of one layer: a greedy search asks for the same prompts again and again."""
 
 
-class Substitution:
-    """Base's z in place of the tuned model's, for any set of heads of a layer, on some prompts.
-
-    Args:
-        pair: The models.
-        layer: Whose attention.
-        prompts: n prompts.
-        position: Which token.
+def head_patches(
+    pair: Pair, layer: int, prompts: PromptSet, position: Position, sets: Sequence[Heads]
+) -> Tensor:
+    """KL(patched ‖ clean) in nats of every set of heads, [n, sets]; no heads give the noise floor.
 
     Raises:
         MechdiffError: The heads of the two models cannot be told apart or differ in number or width.
     """
+    site = Site(layer, Hook.ATTN_OUT)
+    base, tuned = _head_outputs(pair, layer, prompts, position)
+    chosen = torch.zeros(len(sets), tuned.shape[1], 1, dtype=torch.bool)
+    for row, heads in enumerate(sets):
+        chosen[row, list(heads)] = True
+    with patchable(pair, "tuned", prompts, position, [site]) as (engine, recorded):
+        projection = engine.heads(layer)
 
-    def __init__(self, pair: Pair, layer: int, prompts: PromptSet, position: Position) -> None:
-        self._site = Site(layer, Hook.ATTN_OUT)
-        self._prompts, self._position = prompts, position
-        z = {}
-        for role, side in (("base", pair.base), ("tuned", pair.tuned)):
-            with side.engine() as engine:
-                z[role] = engine.heads(layer).capture(pair.tokens(role, prompts, position))
-        self._base, self._tuned = z["base"], z["tuned"]
-        if self._base.shape != self._tuned.shape:
-            shapes = [list(x.shape[1:]) for x in (self._base, self._tuned)]
+        def replaced(index: Tensor, clean: Tensor) -> Tensor:
+            mixed = torch.where(chosen, base[index].unsqueeze(1), tuned[index].unsqueeze(1))
+            return projection.project(mixed).to(clean.device)
+
+        (found,) = engine.score(recorded, [VariantGroup(site, replaced, n_variants=len(sets))]).divergences
+    return found.kl_patched_clean
+
+
+def _head_outputs(pair: Pair, layer: int, prompts: PromptSet, position: Position) -> HeadOutputs:
+    known = _OUTPUTS.setdefault(pair, {})
+    key = (layer, prompts.digest, position)
+    if key not in known:
+        if any(other != layer for other, *_ in known):
+            known.clear()
+        base, tuned = (_captured_heads(pair, role, layer, prompts, position) for role in ("base", "tuned"))
+        if base.shape != tuned.shape:
             raise MechdiffError(
-                f"Base and tuned have heads of {shapes[0]} and {shapes[1]} (number, width) in layer {layer}; "
-                "heads can be substituted only where they correspond."
+                f"Base and tuned have heads of {list(base.shape[1:])} and {list(tuned.shape[1:])} (number, "
+                f"width) in layer {layer}; heads can be substituted only where they correspond."
             )
-        self.n_heads = self._tuned.shape[1]
-
-    @classmethod
-    def of(cls, pair: Pair, layer: int, prompts: PromptSet, position: Position) -> Substitution:
-        """That of the pair, made once: a greedy search asks for the same prompts again and again."""
-        kept = _KEPT.setdefault(pair, {})
-        key = (layer, prompts.digest, position)
-        if key not in kept:
-            if any(known != layer for known, *_ in kept):
-                kept.clear()
-            kept[key] = cls(pair, layer, prompts, position)
-        return kept[key]
-
-    def score(self, pair: Pair, sets: Sequence[Heads]) -> Tensor:
-        """KL(patched ‖ clean) in nats of every set of heads, [n, sets]; none gives the noise floor."""
-        chosen = torch.zeros(len(sets), self.n_heads, 1, dtype=torch.bool)
-        for row, heads in enumerate(sets):
-            chosen[row, list(heads)] = True
-        # Asked for many times: the tuned model's own run is kept.
-        with patchable(pair, "tuned", self._prompts, self._position) as (engine, recorded):
-            projection = engine.heads(self._site.layer)
-
-            def replaced(index: Tensor, clean: Tensor) -> Tensor:
-                base, tuned = self._base[index].unsqueeze(1), self._tuned[index].unsqueeze(1)
-                return projection.project(torch.where(chosen, base, tuned)).to(clean.device)
-
-            group = VariantGroup(self._site, replaced, n_variants=len(sets))
-            (found,) = engine.score(recorded([self._site]), [group]).divergences
-        return found.kl_patched_clean
+        known[key] = base, tuned
+    return known[key]
 
 
-_KEPT = weakref.WeakKeyDictionary()
+def _captured_heads(pair: Pair, role: str, layer: int, prompts: PromptSet, position: Position) -> Tensor:
+    with (pair.base if role == "base" else pair.tuned).engine() as engine:
+        return engine.heads(layer).capture(pair.tokens(role, prompts, position))

@@ -91,14 +91,6 @@ class HasModule(Task):
 
     module: str
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return ("found",)
-
-    @property
-    def about(self) -> str:
-        return self.module
-
     def run(self, pair: Pair) -> Tensors:
         return {"found": torch.full((len(self.prompts),), float(self.module in sys.modules))}
 
@@ -115,7 +107,7 @@ class Deadly(HasModule):
 def test_numbers_are_those_of_one_process_to_the_bit(workers: Any, local: Pair) -> None:
     assert_same(answers(workers), answers(LocalWorkers(local)))
     assert_same_tables(study(workers.pair, workers), study(local))
-    assert workers.shapes() == LocalWorkers(local).shapes()
+    assert workers.model_sizes() == LocalWorkers(local).model_sizes()
     assert workers.n_heads(1) == 2
     assert torch.equal(workers.unembedding("base"), local.base.unembedding())
     assert not workers.pair.base.residence._models, "the driver holds no model"

@@ -27,10 +27,9 @@ from mechdiff_mlflow.errors import MechdiffError
 
 OWN = "own"
 
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
-"""The latter keeps reports of nodes off the driver's output: who died and why, our own errors say."""
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}  # no reports of nodes either
 _RETRIES = "RAY_NUM_REDIS_GET_RETRIES"
-_KNOCK_S = 10.0
+_REACH_S = 10.0
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray takes the address of the machine's network for a node's, on Linux, unless it is to have no cluster."""
 
@@ -59,7 +58,7 @@ def connected(address: str, n_workers: int) -> Iterator[Any]:
         return
     own = address == OWN
     if not own and address != "auto":
-        _knock(address)
+        _check_reachable(address)
     with _environment(_of_our_own() if own else _of_others(address)):
         ray = importlib.import_module("ray")
         try:
@@ -125,14 +124,14 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _knock(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Ray itself would try for minutes.
 
     Raises:
         MechdiffError: Nobody listens at the address.
     """
     try:
-        socket.create_connection(_host_and_port(address), timeout=_KNOCK_S).close()
+        socket.create_connection(_host_and_port(address), timeout=_REACH_S).close()
     except (OSError, OverflowError) as error:
         raise MechdiffError(
             f"Nobody listens at {address} ({error}); pass the --address that ray start printed on the head."

@@ -6,19 +6,19 @@ A task of a part of the prompts gives that part of the rows, so any task can be 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+from mechdiff_mlflow.engine import VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import rows
-from mechdiff_mlflow.experiments.progress import silent
-from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, Replacements, SiteRows
-from mechdiff_mlflow.experiments.substitution import Heads, Substitution
-from mechdiff_mlflow.experiments.unmapped import swap
+from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, Replacements, SiteRows, patchable
+from mechdiff_mlflow.experiments.substitution import Heads, head_patches
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -27,10 +27,40 @@ from mechdiff_mlflow.spec.sites import Site
 Tensors: TypeAlias = Mapping[str, Tensor]
 """By name; the first dimension of each is the task's prompts, in order."""
 
-_NONE: Replacements = {}
+Key = TypeVar("Key")
+AnyTask = TypeVar("AnyTask", bound="Task")
+
 _PROMPT = re.compile(r"\b([Pp]rompt) ([0-9]{1,9})\b")
 
-AnyTask = TypeVar("AnyTask", bound="Task")
+
+class LazyTensors(Mapping[Key, Tensor]):
+    """Tensors that are read whenever they are asked for: they may lie on disk.
+
+    Args:
+        readers: By key, what reads the tensor.
+    """
+
+    def __init__(self, readers: Mapping[Key, Callable[[], Tensor]]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, key: Key) -> Tensor:
+        return self._readers[key]()
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+def at_sites(found: Tensors, sites: Sequence[Site], prefix: str = "") -> Mapping[Site, Tensor]:
+    """By site the tensors that are named by a prefix and the site."""
+    return LazyTensors({site: partial(found.__getitem__, f"{prefix}{site}") for site in sites})
+
+
+def named(found: Mapping[Site, Tensor], sites: Sequence[Site], prefix: str = "") -> Tensors:
+    """The tensors of sites, named by a prefix and the site."""
+    return LazyTensors({f"{prefix}{site}": partial(found.__getitem__, site) for site in sites})
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,19 +86,13 @@ class Task:
         return ("base", "tuned")
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What the result has."""
-        raise NotImplementedError
-
-    @property
-    def maps(self) -> Replacements:
-        """The maps that it needs."""
-        return _NONE
-
-    @property
     def about(self) -> str:
-        """All else that the result depends on, beside the pair."""
-        raise NotImplementedError
+        """All that the result depends on beside the pair."""
+        return " ".join([type(self).__name__, str(self.position), self.prompts.digest, *self._settings()])
+
+    def _settings(self) -> list[str]:
+        known = {field.name for field in fields(Task)}
+        return [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in known]
 
     def run(self, pair: Pair) -> Tensors:
         """Do it."""
@@ -91,12 +115,10 @@ class Task:
         row = int(found[2])
         return f"{found[1]} {self.rows[row]}" if row < len(self.rows) else found[0]
 
-    def with_maps(self: AnyTask, maps: Replacements) -> AnyTask:
-        """The same with other maps, where it has any: they may travel apart from it."""
-        return self
-
     def part(self: AnyTask, rows: Sequence[int]) -> AnyTask:
-        """The same for some of the prompts."""
+        """The same for some of the prompts; the task itself for all of them."""
+        if len(rows) == len(self.prompts):
+            return self
         prompts = PromptSet(self.prompts.split, tuple(self.prompts.prompts[i] for i in rows))
         return replace(self, prompts=prompts, rows=tuple(rows))
 
@@ -110,23 +132,13 @@ class Capture(Task):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """One."""
+        """The model whose activations they are."""
         return (self.role,)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The sites."""
-        return tuple(map(str, self.sites))
-
-    @property
-    def about(self) -> str:
-        """Whose activations, and where."""
-        return f"capture {self.role} {' '.join(self.names)}"
 
     def run(self, pair: Pair) -> Tensors:
         """See `rows.capture`."""
         found = rows.capture(pair, self.role, self.prompts, self.position, list(self.sites))
-        return {str(site): found[site] for site in self.sites}
+        return named(found, self.sites)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,43 +151,32 @@ class Score(Task):
 
     replacements: Replacements
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Three a site."""
-        return tuple(f"{what}/{site}" for site in self.replacements for what in ("base", "tuned", "patched"))
-
-    @property
-    def maps(self) -> Replacements:
-        """All that is tried."""
-        return self.replacements
-
-    def with_maps(self, maps: Replacements) -> Score:
-        """These maps scored in place of its own."""
-        return replace(self, replacements=maps)
-
-    @property
-    def about(self) -> str:
-        """That maps are scored; the maps themselves are told apart by their content."""
-        return "score"
+    def _settings(self) -> list[str]:
+        """Maps are told apart by what they compute, whatever they are called."""
+        return [f"{site} {map_.digest}" for site, maps in self.replacements.items() for map_ in maps.values()]
 
     def run(self, pair: Pair) -> Tensors:
         """See `rows.score`."""
-        found = rows.score(pair, self.prompts, self.position, self.replacements, silent)
-        result = {}
+        found = rows.score(pair, self.prompts, self.position, self.replacements)
+        readers: dict[str, Callable[[], Tensor]] = {}
         for site, at in found.items():
-            result[f"base/{site}"] = at.base_rows[site]
-            result[f"tuned/{site}"] = at.tuned_rows[site]
-            result[f"patched/{site}"] = torch.stack([_stacked(patched) for patched in at.patched.values()], 1)
-        return result
+            readers[f"base/{site}"] = partial(at.base_rows.__getitem__, site)
+            readers[f"tuned/{site}"] = partial(at.tuned_rows.__getitem__, site)
+            readers[f"patched/{site}"] = partial(_stacked, list(at.patched.values()))
+        return LazyTensors(readers)
 
     def site_rows(self, found: Tensors) -> dict[Site, SiteRows]:
         """What `rows.score` gives, from the tensors of `run`."""
+        sites = list(self.replacements)
+        base, tuned = (at_sites(found, sites, f"{role}/") for role in ("base", "tuned"))
         result = {}
         for site, maps in self.replacements.items():
             patched = found[f"patched/{site}"]
             names = [IDENTITY, *([RAW] if patched.shape[1] == len(maps) + 2 else []), *maps]
-            by_name = {name: _unstacked(x) for name, x in zip(names, patched.unbind(1), strict=True)}
-            base, tuned = (AtSites(found, f"{role}/", self.replacements) for role in ("base", "tuned"))
+            by_name = {
+                name: Patched(*(column.contiguous().numpy() for column in one.unbind(-1)))
+                for name, one in zip(names, patched.unbind(1), strict=True)
+            }
             result[site] = SiteRows(site, base, tuned, by_name)
         return result
 
@@ -192,51 +193,20 @@ class Gradients(Task):
 
     divisible: ClassVar[bool] = False
 
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """One."""
-        return ("tuned",)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The sites."""
-        return tuple(map(str, self.sites))
-
-    @property
-    def about(self) -> str:
-        """Where, and which tokens."""
-        return f"gradients {self.seed} {' '.join(self.names)}"
-
     def run(self, pair: Pair) -> Tensors:
         """See `PatchEngine.score_gradients`."""
         tokens = pair.tokens("tuned", self.prompts, self.position)
         with pair.tuned.engine() as engine:
-            found = engine.score_gradients(tokens, self.sites, seed=self.seed)
-        return {str(site): found[site] for site in self.sites}
+            return named(engine.score_gradients(tokens, self.sites, seed=self.seed), self.sites)
 
 
 @dataclass(frozen=True, eq=False)
 class CleanNoise(Task):
-    """How far apart two clean runs of the same prompts are, see `PatchEngine.clean_noise`: [n, 2]."""
+    """How far apart two clean runs of the same prompts are, see `PatchEngine.clean_noise`: `KL`, [n, 2]."""
 
     role: str
 
     divisible: ClassVar[bool] = False
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """One."""
-        return (self.role,)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """One."""
-        return ("KL",)
-
-    @property
-    def about(self) -> str:
-        """Whose runs."""
-        return f"clean noise {self.role}"
 
     def run(self, pair: Pair) -> Tensors:
         """See `PatchEngine.clean_noise`."""
@@ -247,73 +217,61 @@ class CleanNoise(Task):
 
 @dataclass(frozen=True, eq=False)
 class Swap(Task):
-    """Unmapped patches of one model with the other's activations, see `unmapped.swap`."""
+    """Patches of one model, the taker, with the other's activations as they are, each site by itself.
+
+    `KL` and `floor` are KL(patched ‖ clean) in nats of the patch and of the identity patch, [n, sites];
+    `base/…` and `tuned/…` are the activations at each site, [n, d].
+    """
 
     taker: str
     sites: tuple[Site, ...]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """KL and floor [n, sites], and both models' rows at each site."""
-        return ("KL", "floor", *(f"{role}/{site}" for site in self.sites for role in ("base", "tuned")))
-
-    @property
-    def about(self) -> str:
-        """Who takes, and where."""
-        return f"swap {self.taker} {' '.join(map(str, self.sites))}"
-
     def run(self, pair: Pair) -> Tensors:
-        """See `unmapped.swap`."""
-        return swap(pair, self.taker, self.prompts, self.position, self.sites)
+        """See above.
+
+        Raises:
+            MechdiffError: A site does not exist, or an activation is not finite.
+        """
+        giver, sites = "tuned" if self.taker == "base" else "base", list(self.sites)
+        given = rows.capture(pair, giver, self.prompts, self.position, sites, to_patch=True)
+
+        def replacement(site: Site, index: Tensor, clean: Tensor) -> Tensor:
+            return given[site][index].unsqueeze(1)
+
+        groups = [VariantGroup(site, partial(replacement, site), n_variants=1) for site in sites]
+        groups += [VariantGroup.identity(site) for site in sites]
+        with patchable(pair, self.taker, self.prompts, self.position, sites) as (engine, recorded):
+            scored = engine.score(recorded, groups)
+        kls = torch.cat([found.kl_patched_clean for found in scored.divergences], 1)  # [n, 2 · sites]
+        return {
+            "KL": kls[:, : len(sites)],
+            "floor": kls[:, len(sites) :],
+            **named(given, sites, f"{giver}/"),
+            **named(scored.clean, sites, f"{self.taker}/"),
+        }
 
 
 @dataclass(frozen=True, eq=False)
 class HeadPatches(Task):
-    """KL(patched ‖ clean) of the base's heads in place of the tuned model's, for sets of heads: [n, sets]."""
+    """The base's heads in place of the tuned model's, for sets of heads: `KL`(patched ‖ clean), [n, sets]."""
 
     layer: int
     sets: tuple[Heads, ...]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """One."""
-        return ("KL",)
-
-    @property
-    def about(self) -> str:
-        """Which layer and heads."""
-        return f"heads {self.layer} {self.sets}"
-
     def run(self, pair: Pair) -> Tensors:
-        """See `Substitution`."""
-        at = Substitution.of(pair, self.layer, self.prompts, self.position)
-        return {"KL": at.score(pair, self.sets)}
+        """See `substitution.head_patches`."""
+        return {"KL": head_patches(pair, self.layer, self.prompts, self.position, self.sets)}
 
 
-class AtSites(Mapping[Site, Tensor]):
-    """Those of some tensors whose names are a prefix and a site, looked up when they are asked for."""
-
-    def __init__(self, found: Tensors, prefix: str, sites: Mapping[Site, object] | tuple[Site, ...]) -> None:
-        self._found, self._prefix, self._sites = found, prefix, tuple(sites)
-
-    def __getitem__(self, site: Site) -> Tensor:
-        if site not in self._sites:
-            raise KeyError(site)
-        return self._found[f"{self._prefix}{site}"]
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
+_PATCHED_FIELDS = ("kl_patched_clean_nats", "kl_clean_patched_nats", "top1_agrees", "delta_logprob_nats")
 
 
-_FIELDS = ("kl_patched_clean_nats", "kl_clean_patched_nats", "top1_agrees", "delta_logprob_nats")
-
-
-def _stacked(patched: Patched) -> Tensor:
-    return torch.stack([torch.as_tensor(getattr(patched, name)).double() for name in _FIELDS], -1)
-
-
-def _unstacked(x: Tensor) -> Patched:
-    return Patched(*(column.contiguous().numpy() for column in x.unbind(-1)))
+def _stacked(patched: Sequence[Patched]) -> Tensor:
+    """[n, v, 4] in float64."""
+    return torch.stack(
+        [
+            torch.stack([torch.as_tensor(getattr(one, name)).double() for name in _PATCHED_FIELDS], -1)
+            for one in patched
+        ],
+        1,
+    )
