@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.atlas import atlas
-from mechdiff_mlflow.experiments.doctor import require_sound, examine
+from mechdiff_mlflow.experiments.doctor import examine, require_sound
 from mechdiff_mlflow.experiments.heads import heads_of
 from mechdiff_mlflow.experiments.layers import layer_profile
 from mechdiff_mlflow.experiments.progress import silent

@@ -32,14 +32,7 @@ Key = tuple[Site, str, str, float]
 
 @dataclass(eq=False)
 class Fitter:
-    """The train split of a pair under one protocol.
-
-    Args:
-        workers: Who runs the models.
-        protocol: What all cells share.
-        prompts: Fitted on.
-        stage: Who listens to progress.
-    """
+    """The train split of a pair under one protocol."""
 
     workers: Workers
     protocol: Protocol
@@ -55,15 +48,13 @@ class Fitter:
 
     def record(self, cells: Sequence[Cell]) -> None:
         """Record what the cells and their controls are fitted on, where that is not known yet."""
-        sites = {cell.site for cell in cells} | {self.elsewhere(cell.site) for cell in cells}
+        asked = sorted({cell.site for cell in cells})
         # The asked-for sites first: of a layer that does not exist, the user's own number is named.
-        missing = sorted(
-            sites - self._train.keys(), key=lambda site: (site not in {c.site for c in cells}, site)
-        )
+        sites = dict.fromkeys([*asked, *sorted({self.elsewhere(site) for site in asked})])
+        missing = [site for site in sites if site not in self._train]
         if not missing:
             return
         position = self.protocol.position
-        self.workers.pair.check_same_tokens(self.prompts, position)
         with self.stage("recording train", 2) as advance:
             base = self.workers.capture("base", self.prompts, position, missing)
             advance(1)
@@ -90,19 +81,16 @@ class Fitter:
 
     def offers(self, cell: Cell) -> Offers:
         """The maps among which val chooses."""
-        return self._offers(
-            cell, self._spectrum(cell.site), {a: self._solution(cell, a) for a in self._fits(cell)}
-        )
+        return self._offers(cell, {alpha: self._solution(cell, alpha) for alpha in self._fits(cell)})
 
     def shuffled(self, cell: Cell) -> list[Offers]:
         """What `offers` are when base and tuned rows are paired at random, once for each permutation."""
         if not self.protocol.permutations:
             return []
-        spectrum = self._spectrum(cell.site)
         by_alpha = {alpha: self._shuffled_solutions(cell, alpha) for alpha in self._fits(cell)}
         found = []
         for b in range(self.protocol.permutations):
-            offers = self._offers(cell, spectrum, {alpha: some[b] for alpha, some in by_alpha.items()})
+            offers = self._offers(cell, {alpha: solutions[b] for alpha, solutions in by_alpha.items()})
             found.append({f"shuffle {b + 1} {label}": map_ for label, map_ in offers.items()})
         return found
 
@@ -137,7 +125,8 @@ class Fitter:
         """The α that a fit of its own is needed for."""
         return self.alphas(cell) if self.protocol.alpha_fit == "inside" else (1.0,)
 
-    def _offers(self, cell: Cell, spectrum: PairedSpectrum, solutions: dict[float, Solution]) -> Offers:
+    def _offers(self, cell: Cell, solutions: dict[float, Solution]) -> Offers:
+        spectrum = self._spectrum(cell.site)
         rules: Sequence[OffSpan | None] = (self.protocol.off_span,)
         if self.protocol.off_span is None and cell.rank.k is None and spectrum.vx.shape[1] < spectrum.d_in:
             rules = tuple(OffSpan) if spectrum.d_in == spectrum.d_out else (OffSpan.ZERO,)
@@ -145,14 +134,10 @@ class Fitter:
         for rule in rules:
             made = {alpha: solution.map(cell.rank.k, rule) for alpha, solution in solutions.items()}
             maps += [made[a if a in made else 1.0].with_alpha(a) for a in self.alphas(cell)]
-        return {label_of(cell, map_): map_.with_meta(**self._notes(cell.solver)) for map_ in maps}
-
-    def _notes(self, solver: str) -> dict[str, JSON]:
-        """What a map's own meta does not say of how it was made."""
-        notes: dict[str, JSON] = {"alpha_fit": self.protocol.alpha_fit}
-        if "basis" in solvers.solver_named(solver).tensors:
+        notes: dict[str, JSON] = {"alpha_fit": self.protocol.alpha_fit}  # what a map's own meta does not say
+        if "basis" in solvers.solver_named(cell.solver).tensors:
             notes |= {"directions": self.protocol.directions, "unembedding": self.protocol.unembedding}
-        return notes
+        return {label_of(cell, map_): map_.with_meta(**notes) for map_ in maps}
 
     def _key(self, cell: Cell, alpha: float) -> Key:
         return cell.site, cell.solver, cell.family, alpha
@@ -170,11 +155,12 @@ class Fitter:
         """One a permutation, kept: each takes as long as the fit itself, and all ranks share it."""
         key = self._key(cell, alpha)
         if key not in self._shuffled:
-            protocol, spectrum = self.protocol, self._spectrum(cell.site)
-            with self.stage("fitting shuffled pairs", protocol.permutations) as advance:
-                self._shuffled[key] = []
-                times, groups = protocol.permutations, self.prompts.groups
-                for mixed in controls.shuffled_pairs(spectrum, times, protocol.seed, groups):
+            times, spectrum = self.protocol.permutations, self._spectrum(cell.site)
+            self._shuffled[key] = []
+            with self.stage("fitting shuffled pairs", times) as advance:
+                for mixed in controls.shuffled_pairs(
+                    spectrum, times, self.protocol.seed, self.prompts.groups
+                ):
                     self._shuffled[key].append(self._solve(cell, mixed, alpha))
                     advance(1)
         return self._shuffled[key]
@@ -184,29 +170,20 @@ class Fitter:
             raise MechdiffError("α=0 cannot be taken inside a fit; pass α above 0, or --alpha-fit after.")
         if alpha != 1:
             spectrum = spectrum.scaled(1 / alpha)
-        settings = self._settings(cell.solver) | self._tensors(cell, spectrum)
-        return solvers.fit_spectrum(cell.solver, spectrum, cell.family, **settings)
+        solver = solvers.solver_named(cell.solver)
+        names = [setting.name for setting in solver.settings if hasattr(self.protocol, setting.name)]
+        arguments: dict[str, object] = {name: getattr(self.protocol, name) for name in names}
+        if "basis" in solver.tensors:
+            arguments["basis"] = self._output_directions(spectrum.d_out)
+        if "fisher" in solver.tensors and self.protocol.output_metric == "fisher":
+            arguments["fisher"] = self._fisher(cell.site)
+        return solvers.fit_spectrum(cell.solver, spectrum, cell.family, **arguments)
 
     def _spectrum(self, site: Site) -> PairedSpectrum:
         if site not in self._spectra:
             base, tuned = (rows[site].double() for rows in self._train[site])
             self._spectra[site] = PairedSpectrum.from_rows(base, tuned)
         return self._spectra[site]
-
-    def _settings(self, solver: str) -> dict[str, object]:
-        """Of the protocol's hyperparameters those that a solver has."""
-        names = {setting.name for setting in solvers.solver_named(solver).settings}
-        known = ("shrink", "ridge", "output_metric")
-        return {name: getattr(self.protocol, name) for name in known if name in names}
-
-    def _tensors(self, cell: Cell, spectrum: PairedSpectrum) -> dict[str, object]:
-        """The inputs of a solver that come from the models themselves."""
-        wanted = solvers.solver_named(cell.solver).tensors
-        if "basis" in wanted:
-            return {"basis": self._output_directions(spectrum.d_out)}
-        if "fisher" in wanted and self.protocol.output_metric == "fisher":
-            return {"fisher": self._fisher(cell.site)}
-        return {}
 
     def _output_directions(self, width: int) -> Tensor:
         """Top directions of the unembedding, [q, d]."""

@@ -1,4 +1,4 @@
-"""RQ4: which attention heads of a layer carry the difference between base and tuned.
+"""Which attention heads of a layer carry the difference between base and tuned.
 
 A set S of heads is replaced before the output projection: the tuned model's own projection gets the base
 model's z for the heads in S and its own for the rest. coverage(S) = ΣKL_S / ΣKL_all.
@@ -20,31 +20,29 @@ from mechdiff_mlflow.experiments.substitution import Heads
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-COLUMNS = (
-    *("site", "n_heads", "choice", "size", "heads", "KL", "coverage", "coverage_low", "coverage_high"),
+COLUMNS = [
+    "site",
+    "n_heads",
+    "choice",
+    "size",
+    "heads",
+    "KL",
+    "coverage",
+    "coverage_low",
+    "coverage_high",
     "KL_all",
-)
+]
 """Of the table. choice is single, greedy (nested, chosen on val) or random (of several sets of a size: mean,
 and the middle 95 % of the sets instead of an interval over prompts)."""
 
 
 @dataclass(frozen=True, eq=False)
 class HeadsRecord:
-    """What the heads of one layer carry.
+    """What the heads of one layer carry."""
 
-    Args:
-        site: The layer's attn_out.
-        table: `COLUMNS`.
-        greedy: Heads in the order in which val chose them.
-        n: Reported prompts.
-        split: Reported split.
-    """
-
-    site: Site
-    table: pd.DataFrame
-    greedy: Heads
-    n: int
-    split: str
+    site: Site  # the layer's attn_out
+    table: pd.DataFrame  # `COLUMNS`
+    greedy: Heads  # in the order in which val chose them
 
 
 def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
@@ -87,32 +85,23 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
             f"Replacing all heads at {site} moves KL by {whole.mean():.2g} nats, no further than noise; "
             "choose a layer where the models differ."
         )
+    mean_all = float(whole.mean())
     rows: list[tuple[object, ...]] = []
-    protocol, groups = study.protocol, study.report_prompts.groups
-    bootstrap = stats.Bootstrap(protocol.n_resamples, seed=protocol.seed, groups=groups)
-
-    def row(choice: str, heads: Heads) -> None:
-        kl = scored[_sorted(heads)]
-        named = " ".join(map(str, heads))
-        ends = _coverage(whole, kl, bootstrap)
-        rows.append(
-            (str(site), n_heads, choice, len(heads), named, float(kl.mean()), *ends, float(whole.mean()))
-        )
-
-    for heads in singles:
-        row("single", heads)
-    for heads in nested:
-        row("greedy", heads)
+    for choice, some in (("single", singles), ("greedy", nested)):
+        for heads in some:
+            kl = scored[_sorted(heads)]
+            coverage = _coverage(whole, kl, study.bootstrap)
+            rows.append((choice, len(heads), " ".join(map(str, heads)), float(kl.mean()), *coverage))
     for many in chance:
         kls = np.array([scored[_sorted(heads)].mean() for heads in many])
-        shares = kls / whole.mean()
+        shares = kls / mean_all
         low, high = np.quantile(shares, [0.025, 0.975])
-        size, n_all = len(many[0]), float(whole.mean())
-        named = f"{n_random} sets"
-        ends = (float(shares.mean()), float(low), float(high))
-        rows.append((str(site), n_heads, "random", size, named, float(kls.mean()), *ends, n_all))
-    table: pd.DataFrame = pd.DataFrame(rows, columns=list(COLUMNS))
-    return HeadsRecord(site, table, order, len(study.report_prompts), study.protocol.split)
+        coverage = float(shares.mean()), float(low), float(high)
+        rows.append(("random", len(many[0]), f"{n_random} sets", float(kls.mean()), *coverage))
+    table: pd.DataFrame = pd.DataFrame(
+        [(str(site), n_heads, *row, mean_all) for row in rows], columns=COLUMNS
+    )
+    return HeadsRecord(site, table, order)
 
 
 def _coverage(whole: Array, kl: Array, bootstrap: stats.Bootstrap) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""RQ1: how alike base and tuned are layer by layer, and from where on swapping one layer's output matters."""
+"""How alike base and tuned are layer by layer, and from where on swapping one layer's output matters."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from mechdiff_mlflow.experiments.study import Study
 from mechdiff_mlflow.measures import similarity, stats
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-DIRECTIONS = {"tuned_from_base": ("base", "tuned"), "base_from_tuned": ("tuned", "base")}
-"""Which model's activation goes into which."""
+DIRECTIONS = {"tuned_from_base": "tuned", "base_from_tuned": "base"}
+"""By name the model that is patched with the other's activations."""
 
 
 def layer_profile(study: Study) -> pd.DataFrame:
@@ -34,18 +34,16 @@ def layer_profile(study: Study) -> pd.DataFrame:
     sites = [Site(layer, Hook.RESID_POST) for layer in range(base.n_layers)]
     columns: dict[str, list[float | None]] = {"layer": [float(site.layer) for site in sites]}
     swapped, noise = {}, {}
-    for name, (_, taker) in DIRECTIONS.items():
+    for name, taker in DIRECTIONS.items():
         swapped[name] = study.computing.swap(taker, prompts, position, sites, study.stage)
         noise[name] = study.computing.clean_noise(taker, prompts, position)
     own = next(iter(swapped.values()))
     columns["cka"] = [
         similarity.debiased_cka(own[f"base/{site}"].double(), own[f"tuned/{site}"].double()) for site in sites
     ]
-    protocol = study.protocol
-    bootstrap = stats.Bootstrap(protocol.n_resamples, seed=protocol.seed, groups=prompts.groups)
     for name, found in swapped.items():
         kls: list[Array] = list(found["KL"].numpy().T)
-        means = [stats.kl_difference(kl, 0 * kl, bootstrap=bootstrap) for kl in kls]
+        means = [stats.kl_difference(kl, 0 * kl, bootstrap=study.bootstrap) for kl in kls]
         columns[f"KL_{name}"] = [mean.estimate for mean in means]
         columns[f"KL_{name}_low"] = [mean.low for mean in means]
         columns[f"KL_{name}_high"] = [mean.high for mean in means]

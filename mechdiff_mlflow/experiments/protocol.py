@@ -31,8 +31,11 @@ class Protocol:
             that W and not α·W is near the identity (see `planted`); `auto` then also offers the scale at
             which W is the identity in most directions.
         permutations: How many times the fit is repeated on shuffled pairs, its choices inside; 0 is never.
-        seed: Of bootstrap resamples, sign flips, shuffles, sampled gradients and random controls.
+        seed: Random seed of bootstrap resamples, sign flips, shuffles, sampled gradients, random controls.
         n_resamples: Bootstrap resamples.
+
+    Raises:
+        MechdiffError: One of them is out of its range.
     """
 
     split: str = "test"
@@ -53,7 +56,7 @@ class Protocol:
     def __post_init__(self) -> None:
         if self.split not in ("val", "test"):
             raise MechdiffError(
-                f"Split {self.split!r} cannot be reported; use test, or val as the seed does."
+                f"Split {self.split!r} cannot be reported; use test, or val as the original experiment does."
             )
         if self.alpha_fit not in ("after", "inside"):
             raise MechdiffError(f"alpha_fit is {self.alpha_fit!r}; use after or inside.")
@@ -67,7 +70,6 @@ class Protocol:
             raise MechdiffError(f"Seed {self.seed} is impossible; give 0 to {2**63 - 1}.")
         if self.directions < 1:
             raise MechdiffError(f"{self.directions} directions are impossible; give at least 1.")
-        for row in SOLVERS.values():
-            for setting in row.settings:
-                if hasattr(self, setting.name):
-                    setting.checked(getattr(self, setting.name))
+        for setting in {setting for solver in SOLVERS.values() for setting in solver.settings}:
+            if hasattr(self, setting.name):
+                setting.checked(getattr(self, setting.name))

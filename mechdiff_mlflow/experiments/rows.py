@@ -30,19 +30,12 @@ RAW = "raw"
 
 @dataclass(frozen=True, eq=False)
 class Patched:
-    """What one replacement did to the next-token distribution of each of n prompts.
+    """What one replacement did to the next-token distribution of each of n prompts, [n] each."""
 
-    Args:
-        kl_patched_clean_nats: KL(patched ‖ clean), [n].
-        kl_clean_patched_nats: KL(clean ‖ patched), [n].
-        top1_agrees: how far patched and clean prefer the same tokens, see `Divergences`, [n].
-        delta_logprob_nats: Change of the log-probability of the clean run's preferred token, [n].
-    """
-
-    kl_patched_clean_nats: Array
-    kl_clean_patched_nats: Array
-    top1_agrees: Array
-    delta_logprob_nats: Array
+    kl_patched_clean_nats: Array  # KL(patched ‖ clean)
+    kl_clean_patched_nats: Array  # KL(clean ‖ patched)
+    top1_agrees: Array  # how far patched and clean prefer the same tokens, see `Divergences`
+    delta_logprob_nats: Array  # change of the log-probability of the clean run's preferred token
 
     @property
     def mean_kl(self) -> float:
@@ -52,21 +45,13 @@ class Patched:
 
 @dataclass(frozen=True, eq=False)
 class SiteRows:
-    """One site on one split.
-
-    Args:
-        site: Where.
-        base_rows: Base activations [n, d_base] of this site among others, where they are kept.
-        tuned_rows: Tuned activations [n, d_tuned], in the same way.
-        patched: By label, what each replacement did.
-        clean_noise: How far apart clean runs of the same prompts are, nats; see `Workers.clean_noise`.
-    """
+    """One site on one split."""
 
     site: Site
-    base_rows: Mapping[Site, Tensor]
-    tuned_rows: Mapping[Site, Tensor]
-    patched: Mapping[str, Patched]
-    clean_noise: float = 0.0
+    base_rows: Mapping[Site, Tensor]  # base activations [n, d_base] of this site among others
+    tuned_rows: Mapping[Site, Tensor]  # tuned activations [n, d_tuned], in the same way
+    patched: Mapping[str, Patched]  # by label, what each replacement did
+    clean_noise: float = 0.0  # how far apart clean runs of the same prompts are, nats: `Workers.clean_noise`
 
     @property
     def noise_floor(self) -> float:
@@ -92,10 +77,6 @@ class SiteRows:
         patched = {label: self.patched[label] for label in (IDENTITY, RAW) if label in self.patched}
         patched |= {label: self.patched[there] for label, there in labels.items()}
         return replace(self, patched=patched)
-
-    def with_rows(self, more: Mapping[str, Patched]) -> SiteRows:
-        """These rows and more of the same site and split."""
-        return replace(self, patched={**self.patched, **more})
 
 
 Replacements = Mapping[Site, Mapping[str, AffineMap]]

@@ -37,6 +37,39 @@ from mechdiff_mlflow.spec.sites import Site
 FLOOR_LIMIT_NATS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 """An identity patch that moves the logits further than rounding can is a broken patch, not noise."""
 
+Requests = dict[Site, Offers]
+"""For each site the maps whose rows are wanted, by label."""
+
+
+@dataclass(eq=False)
+class _Patch:
+    """A map to report, the candidates for its controls by label, and what val chose among them."""
+
+    cell: Cell
+    map: AffineMap
+    nulls: Offers
+    shuffled: Sequence[Offers]
+    controls: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    null: str = ""
+
+    @property
+    def label(self) -> str:
+        return label_of(self.cell, self.map)
+
+    @property
+    def candidates(self) -> Offers:
+        return self.nulls | {label: map_ for offers in self.shuffled for label, map_ in offers.items()}
+
+    def choose(self, val: SiteRows) -> None:
+        """Take the scale that does best on val of each control and shuffle; the null is the best control."""
+        choices: dict[str, list[str]] = {}
+        for label in self.nulls:
+            choices.setdefault(label.split()[0], []).append(label)
+        best = {name: (_best(labels, val),) for name, labels in choices.items()}
+        shuffled = tuple(_best(offers, val) for offers in self.shuffled)
+        self.controls = best | ({SHUFFLED: shuffled} if shuffled else {})
+        self.null = min(self.controls, key=lambda name: val.mean_kl(self.controls[name]))
+
 
 @dataclass(frozen=True, eq=False)
 class Study:
@@ -78,6 +111,12 @@ class Study:
         sets = [self.train_prompts, self.val_prompts, self.report_prompts]
         return sets[:2] if self.protocol.split == "val" else sets
 
+    @property
+    def bootstrap(self) -> stats.Bootstrap:
+        """How intervals over the reported prompts are drawn."""
+        groups = self.report_prompts.groups
+        return stats.Bootstrap(self.protocol.n_resamples, seed=self.protocol.seed, groups=groups)
+
     def fit(self, cells: Sequence[Cell]) -> list[FitRecord]:
         """Fit every cell on train and let val choose what is open (α, the off-span rule).
 
@@ -88,12 +127,12 @@ class Study:
         self.computing.prepare(self.prompt_sets, self.protocol.position)
         fitter = self._fitter
         fitter.record(cells)
+        offers = []
         with self.stage("fitting", len(cells)) as advance:
-            offers = []
             for cell in cells:
                 offers.append(fitter.offers(cell))
                 advance(1)
-        requests: dict[Site, dict[str, AffineMap]] = {}
+        requests: Requests = {}
         for cell, maps in zip(cells, offers, strict=True):
             wanted = requests.setdefault(cell.site, {})
             if len(maps) > 1 or self.protocol.split == "val":
@@ -129,60 +168,47 @@ class Study:
         """
         fits = list(fits)
         self.computing.prepare(self.prompt_sets, self.protocol.position)
-        self._fitter.record([cell for cell, _ in fits])
-        nulls = [self._fitter.nulls(cell) for cell, _ in fits]
-        shuffled = [self._fitter.shuffled(cell) for cell, _ in fits]
-        requests: dict[Site, dict[str, AffineMap]] = {}
-        for (cell, _), maps, mixed in zip(fits, nulls, shuffled, strict=True):
-            requests.setdefault(cell.site, {}).update(maps)
-            for offers in mixed:
-                requests[cell.site].update(offers)
+        fitter = self._fitter
+        fitter.record([cell for cell, _ in fits])
+        patches = [_Patch(cell, map_, fitter.nulls(cell), fitter.shuffled(cell)) for cell, map_ in fits]
+        requests: Requests = {}
+        for patch in patches:
+            requests.setdefault(patch.cell.site, {}).update(patch.candidates)
         val = self._score("val", requests)
-        best = [
-            _best_of_each(maps, mixed, val[cell.site])
-            for (cell, _), maps, mixed in zip(fits, nulls, shuffled, strict=True)
-        ]
         requests = {}
-        for (cell, map_), maps, mixed, chosen in zip(fits, nulls, shuffled, best, strict=True):
-            every = {**maps, **{label: made for offers in mixed for label, made in offers.items()}}
-            wanted = requests.setdefault(cell.site, {})
-            wanted.update({label: every[label] for labels in chosen.values() for label in labels})
-            wanted[label_of(cell, map_)] = map_
+        for patch in patches:
+            patch.choose(val[patch.cell.site])
+            candidates, wanted = patch.candidates, requests.setdefault(patch.cell.site, {})
+            for labels in patch.controls.values():
+                wanted |= {label: candidates[label] for label in labels}
+            wanted[patch.label] = patch.map
         report = self._score(self.protocol.split, requests)
-        labels = [label_of(cell, map_) for cell, map_ in fits]
-        null_of = [
-            min(rows_of, key=lambda name, at=val[cell.site], rows=rows_of: at.mean_kl(rows[name]))  # type: ignore[misc]
-            for (cell, _), rows_of in zip(fits, best, strict=True)
-        ]
-        seed = self.protocol.seed
-        p_values = [
-            p_against_null(report[cell.site], label, rows_of[null], seed, self.report_prompts.groups)
-            for (cell, _), label, rows_of, null in zip(fits, labels, best, null_of, strict=True)
+        seed, groups = self.protocol.seed, self.report_prompts.groups
+        p_null = [
+            p_against_null(report[patch.cell.site], patch.label, patch.controls[patch.null], seed, groups)
+            for patch in patches
         ]
         # Whoever looks at many sees the luckiest (Holm 1979, A simple sequentially rejective procedure).
-        p_holm = stats.holm(p_values) if len(fits) > 1 else [None]
+        p_holm = stats.holm(p_null) if len(patches) > 1 else [None]
         records: list[PatchRecord] = []
-        for i, (cell, map_) in enumerate(fits):
+        for i, patch in enumerate(patches):
+            rows, mine = report[patch.cell.site], any(patch.map is fitted for fitted in self._fitted)
             record = summarise(
-                replace(cell, alpha=Alpha((map_.alpha,))),
-                map_,
-                report[cell.site],
-                label=labels[i],
-                controls=best[i],
-                null=null_of[i],
+                replace(patch.cell, alpha=Alpha((patch.map.alpha,))),
+                patch.map,
+                rows,
+                label=patch.label,
+                controls=patch.controls,
+                null=patch.null,
                 prompts=self.report_prompts,
                 # Of the cells reported here none has been taken yet.
-                leak=selection.leaks(
-                    map_,
-                    self.report_prompts,
-                    but=selection.CELL if any(map_ is mine for mine in self._fitted) else None,
-                ),
-                seed=seed,
-                n_resamples=self.protocol.n_resamples,
+                leak=selection.leaks(patch.map, self.report_prompts, but=selection.CELL if mine else None),
+                bootstrap=self.bootstrap,
                 seconds=self._seconds[self.protocol.split],
+                p_null=p_null[i],
                 p_holm=p_holm[i],
             )
-            self._check_identity(cell.site, report[cell.site].patched[IDENTITY].mean_kl)
+            self._check_identity(patch.cell.site, rows.patched[IDENTITY].mean_kl)
             each(i, record)
             records.append(record)
         return records
@@ -206,30 +232,28 @@ class Study:
     def _fitter(self) -> Fitter:
         return Fitter(self.computing, self.protocol, self.train_prompts, self.stage)
 
-    def _score(self, split: str, requests: dict[Site, dict[str, AffineMap]]) -> dict[Site, SiteRows]:
+    def _score(self, split: str, requests: Requests) -> dict[Site, SiteRows]:
         """Rows of a split by the labels of the request, scored only where they are not known yet.
 
         What is known is told apart by what maps compute: settings that labels leave out change that too.
         """
         known = self._rows.setdefault(split, {})
         wanted = {site: {map_.digest: map_ for map_ in maps.values()} for site, maps in requests.items()}
-        missing = {
-            site: {digest: map_ for digest, map_ in maps.items() if digest not in known[site].patched}
-            if site in known
-            else maps
-            for site, maps in wanted.items()
-        }
-        missing = {site: maps for site, maps in missing.items() if maps or site not in known}
+        missing: Requests = {}
+        for site, maps in wanted.items():
+            done = known[site].patched if site in known else {}
+            missing[site] = {digest: map_ for digest, map_ in maps.items() if digest not in done}
+            if site in known and not missing[site]:
+                del missing[site]
         if missing:
             prompts = self.report_prompts if split == self.protocol.split else self.val_prompts
-            self.pair.check_same_tokens(prompts, self.protocol.position)
             started = time.perf_counter()
             scored = self.computing.score(prompts, self.protocol.position, missing, self.stage)
             self._seconds[split] = self._seconds.get(split, 0.0) + time.perf_counter() - started
             noise = self.noise if split == self.protocol.split else 0.0
             for site, rows in scored.items():
-                rows = replace(rows, clean_noise=noise)
-                known[site] = known[site].with_rows(rows.patched) if site in known else rows
+                before = known[site].patched if site in known else {}
+                known[site] = replace(rows, patched={**before, **rows.patched}, clean_noise=noise)
         return {
             site: known[site].labelled({label: map_.digest for label, map_ in maps.items()})
             for site, maps in requests.items()
@@ -256,6 +280,10 @@ class Study:
             dtype=self.pair.spec.dtype,
         )
         rho, cosines = alignment(map_, val)
+        candidates = [
+            {"alpha": offers[label].alpha, "off_span": str(offers[label].meta["off_span"]), "KL_mapped": kl}
+            for label, kl in scored.items()
+        ]
         return FitRecord(
             cell=replace(cell, alpha=Alpha((map_.alpha,))),
             asked=cell,
@@ -265,16 +293,7 @@ class Study:
             chosen=tuple(chosen),
             rho=rho,
             cos_mean=mean_of_defined(cosines),
-            candidates=pd.DataFrame(
-                [
-                    {
-                        "alpha": offers[label].alpha,
-                        "off_span": str(offers[label].meta["off_span"]),
-                        "KL_mapped": kl,
-                    }
-                    for label, kl in scored.items()
-                ]
-            ),
+            candidates=pd.DataFrame(candidates),
             seconds=self._fitter.seconds(cell),
         )
 
@@ -287,16 +306,5 @@ class Study:
             )
 
 
-def _best_of_each(nulls: Offers, shuffled: Sequence[Offers], val: SiteRows) -> dict[str, tuple[str, ...]]:
-    """By control the row of its scale that does best on val; of shuffled fits, that of each permutation."""
-    choices: dict[str, list[str]] = {}
-    for label in nulls:
-        choices.setdefault(label.split()[0], []).append(label)
-    best: dict[str, tuple[str, ...]] = {name: (_least(labels, val),) for name, labels in choices.items()}
-    if shuffled:
-        best[SHUFFLED] = tuple(_least(offers, val) for offers in shuffled)
-    return best
-
-
-def _least(labels: Iterable[str], rows: SiteRows) -> str:
+def _best(labels: Iterable[str], rows: SiteRows) -> str:
     return min(labels, key=lambda label: rows.patched[label].mean_kl)

@@ -45,10 +45,10 @@ def summarise(
     null: str,
     prompts: PromptSet,
     leak: tuple[str, ...] | None,
-    seed: int,
-    n_resamples: int,
+    bootstrap: stats.Bootstrap,
     seconds: float,
-    p_holm: float | None = None,
+    p_null: float | None,
+    p_holm: float | None,
 ) -> PatchRecord:
     """One map on one split.
 
@@ -61,28 +61,28 @@ def summarise(
         null: The control that did best on val.
         prompts: The split.
         leak: What was chosen on these prompts; None where nobody knows.
-        seed: Of the bootstrap.
-        n_resamples: Of the bootstrap.
+        bootstrap: How intervals are drawn, and the random signs of the test against raw.
         seconds: What scoring took.
-        p_holm: `p_against_null` by Holm's method over all that are reported together.
+        p_null: `p_against_null` of the map.
+        p_holm: The same by Holm's method over all that are reported together.
     """
     patched = rows.patched
     mapped, raw = patched[label], patched.get(RAW)
     rho, cosines = alignment(map_, rows)
     noise = rows.noise_floor
-    bootstrap = stats.Bootstrap(n_resamples=n_resamples, seed=seed, groups=prompts.groups)
     undefined = {}
-    drop = difference = p_sign_flip = None
+    drop = difference = p_sign_flip = cos_vs_kl = None
     if raw is None:
         undefined["drop_pct"] = "base and tuned differ in width, so nothing can be cross-patched raw"
     else:
-        pairs = raw.kl_patched_clean_nats, mapped.kl_patched_clean_nats
-        drop = stats.drop_pct(*pairs, noise_floor=noise, bootstrap=bootstrap)
-        difference = stats.kl_difference(*pairs, bootstrap=bootstrap)
+        kl_raw, kl_mapped = raw.kl_patched_clean_nats, mapped.kl_patched_clean_nats
+        drop = stats.drop_pct(kl_raw, kl_mapped, noise_floor=noise, bootstrap=bootstrap)
+        difference = stats.kl_difference(kl_raw, kl_mapped, bootstrap=bootstrap)
         if drop.estimate is None:
             undefined["drop_pct"] = _below_floor("KL_raw", raw.mean_kl, noise)
         else:
-            p_sign_flip = stats.sign_flip_p(pairs[0] - pairs[1], seed=seed, groups=prompts.groups)
+            p_sign_flip = stats.sign_flip_p(kl_raw - kl_mapped, seed=bootstrap.seed, groups=bootstrap.groups)
+            cos_vs_kl = _correlation(cosines, kl_raw - kl_mapped, bootstrap)
     control_kl = {name: _kl(rows, labels) for name, labels in controls.items()}
     best = control_kl[null]
     skill = stats.drop_pct(best, mapped.kl_patched_clean_nats, noise_floor=noise, bootstrap=bootstrap)
@@ -104,14 +104,14 @@ def summarise(
         null=null,
         controls={name: float(kl.mean()) for name, kl in control_kl.items()},
         p_sign_flip=p_sign_flip,
-        p_null=p_against_null(rows, label, controls[null], seed, prompts.groups),
+        p_null=p_null,
         p_holm=p_holm,
         p_permutation=_permutation_p(rows, mapped.mean_kl, controls.get(SHUFFLED, ())),
         rho=rho,
         cos_mean=mean_of_defined(cosines),
         explained_variance=similarity.explained_variance(rows.tuned, map_(rows.base)),
         cka=similarity.debiased_cka(rows.base, rows.tuned) if len(prompts) >= MIN_CKA_PROMPTS else None,
-        cos_vs_kl=None if drop is None or drop.estimate is None else _cos_vs_kl(cosines, pairs, bootstrap),
+        cos_vs_kl=cos_vs_kl,
         top1_agreement=float(mapped.top1_agrees.mean()),
         delta_logprob=float(mapped.delta_logprob_nats.mean()),
         per_prompt=_per_prompt(rows, label, control_kl, prompts, cosines),
@@ -124,15 +124,7 @@ def summarise(
 def p_against_null(
     rows: SiteRows, label: str, null: Sequence[str], seed: int, groups: tuple[int, ...] = ()
 ) -> float | None:
-    """One-sided p-value that a map does better than its null; None where that would be told from noise.
-
-    Args:
-        rows: The site's patched rows.
-        label: Which row is the map's.
-        null: Which rows are the null's.
-        seed: Of the flipped signs.
-        groups: Of prompts, whose signs are flipped together.
-    """
+    """One-sided p-value that a map's row does better than its null's; None where that is noise."""
     best, mapped = _kl(rows, null), rows.patched[label].kl_patched_clean_nats
     if not stats.is_defined(best, mapped, rows.noise_floor):
         return None
@@ -152,17 +144,14 @@ def _permutation_p(rows: SiteRows, kl_mapped_nats: float, shuffled: Sequence[str
     return stats.permutation_p(kl_mapped_nats, [rows.patched[label].mean_kl for label in shuffled])
 
 
-def _cos_vs_kl(
-    cosines: NDArray[np.float64],
-    raw_and_mapped: tuple[NDArray[np.float64], NDArray[np.float64]],
-    bootstrap: stats.Bootstrap,
+def _correlation(
+    cosines: NDArray[np.float64], gain: NDArray[np.float64], bootstrap: stats.Bootstrap
 ) -> stats.Correlation | None:
     """Over the prompts whose cosine is defined; None when they are too few or one of the two is constant."""
     defined = ~np.isnan(cosines)
     if defined.sum() < MIN_CORRELATED_PROMPTS:
         return None
-    raw, mapped = raw_and_mapped
-    found = stats.correlation(cosines[defined], (raw - mapped)[defined], bootstrap=bootstrap.of(defined))
+    found = stats.correlation(cosines[defined], gain[defined], bootstrap=bootstrap.of(defined))
     return None if found.pearson.estimate is None else found
 
 
