@@ -20,27 +20,10 @@ from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-COLUMNS = [
-    "site",
-    "layer",
-    "hook",
-    "alpha",
-    "change",
-    "KL_raw",
-    "KL_mapped",
-    "drop_pct",
-    "drop_low",
-    "drop_high",
-    "skill_pct",
-    "skill_low",
-    "skill_high",
-    "null",
-    "rho",
-    "noise_floor",
-    "above_floor",
-    "p",
-    "p_holm",
-]
+COLUMNS = (
+    "site", "layer", "hook", "alpha", "change", "KL_raw", "KL_mapped", "drop_pct", "drop_low", "drop_high",
+    "skill_pct", "skill_low", "skill_high", "null", "rho", "noise_floor", "above_floor", "p", "p_holm",
+)  # fmt: skip
 """Of the table, one row a site in the order of the forward pass.
 
 change is ‖Y − X‖ / ‖Y‖ of tuned and base activations; p is of a sign-flip test that KL_mapped is below the KL
@@ -146,7 +129,7 @@ def _table(rows: Mapping[Site, SiteRows], patches: Mapping[Site, PatchRecord], a
                     row |= {f"{key}_pct": interval.estimate}
                     row |= {f"{key}_low": interval.low, f"{key}_high": interval.high}
         found.append([row.get(column) for column in COLUMNS])
-    table: pd.DataFrame = pd.DataFrame(found, columns=COLUMNS)
+    table: pd.DataFrame = pd.DataFrame(found, columns=list(COLUMNS))
     return table
 
 

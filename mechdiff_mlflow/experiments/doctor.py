@@ -1,4 +1,4 @@
-"""Plumbing checks: a pair that fails one would give numbers that look fine and are wrong (DESIGN §3)."""
+"""Plumbing checks: a pair that fails one would give numbers that look fine and are wrong."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ bfloat16, on an 8B-shaped model with random weights.
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the doctor's: what was looked at, whether it holds, and what was seen."""
+    """One line of the doctor: what was looked at, whether it holds, and what was seen."""
 
     name: str
     passed: bool
@@ -65,7 +65,6 @@ _ESSENTIAL = ("same token ids", "hooks and sublayers", "identity patch", _INVARI
 def _checks(pair: Pair) -> dict[str, Callable[[], str]]:
     """By name what says what it saw, or raises."""
     prompts = pair.prompts_of("val").first(min(N_PROMPTS, len(pair.prompts["val"])))
-    n_layers = pair.n_layers
     sites = _middle_sites(pair)
     return {
         "prompts": lambda: ", ".join(f"{len(p)} {split}" for split, p in pair.prompts.items()) + ", disjoint",
@@ -75,7 +74,7 @@ def _checks(pair: Pair) -> dict[str, Callable[[], str]]:
         "hooks and sublayers": lambda: _hooks_and_sublayers(pair, prompts),
         _INVARIANT: lambda: _capture_is_invariant(pair, prompts, sites),
         "identity patch": lambda: _identity(pair, prompts, sites),
-        "oracle map": lambda: _oracle(pair, prompts, n_layers),
+        "oracle map": lambda: _oracle(pair, prompts),
         "untouched layers agree": lambda: _untouched(pair, prompts),
     }
 
@@ -129,27 +128,24 @@ def _hooks_and_sublayers(pair: Pair, prompts: PromptSet) -> str:
     for side in (pair.tuned, pair.base):  # in this order, and one held at a time is loaded once fewer
         tokens = pair.tokens(side.role, prompts, Position.DECISION)
         with side.engine() as engine:
-            for check in check_plumbing(engine, tokens):
-                if not check.passed:
-                    raise MechdiffError(
-                        f"{check.name} fails in {side.role}: {check.detail}; name the modules in the spec."
-                    )
+            failed = [check for check in check_plumbing(engine, tokens) if not check.passed]
+        for check in failed:
+            raise MechdiffError(
+                f"{check.name} fails in {side.role}: {check.detail}; name the modules in the spec."
+            )
     return "every hook fires once a forward, blocks add what their sublayers give, in both models"
 
 
 def _capture_is_invariant(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
     """Alone, unpadded, and in a batch with longer prompts, a prompt has the same activations."""
     together = capture(pair, "tuned", prompts, Position.DECISION, sites)
-    worst = 0.0
-    for index in range(len(prompts)):
-        tokens = pair.tokens("tuned", prompts, Position.DECISION)[index : index + 1]
-        with pair.tuned.engine() as engine:
-            alone = engine.capture(tokens, sites)
-        for site in sites:
-            difference = (alone[site][0] - together[site][index]).abs().max() / together[site][
-                index
-            ].abs().max()
-            worst = max(worst, float(difference))
+    tokens, worst = pair.tokens("tuned", prompts, Position.DECISION), 0.0
+    with pair.tuned.engine() as engine:
+        for index in range(len(prompts)):
+            alone = engine.capture(tokens[index : index + 1], sites)
+            for site in sites:
+                one, expected = alone[site][0], together[site][index]
+                worst = max(worst, float((one - expected).abs().max() / expected.abs().max()))
     if not worst <= CAPTURE_TOLERANCE[pair.spec.dtype]:
         raise MechdiffError(
             f"Activations change by {worst:.1g} with padding; the model does not honour its attention mask, "
@@ -171,9 +167,9 @@ def _identity(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
     return f"noise floor at most {floors[worst]:.1g} nats ({worst})"
 
 
-def _oracle(pair: Pair, prompts: PromptSet, n_layers: int) -> str:
+def _oracle(pair: Pair, prompts: PromptSet) -> str:
     """The tuned activation itself in place of the base one must undo the raw patch entirely."""
-    site = Site(n_layers - 1, Hook.RESID_POST)
+    site = Site(pair.n_layers - 1, Hook.RESID_POST)
     rows = score(pair, prompts, Position.DECISION, {site: {}})[site].patched
     if "raw" not in rows:
         return "widths differ: nothing to cross-patch raw"

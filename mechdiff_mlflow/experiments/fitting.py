@@ -21,10 +21,6 @@ from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum, Solution, controls
 from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Cell
 from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Site
-from mechdiff_mlflow.text import text_of
-
-Offers = dict[str, AffineMap]
-"""Maps among which val chooses, by label."""
 
 Key = tuple[Site, str, str, float]
 """Site, solver, family and the α that a fit divides y by."""
@@ -43,7 +39,7 @@ class Fitter:
     _solutions: dict[Key, tuple[Solution, float]] = field(default_factory=dict)
     _shuffled: dict[Key, list[Solution]] = field(default_factory=dict)
     _gradients: dict[Site, Tensor] = field(default_factory=dict)
-    _controls: dict[Site, Offers] = field(default_factory=dict)
+    _controls: dict[tuple[Site, str], AffineMap] = field(default_factory=dict)
     _basis: Tensor | None = None
 
     def record(self, cells: Sequence[Cell]) -> None:
@@ -79,43 +75,35 @@ class Fitter:
             return tuple(sorted({*ALPHA_GRID, *([own] if own > 0 else [])}))
         return cell.alpha.values
 
-    def offers(self, cell: Cell) -> Offers:
+    def offers(self, cell: Cell) -> list[AffineMap]:
         """The maps among which val chooses."""
         return self._offers(cell, {alpha: self._solution(cell, alpha) for alpha in self._fits(cell)})
 
-    def shuffled(self, cell: Cell) -> list[Offers]:
+    def shuffled(self, cell: Cell) -> list[list[AffineMap]]:
         """What `offers` are when base and tuned rows are paired at random, once for each permutation."""
         if not self.protocol.permutations:
             return []
         by_alpha = {alpha: self._shuffled_solutions(cell, alpha) for alpha in self._fits(cell)}
-        found = []
-        for b in range(self.protocol.permutations):
-            offers = self._offers(cell, {alpha: solutions[b] for alpha, solutions in by_alpha.items()})
-            found.append({f"shuffle {b + 1} {label}": map_ for label, map_ in offers.items()})
-        return found
+        return [
+            self._offers(cell, {alpha: solutions[b] for alpha, solutions in by_alpha.items()})
+            for b in range(self.protocol.permutations)
+        ]
 
-    def nulls(self, cell: Cell) -> Offers:
+    def nulls(self, cell: Cell) -> dict[str, list[AffineMap]]:
         """Every control at every scale that the map may have, and unscaled: the same freedom."""
-        nulls = {}
-        for title, made in self._controls_of(cell).items():
-            scales = (1.0,) if title == "zero" else sorted({1.0, *self.alphas(cell)})
-            nulls.update({f"{title} α={text_of(alpha)}": made.with_alpha(alpha) for alpha in scales})
-        return nulls
-
-    def _controls_of(self, cell: Cell) -> Offers:
-        """The site's controls, unscaled, each made once: all cells of a site share them, and their memory."""
-        known = self._controls.setdefault(cell.site, {})
-        spectrum = self._spectrum(cell.site)
-        # The wrong layer's map is the only control that the solver has a part in.
-        wrong_layer = f"wrong_layer {cell.solver} {cell.family}"
-        if wrong_layer not in known:
+        spectrum, scales = self._spectrum(cell.site), sorted({1.0, *self.alphas(cell)})
+        # All cells of a site share its controls; the wrong layer's map alone depends on the solver.
+        wrong_layer = cell.site, f"wrong_layer {cell.solver} {cell.family}"
+        if wrong_layer not in self._controls:
             other = self._solution(replace(cell, site=self.elsewhere(cell.site)), 1.0).map()
-            for name in controls.applicable_controls(spectrum, other=other):
-                title = wrong_layer if name == "wrong_layer" else name
-                if title not in known:
-                    known[title] = controls.control_map(name, spectrum, seed=self.protocol.seed, other=other)
-        mine = {title: made for title, made in known.items() if not title.startswith("wrong_layer")}
-        return mine | ({wrong_layer: known[wrong_layer]} if wrong_layer in known else {})
+            self._controls[wrong_layer] = controls.control_map("wrong_layer", spectrum, other=other)
+        nulls = {}
+        for name in controls.applicable_controls(spectrum, other=self._controls[wrong_layer]):
+            key = wrong_layer if name == "wrong_layer" else (cell.site, name)
+            if key not in self._controls:
+                self._controls[key] = controls.control_map(name, spectrum, seed=self.protocol.seed)
+            nulls[name] = [self._controls[key].with_alpha(a) for a in ([1.0] if name == "zero" else scales)]
+        return nulls
 
     def seconds(self, cell: Cell) -> float:
         """What the factorisations took that all ranks of the cell's site, solver and family share."""
@@ -125,7 +113,7 @@ class Fitter:
         """The α that a fit of its own is needed for."""
         return self.alphas(cell) if self.protocol.alpha_fit == "inside" else (1.0,)
 
-    def _offers(self, cell: Cell, solutions: dict[float, Solution]) -> Offers:
+    def _offers(self, cell: Cell, solutions: dict[float, Solution]) -> list[AffineMap]:
         spectrum = self._spectrum(cell.site)
         rules: Sequence[OffSpan | None] = (self.protocol.off_span,)
         if self.protocol.off_span is None and cell.rank.k is None and spectrum.vx.shape[1] < spectrum.d_in:
@@ -137,7 +125,7 @@ class Fitter:
         notes: dict[str, JSON] = {"alpha_fit": self.protocol.alpha_fit}  # what a map's own meta does not say
         if "basis" in solvers.solver_named(cell.solver).tensors:
             notes |= {"directions": self.protocol.directions, "unembedding": self.protocol.unembedding}
-        return {label_of(cell, map_): map_.with_meta(**notes) for map_ in maps}
+        return [map_.with_meta(**notes) for map_ in maps]
 
     def _key(self, cell: Cell, alpha: float) -> Key:
         return cell.site, cell.solver, cell.family, alpha
@@ -220,9 +208,3 @@ def elsewhere(site: Site, n_layers: int) -> Site:
         return site
     step = max(1, n_layers // 8)
     return replace(site, layer=site.layer + (step if site.layer + step < n_layers else -step))
-
-
-def label_of(cell: Cell, map_: AffineMap) -> str:
-    """What a map of a site is called among others; ends in what it computes, for settings are left out."""
-    about = f"{cell.site} {cell.solver} {cell.family} k={cell.rank} α={text_of(map_.alpha)}"
-    return f"{about} {map_.meta.get('off_span')} {map_.digest}"

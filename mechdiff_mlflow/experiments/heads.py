@@ -20,18 +20,9 @@ from mechdiff_mlflow.experiments.substitution import Heads
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-COLUMNS = [
-    "site",
-    "n_heads",
-    "choice",
-    "size",
-    "heads",
-    "KL",
-    "coverage",
-    "coverage_low",
-    "coverage_high",
-    "KL_all",
-]
+COLUMNS = (
+    "site", "n_heads", "choice", "size", "heads", "KL", "coverage", "coverage_low", "coverage_high", "KL_all",
+)  # fmt: skip
 """Of the table. choice is single, greedy (nested, chosen on val) or random (of several sets of a size: mean,
 and the middle 95 % of the sets instead of an interval over prompts)."""
 
@@ -99,7 +90,7 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
         coverage = float(shares.mean()), float(low), float(high)
         rows.append(("random", len(many[0]), f"{n_random} sets", float(kls.mean()), *coverage))
     table: pd.DataFrame = pd.DataFrame(
-        [(str(site), n_heads, *row, mean_all) for row in rows], columns=COLUMNS
+        [(str(site), n_heads, *row, mean_all) for row in rows], columns=list(COLUMNS)
     )
     return HeadsRecord(site, table, order)
 

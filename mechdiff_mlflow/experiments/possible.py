@@ -85,7 +85,7 @@ def check_cells(cells: Sequence[Cell], protocol: Protocol, pair: Pair) -> None:
 
 
 def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, any_pair: bool) -> None:
-    """Make sure that a map fits its site of a pair, and was fitted on it.
+    """Make sure that a map fits its site of a pair, and was fitted on it, unless `any_pair` is allowed.
 
     Args:
         map_: The map.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -68,15 +68,10 @@ class SiteRows:
         """Tuned activations, float64 [n, d_tuned]."""
         return self.tuned_rows[self.site].double()
 
-    def mean_kl(self, labels: Iterable[str]) -> float:
-        """Mean KL(patched ‖ clean) in nats over prompts and some replacements."""
-        return float(np.mean([self.patched[label].mean_kl for label in labels]))
-
-    def labelled(self, labels: Mapping[str, str]) -> SiteRows:
-        """Some of these rows under other labels, beside identity and raw."""
-        patched = {label: self.patched[label] for label in (IDENTITY, RAW) if label in self.patched}
-        patched |= {label: self.patched[there] for label, there in labels.items()}
-        return replace(self, patched=patched)
+    def kl(self, maps: Sequence[AffineMap]) -> Array:
+        """KL(patched ‖ clean) of each prompt, the mean over maps that are labelled by their digests, nats [n]."""
+        mean: Array = np.mean([self.patched[map_.digest].kl_patched_clean_nats for map_ in maps], axis=0)
+        return mean
 
 
 Replacements = Mapping[Site, Mapping[str, AffineMap]]

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 
 import pandas as pd
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.fitting import Fitter, Offers, label_of
+from mechdiff_mlflow.experiments.fitting import Fitter
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
@@ -37,38 +38,24 @@ from mechdiff_mlflow.spec.sites import Site
 FLOOR_LIMIT_NATS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 """An identity patch that moves the logits further than rounding can is a broken patch, not noise."""
 
-Requests = dict[Site, Offers]
-"""For each site the maps whose rows are wanted, by label."""
-
 
 @dataclass(eq=False)
 class _Patch:
-    """A map to report, the candidates for its controls by label, and what val chose among them."""
+    """A map to report, the maps among which val chooses its controls, and what it chose."""
 
     cell: Cell
     map: AffineMap
-    nulls: Offers
-    shuffled: Sequence[Offers]
-    controls: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    nulls: Mapping[str, Sequence[AffineMap]]
+    shuffled: Sequence[Sequence[AffineMap]]
+    controls: dict[str, list[AffineMap]] = field(default_factory=dict)
     null: str = ""
-
-    @property
-    def label(self) -> str:
-        return label_of(self.cell, self.map)
-
-    @property
-    def candidates(self) -> Offers:
-        return self.nulls | {label: map_ for offers in self.shuffled for label, map_ in offers.items()}
 
     def choose(self, val: SiteRows) -> None:
         """Take the scale that does best on val of each control and shuffle; the null is the best control."""
-        choices: dict[str, list[str]] = {}
-        for label in self.nulls:
-            choices.setdefault(label.split()[0], []).append(label)
-        best = {name: (_best(labels, val),) for name, labels in choices.items()}
-        shuffled = tuple(_best(offers, val) for offers in self.shuffled)
-        self.controls = best | ({SHUFFLED: shuffled} if shuffled else {})
-        self.null = min(self.controls, key=lambda name: val.mean_kl(self.controls[name]))
+        self.controls = {name: [_best(maps, val)] for name, maps in self.nulls.items()}
+        if self.shuffled:
+            self.controls |= {SHUFFLED: [_best(maps, val) for maps in self.shuffled]}
+        self.null = min(self.controls, key=lambda name: float(val.kl(self.controls[name]).mean()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,16 +119,12 @@ class Study:
             for cell in cells:
                 offers.append(fitter.offers(cell))
                 advance(1)
-        requests: Requests = {}
+        wanted: list[tuple[Site, AffineMap]] = []
         for cell, maps in zip(cells, offers, strict=True):
-            wanted = requests.setdefault(cell.site, {})
-            if len(maps) > 1 or self.protocol.split == "val":
-                wanted.update(maps)
             # What `patch` will want of val is scored along: val is run once.
-            wanted.update(fitter.nulls(cell))
-            for mixed in fitter.shuffled(cell):
-                wanted.update(mixed)
-        val = self._score("val", requests)
+            later = chain(*fitter.nulls(cell).values(), *fitter.shuffled(cell))
+            wanted += [(cell.site, map_) for map_ in (*(maps if self._is_scored(maps) else ()), *later)]
+        val = self._score("val", wanted)
         found = [self._choose(cell, maps, val[cell.site]) for cell, maps in zip(cells, offers, strict=True)]
         if len(found) > 1:  # reported together, and people take the best
             one_of = selection.entry(f"{selection.CELL} (one of {len(found)})", self.report_prompts)
@@ -171,21 +154,27 @@ class Study:
         fitter = self._fitter
         fitter.record([cell for cell, _ in fits])
         patches = [_Patch(cell, map_, fitter.nulls(cell), fitter.shuffled(cell)) for cell, map_ in fits]
-        requests: Requests = {}
-        for patch in patches:
-            requests.setdefault(patch.cell.site, {}).update(patch.candidates)
-        val = self._score("val", requests)
-        requests = {}
+        val = self._score(
+            "val",
+            [
+                (patch.cell.site, map_)
+                for patch in patches
+                for map_ in chain(*patch.nulls.values(), *patch.shuffled)
+            ],
+        )
         for patch in patches:
             patch.choose(val[patch.cell.site])
-            candidates, wanted = patch.candidates, requests.setdefault(patch.cell.site, {})
-            for labels in patch.controls.values():
-                wanted |= {label: candidates[label] for label in labels}
-            wanted[patch.label] = patch.map
-        report = self._score(self.protocol.split, requests)
+        report = self._score(
+            self.protocol.split,
+            [
+                (patch.cell.site, map_)
+                for patch in patches
+                for map_ in (patch.map, *chain(*patch.controls.values()))
+            ],
+        )
         seed, groups = self.protocol.seed, self.report_prompts.groups
         p_null = [
-            p_against_null(report[patch.cell.site], patch.label, patch.controls[patch.null], seed, groups)
+            p_against_null(report[patch.cell.site], patch.map, patch.controls[patch.null], seed, groups)
             for patch in patches
         ]
         # Whoever looks at many sees the luckiest (Holm 1979, A simple sequentially rejective procedure).
@@ -197,7 +186,6 @@ class Study:
                 replace(patch.cell, alpha=Alpha((patch.map.alpha,))),
                 patch.map,
                 rows,
-                label=patch.label,
                 controls=patch.controls,
                 null=patch.null,
                 prompts=self.report_prompts,
@@ -232,19 +220,17 @@ class Study:
     def _fitter(self) -> Fitter:
         return Fitter(self.computing, self.protocol, self.train_prompts, self.stage)
 
-    def _score(self, split: str, requests: Requests) -> dict[Site, SiteRows]:
-        """Rows of a split by the labels of the request, scored only where they are not known yet.
+    def _is_scored(self, offers: Sequence[AffineMap]) -> bool:
+        """Whether the maps of a cell are scored on val: of one there is nothing to choose."""
+        return len(offers) > 1 or self.protocol.split == "val"
 
-        What is known is told apart by what maps compute: settings that labels leave out change that too.
-        """
+    def _score(self, split: str, wanted: Iterable[tuple[Site, AffineMap]]) -> dict[Site, SiteRows]:
+        """Rows of a split by the digests of maps, scored only where they are not known yet."""
         known = self._rows.setdefault(split, {})
-        wanted = {site: {map_.digest: map_ for map_ in maps.values()} for site, maps in requests.items()}
-        missing: Requests = {}
-        for site, maps in wanted.items():
-            done = known[site].patched if site in known else {}
-            missing[site] = {digest: map_ for digest, map_ in maps.items() if digest not in done}
-            if site in known and not missing[site]:
-                del missing[site]
+        missing: dict[Site, dict[str, AffineMap]] = {}
+        for site, map_ in wanted:
+            if site not in known or map_.digest not in known[site].patched:
+                missing.setdefault(site, {})[map_.digest] = map_
         if missing:
             prompts = self.report_prompts if split == self.protocol.split else self.val_prompts
             started = time.perf_counter()
@@ -254,17 +240,13 @@ class Study:
             for site, rows in scored.items():
                 before = known[site].patched if site in known else {}
                 known[site] = replace(rows, patched={**before, **rows.patched}, clean_noise=noise)
-        return {
-            site: known[site].labelled({label: map_.digest for label, map_ in maps.items()})
-            for site, maps in requests.items()
-        }
+        return known
 
-    def _choose(self, cell: Cell, offers: Mapping[str, AffineMap], val: SiteRows) -> FitRecord:
-        """The offer with the least mean KL on val; of one there is nothing to choose."""
-        scored = {label: val.patched[label].mean_kl for label in offers if label in val.patched}
-        best = offers[min(offers, key=lambda label: scored.get(label, 0.0))]
-        chosen = ["alpha"] if len({map_.alpha for map_ in offers.values()}) > 1 else []
-        if len({map_.meta["off_span"] for map_ in offers.values()}) > 1:
+    def _choose(self, cell: Cell, offers: Sequence[AffineMap], val: SiteRows) -> FitRecord:
+        """The offer with the least mean KL on val."""
+        best = _best(offers, val) if self._is_scored(offers) else offers[0]
+        chosen = ["alpha"] if len({map_.alpha for map_ in offers}) > 1 else []
+        if len({map_.meta["off_span"] for map_ in offers}) > 1:
             chosen.append("off_span")
         if cell.rank.k is not None:
             best.check_rank(cell.rank.k, cell.family)
@@ -281,8 +263,12 @@ class Study:
         )
         rho, cosines = alignment(map_, val)
         candidates = [
-            {"alpha": offers[label].alpha, "off_span": str(offers[label].meta["off_span"]), "KL_mapped": kl}
-            for label, kl in scored.items()
+            {
+                "alpha": offer.alpha,
+                "off_span": str(offer.meta["off_span"]),
+                "KL_mapped": val.patched[offer.digest].mean_kl,
+            }
+            for offer in (offers if self._is_scored(offers) else ())
         ]
         return FitRecord(
             cell=replace(cell, alpha=Alpha((map_.alpha,))),
@@ -306,5 +292,5 @@ class Study:
             )
 
 
-def _best(labels: Iterable[str], rows: SiteRows) -> str:
-    return min(labels, key=lambda label: rows.patched[label].mean_kl)
+def _best(maps: Iterable[AffineMap], rows: SiteRows) -> AffineMap:
+    return min(maps, key=lambda map_: rows.patched[map_.digest].mean_kl)

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mechdiff_mlflow.experiments.records import PatchRecord
-from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, SiteRows
+from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, SiteRows
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures import similarity, stats
 from mechdiff_mlflow.spec.pair_spec import Cell
@@ -40,8 +40,7 @@ def summarise(
     map_: AffineMap,
     rows: SiteRows,
     *,
-    label: str,
-    controls: Mapping[str, Sequence[str]],
+    controls: Mapping[str, Sequence[AffineMap]],
     null: str,
     prompts: PromptSet,
     leak: tuple[str, ...] | None,
@@ -50,24 +49,11 @@ def summarise(
     p_null: float | None,
     p_holm: float | None,
 ) -> PatchRecord:
-    """One map on one split.
+    """One map on one split, from the site's patched rows by the digests of maps.
 
-    Args:
-        cell: Where and how.
-        map_: The map.
-        rows: The site's patched rows on the split.
-        label: Which row is the map's.
-        controls: By name, which row is each control's; of shuffled fits one row a permutation.
-        null: The control that did best on val.
-        prompts: The split.
-        leak: What was chosen on these prompts; None where nobody knows.
-        bootstrap: How intervals are drawn, and the random signs of the test against raw.
-        seconds: What scoring took.
-        p_null: `p_against_null` of the map.
-        p_holm: The same by Holm's method over all that are reported together.
+    `controls` are the maps of each control, of shuffled fits one a permutation; all else as in the record.
     """
-    patched = rows.patched
-    mapped, raw = patched[label], patched.get(RAW)
+    mapped, raw = rows.patched[map_.digest], rows.patched.get(RAW)
     rho, cosines = alignment(map_, rows)
     noise = rows.noise_floor
     undefined = {}
@@ -83,7 +69,12 @@ def summarise(
         else:
             p_sign_flip = stats.sign_flip_p(kl_raw - kl_mapped, seed=bootstrap.seed, groups=bootstrap.groups)
             cos_vs_kl = _correlation(cosines, kl_raw - kl_mapped, bootstrap)
-    control_kl = {name: _kl(rows, labels) for name, labels in controls.items()}
+    control_kl = {name: rows.kl(maps) for name, maps in controls.items()}
+    p_permutation = None
+    if shuffled := controls.get(SHUFFLED):
+        p_permutation = stats.permutation_p(
+            mapped.mean_kl, [rows.patched[one.digest].mean_kl for one in shuffled]
+        )
     best = control_kl[null]
     skill = stats.drop_pct(best, mapped.kl_patched_clean_nats, noise_floor=noise, bootstrap=bootstrap)
     if skill.estimate is None:
@@ -106,7 +97,7 @@ def summarise(
         p_sign_flip=p_sign_flip,
         p_null=p_null,
         p_holm=p_holm,
-        p_permutation=_permutation_p(rows, mapped.mean_kl, controls.get(SHUFFLED, ())),
+        p_permutation=p_permutation,
         rho=rho,
         cos_mean=mean_of_defined(cosines),
         explained_variance=similarity.explained_variance(rows.tuned, map_(rows.base)),
@@ -114,7 +105,7 @@ def summarise(
         cos_vs_kl=cos_vs_kl,
         top1_agreement=float(mapped.top1_agrees.mean()),
         delta_logprob=float(mapped.delta_logprob_nats.mean()),
-        per_prompt=_per_prompt(rows, label, control_kl, prompts, cosines),
+        per_prompt=_per_prompt(rows, mapped, control_kl, prompts, cosines),
         leak=leak,
         undefined=undefined,
         seconds=seconds,
@@ -122,26 +113,13 @@ def summarise(
 
 
 def p_against_null(
-    rows: SiteRows, label: str, null: Sequence[str], seed: int, groups: tuple[int, ...] = ()
+    rows: SiteRows, map_: AffineMap, null: Sequence[AffineMap], seed: int, groups: tuple[int, ...]
 ) -> float | None:
-    """One-sided p-value that a map's row does better than its null's; None where that is noise."""
-    best, mapped = _kl(rows, null), rows.patched[label].kl_patched_clean_nats
+    """One-sided p-value that a map does better than its null; None where that would be told from noise."""
+    best, mapped = rows.kl(null), rows.kl([map_])
     if not stats.is_defined(best, mapped, rows.noise_floor):
         return None
     return stats.sign_flip_p(best - mapped, seed=seed, groups=groups)
-
-
-def _kl(rows: SiteRows, labels: Sequence[str]) -> NDArray[np.float64]:
-    """KL(patched ‖ clean) of each prompt, the mean over some rows, nats [n]."""
-    by_row = np.stack([rows.patched[label].kl_patched_clean_nats for label in labels])
-    mean: NDArray[np.float64] = by_row.mean(0)
-    return mean
-
-
-def _permutation_p(rows: SiteRows, kl_mapped_nats: float, shuffled: Sequence[str]) -> float | None:
-    if not shuffled:
-        return None
-    return stats.permutation_p(kl_mapped_nats, [rows.patched[label].mean_kl for label in shuffled])
 
 
 def _correlation(
@@ -164,16 +142,14 @@ def _below_floor(what: str, kl_nats: float, noise_nats: float) -> str:
 
 def _per_prompt(
     rows: SiteRows,
-    label: str,
+    mapped: Patched,
     control_kl: Mapping[str, NDArray[np.float64]],
     prompts: PromptSet,
     cosines: NDArray[np.float64],
 ) -> pd.DataFrame:
-    mapped, raw = rows.patched[label], rows.patched.get(RAW)
     columns: dict[str, object] = {"prompt": [prompt.text for prompt in prompts.prompts]}
     columns |= {"group": prompts.groups} if prompts.groups else {}
-    if raw is not None:
-        columns["KL_raw"] = raw.kl_patched_clean_nats
+    columns |= {"KL_raw": rows.patched[RAW].kl_patched_clean_nats} if RAW in rows.patched else {}
     columns |= {
         "KL_mapped": mapped.kl_patched_clean_nats,
         "KL_mapped_reverse": mapped.kl_clean_patched_nats,
