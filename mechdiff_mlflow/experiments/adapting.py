@@ -37,9 +37,7 @@ class Closeness:
     """KL(model ‖ tuned) of next-token distributions over n prompts, in nats."""
 
     kl: Interval
-    closer_pct: (
-        Interval  # 100·(1 − ΣKL/ΣKL of base alone), how much of the way it goes; undefined if that is 0
-    )
+    closer_pct: Interval  # 100·(1 − ΣKL/ΣKL of base alone), how far it goes; undefined if that is 0
     top1: float  # fraction of prompts whose most probable token is tuned's
 
 
@@ -47,9 +45,9 @@ class Closeness:
 class AdapterRecord:
     """An adapter and what it achieves.
 
-    `closeness` is by what is done to base: `base`, `map at the decision token`, `adapter`, and `ceiling`, tuned's
-    own activation put there at the decision token, the most a map can do at that token; it is empty when base
-    and tuned have different vocabularies.
+    `closeness` is by what is done to base: `base`, `map at the decision token`, `adapter`, and `ceiling`,
+    tuned's own activation put there at the decision token, the most a map can do at that token; it is empty
+    when base and tuned have different vocabularies.
     """
 
     form: Form  # `peft` or `hook`

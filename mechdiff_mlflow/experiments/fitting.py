@@ -15,7 +15,7 @@ from mechdiff_mlflow import solvers
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.protocol import Protocol
-from mechdiff_mlflow.experiments.workers import Workers
+from mechdiff_mlflow.experiments.workers.workers import Workers, unembedding
 from mechdiff_mlflow.maps.affine import JSON, AffineMap
 from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum, Solution, controls
 from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Cell
@@ -176,9 +176,8 @@ class Fitter:
     def _output_directions(self, width: int) -> Tensor:
         """Top directions of the unembedding, [q, d]."""
         if self._basis is None:
-            matrices = [self.workers.unembedding("tuned")]
-            if self.protocol.unembedding == "joint":
-                matrices.append(self.workers.unembedding("base"))
+            roles = ("tuned", "base") if self.protocol.unembedding == "joint" else ("tuned",)
+            matrices = [self.workers.ask(unembedding, role) for role in roles]
             if any(matrix.shape[1] != width for matrix in matrices):
                 raise MechdiffError(
                     f"The unembeddings read {' and '.join(str(m.shape[1]) for m in matrices)} dimensions and "

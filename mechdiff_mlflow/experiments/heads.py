@@ -17,6 +17,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.rows import Array
 from mechdiff_mlflow.experiments.study import Study
 from mechdiff_mlflow.experiments.substitution import Heads
+from mechdiff_mlflow.experiments.workers.workers import n_heads_of
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.spec.sites import Hook, Site
 
@@ -37,12 +38,7 @@ class HeadsRecord:
 
 
 def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
-    """Single heads, greedy sets and random sets of every size.
-
-    Args:
-        study: The pair and protocol.
-        layer: Whose attention.
-        n_random: Random sets of each size.
+    """Single heads of a layer, greedy sets and `n_random` random sets of every size.
 
     Raises:
         MechdiffError: The heads of the two models cannot be told apart or differ in number or width, or
@@ -50,7 +46,7 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
     """
     site = Site(layer, Hook.ATTN_OUT)
     patches = partial(study.computing.head_patches, layer, position=study.protocol.position)
-    n_heads = study.computing.n_heads(layer)
+    n_heads = study.computing.ask(n_heads_of, layer)
     order: Heads = ()
     with study.stage("greedy heads on val", n_heads) as advance:
         while len(order) < n_heads:

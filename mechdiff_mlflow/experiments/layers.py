@@ -7,6 +7,7 @@ import pandas as pd
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.rows import Array
 from mechdiff_mlflow.experiments.study import Study
+from mechdiff_mlflow.experiments.workers.workers import model_sizes
 from mechdiff_mlflow.measures import similarity, stats
 from mechdiff_mlflow.spec.sites import Hook, Site
 
@@ -25,7 +26,7 @@ def layer_profile(study: Study) -> pd.DataFrame:
         MechdiffError: The models differ in depth or width.
     """
     prompts, position = study.report_prompts, study.protocol.position
-    base, tuned = study.computing.model_sizes()
+    base, tuned = study.computing.ask(model_sizes)
     if base != tuned:
         raise MechdiffError(
             f"Base has {base.n_layers} layers of width {base.width} and tuned {tuned.n_layers} of "

@@ -69,7 +69,7 @@ class SiteRows:
         return self.tuned_rows[self.site].double()
 
     def kl(self, maps: Sequence[AffineMap]) -> Array:
-        """KL(patched ‖ clean) of each prompt, the mean over maps that are labelled by their digests, nats [n]."""
+        """KL(patched ‖ clean) of each prompt, the mean over maps labelled by their digests, nats [n]."""
         mean: Array = np.mean([self.patched[map_.digest].kl_patched_clean_nats for map_ in maps], axis=0)
         return mean
 

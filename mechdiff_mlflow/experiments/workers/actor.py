@@ -25,23 +25,14 @@ from mechdiff_mlflow.spec.version import source_sha256
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a worker makes the pair, and what it must then be.
+    """How a worker makes the pair, and what it must then be."""
 
-    Args:
-        spec: The pair, dtype in force.
-        device: Where to put the models.
-        options: Memory bounds of the engines.
-        fingerprint: Of the driver's pair.
-        source: Digest of the driver's code.
-        needs_token: Whether the cluster must be one that not everybody can use.
-    """
-
-    spec: PairSpec
+    spec: PairSpec  # dtype in force
     device: str
     options: EngineOptions
-    fingerprint: str
-    source: str
-    needs_token: bool
+    fingerprint: str  # of the driver's pair
+    source: str  # digest of the driver's code
+    needs_token: bool  # whether the cluster must be one that not everybody can use
 
 
 @dataclass(frozen=True)
@@ -57,17 +48,11 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a call.
+    """What became of a call."""
 
-    Args:
-        value: The answer.
-        error: Sentence of the MechdiffError instead of an answer; it would come again anywhere.
-        warnings: Said on the way.
-    """
-
-    value: Any = None
-    error: str | None = None
-    warnings: tuple[str, ...] = ()
+    value: Any = None  # the answer
+    error: str | None = None  # sentence of the MechdiffError instead; it would come again anywhere
+    warnings: tuple[str, ...] = ()  # said on the way
 
 
 class PairWorker:
@@ -76,11 +61,21 @@ class PairWorker:
     def __init__(self) -> None:
         self._workers: LocalWorkers | None = None
 
-    def load(self, recipe: Recipe) -> Outcome:
-        """Load the pair, make sure that it is the driver's and sound."""
-        return _outcome(lambda: self._load(recipe))
+    def call(self, method: str, *arguments: Any) -> Outcome:
+        """What one of the methods below gives, or what is wrong."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            value, error = None, None
+            try:
+                value = getattr(self, method)(*arguments)
+            except MechdiffError as problem:
+                error = str(problem)
+        texts = (str(warning.message) for warning in said if warning.category is UserWarning)
+        return Outcome(value, error, tuple(dict.fromkeys(texts)))
 
-    def _load(self, recipe: Recipe) -> Loaded:
+    def load(self, recipe: Recipe) -> Loaded:
+        """Load the pair, make sure that it is the driver's and sound."""
         host = platform.node() or "a worker"
         if recipe.needs_token and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
             raise MechdiffError(
@@ -103,33 +98,16 @@ class PairWorker:
         n_parameters = sum(weight.numel() for weight in pair.tuned.model.parameters())
         return Loaded(self._workers.environment, pair.device, n_parameters, host, os.getpid())
 
-    def ping(self) -> Outcome:
+    def ping(self) -> None:
         """Say that it is there."""
-        return Outcome()
 
-    def run(self, task: Task, rows: Sequence[int]) -> Outcome:
+    def run(self, task: Task, rows: Sequence[int]) -> dict[str, Tensor]:
         """Do a task for some of its prompts."""
-        return _outcome(lambda: self._run(task, rows))
-
-    def _run(self, task: Task, rows: Sequence[int]) -> dict[str, Tensor]:
         assert self._workers is not None
         found = task.part(rows).done(self._workers.pair)
         return {name: rows_of.detach().cpu().contiguous().clone() for name, rows_of in found.items()}
 
-    def ask(self, question: Callable[..., Any], *arguments: Any) -> Outcome:
+    def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
         """Answer a question about the pair."""
         assert self._workers is not None
-        workers = self._workers
-        return _outcome(lambda: workers.ask(question, *arguments))
-
-
-def _outcome(work: Callable[[], Any]) -> Outcome:
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always", UserWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        try:
-            value, error = work(), None
-        except MechdiffError as problem:
-            value, error = None, str(problem)
-    texts = (str(warning.message) for warning in said if warning.category is UserWarning)
-    return Outcome(value, error, tuple(dict.fromkeys(texts)))
+        return self._workers.ask(question, *arguments)

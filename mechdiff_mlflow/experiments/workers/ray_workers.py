@@ -31,38 +31,22 @@ _NOTICE_AFTER_S = 60.0
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One call of a worker.
+    """One call of a worker."""
 
-    Args:
-        what: As errors call it.
-        method: Of `PairWorker`.
-        arguments: Of the method.
-        prompts: What tells its prompts from those of other jobs; empty for none.
-    """
-
-    what: str
-    method: str
-    arguments: tuple[Any, ...]
-    prompts: tuple[object, ...] = ()
+    what: str  # as errors call it
+    call: tuple[Any, ...]  # method of `PairWorker`, and its arguments
+    prompts: tuple[object, ...] = ()  # what tells its prompts from those of other jobs; empty for none
 
 
 @dataclass(eq=False)
 class WorkerHandle:
-    """One worker of the cluster.
+    """One worker of the cluster."""
 
-    Args:
-        actor: Ray's handle of it.
-        awaited: What Ray will resolve to its next answer; None when it is idle.
-        job: Index of the job that it does; None while it loads, or does what nobody waits for any more.
-        loaded: What it said of itself once it had the pair.
-        prompts: Prompts of its jobs so far, of which it may have kept recordings.
-    """
-
-    actor: Any
-    awaited: Any
-    job: int | None = None
-    loaded: Loaded | None = None
-    prompts: set[tuple[object, ...]] = field(default_factory=set)
+    actor: Any  # Ray's handle of it
+    awaited: Any  # what Ray will resolve to its next answer; None when it is idle
+    job: int | None = None  # index of its job; None while it loads, or does what nobody waits for any more
+    loaded: Loaded | None = None  # what it said of itself once it had the pair
+    prompts: set[tuple[object, ...]] = field(default_factory=set)  # of its jobs: it may have recordings
 
 
 class RayWorkers(Workers):
@@ -138,22 +122,16 @@ class RayWorkers(Workers):
 
     def run(self, task: Task, shards: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensors]]:
         """Share the shards out; the task travels once however many there are."""
-        whole, what, digest = self._ray.put(task), type(task).__name__, task.prompts.digest
-        yield from self._share_out(
-            [
-                Job(
-                    f"{what} of {len(rows)} {task.prompts.split} prompts",
-                    "run",
-                    (whole, rows),
-                    (digest, *rows),
-                )
-                for rows in shards
-            ]
-        )
+        whole, digest = self._ray.put(task), task.prompts.digest
+        jobs = []
+        for rows in shards:
+            what = f"{type(task).__name__} of {len(rows)} {task.prompts.split} prompts"
+            jobs.append(Job(what, ("run", whole, rows), (digest, *rows)))
+        yield from self._share_out(jobs)
 
     def ask(self, question: Callable[..., Answer], *arguments: object) -> Answer:
         """Ask any worker."""
-        ((_, value),) = self._share_out([Job(question.__name__, "ask", (question, *arguments))])
+        ((_, value),) = self._share_out([Job(question.__name__, ("ask", question, *arguments))])
         return cast(Answer, value)
 
     def close(self) -> None:
@@ -171,7 +149,7 @@ class RayWorkers(Workers):
         deaths: Counter[int] = Counter()
         for handle in self._handles:
             if handle.awaited is None:  # it may have died since, and no job is to blame
-                handle.awaited = handle.actor.ping.remote()
+                handle.awaited = handle.actor.call.remote("ping")
         try:
             while n_unanswered:
                 self._start_missing()
@@ -204,9 +182,8 @@ class RayWorkers(Workers):
         known = (i for i in waiting if jobs[i].prompts and jobs[i].prompts in handle.prompts)
         index = next(known, waiting[0])
         waiting.remove(index)
-        job = jobs[index]
-        handle.job, handle.awaited = index, getattr(handle.actor, job.method).remote(*job.arguments)
-        handle.prompts.add(job.prompts)
+        handle.job, handle.awaited = index, handle.actor.call.remote(*jobs[index].call)
+        handle.prompts.add(jobs[index].prompts)
 
     def _wait(self) -> tuple[int | None, Outcome | str]:
         """Wait until a worker answers or dies: its job, if any, and the outcome or why it died."""
@@ -271,7 +248,7 @@ class RayWorkers(Workers):
             self._failed_starts = 0  # nobody is left: try again
         while len(self._handles) < self._n_workers and self._failed_starts < MAX_DEATHS:
             actor = self._remote.remote()
-            self._handles.append(WorkerHandle(actor, actor.load.remote(self._recipe)))
+            self._handles.append(WorkerHandle(actor, actor.call.remote("load", self._recipe)))
 
     def _remove(self, handle: WorkerHandle) -> None:
         self._handles.remove(handle)

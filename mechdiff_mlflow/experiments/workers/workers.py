@@ -48,17 +48,11 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True)
 class ComputeEnvironment:
-    """What the last digits of numbers depend on beside the pair, and how it is held.
+    """What the last digits of numbers depend on beside the pair, and how it is held."""
 
-    Args:
-        engine_mode: Which of the engine's paths patches the tuned model.
-        hardware: Device and version of torch.
-        one_at_a_time: Whether only the model in use is in memory.
-    """
-
-    engine_mode: str
-    hardware: str
-    one_at_a_time: bool
+    engine_mode: str  # which of the engine's paths patches the tuned model
+    hardware: str  # device and version of torch
+    one_at_a_time: bool  # whether only the model in use is in memory
 
 
 def compute_environment(pair: Pair) -> ComputeEnvironment:
@@ -67,6 +61,29 @@ def compute_environment(pair: Pair) -> ComputeEnvironment:
         mode = str(engine.mode)
     name = torch.cuda.get_device_name(pair.device) if pair.device.startswith("cuda") else pair.device
     return ComputeEnvironment(mode, f"{name}, torch {torch.__version__}", pair.one_at_a_time)
+
+
+def model_sizes(pair: Pair) -> tuple[ModelSize, ModelSize]:
+    """Sizes of base and tuned."""
+    with pair.base.engine() as engine:
+        base = ModelSize(engine.n_layers, engine.width)
+    with pair.tuned.engine() as engine:
+        return base, ModelSize(engine.n_layers, engine.width)
+
+
+def n_heads_of(pair: Pair, layer: int) -> int:
+    """Attention heads of a layer of the tuned model.
+
+    Raises:
+        MechdiffError: The layer does not exist, or its heads cannot be told apart.
+    """
+    with pair.tuned.engine() as engine:
+        return engine.heads(layer).n_heads
+
+
+def unembedding(pair: Pair, role: str) -> Tensor:
+    """See `Side.unembedding`."""
+    return (pair.base if role == "base" else pair.tuned).unembedding()
 
 
 class Workers(ABC):
@@ -109,22 +126,6 @@ class Workers(ABC):
     def environment(self) -> ComputeEnvironment:
         """Where numbers come from."""
         return self.ask(compute_environment)  # once: where one model is held at a time, it may load one
-
-    def model_sizes(self) -> tuple[ModelSize, ModelSize]:
-        """Sizes of base and tuned."""
-        return self.ask(_model_sizes)
-
-    def n_heads(self, layer: int) -> int:
-        """Attention heads of a layer of the tuned model.
-
-        Raises:
-            MechdiffError: The layer does not exist, or its heads cannot be told apart.
-        """
-        return self.ask(_n_heads, layer)
-
-    def unembedding(self, role: str) -> Tensor:
-        """See `Side.unembedding`."""
-        return self.ask(_unembedding, role)
 
     def prepare(self, prompt_sets: Sequence[PromptSet], position: Position) -> None:
         """Hear which prompts will be asked about, and see that both models read the same.
@@ -211,19 +212,3 @@ class LocalWorkers(Workers):
     def ask(self, question: Callable[..., Answer], *arguments: object) -> Answer:
         """Answer from the pair in this process."""
         return question(self.pair, *arguments)
-
-
-def _model_sizes(pair: Pair) -> tuple[ModelSize, ModelSize]:
-    with pair.base.engine() as engine:
-        base = ModelSize(engine.n_layers, engine.width)
-    with pair.tuned.engine() as engine:
-        return base, ModelSize(engine.n_layers, engine.width)
-
-
-def _n_heads(pair: Pair, layer: int) -> int:
-    with pair.tuned.engine() as engine:
-        return engine.heads(layer).n_heads
-
-
-def _unembedding(pair: Pair, role: str) -> Tensor:
-    return (pair.base if role == "base" else pair.tuned).unembedding()
