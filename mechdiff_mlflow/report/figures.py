@@ -24,38 +24,23 @@ _COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#337ea9", "#
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure in both forms.
+    """One figure in both forms."""
 
-    Args:
-        name: Stem of its files.
-        title: What it shows.
-        png: The bytes of a PNG.
-        div: An HTML fragment that needs plotly.js on its page.
-    """
-
-    name: str
-    title: str
-    png: bytes
-    div: str
+    name: str  # stem of its files
+    title: str  # what it shows
+    png: bytes  # of a PNG file
+    div: str  # an HTML fragment that needs plotly.js on its page
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One line of a chart.
+    """One line of a chart."""
 
-    Args:
-        name: In the legend.
-        x: Places on the axis, rising.
-        y: Values.
-        low: Lower ends of the intervals; NaN where there is none.
-        high: Upper ends.
-    """
-
-    name: str
-    x: Sequence[float]
+    name: str  # in the legend
+    x: Sequence[float]  # places on the axis, rising
     y: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
+    low: Sequence[float] = ()  # lower ends of the intervals, NaN where there is none; none at all if empty
+    high: Sequence[float] = ()  # upper ends
 
 
 def curves(
@@ -68,17 +53,7 @@ def curves(
     log_x: bool = False,
     ticks: Mapping[float, str] | None = None,
 ) -> Figure:
-    """Lines with interval bars.
-
-    Args:
-        name: Stem of the files.
-        title: What it shows.
-        lines: At least one.
-        x_label: Of the horizontal axis.
-        y_label: Of the vertical axis.
-        log_x: Whether the horizontal axis is logarithmic.
-        ticks: Places on the horizontal axis that have names, e.g. {128: "full"}.
-    """
+    """At least one line with interval bars; `ticks` names places on the x axis, e.g. {128: "full"}."""
     canvas, axes = _canvas(7.0, 4.2)
     chart = go.Figure()
     for i, line in enumerate(lines):
@@ -142,8 +117,8 @@ def heatmap(
         rows: Names, first at the bottom: layers read upwards, as in a model.
         columns: Names.
         unit: Beside the colour bar.
-        diverging: Colours about 0.
-        bounds: Values that the ends of the scale stand for; what lies outside gets the end's colour.
+        diverging: Whether colours are about 0.
+        bounds: Values at the ends of the scale; what lies outside gets the end's colour.
     """
     defined = values[np.isfinite(values)]
     low, high = bounds or ((float(defined.min()), float(defined.max())) if len(defined) else (0.0, 1.0))
@@ -208,14 +183,14 @@ _STYLE = (
 )
 
 
-def _canvas(width_in: float, height_in: float) -> tuple[Canvas, Axes]:
-    canvas = Canvas(figsize=(width_in, height_in), dpi=_DPI, layout="constrained")
+def _canvas(width_inches: float, height_inches: float) -> tuple[Canvas, Axes]:
+    canvas = Canvas(figsize=(width_inches, height_inches), dpi=_DPI, layout="constrained")
     return canvas, canvas.subplots()
 
 
 def _arms(y: NDArray[np.float64], ends: Sequence[float]) -> NDArray[np.float64]:
     """Lengths of error bars, 0 where an interval has no end."""
-    return np.nan_to_num(np.abs(np.asarray(ends, dtype=float) - y))
+    return np.nan_to_num(np.abs(np.asarray(ends, dtype=float) - y)) if len(ends) else np.zeros_like(y)
 
 
 def _finished(name: str, title: str, canvas: Canvas, chart: go.Figure) -> Figure:
