@@ -87,7 +87,8 @@ def atlas_command(**given: Any) -> None:
         sites = [Site(layer, hook) for layer in range(pair.n_layers) for hook in given["hooks"]]
         check_cells([Cell(site, *how) for site in sites], protocol, pair)
 
-    with session("atlas", f"atlas of {given['pair']}", given, check) as now:
+    promotes = [rf"L\d+-{hook}" for hook in given["hooks"]] if given["promote_best"] else []
+    with session("atlas", f"atlas of {given['pair']}", given, check, promotes=promotes) as now:
         found = atlas(
             now.study,
             hooks=given["hooks"],
@@ -109,7 +110,8 @@ def atlas_command(**given: Any) -> None:
                         alias=given["alias"],
                         policy=policy,
                         say=lines.append,
-                        demand=now.run.demand,
+                        here=now.run,
+                        read=found.fits[site].map,
                     )
                     name = f"{version.name}@{given['alias']}"
                     lines.append(f"Fetch: {show.command('fetch', name, '-o', 'map.pt')}")

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
+from mechdiff_mlflow.tracking.registry.promotion import demand_may_promote
 from mechdiff_mlflow.tracking.runs.enclosing import experiment_of
 from mechdiff_mlflow.tracking.runs.recovery import Command, user_of
 from mechdiff_mlflow.tracking.runs.repeats import earlier
@@ -117,7 +118,12 @@ def log_document(
 
 @contextlib.contextmanager
 def session(
-    kind: str, name: str, options: dict[str, Any], check: Callable[[Protocol, Pair], None] = check_pair
+    kind: str,
+    name: str,
+    options: dict[str, Any],
+    check: Callable[[Protocol, Pair], None] = check_pair,
+    *,
+    promotes: Sequence[str] = (),
 ) -> Iterator[Session]:
     """A tracked run around a study of the pair in `options`.
 
@@ -126,9 +132,12 @@ def session(
         name: What the UI shows.
         options: The command's parameters by name.
         check: Refuses what is impossible for the pair, of which no weights have been loaded.
+        promotes: Slugs of the sites whose maps it may register, as regular expressions.
     """
     spec = PairSpec.load(options["pair"])
     store = open_store(options["tracking_uri"])
+    if promotes:
+        demand_may_promote(store, spec.name, promotes)
     resumed = resumption()
     if resumed is not None:
         resumed.check_trust(options["pair"], spec.trust_remote_code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,8 +30,7 @@ from mechdiff_mlflow.tracking.registry.compare import MapDiff
 from mechdiff_mlflow.tracking.registry.registry import Move, Version
 from mechdiff_mlflow.tracking.runs.recovery import Stuck
 from mechdiff_mlflow.tracking.runs.search import FoundRun
-from mechdiff_mlflow.tracking.store.redaction import redact
-from mechdiff_mlflow.tracking.store.store import Store
+from mechdiff_mlflow.tracking.store.store import Store, command_on
 
 _PIPE_WIDTH = 160
 
@@ -147,7 +146,7 @@ def frame(table: pd.DataFrame) -> None:
 def winners(versions: Sequence[Version]) -> None:
     """Print registered maps that an alias points to."""
     if not versions:
-        lines(["No map has an alias yet; promote one with mechdiff promote RUN."])
+        lines([f"No map has an alias yet; promote one with {command('promote', 'RUN')}"])
         return
     table = _table("map", "version", "aliases", "solver", "k", "α", "drop %", "skill %", "verified", "run")
     for version in versions:
@@ -225,8 +224,7 @@ def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:
 def command(*words: object) -> str:
     """A command of ours to type, quoted for a shell, on the store that the present one was given."""
     uri = click.get_current_context().params.get("tracking_uri")
-    place = ["--tracking-uri", uri] if uri and redact(uri) == uri else []
-    return shlex.join(["mechdiff", *map(str, words), *place])
+    return command_on(uri or os.environ.get("MLFLOW_TRACKING_URI"), *words)
 
 
 def lines(texts: Sequence[str]) -> None:

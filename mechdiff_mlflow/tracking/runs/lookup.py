@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from mlflow.entities import Run, ViewType
 
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.records import RunRecord
 from mechdiff_mlflow.tracking.store.store import Store
 
+MOST_VALUES = 40
+"""Conditions in one filter; some stores join at most 64 tables, one for each."""
 _PAGE = 1000
+_IDS = 100
 
 
 def all_runs(
@@ -57,6 +61,36 @@ def each_run(
         token = found.token
         if not token:
             return
+
+
+def runs_of(store: Store, run_ids: Iterable[str]) -> list[Run]:
+    """The runs with some ids that are not deleted, in whichever experiment, many at a request.
+
+    Raises:
+        MechdiffError: The store cannot be read.
+    """
+    ids = list(run_ids)
+    with store.errors():
+        places = [found.experiment_id for found in store.client.search_experiments(ViewType.ALL)]
+    batches = [ids[start : start + _IDS] for start in range(0, len(ids), _IDS)]
+    wheres = [f"attributes.run_id IN ({', '.join(map(repr, batch))})" for batch in batches]
+    return [run for where in wheres for run in each_run(store, places, where)]
+
+
+def can_quote(text: str) -> bool:
+    """Whether MLflow's filters can have a text in them."""
+    return not {"'", '"'} <= {*text}
+
+
+def quoted(text: str) -> str:
+    """A text in MLflow's filters.
+
+    Raises:
+        MechdiffError: It cannot be in one.
+    """
+    if not can_quote(text):
+        raise MechdiffError(f"{text!r:.300} has both kinds of quotes, which MLflow cannot search for.")
+    return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def made_once(

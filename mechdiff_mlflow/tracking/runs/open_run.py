@@ -17,7 +17,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.cells import CELLS, cell_row, cells_text
 from mechdiff_mlflow.tracking.content.keys import KEY_TAG, ROOT_TAG, check_same, key_of
 from mechdiff_mlflow.tracking.content.records import RunRecord, param_text
-from mechdiff_mlflow.tracking.flavour import SHA256_TAG
+from mechdiff_mlflow.tracking.flavour import SHA256_TAG, LoggedMap
 from mechdiff_mlflow.tracking.runs.endings import cut, ending, params_of, plain
 from mechdiff_mlflow.tracking.runs.interrupts import Interrupts
 from mechdiff_mlflow.tracking.runs.lookup import all_runs, made_once
@@ -195,6 +195,16 @@ class OpenRun:
             self.log_soon(lambda record=record: record)  # type: ignore[misc]
         return self.wait(progress)
 
+    def written(self, run_id: str) -> Run | None:
+        """A run below this one that this process wrote whole, as it is; None for any other."""
+        ours = (run for key, run in self._runs.items() if self._logged.get(key) == run_id)
+        run = next((run for run in ours if run.info.status != "FINISHED"), None)
+        return None if run is None else self._writer.whole(run)
+
+    def model_of(self, run_id: str) -> LoggedMap | None:
+        """The logged model of a run below this one, if this process has written it or asked for it."""
+        return self._writer.model_of(run_id)
+
     def summarise(self) -> None:
         """Put what the patch runs below this one hold into one file of it, for readers; see `cells`."""
         if len(self._cells) > 1:
@@ -282,7 +292,7 @@ class OpenRun:
 
     def _note_cell(self, key: str, run: Run, record: RunRecord) -> None:
         if record.kind == "patch":
-            self._cells[key] = cell_row(run, *self._writer.contents(run))
+            self._cells[key] = cell_row(self._writer.whole(run))
 
     def _lost(self, error: BaseException | None) -> LeaseLost | None:
         """What says that another process owns this run by now, if that is known."""

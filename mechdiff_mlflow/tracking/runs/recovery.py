@@ -18,7 +18,7 @@ from mechdiff_mlflow.spec.untrusted import is_there
 from mechdiff_mlflow.tracking.content.keys import ROOT_TAG
 from mechdiff_mlflow.tracking.runs import began
 from mechdiff_mlflow.tracking.runs.began import Began
-from mechdiff_mlflow.tracking.runs.lookup import all_runs
+from mechdiff_mlflow.tracking.runs.lookup import all_runs, runs_of
 from mechdiff_mlflow.tracking.runs.provenance import code_version, provenance_tags
 from mechdiff_mlflow.tracking.runs.run_lock import LEASE_S, Holder, holder_in, is_alive
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable, login_name
@@ -206,6 +206,8 @@ def stuck_runs(store: Store, *, watch: bool = False) -> list[Stuck]:
     running = _runs(store, "attributes.status = 'RUNNING'")
     tops: dict[str, Run] = {run.info.run_id: run for run in running if ROOT_TAG not in run.data.tags}
     gone: dict[str, tuple[bool, str]] = {}
+    above = {run.data.tags[ROOT_TAG] for run in running if ROOT_TAG in run.data.tags}
+    tops |= {run.info.run_id: run for run in runs_of(store, above - tops.keys())}
     for run in running:
         root = run.data.tags.get(ROOT_TAG, run.info.run_id)
         if root not in tops and root not in gone:

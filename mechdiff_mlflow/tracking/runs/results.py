@@ -7,7 +7,9 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from mechdiff_mlflow.tracking.content.artifact_digests import check_read, sent_d
 from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
 from mechdiff_mlflow.tracking.content.cells import CELLS, read_cells
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
-from mechdiff_mlflow.tracking.runs.lookup import all_runs, each_run
+from mechdiff_mlflow.tracking.runs.lookup import MOST_VALUES, all_runs, can_quote, each_run, quoted, runs_of
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
 _MAX_TABLE = 256 << 20
@@ -31,6 +33,10 @@ _PATCHES = "tags.`mechdiff.kind` = 'patch'"
 _CHILDLESS = ("report", "compare", "layers", "heads", "import")
 _SAME_AGAIN = ("run", "sweep", "atlas", "layers", "heads")
 """Kinds of runs whose results follow from settings, pair and code."""
+_SAYS_NOTHING = ("report", "compare", "import")
+_SAME_TAGS = ("mechdiff.command", "mechdiff.version", "mlflow.source.git.commit", PAIR_FINGERPRINT)
+"""What two runs of the same command, code and pair have in common."""
+_FEW = 10
 _MANY = 50
 """Runs whose children are asked for one run at a time, rather than all patch runs there are."""
 _FIRST = ["run_id", "name", "kind", "status", "parent_id", "started"]
@@ -117,9 +123,7 @@ def tables_of(store: Store, run_ids: Iterable[str], path: str) -> dict[str, pd.D
     Raises:
         MechdiffError: The store cannot be read, or a table is not what was logged.
     """
-    with store.errors():
-        runs = [store.client.get_run(run_id) for run_id in run_ids]
-    return _tables(store, runs, path)
+    return _tables(store, runs_of(store, run_ids), path)
 
 
 def _tables(store: Store, runs: Iterable[Run], path: str) -> dict[str, pd.DataFrame]:
@@ -139,12 +143,55 @@ def _tables(store: Store, runs: Iterable[Run], path: str) -> dict[str, pd.DataFr
 
 
 def _top_runs(store: Store, experiment_id: str) -> list[Run]:
-    """Runs that are below no other, newest first; a lone patch is told by what only such runs have."""
-    wheres = ["tags.`mechdiff.kind` != 'patch' and tags.`mechdiff.kind` != 'fit'"]
-    wheres += [f"{_PATCHES} and tags.`{tag}` LIKE '%'" for tag in ("mechdiff.command", "mechdiff.lease.1")]
+    """Runs that are below no other, newest first; a lone patch is told by what only such runs have.
+
+    Of those that say nothing of patches, and that a newer one was the same as, not all are asked for.
+    """
+    wheres = [f"{_PATCHES} and tags.`{tag}` LIKE '%'" for tag in (_SAME_TAGS[0], "mechdiff.lease.1")]
     found = {run.info.run_id: run for where in wheres for run in each_run(store, [experiment_id], where)}
+    kinds = [f"tags.`mechdiff.kind` != '{kind}'" for kind in ("patch", "fit", *_SAYS_NOTHING)]
+    found |= {run.info.run_id: run for run in _not_all(partial(each_run, store, [experiment_id]), kinds)}
     tops = [run for run in found.values() if "mlflow.parentRunId" not in run.data.tags]
     return sorted(tops, key=lambda run: (-(run.info.start_time or 0), run.info.run_id))
+
+
+def _not_all(each: Callable[..., Iterable[Run]], where: list[str]) -> Iterator[Run]:
+    """Runs that MLflow's filters find, without most of those that are as a newer one, which finished.
+
+    Where a page is full, the next leaves out its commands; of each command, what had another code or pair is
+    looked for likewise.
+    """
+    commands: dict[str, Run] = {}
+    while True:
+        left = [*where, *(_is_other(_SAME_TAGS[0], run) for run in commands.values())]
+        page = list(islice(each(" and ".join(left), newest_first=True, page=_FEW), _FEW))
+        yield from page
+        if len(page) < _FEW:
+            break
+        fresh = {
+            run.data.tags[_SAME_TAGS[0]]: run
+            for run in reversed(page)
+            if run.info.status == "FINISHED"
+            and run.data.tags.get("mechdiff.kind") in _SAME_AGAIN
+            and all(can_quote(run.data.tags.get(key, "")) for key in _SAME_TAGS)
+            and _SAME_TAGS[0] in run.data.tags
+        }
+        # Some stores join at most 64 tables, one for each condition.
+        if not fresh.keys() - commands.keys() or len(where) + len(commands) + len(fresh) > MOST_VALUES:
+            yield from each(" and ".join(left))
+            break
+        commands |= fresh
+    for run in commands.values():
+        at = [*where]
+        for before, key in pairwise(_SAME_TAGS):
+            at += [f"tags.`{before}` = {quoted(run.data.tags[before])}"] if before in run.data.tags else []
+            yield from _not_all(each, [*at, _is_other(key, run)])
+
+
+def _is_other(key: str, run: Run) -> str:
+    """The filter of runs that have a tag with another text."""
+    text = run.data.tags.get(key)
+    return f"tags.`{key}` LIKE '%'" if text is None else f"tags.`{key}` != {quoted(text)}"
 
 
 def _newest_of_each(runs: Iterable[Run]) -> list[Run]:

@@ -18,7 +18,7 @@ from mlflow.entities import Run, RunTag
 
 from mechdiff_mlflow.tracking.content.keys import KEY_TAG
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
-from mechdiff_mlflow.tracking.content.view import install_view
+from mechdiff_mlflow.tracking.content.view import install_view, view_tag
 from mechdiff_mlflow.tracking.runs.enclosing import active_run
 from mechdiff_mlflow.tracking.runs.endings import RUN_ID_VARIABLE, enclosing_run, plain
 from mechdiff_mlflow.tracking.runs.interrupts import Interrupts
@@ -161,7 +161,7 @@ class Tracker:
                 theirs = self.store.client.get_experiment(run.info.experiment_id)
             if theirs.name == self.experiment:
                 return str(theirs.experiment_id), {"mlflow.parentRunId": run.info.run_id}
-        return self.store.experiment(self.experiment), {}
+        return self.store.experiment(self.experiment, view_tag()), {}
 
     def _attach(self, record: RunRecord, lease: Lease) -> Run | None:
         # Taken out of the environment: a second run of this process, or of one it starts, is another run.

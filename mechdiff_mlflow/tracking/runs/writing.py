@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunTag
+from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunData, RunTag
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import flavour
@@ -20,6 +20,7 @@ from mechdiff_mlflow.tracking.content import artifacts, keys
 from mechdiff_mlflow.tracking.content.artifact_digests import Sent, digest_tag, files_of
 from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
 from mechdiff_mlflow.tracking.content.records import RunRecord, param_text
+from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.store import Store
 
@@ -30,12 +31,12 @@ MAP_RUN_TAG = "mechdiff.map_run"
 class _Written:
     """What this process has written into a run, so that writing more of it sends only that."""
 
-    model_id: str | None = None
+    model: LoggedMap | None = None
     has_map: bool = False
     has_inputs: bool = False
     sources: dict[str, object] = field(default_factory=dict)
     sent: dict[str, Sent] = field(default_factory=dict)
-    metrics: dict[tuple[str, int], float] = field(default_factory=dict)
+    points: dict[tuple[str, int], Metric] = field(default_factory=dict)
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
 
@@ -50,7 +51,7 @@ class RecordWriter:
 
     def __init__(self, store: Store, demand: Callable[[], None]) -> None:
         self._store, self._demand = store, demand
-        self._model_ids: dict[str, str] = {}
+        self._models: dict[str, LoggedMap] = {}
         self._written: dict[str, _Written] = {}
         self._lock = threading.Lock()
 
@@ -87,7 +88,8 @@ class RecordWriter:
             is_first = again and not done.sent
             self._map(run, record, again, done)
             self._send(run, _unsent(record, done), done, is_first)
-            models = [LoggedModelInput(done.model_id)] if done.model_id and record.map_run else None
+            model_id = done.model.model_id if done.model else None
+            models = [LoggedModelInput(model_id)] if model_id and record.map_run else None
             if (record.datasets or models) and not done.has_inputs:
                 self._demand()
                 inputs = [artifacts.dataset_input(prompts) for prompts in record.datasets]
@@ -98,9 +100,9 @@ class RecordWriter:
                 run = self._store.client.get_run(run_id)
             known = keys.fresh({key: value for key, value, _ in metrics}, run.data.metrics)
             points = [
-                Metric(key, value, at_ms, step, model_id=done.model_id)
+                Metric(key, value, at_ms, step, model_id=model_id)
                 for key, value, step in metrics
-                if key in known and done.metrics.get((key, step)) != value
+                if key in known and not ((at := done.points.get((key, step))) and at.value == value)
             ]
             tags = {key: redact(text) for key, text in _tags(record, undefined, done).items()}
             new_tags = {key: text for key, text in tags.items() if done.tags.get(key) != text}
@@ -113,16 +115,26 @@ class RecordWriter:
                     [Param(key, text) for key, text in new_params.items()],
                     [RunTag(key, text) for key, text in new_tags.items()],
                 )
-        done.metrics |= {(key, step): value for key, value, step in metrics}
+        done.points |= {(point.key, point.step): point for point in points}
         done.params |= params
         done.tags |= tags
 
-    def contents(self, run: Run) -> tuple[dict[str, str], dict[str, float], dict[str, str]]:
-        """Params, metrics and tags of a run that is whole: as it was found, or as this process wrote it."""
+    def whole(self, run: Run) -> Run:
+        """A run that is whole: as it was found, or with what this process wrote into it."""
         if run.info.status == "FINISHED":
-            return run.data.params, run.data.metrics, run.data.tags
+            return run
         done = self._of(run)
-        return done.params, {key: value for (key, _), value in done.metrics.items()}, done.tags
+        data = RunData(
+            list(done.points.values()),
+            [Param(key, text) for key, text in done.params.items()],
+            [RunTag(key, text) for key, text in done.tags.items()],
+        )
+        return Run(run.info, data)
+
+    def model_of(self, run_id: str) -> LoggedMap | None:
+        """The logged model of a run that this process has written or asked for."""
+        with self._lock:
+            return self._models.get(run_id)
 
     def _of(self, run: Run) -> _Written:
         with self._lock:
@@ -147,20 +159,20 @@ class RecordWriter:
         if done.has_map:
             return
         if record.map is None or record.is_model:
-            done.model_id = self._model_of(run, record, again)
+            done.model = self._model_of(run, record, again)
         else:
             self._demand()
             done.sent |= flavour.send_map(self._store, run.info.artifact_uri, record.map, again=again)
-        done.has_map = done.model_id is not None or record.map is not None
+        done.has_map = done.model is not None or record.map is not None
 
-    def _model_of(self, run: Run, record: RunRecord, again: bool) -> str | None:
+    def _model_of(self, run: Run, record: RunRecord, again: bool) -> LoggedMap | None:
         """The logged model that metrics belong to: of the record's own map, or of the run it measures."""
-        run_id: str = run.info.run_id
+        run_id: str = record.map_run if record.map is None and record.map_run else run.info.run_id
         if record.map is not None:
             there = flavour.maps_of_run(self._store, run_id) if again else []
             wanted = record.map.sha256() if there else ""
-            logged = next((model for model in there if model.sha256 == wanted), None)
-            logged = logged or flavour.log_model(
+            known = next((model for model in there if model.sha256 == wanted), None)
+            known = known or flavour.log_model(
                 record.map,
                 record.name,
                 store=self._store,
@@ -171,20 +183,15 @@ class RecordWriter:
                 again=again,
                 demand=self._demand,
             )
-            with self._lock:
-                self._model_ids[run_id] = logged.model_id
-            return logged.model_id
-        if record.map_run is None:
+        elif record.map_run is None:
             return None
-        with self._lock:
-            known = self._model_ids.get(record.map_run)
-        if known is None:
-            fitted = flavour.maps_of_run(self._store, record.map_run)
+        elif (known := self.model_of(run_id)) is None:
+            fitted = flavour.maps_of_run(self._store, run_id)
             if not fitted:
-                raise MechdiffError(f"Run {record.map_run} has no map to evaluate; give the id of a fit run.")
-            known = fitted[-1].model_id
-            with self._lock:
-                self._model_ids[record.map_run] = known
+                raise MechdiffError(f"Run {run_id} has no map to evaluate; give the id of a fit run.")
+            known = fitted[-1]
+        with self._lock:
+            self._models[run_id] = known
         return known
 
 

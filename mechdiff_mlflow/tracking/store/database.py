@@ -21,12 +21,11 @@ from alembic.util.exc import CommandError
 from mlflow.exceptions import MlflowException
 from mlflow.store.db import utils as mlflow_db
 from mlflow.store.db.base_sql_model import Base
-from mlflow.tracking import MlflowClient
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.store.file_locks import file_lock, lock_file
 from mechdiff_mlflow.tracking.store.redaction import redact
-from mechdiff_mlflow.tracking.store.retries import full_disk
+from mechdiff_mlflow.tracking.store.retries import DirectClient, full_disk
 
 _QUIET_S = 5.0
 """How long a half-created file must lie unchanged before it counts as left: MLflow may be at work on it."""
@@ -113,7 +112,7 @@ def sqlite_path(uri: str) -> Path:
     return path
 
 
-def open_sqlite(path: Path) -> MlflowClient:
+def open_sqlite(path: Path) -> DirectClient:
     """A client of the store in `path`, its tables created or brought up to this MLflow's under a lock.
 
     Before a migration the file is copied to `<name>.before-<revision>`: MLflow migrates some stores unasked.
@@ -129,7 +128,7 @@ def open_sqlite(path: Path) -> MlflowClient:
                 _create(path)
             elif revision != mlflow_db._get_latest_schema_revision():
                 _migrate(path, revision)
-            return MlflowClient(uri)
+            return DirectClient(uri)
     except (MlflowException, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, CommandError) as error:
         raise MechdiffError(_what_is_wrong(path, str(error))) from error
     except OSError as error:
@@ -140,14 +139,14 @@ def open_sqlite(path: Path) -> MlflowClient:
         ) from error
 
 
-def open_database(uri: str, shown: str) -> MlflowClient:
+def open_database(uri: str, shown: str) -> DirectClient:
     """A client of the store in another database than SQLite; `shown` is its URI without secrets.
 
     Raises:
         MechdiffError: The database cannot be reached, or its driver is not installed.
     """
     with _database_errors(uri, shown), file_lock(lock_file(uri, "open")):
-        return MlflowClient(uri)
+        return DirectClient(uri)
 
 
 @contextmanager

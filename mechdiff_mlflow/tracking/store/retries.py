@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import requests
 import tenacity
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 from mechdiff_mlflow.errors import MechdiffError
 
@@ -113,6 +114,20 @@ class Patience:
         error = state.outcome.exception() if state.outcome is not None else None
         limit = self.seconds if error is None or is_away(error) else min(self.seconds, _BROKEN_S)
         return self.hurry.is_set() or (state.seconds_since_start or 0.0) >= limit
+
+
+class DirectClient(MlflowClient):  # type: ignore[misc]
+    """MLflow's client, without the request before each request.
+
+    It looks whether a registered model is a prompt before it does anything with one.
+    """
+
+    def _raise_if_prompt(self, name: str) -> None:
+        """Nothing: what we register says what it is."""
+
+    def set_model_versions_tags(self, name: str, number: str, model_id: str) -> None:
+        """Tell the page of a logged model that a version was registered of it, as MLflow's server does."""
+        self._tracking_client.store.set_model_versions_tags(name, number, model_id)
 
 
 class PatientClient:

@@ -143,7 +143,7 @@ def _places(store: Store) -> Finding:
             f"of {', '.join(e.name for e in experiments[:5])}{' …' * (len(experiments) > 5)} in {old}"
             for old, experiments in moved.items()
         )
-        remedy = f"mechdiff server-check --rebase --tracking-uri {store.shown}"
+        remedy = store.command("server-check", "--rebase")
         return Finding("artifact places", Level.FAIL, f"the store was copied or moved: {seen}", remedy)
     outside = [
         f"{e.name} in {e.artifact_location}"

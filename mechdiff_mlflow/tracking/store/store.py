@@ -6,7 +6,8 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +27,7 @@ from mlflow.utils.uri import is_local_uri
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.store import database
 from mechdiff_mlflow.tracking.store.redaction import redact
-from mechdiff_mlflow.tracking.store.retries import Patience, PatientClient, full_disk, is_away
+from mechdiff_mlflow.tracking.store.retries import DirectClient, Patience, PatientClient, full_disk, is_away
 
 PLACE_TAG = "mechdiff.store"
 """Tag of an experiment in a SQLite store: the path of the store when it was first written to."""
@@ -34,6 +35,10 @@ A_TOKEN = "a token"
 """Who somebody is that has one and no name."""
 
 _SERVER_ANSWER_S = 5
+_log = logging.getLogger(__name__)
+_said: set[str] = set()
+"""Stores of which it was said that they were copied."""
+_URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _REFUSED = re.compile(r"endpoint (?P<endpoint>\S+) failed with error code (?P<status>401|403)\b")
 
 # The user's own settings win; these are what MLflow does when nothing is set.
@@ -41,6 +46,8 @@ _PROCESS_SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # Or each process asks a server whether it could fetch one file in several pieces.
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # MLflow would cut long values with only a warning in the log.
     "MLFLOW_TRUNCATE_LONG_VALUES": "false",
@@ -73,12 +80,14 @@ class Store:
         client: The one MLflow client that our code uses on it; asks again while the store is away.
         sqlite_path: The database file of a SQLite store.
         patience: For how long.
+        seen: Tags of experiments that were asked for by name, by id.
     """
 
     uri: str
     client: MlflowClient | PatientClient = field(repr=False)
     sqlite_path: Path | None = None
     patience: Patience = field(default_factory=Patience, repr=False)
+    seen: dict[str, Mapping[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.client, PatientClient):
@@ -89,16 +98,25 @@ class Store:
         """The URI without its secrets."""
         return redact(self.uri)
 
+    def command(self, *words: object) -> str:
+        """A command of ours to type, quoted for a shell, on this store; see `command_on`."""
+        is_default = self.sqlite_path == Path.cwd() / "mlflow.db" and not os.environ.get(_URI_VARIABLE)
+        return command_on(None if is_default else self.uri, *words)
+
     @property
     def is_server(self) -> bool:
         """Whether runs go to an MLflow server over HTTP."""
         return self.uri.startswith(("http://", "https://"))
 
-    def experiment(self, name: str) -> str:
+    def experiment(self, name: str, tags: Mapping[str, str] | None = None) -> str:
         """The id of experiment `name`, made if there is none.
 
         In a SQLite store its artifacts get an absolute place beside the database, whatever the working
         directory of who comes first.
+
+        Args:
+            name: Of the experiment.
+            tags: That a new one gets.
 
         Raises:
             MechdiffError: The name is empty or Default, or belongs to a deleted experiment.
@@ -111,10 +129,13 @@ class Store:
         with self.errors():
             found = self.client.get_experiment_by_name(name)
             if found is None:
-                tags = {} if self.sqlite_path is None else {PLACE_TAG: str(self.sqlite_path)}
+                place = {} if self.sqlite_path is None else {PLACE_TAG: str(self.sqlite_path)}
+                place |= tags or {}
                 try:
-                    create = partial(self.client.create_experiment, name, self._artifact_root(name), tags)
-                    return str(self.patience.once(create, lambda: self._id_of(name)))
+                    create = partial(self.client.create_experiment, name, self._artifact_root(name), place)
+                    made = str(self.patience.once(create, lambda: self._id_of(name)))
+                    self.seen[made] = place
+                    return made
                 except MlflowException as error:
                     if error.error_code != "RESOURCE_ALREADY_EXISTS":
                         raise
@@ -126,6 +147,7 @@ class Store:
                 f"`mlflow experiments restore{which}` or name another with --experiment."
             )
         self.demand_place(found)
+        self.seen[str(found.experiment_id)] = found.tags
         return str(found.experiment_id)
 
     def demand_place(self, experiment: Experiment | str) -> None:
@@ -147,12 +169,25 @@ class Store:
                 raise MechdiffError(
                     f"The store {self.sqlite_path} was copied or moved from {old}, and experiment "
                     f"{experiment.name!r} still keeps its artifacts there ({experiment.artifact_location}); "
-                    f"run mechdiff server-check --rebase --tracking-uri {self.shown} to have them here, then "
-                    "run this again."
+                    f"run {self.command('server-check', '--rebase')} to have them here, then run this again."
                 )
             if PLACE_TAG not in experiment.tags:
                 place = str(self.sqlite_path)
                 self.client.set_experiment_tag(experiment.experiment_id, PLACE_TAG, place)
+
+    def say_if_moved(self, place: Path) -> None:
+        """Warn, once, before files outside of the store's folder are read because it was copied or moved."""
+        if self.sqlite_path is None or self.uri in _said or place.is_relative_to(self.sqlite_path.parent):
+            return
+        _said.add(self.uri)
+        with self.errors():
+            olds = filter(None, map(self.moved_from, self.client.search_experiments()))
+            if (old := next(olds, None)) is not None:
+                _log.warning(
+                    "The store %s was copied or moved from %s, and its artifacts are still read there; "
+                    "run %s to have them here.",
+                    *(self.sqlite_path, old, self.command("server-check", "--rebase")),
+                )
 
     def moved_from(self, experiment: Experiment) -> Path | None:
         """Where the store lay when it said where an experiment's artifacts are; None for here."""
@@ -245,9 +280,9 @@ def open_store(tracking_uri: str | None = None) -> Store:
     scheme = urlsplit(uri).scheme
     if scheme in ("http", "https"):
         _check_server(uri)
-        return Store(uri, MlflowClient(uri))
+        return Store(uri, DirectClient(uri))
     if scheme.startswith("databricks"):
-        return Store(uri, MlflowClient(uri))
+        return Store(uri, DirectClient(uri))
     if scheme == "sqlite":
         path = database.sqlite_path(uri)
         return Store(f"sqlite:///{path}", database.open_sqlite(path), path)
@@ -259,9 +294,15 @@ def open_store(tracking_uri: str | None = None) -> Store:
     )
 
 
+def command_on(uri: str | None, *words: object) -> str:
+    """A command of ours to type, quoted for a shell, with the store at `uri` unless that holds secrets."""
+    place = ["--tracking-uri", uri] if uri and redact(uri) == uri else []
+    return shlex.join(["mechdiff", *map(str, words), *place])
+
+
 def uri_of(tracking_uri: str | None = None) -> str:
     """The URI that counts: the given one, MLFLOW_TRACKING_URI, or `mlflow.db` in the working directory."""
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    uri = tracking_uri or os.environ.get(_URI_VARIABLE) or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
     return _with_utf8_login(uri.rstrip("/")) if uri.startswith(("http://", "https://")) else uri
 
 
