@@ -24,8 +24,7 @@ from mechdiff_mlflow.experiments.atlas import atlas
 from mechdiff_mlflow.experiments.doctor import examine, require_sound
 from mechdiff_mlflow.experiments.heads import heads_of
 from mechdiff_mlflow.experiments.layers import layer_profile
-from mechdiff_mlflow.experiments.progress import silent
-from mechdiff_mlflow.experiments.rows import score
+from mechdiff_mlflow.experiments.workers import LocalWorkers
 from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.spec.sites import Hook, Site
@@ -74,7 +73,7 @@ def test_clean_runs_go_with_their_model(toy: Path, loads: list[str]) -> None:
     pair, site = load(toy, "yes"), CELL.site
     prompts = pair.prompts_of("test")
     for _ in range(2):
-        score(pair, prompts, Position.DECISION, {site: {}}, silent)
+        LocalWorkers(pair).score(prompts, Position.DECISION, {site: {}})
     with pair.tuned.engine() as engine:
         recorded = pair.recordings.to_patch(
             *(engine, ("tuned", prompts.digest, Position.DECISION)),
@@ -87,7 +86,7 @@ def test_clean_runs_go_with_their_model(toy: Path, loads: list[str]) -> None:
     assert before is not None
     with pair.base.engine():
         assert recorded.n_kept == 0
-    found = score(pair, prompts, Position.DECISION, {site: {}}, silent)
+    found = LocalWorkers(pair).score(prompts, Position.DECISION, {site: {}})
     assert torch.equal(found[site].tuned_rows[site], before[site])
     assert loads == ["base", "tuned", "base", "tuned"]
 

@@ -9,8 +9,9 @@ import torch
 
 from mechdiff_mlflow.engine import check_plumbing
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.rows import IDENTITY, capture, score
+from mechdiff_mlflow.experiments.rows import IDENTITY, capture
 from mechdiff_mlflow.experiments.study import FLOOR_LIMIT_NATS
+from mechdiff_mlflow.experiments.workers import LocalWorkers
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -155,7 +156,7 @@ def _capture_is_invariant(pair: Pair, prompts: PromptSet, sites: list[Site]) -> 
 
 
 def _identity(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
-    rows = score(pair, prompts, Position.DECISION, {site: {} for site in sites})
+    rows = LocalWorkers(pair).score(prompts, Position.DECISION, {site: {} for site in sites})
     floors = {site: rows[site].patched[IDENTITY].mean_kl for site in sites}
     worst = max(floors, key=lambda site: floors[site])
     limit = FLOOR_LIMIT_NATS[pair.spec.dtype]
@@ -170,7 +171,7 @@ def _identity(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
 def _oracle(pair: Pair, prompts: PromptSet) -> str:
     """The tuned activation itself in place of the base one must undo the raw patch entirely."""
     site = Site(pair.n_layers - 1, Hook.RESID_POST)
-    rows = score(pair, prompts, Position.DECISION, {site: {}})[site].patched
+    rows = LocalWorkers(pair).score(prompts, Position.DECISION, {site: {}})[site].patched
     if "raw" not in rows:
         return "widths differ: nothing to cross-patch raw"
     raw, oracle = rows["raw"].mean_kl, rows[IDENTITY].mean_kl

@@ -1,4 +1,4 @@
-"""Score many replacements of many sites on one split: one recording of each model, whatever is asked."""
+"""Rows of prompts: activations at sites, and what patches there do to the next token."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mechdiff_mlflow.engine import PatchEngine, Recorded, VariantGroup
-from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.engine import PatchEngine, Recorded
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.models.recordings import Rows
@@ -119,66 +117,3 @@ def patchable(
     with (pair.base if role == "base" else pair.tuned).engine() as engine:
         tokens = pair.tokens(role, prompts, position)
         yield engine, pair.recordings.to_patch(engine, (role, prompts.digest, position), tokens, sites)
-
-
-def score(
-    pair: Pair, prompts: PromptSet, position: Position, replacements: Replacements
-) -> dict[Site, SiteRows]:
-    """Patch the tuned model with every map of every site; identity and raw rows come with each site.
-
-    Where base and tuned differ in width there is no raw row.
-
-    Raises:
-        MechdiffError: A site does not exist, a map does not fit the site, or an activation is not finite.
-    """
-    sites = list(replacements)
-    base = capture(pair, "base", prompts, position, sites)
-    with patchable(pair, "tuned", prompts, position, sites) as (engine, recorded):
-        groups: list[VariantGroup] = []
-        labels: list[tuple[Site, list[str]]] = []
-        for site, maps in replacements.items():
-            d_base = base[site].shape[1]
-            same_width = d_base == engine.width
-            for map_ in maps.values():
-                _check_fits(map_, site, d_base, engine.width)
-            groups.append(VariantGroup.identity(site))
-            labels.append((site, [IDENTITY]))
-            if names := [*([RAW] if same_width else []), *maps]:
-                groups.append(_group(site, base, same_width, list(maps.values())))
-                labels.append((site, names))
-        result = engine.score(recorded, groups)
-    rows: dict[Site, dict[str, Patched]] = {site: {} for site in sites}
-    for (site, names), found in zip(labels, result.divergences, strict=True):
-        for column, name in enumerate(names):
-            rows[site][name] = Patched(
-                found.kl_patched_clean[:, column].numpy(),
-                found.kl_clean_patched[:, column].numpy(),
-                found.top1_agrees[:, column].double().numpy(),
-                found.delta_logprob[:, column].numpy(),
-            )
-    return {site: SiteRows(site, base, result.clean, rows[site]) for site in sites}
-
-
-def _group(site: Site, base: Mapping[Site, Tensor], raw: bool, maps: list[AffineMap]) -> VariantGroup:
-    """Replacements made chunk by chunk: all of them at once would be n · v · d numbers."""
-
-    def replace(index: Tensor, clean: Tensor) -> Tensor:
-        x = base[site][index]
-        units: dict[tuple[int, ...], Tensor] = {}
-        mapped = []
-        for map_ in maps:  # maps that differ in α alone cost one product
-            key = (id(map_.weight), id(map_.mean_in), id(map_.mean_out))
-            if key not in units:
-                units[key] = map_.with_alpha(1.0)(x.double())
-            mapped.append((map_.alpha * units[key]).to(x.dtype))
-        return torch.stack([x, *mapped] if raw else mapped, dim=1).to(clean.device)  # (n, v, d)
-
-    return VariantGroup(site, replace, n_variants=len(maps) + raw)
-
-
-def _check_fits(map_: AffineMap, site: Site, d_base: int, d_tuned: int) -> None:
-    if (map_.d_in, map_.d_out) != (d_base, d_tuned):
-        raise MechdiffError(
-            f"A map takes {map_.d_in} to {map_.d_out} dimensions and {site} of this pair needs "
-            f"{d_base} to {d_tuned}; use a map that was fitted on this pair."
-        )

@@ -28,8 +28,8 @@ from mechdiff_mlflow.errors import MechdiffError
 OWN = "own"
 
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}  # no reports of nodes either
-_RETRIES = "RAY_NUM_REDIS_GET_RETRIES"
 _REACH_S = 10.0
+_SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray takes the address of the machine's network for a node's, on Linux, unless it is to have no cluster."""
 
@@ -71,7 +71,7 @@ def connected(address: str, n_workers: int) -> Iterator[Any]:
 
 def _start(ray: Any, n_workers: int) -> None:
     # Without an address Ray joins any cluster that runs on this machine, or that RAY_ADDRESS names.
-    context = ray.init("local", num_cpus=n_workers, include_dashboard=False, **_silent())
+    context = ray.init("local", num_cpus=n_workers, include_dashboard=False, **_SILENT)
     node = context.address_info["node_ip_address"]
     if not ipaddress.ip_address(node).is_loopback:
         raise MechdiffError(
@@ -86,7 +86,7 @@ def _join(ray: Any, address: str) -> None:
             "RAY_AUTH_MODE is not token: whoever reaches the cluster can run code on it.", stacklevel=2
         )
     try:
-        ray.init(address=address, **_silent())
+        ray.init(address=address, **_SILENT)
     except Exception as error:  # of several kinds, by what is wrong and by version
         reason = " ".join(str(error).split())[:200]
         raise MechdiffError(
@@ -95,21 +95,15 @@ def _join(ray: Any, address: str) -> None:
         ) from None
 
 
-def _silent() -> dict[str, Any]:
-    return {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-
-
 def _of_our_own() -> Mapping[str, str]:
-    return {**_QUIET, **_LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
+    return _QUIET | _LOOPBACK | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
 
 
 def _of_others(address: str) -> Mapping[str, str]:
-    given = {name: os.environ[name] for name in ("RAY_AUTH_MODE", _RETRIES) if name in os.environ}
-    return {
-        **_QUIET,
-        **({} if address == "auto" or not _is_loopback(_host_and_port(address)[0]) else _LOOPBACK),
-        **{"RAY_AUTH_MODE": "token", _RETRIES: "3", **given},
-    }
+    loopback = _LOOPBACK if address != "auto" and _is_loopback(address) else {}
+    defaults = {"RAY_AUTH_MODE": "token", "RAY_NUM_REDIS_GET_RETRIES": "3"}
+    given = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    return _QUIET | loopback | given
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
@@ -117,11 +111,11 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _is_loopback(host: str) -> bool:
-    try:
+def _is_loopback(address: str) -> bool:
+    host, _ = _host_and_port(address)
+    with contextlib.suppress(ValueError):  # a name
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
+    return False
 
 
 def _check_reachable(address: str) -> None:
@@ -147,16 +141,14 @@ def _token() -> str:
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     """These variables for Ray and its processes, and afterwards what was there."""
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

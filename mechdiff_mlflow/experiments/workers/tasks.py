@@ -19,6 +19,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import rows
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, Replacements, SiteRows, patchable
 from mechdiff_mlflow.experiments.substitution import Heads, head_patches
+from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -156,17 +157,32 @@ class Score(Task):
         return [f"{site} {map_.digest}" for site, maps in self.replacements.items() for map_ in maps.values()]
 
     def run(self, pair: Pair) -> Tensors:
-        """See `rows.score`."""
-        found = rows.score(pair, self.prompts, self.position, self.replacements)
+        """Patch with every map of every site, from one recording of each model.
+
+        Raises:
+            MechdiffError: A site does not exist, a map does not fit it, or an activation is not finite.
+        """
+        sites = list(self.replacements)
+        base = rows.capture(pair, "base", self.prompts, self.position, sites)
+        groups: list[VariantGroup] = []
+        with patchable(pair, "tuned", self.prompts, self.position, sites) as (engine, recorded):
+            for site, maps in self.replacements.items():
+                groups.append(VariantGroup.identity(site))
+                groups += _variants(site, base, list(maps.values()), engine.width)
+            result = engine.score(recorded, groups)
+        patched: dict[Site, list[Tensor]] = {site: [] for site in sites}
+        for group, found in zip(groups, result.divergences, strict=True):
+            fields = found.kl_patched_clean, found.kl_clean_patched, found.top1_agrees, found.delta_logprob
+            patched[group.site].append(torch.stack([field.double() for field in fields], -1))
         readers: dict[str, Callable[[], Tensor]] = {}
-        for site, at in found.items():
-            readers[f"base/{site}"] = partial(at.base_rows.__getitem__, site)
-            readers[f"tuned/{site}"] = partial(at.tuned_rows.__getitem__, site)
-            readers[f"patched/{site}"] = partial(_stacked, list(at.patched.values()))
+        for site in sites:
+            readers[f"base/{site}"] = partial(base.__getitem__, site)
+            readers[f"tuned/{site}"] = partial(result.clean.__getitem__, site)
+            readers[f"patched/{site}"] = partial(torch.cat, patched[site], 1)
         return LazyTensors(readers)
 
     def site_rows(self, found: Tensors) -> dict[Site, SiteRows]:
-        """What `rows.score` gives, from the tensors of `run`."""
+        """The tensors of `run` by site and label."""
         sites = list(self.replacements)
         base, tuned = (at_sites(found, sites, f"{role}/") for role in ("base", "tuned"))
         result = {}
@@ -263,15 +279,29 @@ class HeadPatches(Task):
         return {"KL": head_patches(pair, self.layer, self.prompts, self.position, self.sets)}
 
 
-_PATCHED_FIELDS = ("kl_patched_clean_nats", "kl_clean_patched_nats", "top1_agrees", "delta_logprob_nats")
+def _variants(
+    site: Site, base: Mapping[Site, Tensor], maps: list[AffineMap], width: int
+) -> list[VariantGroup]:
+    """Raw and mapped replacements, made chunk by chunk: all of them at once would be n · v · d numbers."""
+    d_base = base[site].shape[1]
+    raw = d_base == width
+    for map_ in maps:
+        if (map_.d_in, map_.d_out) != (d_base, width):
+            raise MechdiffError(
+                f"A map takes {map_.d_in} to {map_.d_out} dimensions and {site} of this pair needs "
+                f"{d_base} to {width}; use a map that was fitted on this pair."
+            )
 
+    def replacements(index: Tensor, clean: Tensor) -> Tensor:
+        x = base[site][index]
+        unscaled: dict[tuple[int, ...], Tensor] = {}
+        mapped = []
+        for map_ in maps:  # maps that differ in α alone cost one product
+            key = (id(map_.weight), id(map_.mean_in), id(map_.mean_out))
+            if key not in unscaled:
+                unscaled[key] = map_.with_alpha(1.0)(x.double())
+            mapped.append((map_.alpha * unscaled[key]).to(x.dtype))
+        return torch.stack([x, *mapped] if raw else mapped, dim=1).to(clean.device)  # (n, v, d)
 
-def _stacked(patched: Sequence[Patched]) -> Tensor:
-    """[n, v, 4] in float64."""
-    return torch.stack(
-        [
-            torch.stack([torch.as_tensor(getattr(one, name)).double() for name in _PATCHED_FIELDS], -1)
-            for one in patched
-        ],
-        1,
-    )
+    n_variants = len(maps) + raw
+    return [VariantGroup(site, replacements, n_variants=n_variants)] if n_variants else []

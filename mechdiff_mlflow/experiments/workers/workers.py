@@ -149,7 +149,10 @@ class Workers(ABC):
     def score(
         self, prompts: PromptSet, position: Position, replacements: Replacements, stage: Stage = silent
     ) -> dict[Site, SiteRows]:
-        """See `rows.score`."""
+        """Patch the tuned model with every map of every site; identity and raw rows come with each site.
+
+        Where base and tuned differ in width there is no raw row.
+        """
         task = Score(prompts, position, replacements)
         return task.site_rows(self.whole(task, stage, "patching tuned"))
 
