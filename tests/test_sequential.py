@@ -22,8 +22,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.atlas import atlas
 from mechdiff_mlflow.experiments.doctor import examine, require_sound
-from mechdiff_mlflow.experiments.heads import heads_of
-from mechdiff_mlflow.experiments.layers import layer_profile
+from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
 from mechdiff_mlflow.experiments.workers import LocalWorkers
 from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank

@@ -13,9 +13,8 @@ from mechdiff_mlflow.cli.session import session
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments.atlas import atlas
-from mechdiff_mlflow.experiments.heads import heads_of
-from mechdiff_mlflow.experiments.layers import layer_profile
 from mechdiff_mlflow.experiments.possible import check_cells, check_pair, check_sites
+from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.report.figures import write_figures
 from mechdiff_mlflow.report.profiles import (

@@ -64,15 +64,9 @@ class AdapterRecord:
 def make_adapter(
     pair: Pair, the_map: AffineMap, folder: Path, *, form: Form, split: str, n: int | None
 ) -> AdapterRecord:
-    """Write the map as an adapter of the pair's base model into `folder`, load it from there, measure it.
+    """Write the map as an adapter of the pair's base model into an empty folder, and load it from there.
 
-    Args:
-        pair: Whose base it is for.
-        the_map: With the site that it was fitted at in its meta.
-        folder: An empty directory.
-        form: How to store it.
-        split: To measure on.
-        n: The first n prompts of it; None for all.
+    Then measure it on the first n prompts of a split, all when n is None.
 
     Raises:
         MechdiffError: The site does not exist, the widths do not fit, PEFT is asked for where it cannot say
@@ -176,10 +170,7 @@ def _next_token_logits(
     prompts: PromptSet,
     attachment: Callable[[Tensor], AbstractContextManager[object]] = nullcontext,
 ) -> Tensor:
-    """[n, vocabulary] in the order of the prompts, float32 on the CPU.
-
-    `attachment` is entered around each chunk, and is told which prompts it has.
-    """
+    """[n, vocabulary], float32 on the CPU; `attachment` is entered around each chunk, given its prompts."""
     forward = PromptForward(Decoder.of(model, pair.modules))
     index, rows = [], []
     for chunk in in_chunks(pair.tokens(role, prompts, Position.DECISION), _BATCH, forward.device):

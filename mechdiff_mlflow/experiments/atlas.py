@@ -46,13 +46,7 @@ def atlas(
 ) -> AtlasRecord:
     """Raw and mapped patches at every layer of some hooks, all maps of full rank and scale `alpha`.
 
-    Args:
-        study: The pair and protocol.
-        hooks: Which hooks.
-        solver: Row of the solvers' table.
-        family: What ranks count.
-        alpha: Scale of every map.
-        best: How many sites to rank by their drop on val.
+    The `best` sites are those with the highest drop on val.
 
     Raises:
         MechdiffError: A hook, the solver or the family is impossible for this pair.

@@ -85,17 +85,10 @@ def check_cells(cells: Sequence[Cell], protocol: Protocol, pair: Pair) -> None:
 
 
 def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, any_pair: bool) -> None:
-    """Make sure that a map fits its site of a pair, and was fitted on it, unless `any_pair` is allowed.
-
-    Args:
-        map_: The map.
-        name: What the user calls it.
-        site: Where it was fitted.
-        pair: What it is used on.
-        any_pair: Whether it may have been fitted on another pair.
+    """Make sure that the map that the user calls `name` fits its site of a pair, and was fitted on the pair.
 
     Raises:
-        MechdiffError: It does not, or was not.
+        MechdiffError: It does not; or it was not, and `any_pair` is false.
     """
     check_sites([site], pair)
     widths = _widths(pair)
@@ -114,6 +107,6 @@ def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, any_pair: b
 
 
 def _widths(pair: Pair) -> tuple[int, int] | None:
-    """Of base and tuned, as their configurations say."""
+    """The widths of base and tuned, as their configurations say."""
     base, tuned = pair.base.outline(), pair.tuned.outline()
     return None if base is None or tuned is None else (base.width, tuned.width)

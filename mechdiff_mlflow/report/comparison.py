@@ -94,13 +94,7 @@ def verdict(match: Match, interval: Interval | None, first: str, second: str) ->
 
 
 def comparison(first: Evidence, second: Evidence, tables: PerPrompt, *, seed: int) -> Document:
-    """The comparison of two pairs as a document.
-
-    Args:
-        first: One pair.
-        second: The other.
-        tables: Per-prompt tables of `needed_runs`.
-        seed: Random seed of the bootstrap.
+    """The comparison of two pairs as a document, from the per-prompt tables of `needed_runs`.
 
     Raises:
         MechdiffError: They have nothing in common.

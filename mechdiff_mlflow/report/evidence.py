@@ -103,11 +103,11 @@ class Evidence:
 
     @classmethod
     def of(cls, pair: str, runs: pd.DataFrame, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> Evidence:
-        """Read a table of runs.
+        """Read what runs show of a pair.
 
         Args:
             pair: The pair's name.
-            runs: What `tracking.results.results_df` gives, newest first.
+            runs: One row a run, newest first.
             tables: By name of the artifact and run id, the tables of runs.
 
         Raises:

@@ -15,8 +15,7 @@ from scipy import stats as scipy_stats
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
 from mechdiff_mlflow.experiments.atlas import AtlasRecord, atlas
-from mechdiff_mlflow.experiments.heads import heads_of
-from mechdiff_mlflow.experiments.layers import layer_profile
+from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
 from mechdiff_mlflow.experiments.rows import capture
 from mechdiff_mlflow.experiments.summary import SHUFFLED
 from mechdiff_mlflow.experiments.workers import LocalWorkers

@@ -57,10 +57,10 @@ class RayWorkers(Workers):
 
     Args:
         pair: Of this process, whose models are never touched: see `load_pair(lazily=True)`.
-        n_workers: How many hold the pair; as many as the cluster has room for at a time.
+        n_workers: How many hold the pair, as far as the cluster has room.
         address: `own` starts a cluster on this machine; `auto` or `host:port` joins one.
         device: Where workers put models; `auto` is CUDA where the cluster has GPUs.
-        gpus_per_worker: Of a model that is spread over several; None is one.
+        gpus_per_worker: For a model that is spread over several; None is one.
 
     Raises:
         MechdiffError: Ray is not installed, there is no such cluster, or it has no room for a worker.

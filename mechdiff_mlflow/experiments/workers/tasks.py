@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import ClassVar, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,15 +19,16 @@ from mechdiff_mlflow.engine import VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import rows
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, Replacements, SiteRows, patchable
-from mechdiff_mlflow.experiments.substitution import Heads, head_patches
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import PromptSet
-from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 """By name; the first dimension of each is the task's prompts, in order."""
+
+Heads: TypeAlias = tuple[int, ...]
 
 Key = TypeVar("Key")
 AnyTask = TypeVar("AnyTask", bound="Task")
@@ -269,14 +271,62 @@ class Swap(Task):
 
 @dataclass(frozen=True, eq=False)
 class HeadPatches(Task):
-    """The base's heads in place of the tuned model's, for sets of heads: `KL`(patched ‖ clean), [n, sets]."""
+    """Base's attention heads in place of the tuned model's before the output projection, for sets of heads.
+
+    `KL` is KL(patched ‖ clean) in nats, [n, sets].
+    """
 
     layer: int
     sets: tuple[Heads, ...]
 
     def run(self, pair: Pair) -> Tensors:
-        """See `substitution.head_patches`."""
-        return {"KL": head_patches(pair, self.layer, self.prompts, self.position, self.sets)}
+        """See above; no heads give the noise floor.
+
+        Raises:
+            MechdiffError: The heads of the two models cannot be told apart or differ in number or width.
+        """
+        site = Site(self.layer, Hook.ATTN_OUT)
+        base, tuned = self._head_outputs(pair)
+        chosen = torch.zeros(len(self.sets), tuned.shape[1], 1, dtype=torch.bool)
+        for row, heads in enumerate(self.sets):
+            chosen[row, list(heads)] = True
+        with patchable(pair, "tuned", self.prompts, self.position, [site]) as (engine, recorded):
+            projection = engine.heads(self.layer)
+
+            def replaced(index: Tensor, clean: Tensor) -> Tensor:
+                mixed = torch.where(chosen, base[index].unsqueeze(1), tuned[index].unsqueeze(1))
+                return projection.project(mixed).to(clean.device)
+
+            group = VariantGroup(site, replaced, n_variants=len(self.sets))
+            (found,) = engine.score(recorded, [group]).divergences
+        return {"KL": found.kl_patched_clean}
+
+    def _head_outputs(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """What each head of base and tuned gives before the output projection, [n, heads, width]."""
+        known = _HEAD_OUTPUTS.setdefault(pair, {})
+        key = (self.layer, self.prompts.digest, self.position)
+        if key not in known:
+            if any(layer != self.layer for layer, *_ in known):
+                known.clear()
+            found = []
+            for role, side in (("base", pair.base), ("tuned", pair.tuned)):
+                with side.engine() as engine:
+                    tokens = pair.tokens(role, self.prompts, self.position)
+                    found.append(engine.heads(self.layer).capture(tokens))
+            base, tuned = found
+            if base.shape != tuned.shape:
+                raise MechdiffError(
+                    f"Base and tuned have heads of {list(base.shape[1:])} and {list(tuned.shape[1:])} "
+                    f"(number, width) in layer {self.layer}; heads can be substituted only where they "
+                    "correspond."
+                )
+            known[key] = base, tuned
+        return known[key]
+
+
+_HEAD_OUTPUTS: WeakKeyDictionary[Pair, dict[tuple[int, str, Position], tuple[Tensor, Tensor]]]
+_HEAD_OUTPUTS = WeakKeyDictionary()
+"""Those of one layer: a greedy search asks for the same prompts again and again."""
 
 
 def _variants(

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.rows import Array, Replacements, SiteRows
-from mechdiff_mlflow.experiments.substitution import Heads
 from mechdiff_mlflow.experiments.workers.shards import MAX_SHARDS, merged, shards_of
 from mechdiff_mlflow.experiments.workers.tasks import (
     Capture,
     CleanNoise,
     Gradients,
     HeadPatches,
+    Heads,
     Score,
     Swap,
     Task,

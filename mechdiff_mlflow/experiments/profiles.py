@@ -1,4 +1,4 @@
-"""Which attention heads of a layer carry the difference between base and tuned.
+"""Profiles of a pair: how alike the models are layer by layer, and which attention heads carry the difference.
 
 A set S of heads is replaced before the output projection: the tuned model's own projection gets the base
 model's z for the heads in S and its own for the rest. coverage(S) = ΣKL_S / ΣKL_all.
@@ -16,16 +16,56 @@ import pandas as pd
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.rows import Array
 from mechdiff_mlflow.experiments.study import Study
-from mechdiff_mlflow.experiments.substitution import Heads
-from mechdiff_mlflow.experiments.workers.workers import n_heads_of
-from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.experiments.workers.tasks import Heads
+from mechdiff_mlflow.experiments.workers.workers import model_sizes, n_heads_of
+from mechdiff_mlflow.measures import similarity, stats
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-COLUMNS = (
+DIRECTIONS = {"tuned_from_base": "tuned", "base_from_tuned": "base"}
+"""By name the model that is patched with the other's activations."""
+HEAD_COLUMNS = (
     "site", "n_heads", "choice", "size", "heads", "KL", "coverage", "coverage_low", "coverage_high", "KL_all",
 )  # fmt: skip
 """Of the table. choice is single, greedy (nested, chosen on val) or random (of several sets of a size: mean,
 and the middle 95 % of the sets instead of an interval over prompts)."""
+
+
+def layer_profile(study: Study) -> pd.DataFrame:
+    """One row a layer, at resid_post on the reported prompts.
+
+    Columns: layer; cka, debiased, None where either does not vary; for both directions KL_… (mean
+    KL(patched ‖ clean) in nats of the unmapped patch), its 95 % interval …_low and …_high, and floor_…,
+    the noise floor: the identity patch's, or that of two clean runs of the patched model.
+
+    Raises:
+        MechdiffError: The models differ in depth or width.
+    """
+    prompts, position = study.report_prompts, study.protocol.position
+    base, tuned = study.computing.ask(model_sizes)
+    if base != tuned:
+        raise MechdiffError(
+            f"Base has {base.n_layers} layers of width {base.width} and tuned {tuned.n_layers} of "
+            f"{tuned.width}; an unmapped patch needs models of one shape."
+        )
+    sites = [Site(layer, Hook.RESID_POST) for layer in range(base.n_layers)]
+    columns: dict[str, list[float | None]] = {"layer": [float(site.layer) for site in sites]}
+    swapped, noise = {}, {}
+    for name, taker in DIRECTIONS.items():
+        swapped[name] = study.computing.swap(taker, prompts, position, sites, study.stage)
+        noise[name] = study.computing.clean_noise(taker, prompts, position)
+    own = next(iter(swapped.values()))
+    columns["cka"] = [
+        similarity.debiased_cka(own[f"base/{site}"].double(), own[f"tuned/{site}"].double()) for site in sites
+    ]
+    for name, found in swapped.items():
+        kls: list[Array] = list(found["KL"].numpy().T)
+        means = [stats.kl_difference(kl, 0 * kl, bootstrap=study.bootstrap) for kl in kls]
+        columns[f"KL_{name}"] = [mean.estimate for mean in means]
+        columns[f"KL_{name}_low"] = [mean.low for mean in means]
+        columns[f"KL_{name}_high"] = [mean.high for mean in means]
+        columns[f"floor_{name}"] = [max(float(floor), noise[name]) for floor in found["floor"].mean(0)]
+    table: pd.DataFrame = pd.DataFrame(columns).astype({"layer": int})
+    return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +73,7 @@ class HeadsRecord:
     """What the heads of one layer carry."""
 
     site: Site  # the layer's attn_out
-    table: pd.DataFrame  # `COLUMNS`
+    table: pd.DataFrame  # `HEAD_COLUMNS`
     greedy: Heads  # in the order in which val chose them
 
 
@@ -86,7 +126,7 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
         coverage = float(shares.mean()), float(low), float(high)
         rows.append(("random", len(many[0]), f"{n_random} sets", float(kls.mean()), *coverage))
     table: pd.DataFrame = pd.DataFrame(
-        [(str(site), n_heads, *row, mean_all) for row in rows], columns=list(COLUMNS)
+        [(str(site), n_heads, *row, mean_all) for row in rows], columns=list(HEAD_COLUMNS)
     )
     return HeadsRecord(site, table, order)
 
