@@ -15,6 +15,7 @@ from mechdiff_mlflow import solvers
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.protocol import Protocol
+from mechdiff_mlflow.experiments.workers.tasks import Gradients, at_sites
 from mechdiff_mlflow.experiments.workers.workers import Workers, unembedding
 from mechdiff_mlflow.maps.affine import JSON, AffineMap
 from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum, Solution, controls
@@ -194,7 +195,8 @@ class Fitter:
             # All sites at once: one backward pass however many there are.
             missing = sorted(self._train.keys() - self._gradients.keys())
             position, seed = self.protocol.position, self.protocol.seed
-            self._gradients.update(self.workers.gradients(self.prompts, position, missing, seed))
+            found = self.workers.whole(Gradients(self.prompts, position, tuple(missing), seed))
+            self._gradients.update(at_sites(found, missing))
         return self._gradients[site]
 
 

@@ -1,4 +1,4 @@
-"""Profiles of a pair: how alike the models are layer by layer, and which attention heads carry the difference.
+"""Profiles of a pair: how alike the models are layer by layer, and which attention heads make the difference.
 
 A set S of heads is replaced before the output projection: the tuned model's own projection gets the base
 model's z for the heads in S and its own for the rest. coverage(S) = ΣKL_S / ΣKL_all.
@@ -6,8 +6,8 @@ model's z for the heads in S and its own for the rest. coverage(S) = ΣKL_S / Σ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -16,9 +16,10 @@ import pandas as pd
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.rows import Array
 from mechdiff_mlflow.experiments.study import Study
-from mechdiff_mlflow.experiments.workers.tasks import Heads
+from mechdiff_mlflow.experiments.workers.tasks import HeadPatches, Heads, Swap
 from mechdiff_mlflow.experiments.workers.workers import model_sizes, n_heads_of
 from mechdiff_mlflow.measures import similarity, stats
+from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Hook, Site
 
 DIRECTIONS = {"tuned_from_base": "tuned", "base_from_tuned": "base"}
@@ -51,7 +52,8 @@ def layer_profile(study: Study) -> pd.DataFrame:
     columns: dict[str, list[float | None]] = {"layer": [float(site.layer) for site in sites]}
     swapped, noise = {}, {}
     for name, taker in DIRECTIONS.items():
-        swapped[name] = study.computing.swap(taker, prompts, position, sites, study.stage)
+        task = Swap(prompts, position, taker, tuple(sites))
+        swapped[name] = study.computing.whole(task, study.stage, f"patching {taker}")
         noise[name] = study.computing.clean_noise(taker, prompts, position)
     own = next(iter(swapped.values()))
     columns["cka"] = [
@@ -85,13 +87,18 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
             replacing all of them moves KL no further than noise.
     """
     site = Site(layer, Hook.ATTN_OUT)
-    patches = partial(study.computing.head_patches, layer, position=study.protocol.position)
+
+    def patches(prompts: PromptSet, sets: Sequence[Heads]) -> list[Array]:
+        """KL(patched ‖ clean) in nats of every set, [n]."""
+        task = HeadPatches(prompts, study.protocol.position, layer, tuple(sets))
+        return list(study.computing.whole(task)["KL"].numpy().T)
+
     n_heads = study.computing.ask(n_heads_of, layer)
     order: Heads = ()
     with study.stage("greedy heads on val", n_heads) as advance:
         while len(order) < n_heads:
             candidates = [(*order, head) for head in range(n_heads) if head not in order]
-            means = [kl.mean() for kl in patches(prompts=study.val_prompts, sets=candidates)]
+            means = [kl.mean() for kl in patches(study.val_prompts, candidates)]
             order = candidates[int(np.argmax(means))]
             advance(1)
     singles: list[Heads] = [(head,) for head in range(n_heads)]
@@ -103,10 +110,9 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
     ]
     everything = tuple(range(n_heads))
     sets = list(dict.fromkeys(map(_sorted, [*singles, *nested, *chain.from_iterable(chance), everything])))
-    on_report = partial(patches, prompts=study.report_prompts)
-    scored = dict(zip(sets, on_report(sets=sets), strict=True))
+    scored = dict(zip(sets, patches(study.report_prompts, sets), strict=True))
     whole = scored[everything]
-    (own,) = on_report(sets=[()])  # the tuned model's heads put back through the projection
+    (own,) = patches(study.report_prompts, [()])  # the tuned model's heads put back through the projection
     if not stats.above_floor(float(whole.mean()), max(float(own.mean()), study.noise)):
         raise MechdiffError(
             f"Replacing all heads at {site} moves KL by {whole.mean():.2g} nats, no further than noise; "

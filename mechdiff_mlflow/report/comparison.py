@@ -12,7 +12,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.document import Block, Bullets, Document, Grid, Heading, Text
+from mechdiff_mlflow.report.document import Block, Bullets, Document, Grid, Heading
 from mechdiff_mlflow.report.evidence import Evidence, Measured
 from mechdiff_mlflow.report.profiles import first_difference
 from mechdiff_mlflow.text import text_of
@@ -101,7 +101,7 @@ def comparison(first: Evidence, second: Evidence, tables: PerPrompt, *, seed: in
     """
     a, b = first.pair, second.pair
     blocks: list[Block] = [
-        Text(
+        (
             f"Differences are drop_pct of `{a}` minus `{b}` in percentage points, with 95 % intervals of a "
             "bootstrap that draws each pair's prompts by themselves. Where an interval includes 0, there is "
             "no evidence of a difference."
@@ -152,10 +152,10 @@ def _transport_table(first: Evidence, second: Evidence, tables: PerPrompt, seed:
 def _rank_blocks(first: Evidence, second: Evidence) -> list[Block]:
     keys = ["site", "solver", "family", "alpha", "target_pct"]
     if not len(first.least_ranks) or not len(second.least_ranks):
-        return [Text("Not measured on both; run mechdiff sweep on both.")]
+        return ["Not measured on both; run mechdiff sweep on both."]
     both = first.least_ranks.merge(second.least_ranks, on=keys, suffixes=("_a", "_b"))
     if not len(both):
-        return [Text("The sweeps of the two have no site, α and target in common.")]
+        return ["The sweeps of the two have no site, α and target in common."]
     rows = []
     for row in wording.rows_of(both):
         texts = [" ".join(wording.ranks(row, suffix)) for suffix in ("_a", "_b")]

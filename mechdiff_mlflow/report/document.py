@@ -22,13 +22,6 @@ class Heading:
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """A paragraph; `**bold**` and `` `code` `` are understood."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
 class Bullets:
     """A list of short texts."""
 
@@ -50,7 +43,8 @@ class Code:
     lines: Sequence[str]
 
 
-Block: TypeAlias = Heading | Text | Bullets | Grid | Code | Figure
+Block: TypeAlias = str | Heading | Bullets | Grid | Code | Figure
+"""A string is a paragraph, in which `**bold**` and `` `code` `` are understood."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +133,8 @@ def joined(documents: Sequence[Document]) -> Document:
 def _markdown(block: Block, pictures: str) -> str:
     if isinstance(block, Heading):
         return f"## {block.text}"
-    if isinstance(block, Text):
-        return block.text
+    if isinstance(block, str):
+        return block
     if isinstance(block, Bullets):
         return "\n".join(f"- {item}" for item in block.items)
     if isinstance(block, Code):
@@ -154,8 +148,8 @@ def _markdown(block: Block, pictures: str) -> str:
 def _html(block: Block) -> str:
     if isinstance(block, Heading):
         return f"<h2>{_inline(block.text)}</h2>"
-    if isinstance(block, Text):
-        return f"<p>{_inline(block.text)}</p>"
+    if isinstance(block, str):
+        return f"<p>{_inline(block)}</p>"
     if isinstance(block, Bullets):
         return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Code):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.curves import curve_figures
-from mechdiff_mlflow.report.document import Block, Bullets, Code, Document, Grid, Heading, Text
+from mechdiff_mlflow.report.document import Block, Bullets, Code, Document, Grid, Heading
 from mechdiff_mlflow.report.evidence import Evidence, Measured, Quoted
 from mechdiff_mlflow.report.figures import bars
 from mechdiff_mlflow.report.profiles import atlas_figures, first_difference, heads_blocks, layers_blocks
@@ -25,7 +25,7 @@ def report(evidence: Evidence) -> Document:
     cells = [patch for patch in evidence.patches if patch.source != "atlas"]
     scales = [text for one in quoted if (text := wording.scale(one.patch, _grid(one.patch.asked_alpha)))]
     blocks: list[Block] = [
-        Text(
+        (
             f"Pair `{evidence.pair}` (fingerprint `{evidence.fingerprint}`), from {len(evidence.patches)} "
             "patch runs. KL is KL(patched ‖ clean) of the next token in nats, drop is "
             "100·(1 − KL_mapped/KL_raw), skill 100·(1 − KL_mapped/KL of the best control); brackets are 95 % "
@@ -34,25 +34,25 @@ def report(evidence: Evidence) -> Document:
             "which attention heads matter."
         ),
         Heading("Results"),
-        Text(f"**RQ2 (causal transport).** {_conditions(patches)}"),
+        f"**RQ2 (causal transport).** {_conditions(patches)}",
         Bullets([wording.transport(patch) for patch in patches] or ["No site yet."]),
         *([Bullets(scales)] if scales else ()),
         *_rank_control(evidence),
     ]
     if evidence.atlas is not None:
-        blocks.append(Text(f"**Where.** {first_difference(evidence.atlas)}"))
+        blocks.append(f"**Where.** {first_difference(evidence.atlas)}")
     blocks += [
         Heading("Tables"),
-        Text("Quoted above, one row a site:"),
+        "Quoted above, one row a site:",
         _patch_table(patches),
-        *([Text(f"All {len(cells)} cells:"), _patch_table(cells)] if cells else ()),
+        *([f"All {len(cells)} cells:", _patch_table(cells)] if cells else ()),
         *curve_figures(evidence.patches),
         *_controls(patches),
     ]
     if evidence.atlas is not None:
         blocks += [
             Heading("Atlas"),
-            Text(f"Every layer and hook, from run `{evidence.atlas_run}`; grey has no value."),
+            f"Every layer and hook, from run `{evidence.atlas_run}`; grey has no value.",
             *atlas_figures(evidence.atlas),
         ]
     if evidence.layers is not None:
@@ -133,7 +133,7 @@ def _grid(asked: str) -> Sequence[float]:
 def _rank_control(evidence: Evidence) -> list[Block]:
     rows = wording.rows_of(evidence.least_ranks)
     if not rows:
-        return [Text("**RQ3 (rank-k control).** Not measured: no sweep has been run.")]
+        return ["**RQ3 (rank-k control).** Not measured: no sweep has been run."]
     columns = ["site", "family", "α", "target %", "min k", "interval", "reached in", "conservative k", "run"]
     cells = [
         [
@@ -149,7 +149,7 @@ def _rank_control(evidence: Evidence) -> list[Block]:
         for row in rows
     ]
     return [
-        Text(
+        (
             "**RQ3 (rank-k control).** The smallest tested rank from which on every rank reaches the target; "
             "k ≪ d is said up to a quarter of the width. Family update counts rank(W − I), content rank(W)."
         ),

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from mechdiff_mlflow.measures.stats import above_floor
-from mechdiff_mlflow.report.document import Block, Bullets, Grid, Heading, Text
+from mechdiff_mlflow.report.document import Block, Bullets, Grid, Heading
 from mechdiff_mlflow.report.figures import Curve, Figure, curves, heatmap
 from mechdiff_mlflow.spec.sites import Hook
 
@@ -87,7 +87,7 @@ def layers_blocks(table: pd.DataFrame, run_id: str) -> list[Block]:
     """The section on layers."""
     return [
         Heading("Layers (RQ1: how alike, layer by layer?)"),
-        Text(f"**RQ1 (where).** {layers_sentence(table)} Run `{run_id}`."),
+        f"**RQ1 (where).** {layers_sentence(table)} Run `{run_id}`.",
         *layer_figures(table),
     ]
 
@@ -163,7 +163,7 @@ def heads_blocks(site: str, table: pd.DataFrame) -> list[Block]:
     rows = [[str(r["heads"]), f"{r['KL']:.4g}", f"{r['coverage']:.3f}"] for r in single.to_dict("records")]
     return [
         Heading(f"Heads of {site} (RQ4: which heads?)"),
-        Text(f"**RQ4 (heads).** {heads_sentence(table)}"),
+        f"**RQ4 (heads).** {heads_sentence(table)}",
         Bullets(
             [
                 "Heads are replaced before o_proj, on val chosen greedily, reported on the report split.",

@@ -8,21 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mechdiff_mlflow.experiments.progress import Stage, silent
-from mechdiff_mlflow.experiments.rows import Array, Replacements, SiteRows
+from mechdiff_mlflow.experiments.rows import Replacements, SiteRows
 from mechdiff_mlflow.experiments.workers.shards import MAX_SHARDS, merged, shards_of
 from mechdiff_mlflow.experiments.workers.tasks import (
     Capture,
     CleanNoise,
-    Gradients,
-    HeadPatches,
-    Heads,
     Score,
-    Swap,
     Task,
     Tensors,
     at_sites,
@@ -164,27 +159,6 @@ class Workers(ABC):
         few = prompts.prompts[:: -(-len(prompts) // _NOISE_PROMPTS)]
         task = CleanNoise(PromptSet(prompts.split, few), position, role)
         return float(self.whole(task)["KL"].mean(0).max())
-
-    def gradients(
-        self, prompts: PromptSet, position: Position, sites: Sequence[Site], seed: int
-    ) -> Mapping[Site, Tensor]:
-        """See `PatchEngine.score_gradients`."""
-        return at_sites(self.whole(Gradients(prompts, position, tuple(sites), seed)), sites)
-
-    def swap(
-        self, taker: str, prompts: PromptSet, position: Position, sites: Sequence[Site], stage: Stage
-    ) -> Tensors:
-        """See `Swap`."""
-        giver = "tuned" if taker == "base" else "base"
-        task = Swap(prompts, position, taker, tuple(sites))
-        return self.whole(task, stage, f"patching {taker} from {giver}")
-
-    def head_patches(
-        self, layer: int, prompts: PromptSet, position: Position, sets: Sequence[Heads]
-    ) -> list[Array]:
-        """KL(patched ‖ clean) in nats of the base's heads in the tuned model, for every set of heads, [n]."""
-        found = self.whole(HeadPatches(prompts, position, layer, tuple(sets)))["KL"]
-        return [np.asarray(column) for column in found.numpy().T]
 
     def whole(self, task: Task, stage: Stage = silent, name: str = "") -> Tensors:
         """The result of a task that was done shard by shard."""
