@@ -45,9 +45,9 @@ class Fitter:
 
     def record(self, cells: Sequence[Cell]) -> None:
         """Record what the cells and their controls are fitted on, where that is not known yet."""
-        asked = sorted({cell.site for cell in cells})
+        asked, n_layers = sorted({cell.site for cell in cells}), self.workers.pair.n_layers
         # The asked-for sites first: of a layer that does not exist, the user's own number is named.
-        sites = dict.fromkeys([*asked, *sorted({self.elsewhere(site) for site in asked})])
+        sites = dict.fromkeys([*asked, *sorted({wrong_layer_site(site, n_layers) for site in asked})])
         missing = [site for site in sites if site not in self._train]
         if not missing:
             return
@@ -58,10 +58,6 @@ class Fitter:
             tuned = self.workers.capture("tuned", self.prompts, position, missing)
             advance(1)
         self._train.update({site: (base, tuned) for site in missing})
-
-    def elsewhere(self, site: Site) -> Site:
-        """Where the wrong-layer control of a site is fitted."""
-        return elsewhere(site, self.workers.pair.n_layers)
 
     def alphas(self, cell: Cell) -> tuple[float, ...]:
         """The scales that a cell's map may have, α of the identity among them where that was asked for."""
@@ -96,7 +92,9 @@ class Fitter:
         # All cells of a site share its controls; the wrong layer's map alone depends on the solver.
         wrong_layer = cell.site, f"wrong_layer {cell.solver} {cell.family}"
         if wrong_layer not in self._controls:
-            other = self._solution(replace(cell, site=self.elsewhere(cell.site)), 1.0).map()
+            other = self._solution(
+                replace(cell, site=wrong_layer_site(cell.site, self.workers.pair.n_layers)), 1.0
+            ).map()
             self._controls[wrong_layer] = controls.control_map("wrong_layer", spectrum, other=other)
         nulls = {}
         for name in controls.applicable_controls(spectrum, other=self._controls[wrong_layer]):
@@ -200,8 +198,8 @@ class Fitter:
         return self._gradients[site]
 
 
-def elsewhere(site: Site, n_layers: int) -> Site:
-    """The same hook an eighth of the model further on, or back near the end, for the wrong-layer control.
+def wrong_layer_site(site: Site, n_layers: int) -> Site:
+    """Where the wrong-layer control is fitted: the same hook an eighth of the model further on, or back.
 
     Never round to the first layer: what enters it is the same for all prompts.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.fitting import elsewhere
+from mechdiff_mlflow.experiments.fitting import wrong_layer_site
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.study import Study
 from mechdiff_mlflow.maps.affine import AffineMap, Family
@@ -53,7 +53,7 @@ def check_cells(cells: Sequence[Cell], protocol: Protocol, pair: Pair) -> None:
     """
     check_pair(protocol, pair)
     sites = dict.fromkeys(cell.site for cell in cells)
-    check_sites([*sites, *(elsewhere(site, pair.n_layers) for site in sites)], pair)
+    check_sites([*sites, *(wrong_layer_site(site, pair.n_layers) for site in sites)], pair)
     n_train, widths = len(Study(pair, protocol).train_prompts), _widths(pair)
     if n_train < 2:
         raise MechdiffError(f"{n_train} train prompt is too little to fit on; give --n-train 2 or more.")

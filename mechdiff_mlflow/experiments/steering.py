@@ -43,14 +43,7 @@ def steer(
     tokens: Tokens = Tokens.NEW,
     max_new_tokens: int = 32,
 ) -> list[Steered]:
-    """Continue each text of a user greedily, four times.
-
-    Args:
-        pair: Base and tuned.
-        the_map: With the site that it was fitted at in its meta.
-        texts: The user's turns.
-        tokens: Whose activations are replaced; all but `decision` needs models that read the same tokens.
-        max_new_tokens: Maximum new tokens of a continuation.
+    """Continue each text of a user greedily: base, tuned, and tuned patched raw and mapped at the map's site.
 
     Raises:
         MechdiffError: A prompt is empty, a template fails, the map does not fit, or the models read other

@@ -50,6 +50,14 @@ class _Patch:
     controls: dict[str, list[AffineMap]] = field(default_factory=dict)
     null: str = ""
 
+    @property
+    def candidates(self) -> Iterable[AffineMap]:
+        return chain(*self.nulls.values(), *self.shuffled)
+
+    @property
+    def reported(self) -> Iterable[AffineMap]:
+        return chain([self.map], *self.controls.values())
+
     def choose(self, val: SiteRows) -> None:
         """Take the scale that does best on val of each control and shuffle; the null is the best control."""
         self.controls = {name: [_best(maps, val)] for name, maps in self.nulls.items()}
@@ -60,19 +68,12 @@ class _Patch:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A pair under one protocol, with what has been recorded so far.
-
-    Args:
-        pair: The models and prompts.
-        protocol: What all cells share.
-        stage: Who listens to progress.
-        workers: Who runs the models; None is this process.
-    """
+    """A pair under one protocol, with what has been recorded so far."""
 
     pair: Pair
     protocol: Protocol
-    stage: Stage = silent
-    workers: Workers | None = None
+    stage: Stage = silent  # who listens to progress
+    workers: Workers | None = None  # who runs the models; None is this process
     _fitted: list[AffineMap] = field(default_factory=list)
     _rows: dict[str, dict[Site, SiteRows]] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
@@ -154,24 +155,11 @@ class Study:
         fitter = self._fitter
         fitter.record([cell for cell, _ in fits])
         patches = [_Patch(cell, map_, fitter.nulls(cell), fitter.shuffled(cell)) for cell, map_ in fits]
-        val = self._score(
-            "val",
-            [
-                (patch.cell.site, map_)
-                for patch in patches
-                for map_ in chain(*patch.nulls.values(), *patch.shuffled)
-            ],
-        )
+        val = self._score("val", [(p.cell.site, map_) for p in patches for map_ in p.candidates])
         for patch in patches:
             patch.choose(val[patch.cell.site])
-        report = self._score(
-            self.protocol.split,
-            [
-                (patch.cell.site, map_)
-                for patch in patches
-                for map_ in (patch.map, *chain(*patch.controls.values()))
-            ],
-        )
+        split = self.protocol.split
+        report = self._score(split, [(p.cell.site, map_) for p in patches for map_ in p.reported])
         seed, groups = self.protocol.seed, self.report_prompts.groups
         p_null = [
             p_against_null(report[patch.cell.site], patch.map, patch.controls[patch.null], seed, groups)
@@ -192,7 +180,7 @@ class Study:
                 # Of the cells reported here none has been taken yet.
                 leak=selection.leaks(patch.map, self.report_prompts, but=selection.CELL if mine else None),
                 bootstrap=self.bootstrap,
-                seconds=self._seconds[self.protocol.split],
+                seconds=self._seconds[split],
                 p_null=p_null[i],
                 p_holm=p_holm[i],
             )

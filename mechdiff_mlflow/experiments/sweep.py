@@ -166,12 +166,9 @@ def cells_of(
 
 
 def least_ranks(patches: Sequence[PatchRecord], targets: Sequence[float], *, seed: int) -> list[LeastRank]:
-    """The least rank of each site and α at which every drop is defined.
+    """The least rank of each site and α of a sweep at which every drop is defined.
 
-    Args:
-        patches: Of a sweep.
-        targets: Drops in percent: one for all, or one per site in order, see `Targets.at`.
-        seed: Of the bootstrap.
+    `targets` are drops in percent, one for all or one per site in order; `seed` is the bootstrap's.
     """
     curves: dict[tuple[Site, float], list[PatchRecord]] = {}
     for patch in patches:

@@ -103,12 +103,7 @@ class Evidence:
 
     @classmethod
     def of(cls, pair: str, runs: pd.DataFrame, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> Evidence:
-        """Read what runs show of a pair.
-
-        Args:
-            pair: The pair's name.
-            runs: One row a run, newest first.
-            tables: By name of the artifact and run id, the tables of runs.
+        """Read what runs, newest first, and their tables, by artifact and run id, show of a pair.
 
         Raises:
             MechdiffError: No run has patched anything.

@@ -108,17 +108,9 @@ def heatmap(
     diverging: bool = False,
     bounds: tuple[float, float] | None = None,
 ) -> Figure:
-    """One coloured cell a value [len(rows), len(columns)]; NaN cells stay grey.
+    """One coloured cell a value [len(rows), len(columns)], the first row at the bottom: layers read upwards.
 
-    Args:
-        name: Stem of the files.
-        title: What it shows.
-        values: What is coloured.
-        rows: Names, first at the bottom: layers read upwards, as in a model.
-        columns: Names.
-        unit: Beside the colour bar.
-        diverging: Whether colours are about 0.
-        bounds: Values at the ends of the scale; what lies outside gets the end's colour.
+    NaN cells stay grey; what lies outside `bounds` gets the end's colour; diverging colours are about 0.
     """
     defined = values[np.isfinite(values)]
     low, high = bounds or ((float(defined.min()), float(defined.max())) if len(defined) else (0.0, 1.0))

@@ -29,13 +29,12 @@ def number(value: float | None, digits: int = 4) -> str:
     return "n/a" if value is None else f"{value:.{digits}g}"
 
 
-def percent(interval: Interval | None) -> str:
-    """`34.1 [28.0, 40.2]`, or n/a."""
+def percent(interval: Interval | None, form: str = ".1f") -> str:
+    """`34.1 [28.0, 40.2]`, or n/a; `form` is of each number."""
     if interval is None or interval.estimate is None:
         return "n/a"
-    if interval.low is None or interval.high is None:
-        return f"{interval.estimate:.1f}"
-    return f"{interval.estimate:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+    bounds = "" if interval.low is None else f" [{interval.low:{form}}, {interval.high:{form}}]"
+    return f"{interval.estimate:{form}}{bounds}"
 
 
 def _ends(interval: Interval) -> str:

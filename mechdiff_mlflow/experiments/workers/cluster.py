@@ -36,11 +36,9 @@ _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 @contextlib.contextmanager
 def connected(address: str, n_workers: int) -> Iterator[Any]:
-    """The module `ray`, connected; a cluster of our own goes when the context ends.
+    """The module `ray`, connected to `own`, `auto` or `host:port`.
 
-    Args:
-        address: `own`, `auto` or `host:port`.
-        n_workers: CPUs that a cluster of our own has.
+    A cluster of our own has `n_workers` CPUs, and goes when the context ends.
 
     Raises:
         MechdiffError: Ray is not installed, there is no cluster at the address, or it refuses the token.

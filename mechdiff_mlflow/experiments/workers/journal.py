@@ -37,14 +37,8 @@ class Journal(Workers):
     """Keeps the results of other workers in a folder, and answers from there what was computed before.
 
     Numbers are the same to the bit with a journal and without. Two processes may share a folder: their
-    entries are equal.
-
-    Args:
-        inner: Who computes what is not there.
-        folder: Made when first written to.
-        version: Of the code, which results of other code are told apart by.
-        in_memory: Keep rows in memory; otherwise they are read from the folder whenever they are asked for,
-            and nothing but the folder holds them.
+    entries are equal. Results of another `version` of the code are not used. Unless they are kept in memory,
+    rows are read from the folder whenever they are asked for, and nothing else holds them.
     """
 
     def __init__(self, inner: Workers, folder: Path, *, version: str, in_memory: bool = True) -> None:

@@ -37,11 +37,7 @@ _PROMPT = re.compile(r"\b([Pp]rompt) ([0-9]{1,9})\b")
 
 
 class LazyTensors(Mapping[Key, Tensor]):
-    """Tensors that are read whenever they are asked for: they may lie on disk.
-
-    Args:
-        readers: By key, what reads the tensor.
-    """
+    """Tensors that are read whenever they are asked for: they may lie on disk."""
 
     def __init__(self, readers: Mapping[Key, Callable[[], Tensor]]) -> None:
         self._readers = readers
@@ -68,17 +64,11 @@ def named(found: Mapping[Site, Tensor], sites: Sequence[Site], prefix: str = "")
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One thing to compute for some prompts.
-
-    Args:
-        prompts: Which.
-        position: Which token is read and replaced.
-        rows: Where the prompts stand in the set that they are a part of; empty for all of it.
-    """
+    """One thing to compute for some prompts."""
 
     prompts: PromptSet
-    position: Position
-    rows: tuple[int, ...] = field(default=(), kw_only=True)
+    position: Position  # which token is read and replaced
+    rows: tuple[int, ...] = field(default=(), kw_only=True)  # of a part: its prompts' places in the whole set
 
     divisible: ClassVar[bool] = True
     """Whether the rows of a prompt depend on that prompt alone."""

@@ -82,11 +82,7 @@ def unembedding(pair: Pair, role: str) -> Tensor:
 
 
 class Workers(ABC):
-    """Runs the models of a pair.
-
-    Args:
-        pair: What is asked about; its models need not be in this process.
-    """
+    """Runs the models of a pair, which need not be in this process."""
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
