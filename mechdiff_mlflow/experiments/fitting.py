@@ -92,9 +92,8 @@ class Fitter:
         # All cells of a site share its controls; the wrong layer's map alone depends on the solver.
         wrong_layer = cell.site, f"wrong_layer {cell.solver} {cell.family}"
         if wrong_layer not in self._controls:
-            other = self._solution(
-                replace(cell, site=wrong_layer_site(cell.site, self.workers.pair.n_layers)), 1.0
-            ).map()
+            there = wrong_layer_site(cell.site, self.workers.pair.n_layers)
+            other = self._solution(replace(cell, site=there), 1.0).map()
             self._controls[wrong_layer] = controls.control_map("wrong_layer", spectrum, other=other)
         nulls = {}
         for name in controls.applicable_controls(spectrum, other=self._controls[wrong_layer]):

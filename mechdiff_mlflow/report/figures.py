@@ -80,7 +80,7 @@ def curves(
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
-    chart.update_layout(title=title, xaxis_title=x_label, yaxis_title=y_label)
+    chart.update_layout(xaxis_title=x_label, yaxis_title=y_label)
     return _finished(name, title, canvas, chart)
 
 
@@ -93,7 +93,7 @@ def bars(name: str, title: str, values: Mapping[str, float], *, x_label: str, ma
     axes.set(xlabel=x_label, title=title)
     axes.grid(axis="x", alpha=0.25)
     chart = go.Figure(go.Bar(x=sizes[::-1], y=names[::-1], orientation="h", marker_color=colours[::-1]))
-    chart.update_layout(title=title, xaxis_title=x_label, height=160 + 28 * len(names))
+    chart.update_layout(xaxis_title=x_label, height=160 + 28 * len(names))
     return _finished(name, title, canvas, chart)
 
 
@@ -110,22 +110,15 @@ def heatmap(
 ) -> Figure:
     """One coloured cell a value [len(rows), len(columns)], the first row at the bottom: layers read upwards.
 
-    NaN cells stay grey; what lies outside `bounds` gets the end's colour; diverging colours are about 0.
+    NaN cells stay grey; what lies outside `bounds` gets the end's colour; diverging ones lie about 0.
     """
     defined = values[np.isfinite(values)]
     low, high = bounds or ((float(defined.min()), float(defined.max())) if len(defined) else (0.0, 1.0))
-    if diverging:
-        low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
+    high = high if high > low else low + 1
     canvas, axes = _canvas(1.6 + 1.1 * len(columns), 1.4 + 0.2 * len(rows))
     axes.set_facecolor("#dddddd")
-    image = axes.imshow(
-        values,
-        origin="lower",
-        aspect="auto",
-        cmap="RdBu" if diverging else "viridis",
-        vmin=low,
-        vmax=high if high > low else low + 1,
-    )
+    colours = "RdBu" if diverging else "viridis"
+    image = axes.imshow(values, origin="lower", aspect="auto", cmap=colours, vmin=low, vmax=high)
     axes.set_xticks(range(len(columns)), columns, fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=7)
     axes.set_title(title, fontsize=10)
@@ -136,13 +129,13 @@ def heatmap(
             x=list(columns),
             y=list(rows),
             zmin=low,
-            zmax=high if high > low else low + 1,
-            colorscale="RdBu" if diverging else "Viridis",
+            zmax=high,
+            colorscale=colours,
             colorbar={"title": unit},
             hoverongaps=False,
         )
     )
-    chart.update_layout(title=title, height=180 + 17 * len(rows))
+    chart.update_layout(height=180 + 17 * len(rows))
     return _finished(name, title, canvas, chart)
 
 
@@ -170,7 +163,7 @@ _STYLE = (
     "table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}"
     "th,td{border:1px solid #ddd;padding:.25rem .5rem;text-align:left}th{background:#f4f4f4}"
     "code,pre{background:#f4f4f4;border-radius:3px;font-size:.85rem}code{padding:0 .2rem}"
-    "pre{padding:.6rem;overflow-x:auto}figure{margin:1rem 0}figcaption{font-size:.85rem;color:#555}"
+    "pre{padding:.6rem;overflow-x:auto}figure{margin:1rem 0}"
     ".wide{overflow-x:auto}"
 )
 
@@ -188,6 +181,6 @@ def _arms(y: NDArray[np.float64], ends: Sequence[float]) -> NDArray[np.float64]:
 def _finished(name: str, title: str, canvas: Canvas, chart: go.Figure) -> Figure:
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", metadata={"Software": None})
-    chart.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": 50, "b": 50})
+    chart.update_layout(title=title, template="plotly_white", margin={"l": 60, "r": 20, "t": 50, "b": 50})
     div = plotly.io.to_html(chart, full_html=False, include_plotlyjs=False, div_id=f"figure-{name}")
     return Figure(name, title, buffer.getvalue(), div)
