@@ -16,6 +16,7 @@ from mechdiff_mlflow.engine.model.chunks import in_chunks
 from mechdiff_mlflow.engine.model.forward import PromptForward
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.steering import site_of
+from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.measures.metrics import next_token_divergences
@@ -59,6 +60,7 @@ class AdapterRecord:
     split: str  # measured on
     n: int  # prompts of it
     closeness: dict[str, Closeness]
+    leak: tuple[str, ...] | None  # what was chosen for the map on those prompts; None where nobody knows
 
 
 def make_adapter(
@@ -110,6 +112,7 @@ def make_adapter(
         split=split,
         n=len(prompts),
         closeness=_closeness(pair, the_map, site, folder, prompts),
+        leak=selection.leaks(the_map, prompts),
     )
 
 

@@ -18,6 +18,7 @@ from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.workers.tasks import Gradients, at_sites
 from mechdiff_mlflow.experiments.workers.workers import Workers, unembedding
 from mechdiff_mlflow.maps.affine import JSON, AffineMap
+from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum, Solution, controls
 from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Cell
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -45,9 +46,9 @@ class Fitter:
 
     def record(self, cells: Sequence[Cell]) -> None:
         """Record what the cells and their controls are fitted on, where that is not known yet."""
-        asked, n_layers = sorted({cell.site for cell in cells}), self.workers.pair.n_layers
+        asked, pair = sorted({cell.site for cell in cells}), self.workers.pair
         # The asked-for sites first: of a layer that does not exist, the user's own number is named.
-        sites = dict.fromkeys([*asked, *sorted({wrong_layer_site(site, n_layers) for site in asked})])
+        sites = dict.fromkeys([*asked, *sorted({wrong_layer_site(site, pair) for site in asked})])
         missing = [site for site in sites if site not in self._train]
         if not missing:
             return
@@ -92,7 +93,7 @@ class Fitter:
         # All cells of a site share its controls; the wrong layer's map alone depends on the solver.
         wrong_layer = cell.site, f"wrong_layer {cell.solver} {cell.family}"
         if wrong_layer not in self._controls:
-            there = wrong_layer_site(cell.site, self.workers.pair.n_layers)
+            there = wrong_layer_site(cell.site, self.workers.pair)
             other = self._solution(replace(cell, site=there), 1.0).map()
             self._controls[wrong_layer] = controls.control_map("wrong_layer", spectrum, other=other)
         nulls = {}
@@ -197,12 +198,16 @@ class Fitter:
         return self._gradients[site]
 
 
-def wrong_layer_site(site: Site, n_layers: int) -> Site:
+def wrong_layer_site(site: Site, pair: Pair) -> Site:
     """Where the wrong-layer control is fitted: the same hook an eighth of the model further on, or back.
 
-    Never round to the first layer: what enters it is the same for all prompts.
+    Never round to the first layer: what enters it is the same for all prompts. Where the blocks of a hybrid
+    there lack the hook, the nearest that have it; the site itself if no other block does.
     """
-    if n_layers == 1:
-        return site
+    n_layers = pair.n_layers
     step = max(1, n_layers // 8)
-    return replace(site, layer=site.layer + (step if site.layer + step < n_layers else -step))
+    wanted = site.layer + (step if site.layer + step < n_layers else -step)
+    outlines = [outline for side in (pair.base, pair.tuned) if (outline := side.outline()) is not None]
+    others = sorted({*range(n_layers)} - {site.layer}, key=lambda layer: abs(layer - wanted))
+    there = (replace(site, layer=layer) for layer in others)
+    return next((other for other in there if all(outline.has(other) for outline in outlines)), site)
