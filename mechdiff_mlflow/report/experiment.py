@@ -29,9 +29,9 @@ def report(evidence: Evidence) -> Document:
             f"Pair `{evidence.pair}` (fingerprint `{evidence.fingerprint}`), from {len(evidence.patches)} "
             "patch runs. KL is KL(patched ‖ clean) of the next token in nats, drop is "
             "100·(1 − KL_mapped/KL_raw), skill 100·(1 − KL_mapped/KL of the best control); brackets are 95 % "
-            "bootstrap intervals. RQ1 to RQ4 are the questions of the original experiment: how alike are the "
-            "models, layer by layer; does a linear map transport behaviour; how few directions suffice; "
-            "which attention heads matter."
+            "bootstrap intervals. RQ1 to RQ4 are the research questions: do the representations differ, and "
+            "from which layer on; does a linear map causally transport base activations to tuned ones; what "
+            "is the smallest rank that suffices; which attention heads carry the difference."
         ),
         Heading("Results"),
         f"**RQ2 (causal transport).** {_conditions(patches)}",

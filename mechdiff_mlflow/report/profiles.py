@@ -86,7 +86,7 @@ def _floats(column: pd.Series[Any]) -> list[float]:
 def layers_blocks(table: pd.DataFrame, run_id: str) -> list[Block]:
     """The section on layers."""
     return [
-        Heading("Layers (RQ1: how alike, layer by layer?)"),
+        Heading("Layers (RQ1: do the representations differ?)"),
         f"**RQ1 (where).** {layers_sentence(table)} Run `{run_id}`.",
         *layer_figures(table),
     ]
@@ -162,7 +162,7 @@ def heads_blocks(site: str, table: pd.DataFrame) -> list[Block]:
     single = table[table["choice"] == "single"].sort_values("coverage", ascending=False)
     rows = [[str(r["heads"]), f"{r['KL']:.4g}", f"{r['coverage']:.3f}"] for r in single.to_dict("records")]
     return [
-        Heading(f"Heads of {site} (RQ4: which heads?)"),
+        Heading(f"Heads of {site} (RQ4: which heads carry the difference?)"),
         f"**RQ4 (heads).** {heads_sentence(table)}",
         Bullets(
             [
