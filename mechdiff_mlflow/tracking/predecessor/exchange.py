@@ -25,8 +25,8 @@ from mechdiff_mlflow.tracking.registry.fetch import load_map
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy, numbers, numbers_in
 from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused, is_same_function, promote
 from mechdiff_mlflow.tracking.registry.registry import Version, winners_of
-from mechdiff_mlflow.tracking.runs.enclosing import experiment_of
 from mechdiff_mlflow.tracking.runs.lookup import all_runs
+from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.provenance import code_version
 from mechdiff_mlflow.tracking.runs.repeats import Earlier, earlier
 from mechdiff_mlflow.tracking.runs.runs import Tracker

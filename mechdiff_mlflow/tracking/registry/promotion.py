@@ -49,7 +49,8 @@ from mechdiff_mlflow.tracking.registry.registry import Version
 from mechdiff_mlflow.tracking.runs.lookup import each_run
 from mechdiff_mlflow.tracking.runs.provenance import code_version
 from mechdiff_mlflow.tracking.runs.runs import MAP_RUN_TAG, OpenRun
-from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable, login_name
+from mechdiff_mlflow.tracking.store.server import login_name
+from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
 _FEW = 10
 _PROVENANCE = (

@@ -48,9 +48,6 @@ def each_run(
         newest_first: Order by their start instead.
         page: Runs a request.
         view: Which of active and deleted runs.
-
-    Raises:
-        MechdiffError: The filter is not valid, or the store cannot be read.
     """
     by = ["attributes.start_time DESC"] if newest_first else [*order]
     token = None
@@ -101,7 +98,7 @@ def made_once(
     tags: dict[str, str],
     *,
     look: bool = False,
-    demand: Callable[[], None] = lambda: None,
+    require: Callable[[], None] = lambda: None,
 ) -> Run:
     """A new run, made exactly once: the one that `where` finds after an answer was lost, or to begin with.
 
@@ -112,19 +109,16 @@ def made_once(
         record: What it will hold; gives its name and start.
         tags: Of the run.
         look: Look before it is made the first time, too.
-        demand: Called right before each request that makes it; raises if another process does that by now.
-
-    Raises:
-        MechdiffError: The store refuses.
+        require: Called right before each request that makes it; raises if another process does that by now.
     """
 
     def find() -> Run | None:
-        return next(iter(all_runs(store, [experiment_id], where)), None)
+        return next(each_run(store, [experiment_id], where), None)
 
     started_ms = record.started_ms or int(time.time() * 1000)
 
     def create() -> Run:
-        demand()
+        require()
         return store.client.create_run(experiment_id, started_ms, tags, record.name)
 
     with store.errors():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,17 +15,17 @@ from pydantic import Field, TypeAdapter, ValidationError
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.untrusted import is_there
 from mechdiff_mlflow.tracking.content.keys import ROOT_TAG
-from mechdiff_mlflow.tracking.runs import began
-from mechdiff_mlflow.tracking.runs.began import Began
+from mechdiff_mlflow.tracking.runs import local_records
+from mechdiff_mlflow.tracking.runs.local_records import LocalRecord
 from mechdiff_mlflow.tracking.runs.lookup import all_runs
 from mechdiff_mlflow.tracking.runs.provenance import code_version, provenance_tags
-from mechdiff_mlflow.tracking.runs.run_lock import LEASE_S, Holder, holder_in, is_alive
-from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable, login_name
+from mechdiff_mlflow.tracking.runs.run_lock import Owner, is_alive, owner_in, watched
+from mechdiff_mlflow.tracking.store.server import login_name
+from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
 RESUME_TAG = "mechdiff.resume"
 """Tag of a top run: the command that it is of, as JSON."""
 
-_POLL_S = 2.0
 _DIED = "The process that wrote this run died"
 
 
@@ -55,7 +54,7 @@ class Command:
         """A command of this process, noted on this machine."""
         is_relative = any(word and not Path(word).is_absolute() and is_there(Path(word)) for word in argv[1:])
         command = cls(tuple(argv), str(Path.cwd()) if is_relative else "", code_version(), has_parent)
-        record, proof = began.begin(command.text, who, trusts=trusts)
+        record, proof = local_records.begin(command.text, who, trusts=trusts)
         return replace(command, record=record, proof=proof)
 
     @property
@@ -70,7 +69,7 @@ class Command:
 
     @classmethod
     def of(cls, run: Run) -> Command:
-        """What a run says of itself; anybody who may write tags may have written it.
+        """The command that a run says it is of; anybody who may write tags may have written it.
 
         Raises:
             MechdiffError: The run does not say how to go on with it.
@@ -82,19 +81,19 @@ class Command:
                 f"Run {run.info.run_id} does not say which command it is of; repeat that command instead."
             ) from None
 
-    def begun_by(self, run_id: str) -> Began | None:
+    def begun_by(self, run_id: str) -> LocalRecord | None:
         """What this machine knows of who began it, if it was begun here and as it is now."""
-        return began.proven(self.record, self.text, self.proof, run_id)
+        return local_records.proven(self.record, self.text, self.proof, run_id)
 
     def begun(self, run_id: str, before: str | None) -> None:
         """Note which run the command got; `before` is the record of the command that it goes on with."""
-        began.bind(self.record, run_id)
+        local_records.bind(self.record, run_id)
         if before:
-            began.forget(before)
+            local_records.forget(before)
 
     def done(self) -> None:
         """Forget the command, which is finished."""
-        began.forget(self.record)
+        local_records.forget(self.record)
 
     def check(self, run: Run, *, is_ours: bool) -> None:
         """Make sure that the same code would go on, and with the same files where they are ours.
@@ -119,22 +118,16 @@ class Command:
 _COMMAND = TypeAdapter(Command)
 
 
-def unfinished(store: Store) -> Iterator[tuple[Run, Command, Began | None]]:
-    """Commands whose run is not FINISHED, the newest first, and who began them where that was here."""
-    for run in _runs(store, f"attributes.status != 'FINISHED' and tags.`{RESUME_TAG}` LIKE '{{%'"):
-        with suppress(MechdiffError):  # what says no command is none
-            command = Command.of(run)
-            yield run, command, command.begun_by(run.info.run_id)
-
-
 def newest_of_mine(store: Store) -> tuple[Run | None, list[str]]:
     """This user's newest unfinished run that no process is at work on, if any; and what others' runs are."""
     me, mine, others = user_of(store), None, []
-    for run, _, known in unfinished(store):
-        if known is None or known.who != me:
-            others.append(f"{run.info.run_id} {run.info.run_name} ({who_began(run)})")
-        elif mine is None and is_alive(store, run) is not True:
-            mine = run
+    for run in _runs(store, f"attributes.status != 'FINISHED' and tags.`{RESUME_TAG}` LIKE '{{%'"):
+        with suppress(MechdiffError):  # what says no command is none
+            known = Command.of(run).begun_by(run.info.run_id)
+            if known is None or known.who != me:
+                others.append(f"{run.info.run_id} {run.info.run_name} ({who_began(run)})")
+            elif mine is None and is_alive(store, run) is not True:
+                mine = run
     return mine, others
 
 
@@ -154,7 +147,7 @@ def top_run(store: Store, run_id: str) -> Run:
     """The run that was asked for.
 
     Raises:
-        MechdiffError: It does not exist, or is below another.
+        MechdiffError: It does not exist, is deleted, or is below another.
     """
     with store.errors():
         run = store.client.get_run(run_id)
@@ -176,9 +169,9 @@ class Stuck:
         experiment: Name of its experiment.
         name: Its name.
         started_ms: Unix time in ms.
+        root: Id of the top run.
         owner: Who wrote it; None where the run does not say.
         is_dead: Whether that process is known to be dead.
-        root: Id of the top run.
         can_resume: Whether `mechdiff resume` would finish the top run.
         orphaned: Why the top run cannot be read; empty where it can.
     """
@@ -187,60 +180,48 @@ class Stuck:
     experiment: str
     name: str
     started_ms: int
-    owner: Holder | None
-    is_dead: bool
     root: str
-    can_resume: bool
+    owner: Owner | None = None
+    is_dead: bool = False
+    can_resume: bool = False
     orphaned: str = ""
 
 
 def stuck_runs(store: Store, *, watch: bool = False) -> list[Stuck]:
-    """Runs that are RUNNING although their process is dead, or may be.
+    """Runs that are RUNNING although their process is dead, or may be, in every experiment.
 
-    Args:
-        store: Where to look, in every experiment.
-        watch: Wait `LEASE_S` seconds to see whether processes of other machines are at work.
+    With `watch` it waits to see whether processes of other machines are at work.
     """
     with store.errors():
         names = {e.experiment_id: e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)}
     running = _runs(store, "attributes.status = 'RUNNING'")
-    tops: dict[str, Run] = {run.info.run_id: run for run in running if ROOT_TAG not in run.data.tags}
+    tops = {run.info.run_id: run for run in running if ROOT_TAG not in run.data.tags}
     gone: dict[str, tuple[bool, str]] = {}
-    for run in running:
-        root = run.data.tags.get(ROOT_TAG, run.info.run_id)
-        if root not in tops and root not in gone:
-            try:
-                with store.errors():
-                    tops[root] = store.client.get_run(root)
-            except StoreUnreachable:
-                raise
-            except MechdiffError as error:
-                cause = error.__cause__
-                is_deleted = getattr(cause, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
-                gone[root] = is_deleted, "its parent is deleted for good" if is_deleted else str(error)
+    for root in {run.data.tags[ROOT_TAG] for run in running if ROOT_TAG in run.data.tags} - tops.keys():
+        try:
+            with store.errors():
+                tops[root] = store.client.get_run(root)
+        except StoreUnreachable:
+            raise
+        except MechdiffError as error:
+            is_deleted = getattr(error.__cause__, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
+            gone[root] = is_deleted, "its parent is deleted for good" if is_deleted else str(error)
     alive = {root: is_alive(store, top) for root, top in tops.items()}
-    far = [root for root, found in alive.items() if found is None and holder_in(tops[root].data.tags)]
-    if watch and far:
-        alive.update(_watched(store, {root: tops[root] for root in far}))
+    if watch:
+        far = {root for root, found in alive.items() if found is None and owner_in(tops[root].data.tags)}
+        alive |= watched(store, {root: tops[root] for root in far})
     found = []
     for run in running:
-        root = run.data.tags.get(ROOT_TAG, run.info.run_id)
-        if alive.get(root):
-            continue
-        what = (
-            run.info.run_id,
-            names.get(run.info.experiment_id, run.info.experiment_id),
-            run.info.run_name or "",
-            run.info.start_time or 0,
-        )
+        info, root = run.info, run.data.tags.get(ROOT_TAG, run.info.run_id)
+        experiment = names.get(info.experiment_id, info.experiment_id)
+        one = Stuck(info.run_id, experiment, info.run_name or "", info.start_time or 0, root)
         if root in gone:
-            is_dead, why = gone[root]
-            found.append(Stuck(*what, None, is_dead, root, can_resume=False, orphaned=why))
-            continue
-        top = tops[root]
-        is_dead = alive[root] is False or (run is not top and top.info.status != "RUNNING")
-        can_resume = RESUME_TAG in top.data.tags and top.info.status != "FINISHED"
-        found.append(Stuck(*what, holder_in(top.data.tags), is_dead, root, can_resume))
+            found.append(replace(one, is_dead=gone[root][0], orphaned=gone[root][1]))
+        elif not alive[root]:
+            top = tops[root]
+            is_dead = alive[root] is False or (run is not top and top.info.status != "RUNNING")
+            can_resume = RESUME_TAG in top.data.tags and top.info.status != "FINISHED"
+            found.append(replace(one, owner=owner_in(top.data.tags), is_dead=is_dead, can_resume=can_resume))
     return found
 
 
@@ -263,20 +244,6 @@ def end_stuck(store: Store, stuck: Sequence[Stuck]) -> dict[str, str]:
         except MechdiffError as error:
             left[one.run_id] = str(error)
     return left
-
-
-def _watched(store: Store, runs: dict[str, Run]) -> dict[str, bool]:
-    """Whether the owner of each run counted up while it was watched."""
-    until = time.monotonic() + LEASE_S
-    before = {run_id: holder_in(run.data.tags) for run_id, run in runs.items()}
-    alive = dict.fromkeys(runs, False)
-    while time.monotonic() < until and not all(alive.values()):
-        time.sleep(_POLL_S)
-        for run_id in [run_id for run_id, found in alive.items() if not found]:
-            with suppress(MechdiffError), store.errors():
-                run = store.client.get_run(run_id)
-                alive[run_id] = holder_in(run.data.tags) != before[run_id]
-    return alive
 
 
 def _runs(store: Store, where: str) -> list[Run]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from mlflow.entities import Run
 
-from mechdiff_mlflow.tracking.runs.endings import RUN_ID_VARIABLE
 from mechdiff_mlflow.tracking.runs.lookup import all_runs
+from mechdiff_mlflow.tracking.runs.mlflow_run import RUN_ID_VARIABLE
 from mechdiff_mlflow.tracking.runs.provenance import code_version
 from mechdiff_mlflow.tracking.runs.run_lock import is_alive
 from mechdiff_mlflow.tracking.store.store import Store
@@ -22,7 +22,7 @@ _TAG = "mechdiff.repeat"
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """What earlier attempts at the same left.
+    """The runs that earlier attempts at the same left.
 
     Args:
         tag: For the run, if one is to be made or gone on with.
@@ -43,21 +43,18 @@ def earlier(store: Store, experiment: str, asked: Any, content: Any = "") -> Ear
         experiment: Name of the experiment, which need not exist.
         asked: What makes it the same request, as JSON holds it.
         content: What the run is to hold: where that is another now, a finished run is another, too.
-
-    Raises:
-        MechdiffError: The store cannot be read.
     """
     request = _digest([asked, code_version()])
-    tag = {_TAG: f"{request}.{_digest(content)}"}
+    tag = f"{request}.{_digest(content)}"
     with store.errors():
         there = store.client.get_experiment_by_name(experiment)
     if there is None or RUN_ID_VARIABLE in os.environ:  # `mlflow run` has made another run for this
-        return Earlier(tag)
-    where = f"tags.`{_TAG}` LIKE '{request}.%'"
-    found = all_runs(store, [there.experiment_id], where, newest_first=True)
-    finished = [run for run in found if run.info.status == "FINISHED" and run.data.tags[_TAG] == tag[_TAG]]
-    left = [run for run in found if run.info.status != "FINISHED" and is_alive(store, run) is False]
-    return Earlier(tag, next(iter(finished), None), next((run.info.run_id for run in left), None))
+        return Earlier({_TAG: tag})
+    found = all_runs(store, [there.experiment_id], f"tags.`{_TAG}` LIKE '{request}.%'", newest_first=True)
+    finished = (run for run in found if run.info.status == "FINISHED" and run.data.tags[_TAG] == tag)
+    left = (run for run in found if run.info.status != "FINISHED" and is_alive(store, run) is False)
+    unfinished = next((run.info.run_id for run in left), None)
+    return Earlier({_TAG: tag}, next(finished, None), unfinished)
 
 
 def _digest(what: Any) -> str:
