@@ -20,11 +20,7 @@ _IDS = 100
 def all_runs(
     store: Store, experiment_ids: Sequence[str], where: str = "", *, newest_first: bool = False
 ) -> list[Run]:
-    """Every run of some experiments that MLflow's filter `where` finds, deleted ones left out.
-
-    Raises:
-        MechdiffError: The filter is not valid, or the store cannot be read.
-    """
+    """Every run of some experiments that MLflow's filter `where` finds, deleted ones left out."""
     return list(each_run(store, experiment_ids, where, newest_first=newest_first))
 
 
@@ -38,17 +34,7 @@ def each_run(
     page: int = _PAGE,
     view: int = ViewType.ACTIVE_ONLY,
 ) -> Iterator[Run]:
-    """The same, asked for page by page as they are taken.
-
-    Args:
-        store: Where to look.
-        experiment_ids: In which experiments.
-        where: MLflow's filter.
-        order: MLflow's order.
-        newest_first: Order by their start instead.
-        page: Runs a request.
-        view: Which of active and deleted runs.
-    """
+    """The same in MLflow's `order`, or the newest first, asked for page by page as they are taken."""
     by = ["attributes.start_time DESC"] if newest_first else [*order]
     token = None
     while experiment_ids:
@@ -61,11 +47,7 @@ def each_run(
 
 
 def runs_of(store: Store, run_ids: Iterable[str]) -> list[Run]:
-    """The runs with some ids that are not deleted, in whichever experiment, many at a request.
-
-    Raises:
-        MechdiffError: The store cannot be read.
-    """
+    """The runs with some ids that are not deleted, in whichever experiment, many at a request."""
     ids = list(run_ids)
     with store.errors():
         places = [found.experiment_id for found in store.client.search_experiments(ViewType.ALL)]
@@ -100,13 +82,13 @@ def made_once(
     look: bool = False,
     require: Callable[[], None] = lambda: None,
 ) -> Run:
-    """A new run, made exactly once: the one that `where` finds after an answer was lost, or to begin with.
+    """A new run with the name and start of `record` and some tags, made exactly once.
 
     Args:
         store: Where to.
         experiment_id: In which experiment.
-        where: Filter that finds this run and no other, by its tags.
-        record: What it will hold; gives its name and start.
+        where: Filter that finds this run and no other, by its tags; looked up after an answer was lost.
+        record: What it will hold.
         tags: Of the run.
         look: Look before it is made the first time, too.
         require: Called right before each request that makes it; raises if another process does that by now.
