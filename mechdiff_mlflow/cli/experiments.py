@@ -95,7 +95,6 @@ def run_command(**given: Any) -> None:
                     alias=alias,
                     policy=PromotionPolicy(force=given["force"]),
                     say=told.append,
-                    demand=now.run.demand,
                     here=now.run,
                     read=fit.map,
                 )

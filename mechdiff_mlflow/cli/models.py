@@ -104,7 +104,6 @@ def atlas_command(**given: Any) -> None:
                         alias=given["alias"],
                         policy=policy,
                         say=lines.append,
-                        demand=now.run.demand,
                         here=now.run,
                         read=found.fits[site].map,
                     )

@@ -103,7 +103,7 @@ def resume_command(parent: str | None, more: tuple[str, ...], yes: bool, trackin
     if known is None and not yes:
         raise MechdiffError(
             f"You did not begin run {run_id} on this machine ({who_began(run)}), so it is not resumed "
-            f"unasked; if you want `{line}` done here for it, run mechdiff resume {run_id} --yes."
+            f"unasked; if you want `{line}` done here for it, run {show.command('resume', run_id, '--yes')}"
         )
     show.lines([_plain(f"Resuming {run.info.run_name} (run {run_id})."), _plain(line)])
     place = () if tracking_uri is None else ("--tracking-uri", tracking_uri)
@@ -131,7 +131,7 @@ def _nothing_of_mine(shown: str, others: Sequence[str]) -> str:
     )
     return (
         f"Nothing of yours in {shown} is unfinished; {are}: {'; '.join(others[:_LISTED])}{more}. "
-        "Name one: mechdiff resume RUN --yes"
+        f"Name one: {show.command('resume', 'RUN', '--yes')}"
     )
 
 
@@ -204,7 +204,7 @@ def _check_taken(run_id: str, option: click.Parameter, text: str) -> None:
     if asks:
         raise MechdiffError(
             f"Run {run_id}, which you did not begin on this machine, {asks} with {option.opts[0]} "
-            f"{text[:200]!r}; say yourself what it is to be: mechdiff resume {run_id} --yes -- "
+            f"{text[:200]!r}; say yourself what it is to be: {show.command('resume', run_id, '--yes')} -- "
             f"{option.opts[0]} {option.name.upper() if option.name else ''}."
         )
 
@@ -214,7 +214,8 @@ def list_stuck(given: dict[str, Any]) -> None:
     store = open_store(given["tracking_uri"])
     found = stuck_runs(store, watch=given["repair"])
     if unknown := set(given["id"]) - {one.run_id for one in found}:
-        raise MechdiffError(f"Run {min(unknown)} is not stuck; see mechdiff runs --stuck for those that are.")
+        stuck = show.command("runs", "--stuck")
+        raise MechdiffError(f"Run {min(unknown)} is not stuck; those that are: {stuck}")
     if not found:
         show.lines(["No run is stuck."])
         return

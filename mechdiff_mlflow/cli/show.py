@@ -146,7 +146,7 @@ def frame(table: pd.DataFrame) -> None:
 def winners(versions: Sequence[Version]) -> None:
     """Print registered maps that an alias points to."""
     if not versions:
-        lines(["No map has an alias yet; promote one with mechdiff promote RUN."])
+        lines([f"No map has an alias yet; promote one with {command('promote', 'RUN')}"])
         return
     table = _table("map", "version", "aliases", "solver", "k", "α", "drop %", "skill %", "verified", "run")
     for version in versions:

@@ -150,8 +150,8 @@ def winners_of(store: Store, pair: str, alias: str) -> list[Version]:
                 foreign.left_out(f"map {version}", error)
     if not found:
         raise MechdiffError(
-            f"No map of pair {pair!r} has the alias {alias!r}; promote one with mechdiff promote RUN --alias "
-            f"{alias}."
+            f"No map of pair {pair!r} has the alias {alias!r}; promote one with "
+            f"{store.command('promote', 'RUN', '--alias', alias)}"
         )
     return found
 

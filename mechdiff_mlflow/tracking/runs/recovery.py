@@ -17,7 +17,7 @@ from mechdiff_mlflow.spec.untrusted import is_there
 from mechdiff_mlflow.tracking.content.keys import ROOT_TAG
 from mechdiff_mlflow.tracking.runs import local_records
 from mechdiff_mlflow.tracking.runs.local_records import LocalRecord
-from mechdiff_mlflow.tracking.runs.lookup import all_runs
+from mechdiff_mlflow.tracking.runs.lookup import all_runs, runs_of
 from mechdiff_mlflow.tracking.runs.provenance import code_version, provenance_tags
 from mechdiff_mlflow.tracking.runs.run_lock import Owner, is_alive, owner_in, watched
 from mechdiff_mlflow.tracking.store.server import login_name
@@ -197,7 +197,9 @@ def stuck_runs(store: Store, *, watch: bool = False) -> list[Stuck]:
     running = _runs(store, "attributes.status = 'RUNNING'")
     tops = {run.info.run_id: run for run in running if ROOT_TAG not in run.data.tags}
     gone: dict[str, tuple[bool, str]] = {}
-    for root in {run.data.tags[ROOT_TAG] for run in running if ROOT_TAG in run.data.tags} - tops.keys():
+    above = {run.data.tags[ROOT_TAG] for run in running if ROOT_TAG in run.data.tags} - tops.keys()
+    tops |= {run.info.run_id: run for run in runs_of(store, above)}
+    for root in above - tops.keys():
         try:
             with store.errors():
                 tops[root] = store.client.get_run(root)

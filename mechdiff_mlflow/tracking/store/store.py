@@ -34,6 +34,9 @@ from mechdiff_mlflow.tracking.store.server import (
 
 PLACE_TAG = "mechdiff.store"
 """Tag of an experiment in a SQLite store: the path of the store when it was first written to."""
+_log = logging.getLogger(__name__)
+_said: set[str] = set()
+"""Stores of which it was said that they were copied."""
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
 _REFUSED = re.compile(r"endpoint (?P<endpoint>\S+) failed with error code (?P<status>401|403)\b")
 
@@ -167,6 +170,20 @@ class Store:
             if PLACE_TAG not in experiment.tags:
                 place = str(self.sqlite_path)
                 self.client.set_experiment_tag(experiment.experiment_id, PLACE_TAG, place)
+
+    def say_if_moved(self, place: Path) -> None:
+        """Warn, once, before files outside of the store's folder are read because it was copied or moved."""
+        if self.sqlite_path is None or self.uri in _said or place.is_relative_to(self.sqlite_path.parent):
+            return
+        _said.add(self.uri)
+        with self.errors():
+            olds = filter(None, map(self.moved_from, self.client.search_experiments()))
+            if (old := next(olds, None)) is not None:
+                _log.warning(
+                    "The store %s was copied or moved from %s, and its artifacts are still read there; "
+                    "run %s to have them here.",
+                    *(self.sqlite_path, old, self.command("server-check", "--rebase")),
+                )
 
     def moved_from(self, experiment: Experiment) -> Path | None:
         """The folder in which the store lay when it noted the places of artifacts; None for its present one.
