@@ -39,16 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class OpenRun:
-    """A run in progress; made by `Tracker.run`.
-
-    Args:
-        store: Where it is.
-        run: As it is.
-        lock: Of this process on it.
-        interrupts: Held back while something is written.
-        resumed: Whether an earlier process may have written a part of it.
-        as_asked: See `Tracker`.
-    """
+    """A run in progress, of which this process holds the lock; made by `Tracker.run`, which see."""
 
     def __init__(
         self,

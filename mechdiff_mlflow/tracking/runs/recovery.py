@@ -1,13 +1,15 @@
-"""What killed processes left: commands to finish, and runs that stay RUNNING for ever."""
+"""What killed processes left: commands to resume or repeat, and runs that stay RUNNING for ever."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from mlflow.entities import Run, ViewType
 from pydantic import Field, TypeAdapter, ValidationError
@@ -18,6 +20,7 @@ from mechdiff_mlflow.tracking.content.keys import ROOT_TAG
 from mechdiff_mlflow.tracking.runs import local_records
 from mechdiff_mlflow.tracking.runs.local_records import LocalRecord
 from mechdiff_mlflow.tracking.runs.lookup import all_runs, runs_of
+from mechdiff_mlflow.tracking.runs.mlflow_run import RUN_ID_VARIABLE
 from mechdiff_mlflow.tracking.runs.provenance import code_version, provenance_tags
 from mechdiff_mlflow.tracking.runs.run_lock import Owner, is_alive, owner_in, watched
 from mechdiff_mlflow.tracking.store.server import login_name
@@ -26,6 +29,8 @@ from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 RESUME_TAG = "mechdiff.resume"
 """Tag of a top run: the command that it is of, as JSON."""
 
+_REPEAT_TAG = "mechdiff.repeat"
+"""Tag of a top run: a digest of what was asked, a dot, and one of what it is to hold."""
 _DIED = "The process that wrote this run died"
 
 
@@ -161,6 +166,45 @@ def top_run(store: Store, run_id: str) -> Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Earlier:
+    """The runs that earlier attempts at the same left.
+
+    Args:
+        tag: For the run, if one is to be made or gone on with.
+        finished: The run that holds all this already.
+        unfinished: Id of a run that this machine's attempt left, to be gone on with.
+    """
+
+    tag: dict[str, str]
+    finished: Run | None = None
+    unfinished: str | None = None
+
+
+def earlier(store: Store, experiment: str, asked: Any, content: Any = "") -> Earlier:
+    """The run that an earlier attempt made, if any; deleted ones do not count.
+
+    Args:
+        store: Where to look.
+        experiment: Name of the experiment, which need not exist.
+        asked: What makes it the same request, as JSON holds it.
+        content: What the run is to hold: where that is another now, a finished run is another, too.
+    """
+    request = _digest([asked, code_version()])
+    tag = f"{request}.{_digest(content)}"
+    with store.errors():
+        there = store.client.get_experiment_by_name(experiment)
+    if there is None or RUN_ID_VARIABLE in os.environ:  # `mlflow run` has made another run for this
+        return Earlier({_REPEAT_TAG: tag})
+    found = all_runs(
+        store, [there.experiment_id], f"tags.`{_REPEAT_TAG}` LIKE '{request}.%'", newest_first=True
+    )
+    finished = (run for run in found if run.info.status == "FINISHED" and run.data.tags[_REPEAT_TAG] == tag)
+    left = (run for run in found if run.info.status != "FINISHED" and is_alive(store, run) is False)
+    unfinished = next((run.info.run_id for run in left), None)
+    return Earlier({_REPEAT_TAG: tag}, next(finished, None), unfinished)
+
+
+@dataclass(frozen=True, slots=True)
 class Stuck:
     """A run that is RUNNING and that nobody is known to be at work on.
 
@@ -253,3 +297,7 @@ def _runs(store: Store, where: str) -> list[Run]:
     with store.errors():
         experiments = [e.experiment_id for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)]
     return all_runs(store, experiments, where, newest_first=True)
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]

@@ -1,14 +1,10 @@
 """The lock of a run: one process writes it at a time, and one that was taken for dead does not go on.
 
-An owner is named in the run's tag `mechdiff.lease.<epoch>` and counts up in it while it works; it also holds
-a lock file of its machine, which the system lets go when it dies. On the same machine, and on all that see
-the file of a SQLite store, that file decides at once; elsewhere an owner counts as dead when its tag has not
-changed for `OWNER_TIMEOUT_S` seconds of the observer's own clock.
-
-To take a run over is to write the next epoch's tag, to wait, and to read it back: of several who write the
-same epoch the last one stays. An owner reads the tags again before each request that writes, if it last did
-so more than `OWNER_TIMEOUT_S` / 30 seconds ago, and who takes over waits for twice that; so only a request
-that is under way then may still arrive.
+An owner is named in the run's tag `mechdiff.lease.<epoch>`, counts up in it, and holds a lock file, which
+the system lets go when it dies. Where that file is not seen, an owner counts as dead when its tag has not
+changed for `OWNER_TIMEOUT_S` of the observer's own clock. Who takes over writes the next epoch's tag, waits,
+and reads it back; an owner reads the tags again before it writes, if it last did so more than half that wait
+ago. What that leaves open is in docs/faults.md.
 
 References: Gray & Cheriton (1989), Leases; Kleppmann (2016), How to do distributed locking (fencing tokens).
 """
@@ -49,25 +45,15 @@ _Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """An owner of a run, as its tag says.
+    """An owner of a run, as its tag says."""
 
-    Args:
-        epoch: How many owners there have been, itself included.
-        token: A random word, another for each owner.
-        machine: Who sees its lock file: `machine_id`.
-        host: Name of the machine, for people.
-        pid: Process id there.
-        beat: Counted up while it works.
-        start: When the process began, in that system's ticks; empty where that is not known.
-    """
-
-    epoch: Annotated[int, Field(ge=0, lt=1_000_000)]
-    token: _Word
-    machine: _Word
-    host: _Word
+    epoch: Annotated[int, Field(ge=0, lt=1_000_000)]  # how many there have been
+    token: _Word  # random, another for each owner
+    machine: _Word  # who sees its lock file: `machine_id`
+    host: _Word  # for people
     pid: _Count
-    beat: _Count = 0
-    start: _Word = ""
+    beat: _Count = 0  # counted up while it works
+    start: _Word = ""  # of the process, in its system's ticks, where that is known
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -197,12 +183,8 @@ def taken_over(store: Store, run: Run) -> Iterator[RunLock]:
     last = owner_in(run.data.tags)
     with _lock_file_held(store, run_id, last):
         if last is not None and not _is_near(store, last):
-            _log.warning(
-                "Run %s was written by %s; watching for %g s whether it still is.",
-                run_id,
-                last,
-                OWNER_TIMEOUT_S,
-            )
+            words = "Run %s was written by %s; watching for %g s whether it still is."
+            _log.warning(words, run_id, last, OWNER_TIMEOUT_S)
             if watched(store, {run_id: run})[run_id]:
                 raise _busy(run_id, last)
         elif last is not None and _is_process(store, run, last):

@@ -76,9 +76,9 @@ class Store:
 
     Args:
         uri: Its absolute URI, secrets included: print `shown` instead.
-        client: The one MLflow client that our code uses on it; asks again while the store is away.
+        client: The one MLflow client that our code uses on it.
         sqlite_path: The database file of a SQLite store.
-        patience: For how long.
+        patience: For how long requests are repeated while it is away.
         seen: Tags of experiments that were asked for by name, by id.
     """
 
@@ -108,11 +108,7 @@ class Store:
         return self.uri.startswith(("http://", "https://"))
 
     def experiment(self, name: str, tags: Mapping[str, str] | None = None) -> str:
-        """The id of experiment `name`, made if there is none, in a SQLite store with artifacts beside it.
-
-        Args:
-            name: Of the experiment.
-            tags: That a new one gets.
+        """The id of experiment `name`, made with `tags` if there is none, artifacts beside a SQLite file.
 
         Raises:
             MechdiffError: The name is empty or Default, belongs to a deleted experiment, or the store was
@@ -180,9 +176,8 @@ class Store:
             olds = filter(None, map(self.moved_from, self.client.search_experiments()))
             if (old := next(olds, None)) is not None:
                 _log.warning(
-                    "The store %s was copied or moved from %s, and its artifacts are still read there; "
-                    "run %s to have them here.",
-                    *(self.sqlite_path, old, self.command("server-check", "--rebase")),
+                    f"The store {self.sqlite_path} was copied or moved from {old}, and its artifacts are "
+                    f"still read there; run {self.command('server-check', '--rebase')} to have them here."
                 )
 
     def moved_from(self, experiment: Experiment) -> Path | None:
