@@ -24,8 +24,8 @@ from mechdiff_mlflow.tracking.content.cells import CELLS
 from mechdiff_mlflow.tracking.content.keys import ARTIFACTS_TAG, KEY_TAG, ROOT_TAG, key_of
 from mechdiff_mlflow.tracking.content.records import RunRecord
 from mechdiff_mlflow.tracking.runs import run_lock
+from mechdiff_mlflow.tracking.runs.commands import newest_of_mine
 from mechdiff_mlflow.tracking.runs.open_run import EPOCH_TAG
-from mechdiff_mlflow.tracking.runs.recovery import end_stuck, newest_of_mine, stuck_runs
 from mechdiff_mlflow.tracking.runs.results import tables_of
 from mechdiff_mlflow.tracking.runs.run_lock import (
     OWNER_TAG,
@@ -36,6 +36,7 @@ from mechdiff_mlflow.tracking.runs.run_lock import (
     taken_over,
 )
 from mechdiff_mlflow.tracking.runs.runs import OpenRun, Tracker
+from mechdiff_mlflow.tracking.runs.stuck import end_stuck, stuck_runs
 from mechdiff_mlflow.tracking.runs.writing import RecordWriter
 from mechdiff_mlflow.tracking.store.file_locks import lock_file, process_start
 from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store

@@ -259,9 +259,6 @@ def _database(uri: str) -> Iterator[Finding]:
     yield Finding("store migrations", Level.OK, f"at {head}, as MLflow {mlflow.__version__} wants it")
     store = open_store(uri)
     if store.sqlite_path is None:
-        seen = "whoever has the database's password may do everything"
-        remedy = "for more than one person: an MLflow server with --app-name basic-auth"
-        yield Finding("authentication", Level.WARN, seen, remedy)
         yield _encryption(uri)
     else:
         yield _places(store, store.sqlite_path.parent)
@@ -376,7 +373,7 @@ def _artifacts(store: Store, scratch: Scratch) -> Finding:
         found = _try("artifacts", scratch.artifacts, "check the folder's permissions")
         if found.level is Level.OK and store.sqlite_path is None:
             seen = f"in {scratch.artifact_uri}, which only this machine sees"
-            remedy = "for more than one person: an MLflow server on this database"
+            remedy = "for more than one person: an MLflow server on this database, with --app-name basic-auth"
             return Finding(found.check, Level.WARN, seen, remedy)
         return found
     scheme = urlsplit(scratch.artifact_uri).scheme or "file"

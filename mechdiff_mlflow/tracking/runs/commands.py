@@ -1,10 +1,17 @@
-"""What killed processes left: commands to resume or repeat, and runs that stay RUNNING for ever."""
+"""Commands that a killed process left: which they are, who began them, and the runs they left.
+
+Whoever may write to a store may give a run any tags. So a command's tag names a record in a local file of who
+began it, with the digest of that command; `resume` goes on by itself only where that fits.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
+import secrets
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,21 +24,38 @@ from pydantic import Field, TypeAdapter, ValidationError
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.untrusted import is_there
 from mechdiff_mlflow.tracking.content.keys import ROOT_TAG
-from mechdiff_mlflow.tracking.runs import local_records
-from mechdiff_mlflow.tracking.runs.local_records import LocalRecord
-from mechdiff_mlflow.tracking.runs.lookup import all_runs, runs_of
+from mechdiff_mlflow.tracking.runs.lookup import all_runs
 from mechdiff_mlflow.tracking.runs.mlflow_run import RUN_ID_VARIABLE
 from mechdiff_mlflow.tracking.runs.provenance import code_version, provenance_tags
-from mechdiff_mlflow.tracking.runs.run_lock import Owner, is_alive, owner_in, watched
+from mechdiff_mlflow.tracking.runs.run_lock import is_alive
 from mechdiff_mlflow.tracking.store.server import login_name
-from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
+from mechdiff_mlflow.tracking.store.store import Store
+from mechdiff_mlflow.tracking.store.user_cache import cache_root
 
 RESUME_TAG = "mechdiff.resume"
 """Tag of a top run: the command that it is of, as JSON."""
-
 _REPEAT_TAG = "mechdiff.repeat"
 """Tag of a top run: a digest of what was asked, a dot, and one of what it is to hold."""
-_DIED = "The process that wrote this run died"
+
+_RECORD = re.compile("[0-9a-f]{32}")
+_MAX_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRecord:
+    """What this machine knows of a command that was begun on it.
+
+    Args:
+        command: Digest of the command.
+        who: The user's login to the store, or of the system.
+        trusts: Whether its pair's spec said `trust_remote_code: true`.
+        run_id: Its top run, so that its tag proves nothing on another; empty until that is made.
+    """
+
+    command: str
+    who: str
+    trusts: bool
+    run_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +68,6 @@ class Command:
         code: Version of the code.
         parent: Whether its results lie below its run, and not in it.
         record: Name of the local record of who began it.
-        proof: That it is the command of that record.
     """
 
     argv: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -52,20 +75,22 @@ class Command:
     code: str
     parent: bool
     record: str = ""
-    proof: str = ""
 
     @classmethod
     def here(cls, argv: Sequence[str], who: str, *, has_parent: bool, trusts: bool) -> Command:
         """A command of this process, noted on this machine."""
         is_relative = any(word and not Path(word).is_absolute() and is_there(Path(word)) for word in argv[1:])
         command = cls(tuple(argv), str(Path.cwd()) if is_relative else "", code_version(), has_parent)
-        record, proof = local_records.begin(command.text, who, trusts=trusts)
-        return replace(command, record=record, proof=proof)
+        command = replace(command, record=secrets.token_hex(16))
+        # Where it cannot be written, who resumes the run has to say that it is wanted.
+        _write(command.record, LocalRecord(command.digest, who, trusts))
+        return command
 
     @property
-    def text(self) -> str:
-        """What the proof is of."""
-        return json.dumps([self.argv, self.folder, self.code, self.parent])
+    def digest(self) -> str:
+        """SHA-256 of what it does, in hex."""
+        what = json.dumps([self.argv, self.folder, self.code, self.parent])
+        return hashlib.sha256(what.encode()).hexdigest()
 
     @property
     def tag(self) -> dict[str, str]:
@@ -88,17 +113,20 @@ class Command:
 
     def begun_by(self, run_id: str) -> LocalRecord | None:
         """What this machine knows of who began it, if it was begun here and as it is now."""
-        return local_records.proven(self.record, self.text, self.proof, run_id)
+        record = _read(self.record)
+        is_same = record is not None and (record.command, record.run_id or run_id) == (self.digest, run_id)
+        return record if is_same else None
 
     def begun(self, run_id: str, before: str | None) -> None:
         """Note which run the command got; `before` is the record of the command that it goes on with."""
-        local_records.bind(self.record, run_id)
+        if (record := _read(self.record)) is not None:
+            _write(self.record, replace(record, run_id=run_id))
         if before:
-            local_records.forget(before)
+            _forget(before)
 
     def done(self) -> None:
         """Forget the command, which is finished."""
-        local_records.forget(self.record)
+        _forget(self.record)
 
     def check(self, run: Run, *, is_ours: bool) -> None:
         """Make sure that the same code would go on, and with the same files where they are ours.
@@ -120,13 +148,16 @@ class Command:
             )
 
 
-_COMMAND = TypeAdapter(Command)
+_COMMAND, _LOCAL_RECORD = TypeAdapter(Command), TypeAdapter(LocalRecord)
 
 
 def newest_of_mine(store: Store) -> tuple[Run | None, list[str]]:
     """This user's newest unfinished run that no process is at work on, if any; and what others' runs are."""
     me, mine, others = user_of(store), None, []
-    for run in _runs(store, f"attributes.status != 'FINISHED' and tags.`{RESUME_TAG}` LIKE '{{%'"):
+    with store.errors():
+        experiments = [e.experiment_id for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)]
+    where = f"attributes.status != 'FINISHED' and tags.`{RESUME_TAG}` LIKE '{{%'"
+    for run in all_runs(store, experiments, where, newest_first=True):
         with suppress(MechdiffError):  # what says no command is none
             known = Command.of(run).begun_by(run.info.run_id)
             if known is None or known.who != me:
@@ -204,100 +235,35 @@ def earlier(store: Store, experiment: str, asked: Any, content: Any = "") -> Ear
     return Earlier({_REPEAT_TAG: tag}, next(finished, None), unfinished)
 
 
-@dataclass(frozen=True, slots=True)
-class Stuck:
-    """A run that is RUNNING and that nobody is known to be at work on.
-
-    Args:
-        run_id: Its id.
-        experiment: Name of its experiment.
-        name: Its name.
-        started_ms: Unix time in ms.
-        root: Id of the top run.
-        owner: Who wrote it; None where the run does not say.
-        is_dead: Whether that process is known to be dead.
-        can_resume: Whether `mechdiff resume` would finish the top run.
-        orphaned: Why the top run cannot be read; empty where it can.
-    """
-
-    run_id: str
-    experiment: str
-    name: str
-    started_ms: int
-    root: str
-    owner: Owner | None = None
-    is_dead: bool = False
-    can_resume: bool = False
-    orphaned: str = ""
-
-
-def stuck_runs(store: Store, *, watch: bool = False) -> list[Stuck]:
-    """Runs that are RUNNING although their process is dead, or may be, in every experiment.
-
-    With `watch` it waits to see whether processes of other machines are at work.
-    """
-    with store.errors():
-        names = {e.experiment_id: e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)}
-    running = _runs(store, "attributes.status = 'RUNNING'")
-    tops = {run.info.run_id: run for run in running if ROOT_TAG not in run.data.tags}
-    gone: dict[str, tuple[bool, str]] = {}
-    above = {run.data.tags[ROOT_TAG] for run in running if ROOT_TAG in run.data.tags} - tops.keys()
-    tops |= {run.info.run_id: run for run in runs_of(store, above)}
-    for root in above - tops.keys():
-        try:
-            with store.errors():
-                tops[root] = store.client.get_run(root)
-        except StoreUnreachable:
-            raise
-        except MechdiffError as error:
-            is_deleted = getattr(error.__cause__, "error_code", "") == "RESOURCE_DOES_NOT_EXIST"
-            gone[root] = is_deleted, "its parent is deleted for good" if is_deleted else str(error)
-    alive = {root: is_alive(store, top) for root, top in tops.items()}
-    if watch:
-        far = {root for root, found in alive.items() if found is None and owner_in(tops[root].data.tags)}
-        alive |= watched(store, {root: tops[root] for root in far})
-    found = []
-    for run in running:
-        info, root = run.info, run.data.tags.get(ROOT_TAG, run.info.run_id)
-        experiment = names.get(info.experiment_id, info.experiment_id)
-        one = Stuck(info.run_id, experiment, info.run_name or "", info.start_time or 0, root)
-        if root in gone:
-            found.append(replace(one, is_dead=gone[root][0], orphaned=gone[root][1]))
-        elif not alive[root]:
-            top = tops[root]
-            is_dead = alive[root] is False or (run is not top and top.info.status != "RUNNING")
-            can_resume = RESUME_TAG in top.data.tags and top.info.status != "FINISHED"
-            found.append(replace(one, owner=owner_in(top.data.tags), is_dead=is_dead, can_resume=can_resume))
-    return found
-
-
-def end_stuck(store: Store, stuck: Sequence[Stuck]) -> dict[str, str]:
-    """Set runs whose process died KILLED, with the reason, the ones below others first; why not, by run id.
-
-    Raises:
-        StoreUnreachable: Then the rest is not tried.
-    """
-    left: dict[str, str] = {}
-    for one in sorted(stuck, key=lambda one: one.run_id == one.root):
-        who = "" if one.owner is None else f" ({one.owner})"
-        remedy = f"; `mechdiff resume {one.root}` finishes it" if one.can_resume else ""
-        try:
-            with store.errors():
-                store.client.set_tag(one.run_id, "mechdiff.failure", f"{_DIED}{who}{remedy}.")
-                store.client.set_terminated(one.run_id, "KILLED")
-        except StoreUnreachable:
-            raise
-        except MechdiffError as error:
-            left[one.run_id] = str(error)
-    return left
-
-
-def _runs(store: Store, where: str) -> list[Run]:
-    """All of every experiment, the newest first."""
-    with store.errors():
-        experiments = [e.experiment_id for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)]
-    return all_runs(store, experiments, where, newest_first=True)
-
-
 def _digest(what: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _record_file(name: str) -> Path | None:
+    return cache_root() / "began" / f"{name}.json" if _RECORD.fullmatch(name) else None
+
+
+def _read(name: str) -> LocalRecord | None:
+    if (path := _record_file(name)) is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            return _LOCAL_RECORD.validate_json(file.read(_MAX_BYTES), strict=True)
+    except (OSError, ValidationError):
+        return None
+
+
+def _write(name: str, record: LocalRecord) -> None:
+    if (path := _record_file(name)) is None:
+        return
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:  # which only its user reads
+            part.write(_LOCAL_RECORD.dump_json(record))
+        os.replace(part.name, path)
+
+
+def _forget(name: str) -> None:
+    if (path := _record_file(name)) is not None:
+        with suppress(OSError):
+            path.unlink()
