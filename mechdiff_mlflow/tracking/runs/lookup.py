@@ -1,14 +1,15 @@
-"""Runs that are looked up: all that a filter finds, and a new one only where it finds none."""
+"""Runs that are looked up: all that a filter finds, a new one where it finds none, one to go on with."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from mlflow.entities import Run, ViewType
+from mlflow.entities import Run, RunTag, ViewType
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.runs.provenance import provenance_tags
 from mechdiff_mlflow.tracking.store.store import Store
 
 MOST_VALUES = 40
@@ -107,3 +108,14 @@ def made_once(
         if look and (found := find()) is not None:
             return found
         return store.patience.once(create, find)
+
+
+def reopen(store: Store, left: Run, tags: Mapping[str, str]) -> None:
+    """Have a run that an earlier attempt left unfinished RUNNING again, as this process's, with more tags."""
+    client, run_id = store.client, left.info.run_id
+    with store.errors():
+        every = {**provenance_tags(), **tags}
+        client.log_batch(run_id, tags=[RunTag(key, text) for key, text in every.items()])
+        client.update_run(run_id, status="RUNNING")
+        if "mechdiff.failure" in left.data.tags:
+            client.delete_tag(run_id, "mechdiff.failure")

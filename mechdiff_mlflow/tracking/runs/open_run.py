@@ -19,7 +19,7 @@ from mechdiff_mlflow.tracking.content.keys import KEY_TAG, ROOT_TAG, check_same,
 from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, RunRecord, param_text
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.runs.interrupts import Interrupts, ending
-from mechdiff_mlflow.tracking.runs.lookup import all_runs, made_once
+from mechdiff_mlflow.tracking.runs.lookup import all_runs, made_once, reopen
 from mechdiff_mlflow.tracking.runs.mlflow_run import params_of, plain
 from mechdiff_mlflow.tracking.runs.provenance import code_version, provenance_tags
 from mechdiff_mlflow.tracking.runs.run_lock import RunLock, owner_in
@@ -210,7 +210,8 @@ class OpenRun:
             check_same(run_id, record, run.data.metrics)
         else:
             if not is_new:
-                self._reopen(run)
+                self._lock.require()
+                reopen(self._store, run, {EPOCH_TAG: str(self._lock.owner.epoch)})
             try:
                 run = self._writer.write(run, record, again=not is_new)
                 self._lock.require()
@@ -257,18 +258,6 @@ class OpenRun:
             if epochs.get(late.info.run_id) == ours and {*epochs.values()} != {ours}:
                 with self._store.errors():
                     self._store.client.delete_run(late.info.run_id)
-
-    def _reopen(self, left: Run) -> None:
-        """Have a child that an earlier attempt left unfinished RUNNING again, and ours."""
-        client, run_id = self._store.client, left.info.run_id
-        self._lock.require()
-        with self._store.errors():
-            tags = {**provenance_tags(), EPOCH_TAG: str(self._lock.owner.epoch)}
-            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-            if left.info.status != "RUNNING":
-                client.update_run(run_id, status="RUNNING")
-            if "mechdiff.failure" in left.data.tags:
-                client.delete_tag(run_id, "mechdiff.failure")
 
     def _below(self) -> list[Run]:
         """All that is below this run and not deleted, unfinished ones first, then the oldest first."""

@@ -19,7 +19,7 @@ from mechdiff_mlflow.tracking.content.keys import KEY_TAG
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.content.view import install_view, view_tag
 from mechdiff_mlflow.tracking.runs.interrupts import Interrupts
-from mechdiff_mlflow.tracking.runs.lookup import made_once
+from mechdiff_mlflow.tracking.runs.lookup import made_once, reopen
 from mechdiff_mlflow.tracking.runs.mlflow_run import RUN_ID_VARIABLE, active_run, plain, tags_to_add
 from mechdiff_mlflow.tracking.runs.open_run import OpenRun
 from mechdiff_mlflow.tracking.runs.provenance import provenance_tags
@@ -135,17 +135,11 @@ class Tracker:
     @contextmanager
     def _resumed(self, run_id: str) -> Iterator[OpenRun]:
         """An unfinished run that another process left, RUNNING again."""
-        client = self.store.client
         with self.store.errors():
-            run = client.get_run(run_id)
+            run = self.store.client.get_run(run_id)
         self.store.demand_place(run.info.experiment_id)
         with taken_over(self.store, run) as lock:
-            with self.store.errors():
-                tags = {**provenance_tags(), "mechdiff.resumed": str(lock.owner.epoch - 1)}
-                client.log_batch(run_id, tags=_run_tags(tags))
-                client.update_run(run_id, status="RUNNING")
-                if "mechdiff.failure" in run.data.tags:
-                    client.delete_tag(run_id, "mechdiff.failure")
+            reopen(self.store, run, {"mechdiff.resumed": str(lock.owner.epoch - 1)})
             yield OpenRun(self.store, run, lock, self.interrupts, resumed=True, as_asked=self.as_asked)
 
     def _create(self, record: RunRecord, lock: RunLock) -> Run:
@@ -175,13 +169,9 @@ class Tracker:
             run = self.store.client.get_run(run_id)
             self.store.demand_place(run.info.experiment_id)
             tags = {**_redacted(record), **tags_to_add(run, record, provenance_tags()), **lock.owner.tag}
-            self.store.client.log_batch(run_id, tags=_run_tags(tags))
+            self.store.client.log_batch(run_id, tags=[RunTag(key, text) for key, text in tags.items()])
         return run
 
 
 def _redacted(record: RunRecord) -> dict[str, str]:
     return {key: redact(text) for key, text in record.tags.items()}
-
-
-def _run_tags(tags: Mapping[str, str]) -> list[RunTag]:
-    return [RunTag(key, text) for key, text in tags.items()]
