@@ -207,7 +207,7 @@ def log_model(
     card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params, sha256=sha256)
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
-        store.demand_place(experiment_id)
+        store.require_place(experiment_id)
 
         def create() -> LoggedModel:
             demand()

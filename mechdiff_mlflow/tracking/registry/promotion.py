@@ -77,7 +77,7 @@ def promote(
         alias: To move; the last step.
         policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
         why: In the user's words, for the history.
-        here: The command that has just written the run: it is not asked for again, and its `demand` counts.
+        here: The command that has just written the run: it is not asked for again, and its owner may act.
         read: The run's map, if this very process has just logged it and read it back.
         say: Told in a sentence which version gives way to which, or that nothing moves.
         demand: Called before what is made or moved; raises if another process has taken the command over.
@@ -89,7 +89,7 @@ def promote(
     """
     check_alias(alias)
     policy = policy or PromotionPolicy()
-    demand = demand if here is None else here.demand
+    demand = demand if here is None else here.require_owner
     measured = measured_in(store, run_id, here, read)
     name = check_name(name) if name else name_of(measured)
     with registry.promotion_lock(store):

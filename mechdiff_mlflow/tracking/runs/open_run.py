@@ -56,7 +56,7 @@ class OpenRun:
         self.is_resumed = resumed
         self._store, self._run, self._lock, self._interrupts = store, run, lock, interrupts
         self._as_asked = as_asked
-        self.demand = lock.require
+        self.require_owner = lock.require
         """Makes sure that this process still owns the run; see `RunLock.require`."""
         self._writer = RecordWriter(store, lock.require)
         self._params: dict[str, str] = params_of(run)

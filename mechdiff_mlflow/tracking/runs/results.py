@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from mlflow.entities import Run, ViewType
@@ -43,6 +43,7 @@ _MANY = 50
 _FIRST = ["run_id", "name", "kind", "status", "parent_id", "started"]
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def results_df(store: Store, experiment: str, *, where: str = "", kind: str | None = None) -> pd.DataFrame:
@@ -129,17 +130,21 @@ def tables_of(store: Store, run_ids: Iterable[str], path: str) -> dict[str, pd.D
 def _tables(store: Store, runs: Iterable[Run], path: str) -> dict[str, pd.DataFrame]:
     found: dict[str, pd.DataFrame] = {}
     for run in runs:
-        run_id, tags = run.info.run_id, run.data.tags
-        with store.errors(), tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
-            # A run of ours says which files it has.
-            is_there = sent_digest(tags, path) is not None or any(
-                item.path == path for item in store.client.list_artifacts(run_id)
-            )
-            if is_there:
-                local = StoredFiles(store, run.info.artifact_uri).read_back([path], Path(folder)) / path
-                check_read(local, path, run_id, tags)
-                found[run_id] = _table(local)
+        is_there = sent_digest(run.data.tags, path) is not None  # a run of ours says which files it has
+        if not is_there:
+            with store.errors():
+                is_there = path in [item.path for item in store.client.list_artifacts(run.info.run_id)]
+        if is_there:
+            found[run.info.run_id] = _read(store, run, path, _table)
     return found
+
+
+def _read(store: Store, run: Run, path: str, parse: Callable[[Path], _T]) -> _T:
+    """What `parse` makes of an artifact, if that is what was logged."""
+    with store.errors(), tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+        local = StoredFiles(store, run.info.artifact_uri).read_back([path], Path(folder)) / path
+        check_read(local, path, run.info.run_id, run.data.tags)
+        return parse(local)
 
 
 def _top_runs(store: Store, ids: list[str]) -> list[Run]:
@@ -211,14 +216,10 @@ def _newest_of_each(runs: Iterable[Run]) -> list[Run]:
 
 def _cells_of(store: Store, run: Run) -> list[dict[str, Any]] | None:
     """Rows of the patch runs below a run; None where they have to be asked for."""
-    tags = run.data.tags
-    if run.info.status != "FINISHED" or sent_digest(tags, CELLS) is None:
+    if run.info.status != "FINISHED" or sent_digest(run.data.tags, CELLS) is None:
         return None
     try:
-        with store.errors(), tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
-            path = StoredFiles(store, run.info.artifact_uri).read_back([CELLS], Path(folder)) / CELLS
-            check_read(path, CELLS, run.info.run_id, tags)
-            cells = read_cells(path)
+        cells = _read(store, run, CELLS, read_cells)
     except StoreUnreachable:
         raise
     except MechdiffError as error:

@@ -137,7 +137,7 @@ class Tracker:
         """An unfinished run that another process left, RUNNING again."""
         with self.store.errors():
             run = self.store.client.get_run(run_id)
-        self.store.demand_place(run.info.experiment_id)
+        self.store.require_place(run.info.experiment_id)
         with taken_over(self.store, run) as lock:
             reopen(self.store, run, {"mechdiff.resumed": str(lock.owner.epoch - 1)})
             yield OpenRun(self.store, run, lock, self.interrupts, resumed=True, as_asked=self.as_asked)
@@ -167,7 +167,7 @@ class Tracker:
             return None
         with self.store.errors():
             run = self.store.client.get_run(run_id)
-            self.store.demand_place(run.info.experiment_id)
+            self.store.require_place(run.info.experiment_id)
             tags = {**_redacted(record), **tags_to_add(run, record, provenance_tags()), **lock.owner.tag}
             self.store.client.log_batch(run_id, tags=[RunTag(key, text) for key, text in tags.items()])
         return run

@@ -15,7 +15,6 @@ from urllib.parse import parse_qs, urlsplit
 
 import mlflow
 import requests
-from mlflow.entities import Experiment, ViewType
 from mlflow.environment_variables import MLFLOW_TRACKING_INSECURE_TLS
 from mlflow.exceptions import MlflowException
 from mlflow.utils.credentials import get_default_host_creds
@@ -38,7 +37,6 @@ from mechdiff_mlflow.tracking.store.store import PLACE_TAG, Store, open_store, p
 _SLOW_MS = 100
 """A run costs half a dozen requests, a sweep thousands."""
 _REQUESTS = 5
-_MAX_EXPERIMENTS = 50_000
 _PROXY = "mlflow server --serve-artifacts --artifacts-destination PLACE, then new experiments"
 
 
@@ -184,23 +182,19 @@ def _authentication(uri: str, is_open: bool) -> Finding:
 
 
 def own_addresses() -> list[str]:
-    """This machine's addresses that others can reach, as far as its own name and its routes tell."""
-    found = set()
+    """This machine's addresses on its routes to others."""
+    found = []
     for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.connect((target, 9))  # only looks the route up: UDP sends nothing here
-            found.add(str(probe.getsockname()[0]))
-    with suppress(OSError):
-        found |= {str(entry[4][0]) for entry in socket.getaddrinfo(socket.gethostname(), None)}
-    return sorted(address for address in found if not is_loopback(address))
+            found.append(str(probe.getsockname()[0]))
+    return [address for address in found if not is_loopback(address)]
 
 
 def _listens(address: str, port: int) -> bool:
-    try:
-        socket.create_connection((address, port), timeout=1).close()
-    except OSError:
-        return False
-    return True
+    with suppress(OSError), socket.create_connection((address, port), timeout=1):
+        return True
+    return False
 
 
 def is_loopback(host: str) -> bool:
@@ -278,7 +272,7 @@ def rebase(tracking_uri: str | None = None) -> list[Path]:
         raise MechdiffError(
             f"{store.shown} is no SQLite file, and only such a store moves with its artifacts."
         )
-    moved = _moved(store, _experiments(store))
+    moved = store.moved(store.experiments())
     for old, experiments in moved.items():
         for experiment in experiments:
             there = Path(local_file_uri_to_path(experiment.artifact_location))
@@ -294,24 +288,10 @@ def rebase(tracking_uri: str | None = None) -> list[Path]:
     return list(moved)
 
 
-def _experiments(store: Store) -> list[Experiment]:
-    with store.errors():
-        return list(store.client.search_experiments(ViewType.ALL, max_results=_MAX_EXPERIMENTS))
-
-
-def _moved(store: Store, experiments: list[Experiment]) -> dict[Path, list[Experiment]]:
-    """The experiments whose artifacts are where a store lay that was copied or moved, by that folder."""
-    found: dict[Path, list[Experiment]] = {}
-    for experiment in experiments:
-        if (old := store.moved_from(experiment)) is not None:
-            found.setdefault(old, []).append(experiment)
-    return found
-
-
 def _places(store: Store, folder: Path) -> Finding:
     """Whether a SQLite store's artifacts are in its folder."""
-    experiments = _experiments(store)
-    if moved := _moved(store, experiments):
+    experiments = store.experiments()
+    if moved := store.moved(experiments):
         seen = "; ".join(
             f"of {_listed([e.name for e in some], ', ')} in {old}" for old, some in moved.items()
         )

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +35,7 @@ from mechdiff_mlflow.tracking.store.server import (
 PLACE_TAG = "mechdiff.store"
 """Tag of an experiment in a SQLite store: the path of the store when it was first written to."""
 _log = logging.getLogger(__name__)
+_MAX_EXPERIMENTS = 50_000
 _said: set[str] = set()
 """Stores of which it was said that they were copied."""
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -139,11 +140,11 @@ class Store:
                 f"Experiment {name!r} was deleted in {self.shown}; bring it back with "
                 f"`mlflow experiments restore{which}` or name another with --experiment."
             )
-        self.demand_place(found)
+        self.require_place(found)
         self.seen[str(found.experiment_id)] = found.tags
         return str(found.experiment_id)
 
-    def demand_place(self, experiment: Experiment | str) -> None:
+    def require_place(self, experiment: Experiment | str) -> None:
         """Make sure that what is written into an experiment, or the one of an id, goes where the store is.
 
         A SQLite store says in absolute paths where its artifacts are, and so does a copy of it. What this
@@ -172,13 +173,24 @@ class Store:
         if self.sqlite_path is None or self.uri in _said or place.is_relative_to(self.sqlite_path.parent):
             return
         _said.add(self.uri)
+        for old in self.moved(self.experiments()):
+            _log.warning(
+                f"The store {self.sqlite_path} was copied or moved from {old}, and its artifacts are "
+                f"still read there; run {self.command('server-check', '--rebase')} to have them here."
+            )
+
+    def experiments(self) -> list[Experiment]:
+        """Every experiment, deleted ones too."""
         with self.errors():
-            olds = filter(None, map(self.moved_from, self.client.search_experiments()))
-            if (old := next(olds, None)) is not None:
-                _log.warning(
-                    f"The store {self.sqlite_path} was copied or moved from {old}, and its artifacts are "
-                    f"still read there; run {self.command('server-check', '--rebase')} to have them here."
-                )
+            return list(self.client.search_experiments(ViewType.ALL, max_results=_MAX_EXPERIMENTS))
+
+    def moved(self, experiments: Iterable[Experiment]) -> dict[Path, list[Experiment]]:
+        """The experiments whose artifacts are where this store lay before, by that folder."""
+        found: dict[Path, list[Experiment]] = {}
+        for experiment in experiments:
+            if (old := self.moved_from(experiment)) is not None:
+                found.setdefault(old, []).append(experiment)
+        return found
 
     def moved_from(self, experiment: Experiment) -> Path | None:
         """The folder in which the store lay when it noted the places of artifacts; None for its present one.
