@@ -77,7 +77,7 @@ def promote(
         alias: To move; the last step.
         policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
         why: In the user's words, for the history.
-        here: The command that has just written the run: it is not asked for again, and its owner may act.
+        here: The command that has just written the run: the run is not read again, and has to be its own.
         read: The run's map, if this very process has just logged it and read it back.
         say: Told in a sentence which version gives way to which, or that nothing moves.
         demand: Called before what is made or moved; raises if another process has taken the command over.

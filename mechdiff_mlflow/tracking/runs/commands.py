@@ -11,7 +11,6 @@ import json
 import os
 import re
 import secrets
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,9 +27,9 @@ from mechdiff_mlflow.tracking.runs.lookup import all_runs
 from mechdiff_mlflow.tracking.runs.mlflow_run import RUN_ID_VARIABLE
 from mechdiff_mlflow.tracking.runs.provenance import code_version, provenance_tags
 from mechdiff_mlflow.tracking.runs.run_lock import is_alive
+from mechdiff_mlflow.tracking.store import user_cache
 from mechdiff_mlflow.tracking.store.server import login_name
 from mechdiff_mlflow.tracking.store.store import Store
-from mechdiff_mlflow.tracking.store.user_cache import cache_root
 
 RESUME_TAG = "mechdiff.resume"
 """Tag of a top run: the command that it is of, as JSON."""
@@ -80,8 +79,8 @@ class Command:
     def here(cls, argv: Sequence[str], who: str, *, has_parent: bool, trusts: bool) -> Command:
         """A command of this process, noted on this machine."""
         is_relative = any(word and not Path(word).is_absolute() and is_there(Path(word)) for word in argv[1:])
-        command = cls(tuple(argv), str(Path.cwd()) if is_relative else "", code_version(), has_parent)
-        command = replace(command, record=secrets.token_hex(16))
+        folder = str(Path.cwd()) if is_relative else ""
+        command = cls(tuple(argv), folder, code_version(), has_parent, secrets.token_hex(16))
         # Where it cannot be written, who resumes the run has to say that it is wanted.
         _write(command.record, LocalRecord(command.digest, who, trusts))
         return command
@@ -240,7 +239,7 @@ def _digest(what: Any) -> str:
 
 
 def _record_file(name: str) -> Path | None:
-    return cache_root() / "began" / f"{name}.json" if _RECORD.fullmatch(name) else None
+    return user_cache.cache_root() / "began" / f"{name}.json" if _RECORD.fullmatch(name) else None
 
 
 def _read(name: str) -> LocalRecord | None:
@@ -254,13 +253,8 @@ def _read(name: str) -> LocalRecord | None:
 
 
 def _write(name: str, record: LocalRecord) -> None:
-    if (path := _record_file(name)) is None:
-        return
-    with suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:  # which only its user reads
-            part.write(_LOCAL_RECORD.dump_json(record))
-        os.replace(part.name, path)
+    if (path := _record_file(name)) is not None:
+        user_cache.write(path, _LOCAL_RECORD.dump_json(record))
 
 
 def _forget(name: str) -> None:

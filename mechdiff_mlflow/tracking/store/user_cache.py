@@ -55,6 +55,17 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mechdiff"
 
 
+def write(path: Path, content: bytes) -> None:
+    """Write a file of the cache, whole and for its user alone; if it cannot be, that is no reason to fail."""
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as folder:
+            part = Path(folder, path.name)
+            part.touch(mode=0o600)
+            part.write_bytes(content)
+            os.replace(part, path)
+
+
 def entry(sha256: str) -> Path:
     """The directory for the model whose map has this digest.
 
@@ -95,15 +106,9 @@ def forget_old_staging() -> None:
 
 
 def remember(uri: str, name: str, label: str, sha256: str) -> None:
-    """Note what `name` means in the store `uri` now; a cache that cannot be written is no reason to fail."""
-    path = _answer_path(uri, name)
+    """Note what `name` means in the store `uri` now."""
     answer = Answer(label, sha256, int(time.time() * 1000))
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as folder:
-            part = Path(folder, path.name)
-            part.write_text(json.dumps({"name": name, **asdict(answer)}), encoding="utf-8")
-            os.replace(part, path)
+    write(_answer_path(uri, name), json.dumps({"name": name, **asdict(answer)}).encode())
 
 
 def recall(uri: str, name: str) -> Answer | None:
