@@ -174,7 +174,7 @@ def _validated(run_id: str, argv: Sequence[str], more: Sequence[str], *, is_ours
         return words_of(context, context.params, NOT_RESUMED)
     for option in command.params:
         if typed.get_parameter_source(option.name or "") is not ParameterSource.COMMANDLINE:
-            _check_taken(run_id, option, str(context.params[option.name or ""]))
+            _check_taken(run_id, option, str(context.params.get(option.name or "")))
     return words_of(context, context.params, {*NOT_RESUMED, *MACHINE_OPTIONS})
 
 

@@ -186,6 +186,8 @@ def as_asked(name: str, text: str) -> str:
     """A param that `mlflow run` has logged, as typed, in the words in which `asked` has that value."""
     context = click.get_current_context()
     parameter = next((p for p in context.command.params if p.name == name), None)
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        return {"yes": "true", "no": "false"}.get(text, text)
     if parameter is None or not isinstance(parameter.type, Text):
         return text
     try:

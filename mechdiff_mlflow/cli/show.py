@@ -21,7 +21,7 @@ from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows
+from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, leak_lines
 from mechdiff_mlflow.report.evidence import Quoted, of_record
 from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.text import plain, text_of
@@ -133,6 +133,7 @@ def adapter(record: AdapterRecord, folder: Path) -> None:
     for cells in closeness_rows(record):
         _row(table, *cells)
     _console().print(table)
+    lines(leak_lines(record))
 
 
 def frame(table: pd.DataFrame) -> None:

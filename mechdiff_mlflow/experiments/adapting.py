@@ -15,6 +15,7 @@ from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.engine.model.chunks import in_chunks
 from mechdiff_mlflow.engine.model.forward import PromptForward
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.measures.metrics import next_token_divergences
@@ -63,6 +64,7 @@ class AdapterRecord:
         closeness: By what is done to base: `base`, `map at the decision token`, `adapter`, and `ceiling`,
             tuned's own activation put there at the decision token, the most a map can do at that token;
             empty when base and tuned have different vocabularies.
+        leak: What was chosen for the map on the prompts measured on; None where nobody knows.
     """
 
     folder: Path
@@ -75,6 +77,7 @@ class AdapterRecord:
     split: str
     n: int
     closeness: dict[str, Closeness]
+    leak: tuple[str, ...] | None
 
 
 def make_adapter(
@@ -126,7 +129,8 @@ def make_adapter(
     closeness = _closeness(pair, the_map, site, folder, prompts)
     written = Form.HOOK if found is None else Form.PEFT
     return AdapterRecord(
-        *(folder, written, site, target, rank, the_map.alpha, merges, split, len(prompts), closeness)
+        *(folder, written, site, target, rank, the_map.alpha, merges, split, len(prompts), closeness),
+        selection.leaks(the_map, prompts),
     )
 
 

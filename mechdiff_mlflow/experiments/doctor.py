@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -39,11 +40,13 @@ class Check:
 
 def examine(pair: Pair) -> Iterator[Check]:
     """Run every check on a few val prompts; one that raises has failed, and the next goes on."""
+    said: set[str] = set()
     for name, check in _checks(pair).items():
         try:
             yield Check(name, True, check())
         except MechdiffError as error:
-            yield Check(name, False, str(error))
+            yield Check(name, False, "as above" if str(error) in said else str(error))
+            said.add(str(error))
 
 
 def demand_sound(pair: Pair) -> None:
@@ -67,15 +70,15 @@ def _checks(pair: Pair) -> dict[str, Callable[[], str]]:
     """By name what says what it saw, or raises."""
     prompts = pair.prompts_of("val").first(min(N_PROMPTS, len(pair.prompts["val"])))
     n_layers = pair.n_layers
-    sites = _middle_sites(pair)
+    sites = cache(lambda: _middle_sites(pair))
     return {
         "prompts": lambda: ", ".join(f"{len(p)} {split}" for split, p in pair.prompts.items()) + ", disjoint",
         "templates and BOS": lambda: _templates(pair, prompts),
         "same token ids": lambda: _same_tokens(pair, prompts),
         "sites respond": lambda: _engine_line(pair),
         "hooks and sublayers": lambda: _hooks_and_sublayers(pair, prompts),
-        _INVARIANT: lambda: _capture_is_invariant(pair, prompts, sites),
-        "identity patch": lambda: _identity(pair, prompts, sites),
+        _INVARIANT: lambda: _capture_is_invariant(pair, prompts, sites()),
+        "identity patch": lambda: _identity(pair, prompts, sites()),
         "oracle map": lambda: _oracle(pair, prompts, n_layers),
         "untouched layers agree": lambda: _untouched(pair, prompts),
     }
@@ -83,13 +86,8 @@ def _checks(pair: Pair) -> dict[str, Callable[[], str]]:
 
 def _sites(pair: Pair, layers: Iterable[int]) -> list[list[Site]]:
     """Of each layer the sites that both models have: the blocks of a hybrid differ."""
-    decoders = []
-    for side in (pair.base, pair.tuned):
-        if (outline := side.outline()) is None:
-            with side.engine() as engine:
-                outline = engine.forward.decoder
-        decoders.append(outline)
-    return [[s for s in (Site(i, h) for h in Hook) if all(d.has(s) for d in decoders)] for i in layers]
+    both = pair.base.sites & pair.tuned.sites
+    return [[site for hook in Hook if (site := Site(layer, hook)) in both] for layer in layers]
 
 
 def _middle_sites(pair: Pair) -> list[Site]:
@@ -132,10 +130,18 @@ def _hooks_and_sublayers(pair: Pair, prompts: PromptSet) -> str:
         with side.engine() as engine:
             for check in check_plumbing(engine, tokens):
                 if not check.passed:
-                    raise MechdiffError(
-                        f"{check.name} fails in {side.role}: {check.detail}; name the modules in the spec."
-                    )
-    return "every hook fires once a forward, blocks add what their sublayers give, in both models"
+                    remedy = _REMEDIES.get(check.name, "name the modules in the spec")
+                    raise MechdiffError(f"{check.name} fails in {side.role}: {check.detail}; {remedy}.")
+    sublayers = {site.hook for site in pair.base.sites & pair.tuned.sites} > {Hook.RESID_PRE, Hook.RESID_POST}
+    what = "blocks add what their sublayers give" if sublayers else "resid_pre and resid_post alone are sites"
+    return f"every hook fires once a forward, {what}, in both models"
+
+
+_REMEDIES = {
+    "capture depends on neither padding nor batch size": "pass --batch-size 1",
+    "prompts are read as the model reads them": "it cannot be measured here, take another model",
+}
+"""Of checks that other names of modules do not mend."""
 
 
 def _capture_is_invariant(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
@@ -195,6 +201,12 @@ def _untouched(pair: Pair, prompts: PromptSet) -> str:
         return "the first layer differs already, or the tokens do"
     sites = [site for found in _sites(pair, range(first)) for site in found]
     base, tuned = (capture(pair, role, prompts, Position.DECISION, sites) for role in ("base", "tuned"))
+    if not all(torch.equal(base[site], tuned[site]) for site in sites):
+        again = []  # tuned may have been recorded the way in which it is patched, which rounds otherwise
+        for side in (pair.tuned, pair.base):
+            with side.engine() as engine:
+                again.append(engine.capture(pair.tokens(side.role, prompts, Position.DECISION), sites))
+        tuned, base = again
     if not torch.equal(base[sites[0]], tuned[sites[0]]):
         return "what enters the first layer differs already"
     for site in sites:

@@ -17,6 +17,7 @@ from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.workers import Workers
 from mechdiff_mlflow.maps.affine import JSON, AffineMap
+from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum, Solution, controls
 from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Cell
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -73,7 +74,7 @@ class Fitter:
 
     def elsewhere(self, site: Site) -> Site:
         """Where the wrong-layer control of a site is fitted."""
-        return elsewhere(site, self.workers.pair.n_layers)
+        return elsewhere(site, self.workers.pair)
 
     def alphas(self, cell: Cell) -> tuple[float, ...]:
         """The scales that a cell's map may have, α of the identity among them where that was asked for."""
@@ -234,15 +235,19 @@ class Fitter:
         return self._gradients[site]
 
 
-def elsewhere(site: Site, n_layers: int) -> Site:
+def elsewhere(site: Site, pair: Pair) -> Site:
     """The same hook an eighth of the model further on, or back near the end, for the wrong-layer control.
 
-    Never round to the first layer: what enters it is the same for all prompts.
+    Never round to the first layer: what enters it is the same for all prompts. Where the blocks of a hybrid
+    there lack the hook, the nearest that have it; the site itself if no other block does.
     """
-    if n_layers == 1:
-        return site
+    n_layers = pair.n_layers
     step = max(1, n_layers // 8)
-    return replace(site, layer=site.layer + (step if site.layer + step < n_layers else -step))
+    wanted = site.layer + (step if site.layer + step < n_layers else -step)
+    outlines = [outline for side in (pair.base, pair.tuned) if (outline := side.outline()) is not None]
+    others = sorted({*range(n_layers)} - {site.layer}, key=lambda layer: abs(layer - wanted))
+    there = (replace(site, layer=layer) for layer in others)
+    return next((other for other in there if all(outline.has(other) for outline in outlines)), site)
 
 
 def label_of(cell: Cell, map_: AffineMap) -> str:

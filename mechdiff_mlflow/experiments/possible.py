@@ -21,7 +21,13 @@ def check_pair(protocol: Protocol, pair: Pair) -> None:
     Raises:
         MechdiffError: There are not, or they cannot; or what is planted does not fit the model.
     """
-    for prompts in Study(pair, protocol).prompt_sets:
+    study = Study(pair, protocol)
+    if study.report_prompts.n_groups < 2:
+        raise MechdiffError(
+            f"{len(study.report_prompts)} {protocol.split} prompts, {study.report_prompts.n_groups} of them "
+            "independent, give no interval; pass a larger --n, or add prompts of another group to the file."
+        )
+    for prompts in study.prompt_sets:
         pair.check_same_tokens(prompts, protocol.position)
     plant, widths = pair.spec.tuned.plant, _widths(pair)
     if plant is not None:
@@ -53,7 +59,7 @@ def check_cells(cells: Sequence[Cell], protocol: Protocol, pair: Pair) -> None:
     """
     check_pair(protocol, pair)
     sites = dict.fromkeys(cell.site for cell in cells)
-    check_sites([*sites, *(elsewhere(site, pair.n_layers) for site in sites)], pair)
+    check_sites([*sites, *(elsewhere(site, pair) for site in sites)], pair)
     n_train, widths = len(Study(pair, protocol).train_prompts), _widths(pair)
     if n_train < 2:
         raise MechdiffError(f"{n_train} train prompt is too little to fit on; give --n-train 2 or more.")

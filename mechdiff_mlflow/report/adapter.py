@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mechdiff_mlflow.experiments.adapting import CEILING, AdapterRecord
 from mechdiff_mlflow.maps.affine import AffineMap, Family
-from mechdiff_mlflow.maps.selection import META
+from mechdiff_mlflow.maps.selection import META, REMEDY, sentence
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.models.map_adapters import Form
 from mechdiff_mlflow.models.pairs import Pair
@@ -102,8 +102,15 @@ def _table(record: AdapterRecord) -> list[str]:
         "The third line puts tuned's own activation there, at the decision token: the most that a map can "
         "do at that token; the rest of the way is due to other places. The adapter acts on the tokens "
         "before it too.",
+        *leak_lines(record),
     ]
     return rows
+
+
+def leak_lines(record: AdapterRecord) -> list[str]:
+    """What a reader must know of how the map was chosen, and what helps; none where nothing was."""
+    text = sentence(record.leak)
+    return [f"{text}. For a number without that, {REMEDY}."] if text else []
 
 
 def closeness_rows(record: AdapterRecord) -> list[tuple[str, str, str, str]]:

@@ -149,8 +149,9 @@ def choose_path(
                 )
             return make()
         reasons.append(reason)
+    remedy = "take a model of another family" if mode == "auto" else "use mode 'auto'"
     raise MechdiffError(
-        f"Mode {mode!r} does not fit {_name(forward.decoder)} ({reasons[-1].rstrip('.')}); use mode 'auto'."
+        f"Mode {mode!r} does not fit {_name(forward.decoder)} ({reasons[-1].rstrip('.')}); {remedy}."
     )
 
 
