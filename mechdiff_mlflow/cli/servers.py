@@ -13,9 +13,8 @@ from mechdiff_mlflow.cli.options import command
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.options import StoreOptions
 from mechdiff_mlflow.spec.options import FLAG, option
-from mechdiff_mlflow.tracking.store.check_result import Finding, Level
 from mechdiff_mlflow.tracking.store.redaction import redact
-from mechdiff_mlflow.tracking.store.server_check import check_store, rebase
+from mechdiff_mlflow.tracking.store.server_check import Finding, Level, check_store, rebase
 from mechdiff_mlflow.tracking.store.store import uri_of
 
 

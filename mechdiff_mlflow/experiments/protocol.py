@@ -17,26 +17,19 @@ class Protocol(Settings):
     """What all cells of an experiment share, the settings of solvers included.
 
     `alpha_fit` `after`: a map is fitted to y, then α multiplies it. `inside`: it is fitted to y/α, so that W
-    and not α·W is near the identity (see `planted`); `auto` then also offers the scale at which W is the
-    identity in most directions.
+    and not α·W is near the identity; `auto` then also offers the scale at which W is it in most directions.
 
-    Args:
-        split: Reported split; `val` also chooses, so choices leak into the report.
-        n: Reported prompts; None is all.
-        n_train: Prompts fitted on; None is all.
-        position: Which token is read and replaced.
-        permutations: How many times the fit is repeated on shuffled pairs, its choices inside; 0 is never.
-        seed: Of bootstrap resamples, sign flips, shuffles, sampled gradients and random controls.
-        n_resamples: Bootstrap resamples.
+    Raises:
+        MechdiffError: A setting is out of its range.
     """
 
-    split: str = "test"
-    n: int | None = None
-    n_train: int | None = None
-    position: Position = Position.DECISION
-    permutations: int = 0
-    seed: int = 0
-    n_resamples: int = 2000
+    split: str = "test"  # reported split; `val` also chooses, so choices leak into the report
+    n: int | None = None  # reported prompts; None is all
+    n_train: int | None = None  # prompts fitted on; None is all
+    position: Position = Position.DECISION  # which token is read and replaced
+    permutations: int = 0  # how often the fit is repeated on shuffled pairs, its choices inside; 0 is never
+    seed: int = 0  # random seed: bootstrap, sign flips, shuffles, sampled gradients, random controls
+    n_resamples: int = 2000  # of the bootstrap
 
     def __post_init__(self) -> None:
         if self.split not in ("val", "test"):

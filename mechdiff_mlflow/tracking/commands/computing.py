@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.doctor import demand_sound
+from mechdiff_mlflow.experiments.doctor import require_sound
 from mechdiff_mlflow.experiments.options import ModelOptions
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.requests import ExperimentRequest
@@ -74,7 +74,7 @@ def _computing(request: ExperimentRequest, stage: Stage, check: Check) -> Iterat
     with stage("loading both models", 1):
         pair = load_as_asked(request.spec, request, check=check)
     with stage("checking the plumbing", 1):
-        demand_sound(pair)
+        require_sound(pair)
     yield LocalWorkers(pair)
 
 

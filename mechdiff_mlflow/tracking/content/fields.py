@@ -118,21 +118,6 @@ def cell_run(fit: FitRecord, patch: PatchRecord, study: Study) -> RunRecord:
     )
 
 
-def planned_cell(fit: FitRecord, study: Study) -> RunRecord:
-    """What is known of a sweep's cell before it is measured: what it is called, and its map."""
-    return RunRecord(
-        kind="patch",
-        name=_name(fit.cell),
-        params=params_of(fit.cell, study)
-        | _settings(fit.map)
-        | {"split": study.protocol.split, "n": len(study.report_prompts)},
-        tags=_tags(fit.cell, study),
-        datasets=_datasets(study, *study.prompt_sets),
-        map=fit.map,
-        is_model=False,
-    )
-
-
 def headline(patch: PatchRecord) -> RunRecord:
     """What a parent of one patch shows, so that parents compare without being unfolded."""
     shown = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor")
@@ -273,7 +258,7 @@ def params_of(cell: Cell, study: Study) -> dict[str, ParamValue]:
 
 def _settings(map_: AffineMap) -> dict[str, ParamValue]:
     """How a map was made, in the same columns for every solver."""
-    return {key: _plain(map_.meta.get(key, NOT_APPLICABLE)) for key in (setting.name for setting in SETTINGS)}
+    return {s.name: _plain(map_.meta.get(s.name, NOT_APPLICABLE)) for s in SETTINGS}
 
 
 def _curve(cell: Cell) -> str:
