@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.options import command, pair_name
@@ -33,7 +32,6 @@ class ImportRequest(PositionOptions, AliasOptions, WhyOptions, ForceOptions, Tra
       mechdiff import winners/manifest.json --pair cultural-demo --alias imported
     """
 
-    command: ClassVar[str] = "import"
     manifest: Path = option(..., PATH, "", is_argument=True)
     root: Path | None = option(
         None,
@@ -72,7 +70,6 @@ class ExportRequest(PairOptions, AliasOptions, StoreOptions):
       mechdiff export exported --pair cultural-demo --alias champion
     """
 
-    command: ClassVar[str] = "export"
     folder: Path = option(..., PATH, "", is_argument=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.options import command
@@ -25,7 +24,6 @@ class DoctorRequest(ModelOptions):
       mechdiff doctor cultural-demo
     """
 
-    command: ClassVar[str] = "doctor"
     pair: str = option("cultural-demo", TEXT, "", is_argument=True)
 
 

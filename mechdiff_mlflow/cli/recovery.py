@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from click.core import ParameterSource
 
@@ -16,7 +16,7 @@ from mechdiff_mlflow.cli.group import cli
 from mechdiff_mlflow.cli.options import command
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.options import StoreOptions
-from mechdiff_mlflow.experiments.requests import EXPERIMENTS
+from mechdiff_mlflow.experiments.requests import ExperimentRequest
 from mechdiff_mlflow.spec.options import FLAG, TEXT, Request, flag_of, option
 from mechdiff_mlflow.spec.untrusted import inside, is_there
 from mechdiff_mlflow.tracking.commands.session import Resumption
@@ -24,8 +24,7 @@ from mechdiff_mlflow.tracking.runs.commands import Command, newest_of_mine, top_
 from mechdiff_mlflow.tracking.runs.stuck import Stuck, end_stuck, stuck_runs
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 
-RESUMABLE = {request.command: request for request in EXPERIMENTS}
-"""Requests that write nothing but their runs, and can be begun again from what a run's tag says."""
+RESUMABLE = {request.command: request for request in ExperimentRequest.__subclasses__()}
 _LISTED = 5
 
 
@@ -42,7 +41,6 @@ class ResumeRequest(StoreOptions):
       mechdiff resume
     """
 
-    command: ClassVar[str] = "resume"
     parent: str | None = option(None, TEXT, "", is_argument=True)
     more: tuple[str, ...] = option((), TEXT, "", is_argument=True, is_repeated=True)
     yes: bool = option(False, FLAG, "Also a run, given by its id, that you did not begin here.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import ClassVar
 
 from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.options import command, pair_name
@@ -44,7 +43,6 @@ class RunsRequest(StoreOptions):
       mechdiff runs --stuck --repair
     """
 
-    command: ClassVar[str] = "runs"
     pair: str | None = option(None, TEXT, "Name or spec of a pair; default all.")
     site: Site | None = option(
         None, Kind("site", Site.parse), "Layer and hook, e.g. L26/attn_out; default all."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import ClassVar
 
 import click
 
@@ -30,7 +29,6 @@ class ServerCheckRequest(StoreOptions):
       mechdiff server-check
     """
 
-    command: ClassVar[str] = "server-check"
     json: bool = option(False, FLAG, "Print one JSON object instead of a table.")
     rebase: bool = option(
         False,

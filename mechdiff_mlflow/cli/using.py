@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.options import command
@@ -63,7 +62,6 @@ class SteerRequest(UseRequest):
       mechdiff steer --map cultural-demo-L26-attn_out@champion --prompt "Which fruit belongs to Heron Day?"
     """
 
-    command: ClassVar[str] = "steer"
     prompts: tuple[str, ...] = option(
         ..., TEXT, "What the user says; repeatable.", flag="--prompt", is_repeated=True
     )
@@ -117,7 +115,6 @@ class AdapterRequest(ReportedOptions, UseRequest):
       mechdiff adapter --map cultural-demo-L26-attn_out@champion --to adapter --alpha 1
     """
 
-    command: ClassVar[str] = "adapter"
     to: Path = option(..., PATH, "Directory to make; new or empty.")
     form: Form = option(
         "auto",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import click
 
@@ -32,7 +31,6 @@ class PromoteRequest(AliasOptions, WhyOptions, ForceOptions, StoreOptions):
       mechdiff promote 4f1c2e9a0b7d4c58a1e3f60718293a4b --alias champion --min-drop 30 --why "best of k"
     """
 
-    command: ClassVar[str] = "promote"
     run: str = option(..., TEXT, "", is_argument=True)
     name: str | None = option(None, TEXT, "Registered name; default PAIR-LAYER-HOOK of the run.")
     policy: Path | None = option(
@@ -109,7 +107,6 @@ class FetchRequest(NamedRequest):
       mechdiff fetch cultural-demo-L26-attn_out@champion -o map.pt
     """
 
-    command: ClassVar[str] = "fetch"
     out: Path = option(..., PATH, "File to write, .pt or .safetensors.", short="-o")
     offline: bool = option(False, FLAG, "Ask only the cache of this machine, never the store.")
 
@@ -145,8 +142,6 @@ class HistoryRequest(AliasOptions, NamedRequest):
       mechdiff maps history cultural-demo-L26-attn_out
     """
 
-    command: ClassVar[str] = "history"
-
 
 @command(HistoryRequest, group=maps_command)
 def _history(request: HistoryRequest) -> None:
@@ -162,8 +157,6 @@ class RollbackRequest(WhyOptions, HistoryRequest):
     Example:
       mechdiff maps rollback cultural-demo-L26-attn_out --why "wrong prompts"
     """
-
-    command: ClassVar[str] = "rollback"
 
 
 @command(RollbackRequest, group=maps_command)
@@ -181,8 +174,6 @@ class DemoteRequest(RollbackRequest):
     Example:
       mechdiff maps demote cultural-demo-L26-attn_out --why "does not replicate"
     """
-
-    command: ClassVar[str] = "demote"
 
 
 @command(DemoteRequest, group=maps_command)
@@ -202,7 +193,6 @@ class DiffRequest(StoreOptions):
       mechdiff maps diff cultural-demo-L26-attn_out/1 cultural-demo-L26-attn_out@champion
     """
 
-    command: ClassVar[str] = "diff"
     a: str = option(..., TEXT, "", is_argument=True)
     b: str = option(..., TEXT, "", is_argument=True)
 

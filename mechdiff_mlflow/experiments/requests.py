@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
 from mechdiff_mlflow.experiments.options import (
     LAYER,
@@ -43,9 +42,15 @@ AS_IN_ORIGINAL = f"{ORIGINAL_N}-or-all"
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentRequest(PairOptions, SeedOptions, ModelOptions, WorkerOptions, TrackingOptions):
-    """A request that loads a pair, measures it, and keeps what it finds as runs."""
+    """A request that loads a pair, measures it, and keeps what it finds as runs.
 
-    kind: ClassVar[str]
+    It writes nothing else, so that what a run's tag says of it can be begun again.
+    """
+
+    @property
+    def kind(self) -> str:
+        """What its top run is called."""
+        return self.command.replace("-", "_")
 
     @property
     def spec(self) -> PairSpec:
@@ -82,8 +87,6 @@ class RunRequest(
       mechdiff run --layer 26 --hook attn_out --k 8 --alpha 0.3 --promote
     """
 
-    command: ClassVar[str] = "run"
-    kind: ClassVar[str] = "run"
     promote: str | None = option(
         "none",
         Kind("alias", str, none="none"),
@@ -102,9 +105,6 @@ class FitRequest(CellOptions, PositionOptions, TrainOptions, ExperimentRequest):
       mechdiff fit --layer 24 --hook resid_post --solver reduced_rank --k 8 --alpha 0.7
     """
 
-    command: ClassVar[str] = "fit"
-    kind: ClassVar[str] = "fit"
-
 
 @dataclass(frozen=True, kw_only=True)
 class PatchRequest(ReportedOptions, TrainOptions, MismatchOptions, ExperimentRequest):
@@ -115,8 +115,6 @@ class PatchRequest(ReportedOptions, TrainOptions, MismatchOptions, ExperimentReq
       mechdiff patch --map cultural-demo-L26-attn_out@champion --alpha 0.3
     """
 
-    command: ClassVar[str] = "patch"
-    kind: ClassVar[str] = "patch"
     map: str = option(..., TEXT, MAP_HELP)
     alpha: float | None = option("map", MAP_ALPHA, MAP_ALPHA_HELP)
 
@@ -134,8 +132,6 @@ class SweepRequest(
       mechdiff sweep --sites L26/attn_out:0.3 --ranks 1,8,32,full --targets 30
     """
 
-    command: ClassVar[str] = "sweep"
-    kind: ClassVar[str] = "sweep"
     sites: tuple[SweepSite, ...] = option(
         "L26/attn_out:0.3,L24/resid_post:0.7",
         listed("sites", SweepSite.parse),
@@ -172,8 +168,6 @@ class ReportPassRequest(TrainOptions, MismatchOptions, ExperimentRequest):
       mechdiff report-pass --pair cultural-demo --alias champion
     """
 
-    command: ClassVar[str] = "report-pass"
-    kind: ClassVar[str] = "report_pass"
     alias: str = option("champion", TEXT, "Which winners: those of this alias.")
     n: int | str | None = option(
         AS_IN_ORIGINAL,
@@ -207,8 +201,6 @@ class AtlasRequest(
       mechdiff atlas --hooks attn_out,resid_post --promote-best 1
     """
 
-    command: ClassVar[str] = "atlas"
-    kind: ClassVar[str] = "atlas"
     hooks: tuple[Hook, ...] = option(
         ",".join(map(str, Hook)), listed("hooks", Hook.parse), "Hooks to visit at every layer."
     )
@@ -232,9 +224,6 @@ class LayersRequest(PositionOptions, ReportedOptions, ExperimentRequest):
       mechdiff layers --pair cultural-demo
     """
 
-    command: ClassVar[str] = "layers"
-    kind: ClassVar[str] = "layers"
-
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsRequest(PositionOptions, ReportedOptions, ExperimentRequest):
@@ -248,8 +237,6 @@ class HeadsRequest(PositionOptions, ReportedOptions, ExperimentRequest):
       mechdiff heads --layer 26
     """
 
-    command: ClassVar[str] = "heads"
-    kind: ClassVar[str] = "heads"
     layer: int = option("26", LAYER, "Layer whose attention heads are tried.")
     n_random: int = option(
         "20",
@@ -269,7 +256,6 @@ class ReportRequest(PairOptions, TrackingOptions):
       mechdiff report --pair cultural-demo --out mechdiff-report.md
     """
 
-    command: ClassVar[str] = "report"
     out: str = technical("mechdiff-report.md", TEXT, "File to write; .md and .html are both written.")
 
 
@@ -286,19 +272,5 @@ class CompareRequest(SeedOptions, StoreOptions):
       mechdiff compare cultural-demo cognitive-demo
     """
 
-    command: ClassVar[str] = "compare"
     pairs: tuple[str, ...] = option(..., TEXT, "", is_argument=True, is_repeated=True)
     out: str = technical("mechdiff-compare.md", TEXT, "File to write; .md and .html are both written.")
-
-
-EXPERIMENTS: tuple[type[ExperimentRequest], ...] = (
-    RunRequest,
-    FitRequest,
-    PatchRequest,
-    SweepRequest,
-    ReportPassRequest,
-    AtlasRequest,
-    LayersRequest,
-    HeadsRequest,
-)
-"""Requests that write nothing but their runs, and can be begun again from what a run's tag says."""

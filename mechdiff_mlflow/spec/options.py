@@ -19,17 +19,11 @@ LARGEST = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of value with its text form: `parse(text(value)) == value`.
+    """A kind of value with its text form: `parse(text(value)) == value`."""
 
-    Args:
-        name: Shown in help texts.
-        parse: From a text to the value; raises `MechdiffError`.
-        none: The word that stands for None; empty where there is none.
-    """
-
-    name: str
-    parse: Callable[[str], Any]
-    none: str = ""
+    name: str  # shown in help texts
+    parse: Callable[[str], Any]  # raises `MechdiffError`
+    none: str = ""  # the word that stands for None
 
     def read(self, text: str) -> Any:
         """The value that a text stands for."""
@@ -105,33 +99,19 @@ def listed(name: str, parse: Callable[[str], Any]) -> Kind:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What is known of a field beside its name and type.
+    """What is known of a field beside its name and type."""
 
-    Args:
-        kind: Of its value, or of each of several.
-        help: One sentence.
-        default: Its value where none is given; `...` where one must be.
-        flag: How the command line spells it; empty for `--` and the field's name.
-        short: A second spelling.
-        bare: What the option means when it is typed without a value; empty where it needs one.
-        metavar: Stands for the value in help texts; empty for the kind's name.
-        is_argument: Whether it is a positional argument.
-        is_repeated: Whether it may be given several times, as a tuple.
-        is_technical: Whether it says where results go or how they are computed, and not what they are.
-        is_resumed: Whether `mechdiff resume` takes it over from the run.
-    """
-
-    kind: Kind
+    kind: Kind  # of its value, or of each of several
     help: str
-    default: Any
-    flag: str = ""
-    short: str = ""
-    bare: str = ""
-    metavar: str = ""
-    is_argument: bool = False
-    is_repeated: bool = False
-    is_technical: bool = False
-    is_resumed: bool = True
+    default: Any  # `...` where a value must be given
+    flag: str = ""  # how the command line spells it; empty for `--` and the field's name
+    short: str = ""  # a second spelling
+    bare: str = ""  # what it means when it is typed without a value; empty where it needs one
+    metavar: str = ""  # stands for the value in help texts; empty for the kind's name
+    is_argument: bool = False  # positional
+    is_repeated: bool = False  # may be given several times, as a tuple
+    is_technical: bool = False  # says where results go or how they are computed, and not what they are
+    is_resumed: bool = True  # `mechdiff resume` takes it over from the run
 
     def checked(self, name: str, value: Any) -> Any:
         """The value of the field called `name`, in its type; it may be given as text.
@@ -172,6 +152,11 @@ class Request:
     """
 
     command: ClassVar[str]
+    """What the command line calls it: `report-pass` of a `ReportPassRequest`."""
+
+    def __init_subclass__(cls) -> None:
+        words = re.findall("[A-Z][a-z]*", cls.__name__.removesuffix("Request"))
+        cls.command = "-".join(words).lower()
 
     def __post_init__(self) -> None:
         for name, option in self.options().items():

@@ -39,19 +39,12 @@ from mechdiff_mlflow.tracking.store.user_cache import staging
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """The run that a request goes on with.
-
-    Args:
-        run_id: The run.
-        has_parent: Whether results lie below that run.
-        record: Name of the local record of who began it.
-        trusts: Whether this user began it with a pair whose code is trusted.
-    """
+    """The run that a request goes on with."""
 
     run_id: str
-    has_parent: bool
-    record: str
-    trusts: bool
+    has_parent: bool  # whether results lie below that run
+    record: str  # name of the local record of who began it
+    trusts: bool  # whether this user began it with a pair whose code is trusted
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,39 +61,22 @@ PYTHON = Caller()
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What a request found; all of it is in MLflow as well.
-
-    Args:
-        store: Where its runs are.
-        experiment_id: Their experiment.
-        run_id: The top run.
-        pair: Name of the pair.
-        fits: Maps fitted.
-        patches: Maps measured.
-        map_run: Id of the run that has the map, where there is one map.
-        least_ranks: The least rank for each target of a sweep.
-        profile: The table of an atlas, of layers or of heads.
-        sentence: What that table shows.
-        figures: Pictures, as PNG and as HTML.
-        versions: Registered maps that got the alias.
-        notes: What the promotion said.
-        refused: Why a map did not get the alias; empty where none was refused.
-    """
+    """What a request found; all of it is in MLflow as well."""
 
     store: Store
     experiment_id: str
-    run_id: str
-    pair: str
+    run_id: str  # of the top run
+    pair: str  # its name
     fits: Sequence[FitRecord] = ()
     patches: Sequence[PatchRecord] = ()
-    map_run: str = ""
-    least_ranks: Sequence[LeastRank] = ()
-    profile: pd.DataFrame | None = None
-    sentence: str = ""
-    figures: Sequence[Figure] = ()
-    versions: Sequence[Version] = ()
-    notes: Sequence[str] = ()
-    refused: str = ""
+    map_run: str = ""  # id of the run that has the map, where there is one
+    least_ranks: Sequence[LeastRank] = ()  # of a sweep, one for each target
+    profile: pd.DataFrame | None = None  # of an atlas, of layers or of heads
+    sentence: str = ""  # what that table shows
+    figures: Sequence[Figure] = ()  # as PNG and as HTML
+    versions: Sequence[Version] = ()  # registered maps that got the alias
+    notes: Sequence[str] = ()  # what the promotion said
+    refused: str = ""  # why a map did not get the alias
 
     @cached_property
     def table(self) -> pd.DataFrame:
