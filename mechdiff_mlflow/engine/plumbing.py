@@ -27,17 +27,11 @@ _FLOOR_NATS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, 
 
 @dataclass(frozen=True, slots=True)
 class PlumbingCheck:
-    """The outcome of one check.
+    """The outcome of one check."""
 
-    Args:
-        name: What was checked.
-        passed: Whether results can be trusted.
-        detail: What was seen, with values.
-    """
-
-    name: str
-    passed: bool
-    detail: str
+    name: str  # what was checked
+    passed: bool  # whether results can be trusted
+    detail: str  # what was seen, with values
 
 
 def check_plumbing(engine: PatchEngine, prompts: TokenizedPrompts, n_prompts: int = 4) -> list[PlumbingCheck]:

@@ -37,20 +37,16 @@ class Family(Choice):
 class Weight:
     """W = diag(diagonal) + left @ right, or diag(diagonal) + left when `right` is None.
 
-    Args:
-        diagonal: Shape [] for a multiple of the identity, or [d] for one factor a dimension; not zero only
-            when d_in = d_out.
-        left: Shape [d_in, r], or [d_in, d_out] when there is no `right`.
-        right: Shape [r, d_out], or None.
-
     Raises:
         MechdiffError: The shapes do not fit, the dtypes differ or are not float64 or float32, or an entry
             is NaN or infinite.
     """
 
+    # shape [] for a multiple of the identity, or [d] for one factor a dimension; not zero only when d_in =
+    # d_out
     diagonal: Tensor
-    left: Tensor
-    right: Tensor | None = None
+    left: Tensor  # shape [d_in, r], or [d_in, d_out] when there is no `right`
+    right: Tensor | None = None  # shape [r, d_out], or None
 
     def __post_init__(self) -> None:
         parts = {"diagonal": self.diagonal, "left": self.left}
@@ -173,22 +169,16 @@ class Weight:
 class AffineMap:
     """y = alpha · ((x − mean_in) @ W + mean_out); rows are tokens.
 
-    Args:
-        mean_in: Mean of the base activations, [d_in].
-        mean_out: Mean of the tuned activations, [d_out].
-        weight: W, [d_in, d_out].
-        alpha: Multiplies the whole mapped vector, the mean included; no unit.
-        meta: Where the map comes from (site, solver, family, rank, …): a JSON object.
-
     Raises:
         MechdiffError: The shapes or dtypes do not fit, an entry is NaN or infinite, alpha is negative, NaN
             or infinite, or meta is not JSON.
     """
 
-    mean_in: Tensor
-    mean_out: Tensor
-    weight: Weight
-    alpha: float = 1.0
+    mean_in: Tensor  # mean of the base activations, [d_in]
+    mean_out: Tensor  # mean of the tuned activations, [d_out]
+    weight: Weight  # W, [d_in, d_out]
+    alpha: float = 1.0  # multiplies the whole mapped vector, the mean included; no unit
+    # where the map comes from (site, solver, family, rank, …): a JSON object
     meta: Mapping[str, JSON] = field(default_factory=dict)
     _sha256: list[str] = field(default_factory=list, init=False, repr=False)
 

@@ -25,20 +25,14 @@ _BLOCK_NUMBERS = 1 << 15
 
 @dataclass(frozen=True, slots=True)
 class Divergences:
-    """Next-token comparison of patched runs with their clean runs; every field has the same shape.
+    """Next-token comparison of patched runs with their clean runs; every field has the same shape."""
 
-    Args:
-        kl_patched_clean: KL(patched ‖ clean) in nats.
-        kl_clean_patched: KL(clean ‖ patched) in nats.
-        top1_agrees: How far the sets A, B of most probable tokens of the two runs agree, |A∩B|/|A∪B|: 1 or 0
-            where both have one, and where some tie, as in half precision, as far as those are shared.
-        delta_logprob: Log-probability of the clean run's top token, patched minus clean, in nats.
-    """
-
-    kl_patched_clean: Tensor
-    kl_clean_patched: Tensor
+    kl_patched_clean: Tensor  # KL(patched ‖ clean) in nats
+    kl_clean_patched: Tensor  # KL(clean ‖ patched) in nats
+    # how far the sets A, B of most probable tokens of the two runs agree, |A∩B|/|A∪B|: 1 or 0 where both have
+    # one, and where some tie, as in half precision, as far as those are shared
     top1_agrees: Tensor
-    delta_logprob: Tensor
+    delta_logprob: Tensor  # log-probability of the clean run's top token, patched minus clean, in nats
 
     @classmethod
     def zeros(cls, *shape: int) -> Divergences:
@@ -53,15 +47,10 @@ class Divergences:
 
 @dataclass(frozen=True, slots=True)
 class NextToken:
-    """Clean next-token distributions of n prompts, as every patched run of them is compared with.
+    """Clean next-token distributions of n prompts, as every patched run of them is compared with."""
 
-    Args:
-        log_probs: [n, vocabulary] in nats.
-        top: The most probable token of each, [n].
-    """
-
-    log_probs: Tensor
-    top: Tensor
+    log_probs: Tensor  # [n, vocabulary] in nats
+    top: Tensor  # the most probable token of each, [n]
 
     @classmethod
     def of(cls, logits: Tensor) -> NextToken:

@@ -17,23 +17,15 @@ class PairedMoments:
     Moments of disjoint batches add: `a + b` are the moments of the batches together, in whatever way the
     rows were cut.
 
-    Args:
-        n: Number of rows.
-        mean_x: [d_in].
-        mean_y: [d_out].
-        sxx: Σ (x−x̄)ᵀ(x−x̄), [d_in, d_in]; not divided by n.
-        syy: The same of y, [d_out, d_out].
-        sxy: Σ (x−x̄)ᵀ(y−ȳ), [d_in, d_out].
-
     Reference: Chan, Golub & LeVeque (1983), Algorithms for computing the sample variance.
     """
 
-    n: int
-    mean_x: Tensor
-    mean_y: Tensor
-    sxx: Tensor
-    syy: Tensor
-    sxy: Tensor
+    n: int  # number of rows
+    mean_x: Tensor  # [d_in]
+    mean_y: Tensor  # [d_out]
+    sxx: Tensor  # Σ (x−x̄)ᵀ(x−x̄), [d_in, d_in]; not divided by n
+    syy: Tensor  # the same of y, [d_out, d_out]
+    sxy: Tensor  # Σ (x−x̄)ᵀ(y−ȳ), [d_in, d_out]
 
     @classmethod
     def from_rows(cls, x: Tensor, y: Tensor) -> PairedMoments:

@@ -41,19 +41,14 @@ class Bootstrap:
 
     With n=150 prompts of heavy-tailed KL a 95 % interval was measured to cover 93 %; BCa was worse.
 
-    Args:
-        n_resamples: How many times the prompts are drawn.
-        level: Coverage aimed at, between 0 and 1.
-        seed: Equal seeds draw equal prompts, for every quantity over as many prompts.
-        groups: Of each prompt the group that is drawn as a whole; empty draws each prompt by itself.
-
     Reference: Efron & Tibshirani (1993), An introduction to the bootstrap, chapter 13; of groups Field &
     Welsh (2007), Bootstrapping clustered data.
     """
 
-    n_resamples: int = 9999
-    level: float = 0.95
-    seed: int = 0
+    n_resamples: int = 9999  # how many times the prompts are drawn
+    level: float = 0.95  # coverage aimed at, between 0 and 1
+    seed: int = 0  # equal seeds draw equal prompts, for every quantity over as many prompts
+    # of each prompt the group that is drawn as a whole; empty draws each prompt by itself
     groups: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -178,29 +173,21 @@ def kl_difference(
 
 @dataclass(frozen=True, slots=True)
 class MinK:
-    """The smallest rank that reaches a target, and how sure that is.
+    """The smallest rank that reaches a target, and how sure that is."""
 
-    Args:
-        target_pct: The drop to reach, in percent.
-        k: Smallest tested rank such that it and all larger tested ones reach the target; None if the
-            largest does not.
-        low: Percentile bound of k over resamples, one of the tested ranks; None if not reached there.
-        high: The upper bound, likewise.
-        level: Coverage aimed at.
-        p_reached: Fraction of resamples in which some tested rank reaches the target in that sense.
-        conservative_k: Smallest tested rank from which on the whole interval of the drop is at or above the
-            target; None if there is none.
-        drops: The drop of each tested rank with its interval, by rising rank.
-    """
-
-    target_pct: float
+    target_pct: float  # the drop to reach, in percent
+    # smallest tested rank such that it and all larger tested ones reach the target; None if the largest does
+    # not
     k: int | None
+    # percentile bound of k over resamples, one of the tested ranks; None if not reached there
     low: int | None
-    high: int | None
-    level: float
-    p_reached: float
+    high: int | None  # the upper bound, likewise
+    level: float  # coverage aimed at
+    p_reached: float  # fraction of resamples in which some tested rank reaches the target in that sense
+    # smallest tested rank from which on the whole interval of the drop is at or above the target; None if
+    # there is none
     conservative_k: int | None
-    drops: tuple[Interval, ...]
+    drops: tuple[Interval, ...]  # the drop of each tested rank with its interval, by rising rank
 
 
 def min_k(

@@ -21,21 +21,13 @@ from mechdiff_mlflow.solvers.table import SHRINK
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """One row of the table.
+    """One row of the table."""
 
-    Args:
-        name: What users type and metrics are called.
-        help: One line.
-        build: `(spectrum, **inputs) -> AffineMap`.
-        takes: Names of its inputs, of `shrink`, `seed` and `other`.
-        same_width: Whether it needs d_in = d_out.
-    """
-
-    name: str
-    help: str
-    build: Callable[..., AffineMap]
-    takes: tuple[str, ...] = ()
-    same_width: bool = False
+    name: str  # what users type and metrics are called
+    help: str  # one line
+    build: Callable[..., AffineMap]  # `(spectrum, **inputs) -> AffineMap`
+    takes: tuple[str, ...] = ()  # names of its inputs, of `shrink`, `seed` and `other`
+    same_width: bool = False  # whether it needs d_in = d_out
 
 
 def zero(p: PairedSpectrum) -> AffineMap:

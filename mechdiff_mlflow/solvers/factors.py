@@ -13,16 +13,12 @@ TIE = 1e-8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Directions:
-    """The leading directions of a matrix, by falling singular value.
+    """The leading directions of a matrix, by falling singular value."""
 
-    Args:
-        vectors: Orthonormal columns, [·, r], those of singular values above rounding.
-        cuts: For k = 0 … r the most directions that k has room for without splitting equal singular values:
-            which of two equal ones LAPACK puts first is not a finding. (A rotation minus the identity has
-            all its singular values in pairs.)
-    """
-
-    vectors: Tensor
+    vectors: Tensor  # orthonormal columns, [·, r], those of singular values above rounding
+    # for k = 0 … r the most directions that k has room for without splitting equal singular values: which of
+    # two equal ones LAPACK puts first is not a finding. (A rotation minus the identity has all its singular
+    # values in pairs.)
     cuts: tuple[int, ...]
 
     @property
@@ -33,19 +29,12 @@ class Directions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """W_k = W₀ + scales[k] · left[:, :k] @ right[:k], W₀ = I or 0 with the family; only for k in `cuts`.
+    """W_k = W₀ + scales[k] · left[:, :k] @ right[:k], W₀ = I or 0 with the family; only for k in `cuts`."""
 
-    Args:
-        left: [d_in, r], within the axes that x spans.
-        right: [r, d_out].
-        cuts: For each rank 0 … r the k to take, as in `Directions`.
-        scales: [r + 1], or None for 1.
-    """
-
-    left: Tensor
-    right: Tensor
-    cuts: tuple[int, ...]
-    scales: Tensor | None = None
+    left: Tensor  # [d_in, r], within the axes that x spans
+    right: Tensor  # [r, d_out]
+    cuts: tuple[int, ...]  # for each rank 0 … r the k to take, as in `Directions`
+    scales: Tensor | None = None  # [r + 1], or None for 1
 
 
 def leading(u: Tensor, s: Tensor, longest: int, size: Tensor | None = None) -> Directions:

@@ -35,25 +35,15 @@ class OffSpan(Choice):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
-    """What one call of a solver found at a site.
+    """What one call of a solver found at a site."""
 
-    Args:
-        mean_in: [d_in].
-        mean_out: [d_out].
-        span: Orthonormal axes of the base training rows, [d_in, r_x].
-        factors: Of the weight (content) or of its update W − I (update), zero off the span.
-        family: What a rank counts.
-        ranked: Whether the solver has maps of rank k at all.
-        meta: Solver, settings and number of rows, for the maps.
-    """
-
-    mean_in: Tensor
-    mean_out: Tensor
-    span: Tensor
-    factors: Factors
-    family: Family
-    ranked: bool
-    meta: Mapping[str, JSON]
+    mean_in: Tensor  # [d_in]
+    mean_out: Tensor  # [d_out]
+    span: Tensor  # orthonormal axes of the base training rows, [d_in, r_x]
+    factors: Factors  # of the weight (content) or of its update W − I (update), zero off the span
+    family: Family  # what a rank counts
+    ranked: bool  # whether the solver has maps of rank k at all
+    meta: Mapping[str, JSON]  # solver, settings and number of rows, for the maps
 
     @property
     def max_rank(self) -> int:

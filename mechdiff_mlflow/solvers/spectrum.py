@@ -19,30 +19,18 @@ class PairedSpectrum:
 
     Only the axes that the rows span are kept: r_x ≤ min(n−1, d_in) of x and r_y of y. Every solver, rank,
     shrinkage and ridge of a site follows from this, and from nothing wider than r when n < d.
-
-    Args:
-        n: Number of rows.
-        mean_x: [d_in].
-        mean_y: [d_out].
-        sx: Singular values of Xc, falling, [r_x].
-        vx: Orthonormal axes of x, [d_in, r_x].
-        sy: Singular values of Yc, [r_y].
-        vy: Orthonormal axes of y, [d_out, r_y].
-        cross: UxᵀUy, the correlations between the axes, [r_x, r_y].
-        ux: [n, r_x], or None when only the moments were known.
-        uy: [n, r_y], or None.
     """
 
-    n: int
-    mean_x: Tensor
-    mean_y: Tensor
-    sx: Tensor
-    vx: Tensor
-    sy: Tensor
-    vy: Tensor
-    cross: Tensor
-    ux: Tensor | None = None
-    uy: Tensor | None = None
+    n: int  # number of rows
+    mean_x: Tensor  # [d_in]
+    mean_y: Tensor  # [d_out]
+    sx: Tensor  # singular values of Xc, falling, [r_x]
+    vx: Tensor  # orthonormal axes of x, [d_in, r_x]
+    sy: Tensor  # singular values of Yc, [r_y]
+    vy: Tensor  # orthonormal axes of y, [d_out, r_y]
+    cross: Tensor  # uxᵀUy, the correlations between the axes, [r_x, r_y]
+    ux: Tensor | None = None  # [n, r_x], or None when only the moments were known
+    uy: Tensor | None = None  # [n, r_y], or None
 
     @classmethod
     def from_rows(cls, x: Tensor, y: Tensor) -> PairedSpectrum:

@@ -22,29 +22,18 @@ from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """One row of the table.
+    """One row of the table."""
 
-    Args:
-        name: What users type.
-        help: One line.
-        solve: `(spectrum, family, **settings, **tensors) -> Factors`.
-        families: Those it supports; `update` always needs d_in = d_out.
-        settings: Its hyperparameters, which `solve` takes.
-        tensors: Names of further inputs, each with rows as wide as y; all optional in the signature.
-        tensor_settings: What whoever makes these from the models reads of the user.
-        ranked: Whether rank k means anything.
-        centred: Whether the means of x and y take part; they are 0 otherwise.
-    """
-
-    name: str
-    help: str
-    solve: Callable[..., Factors]
-    families: tuple[Family, ...] = tuple(Family)
-    settings: tuple[Setting, ...] = ()
+    name: str  # what users type
+    help: str  # one line
+    solve: Callable[..., Factors]  # `(spectrum, family, **settings, **tensors) -> Factors`
+    families: tuple[Family, ...] = tuple(Family)  # those it supports; `update` always needs d_in = d_out
+    settings: tuple[Setting, ...] = ()  # its hyperparameters, which `solve` takes
+    # names of further inputs, each with rows as wide as y; all optional in the signature
     tensors: tuple[str, ...] = ()
-    tensor_settings: tuple[Setting, ...] = ()
-    ranked: bool = True
-    centred: bool = True
+    tensor_settings: tuple[Setting, ...] = ()  # what whoever makes these from the models reads of the user
+    ranked: bool = True  # whether rank k means anything
+    centred: bool = True  # whether the means of x and y take part; they are 0 otherwise
 
 
 def _no_update(p: PairedSpectrum, family: Family) -> Factors:

@@ -14,17 +14,12 @@ from mechdiff_mlflow.engine.kernels.fusion import gpu_kernels
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What patched tokens of one block can see of n prompts.
+    """What patched tokens of one block can see of n prompts."""
 
-    Args:
-        keys: [n, key heads, prefix, head width], rotated.
-        values: [n, key heads, prefix, value width].
-        mask: What each of the S suffix positions sees of prefix and suffix [n or 1, 1, S, prefix + S],
-            boolean or added to the scores; None when that is the prefix and the suffix up to itself.
-    """
-
-    keys: Tensor
-    values: Tensor
+    keys: Tensor  # [n, key heads, prefix, head width], rotated
+    values: Tensor  # [n, key heads, prefix, value width]
+    # what each of the S suffix positions sees of prefix and suffix [n or 1, 1, S, prefix + S], boolean or
+    # added to the scores; None when that is the prefix and the suffix up to itself
     mask: Tensor | None
 
     def of(self, prompts: slice) -> Prefix:

@@ -49,15 +49,11 @@ def _import_kernels() -> ModuleType | None:
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """What is computed differently while a model runs.
+    """What is computed differently while a model runs."""
 
-    Args:
-        forwards: Modules, each with what replaces its `forward`.
-        rotations: Python modules whose rotation of queries and keys is replaced.
-    """
-
+    # modules, each with what replaces its `forward`
     forwards: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]] = ()
-    rotations: Sequence[ModuleType] = ()
+    rotations: Sequence[ModuleType] = ()  # python modules whose rotation of queries and keys is replaced
 
     @classmethod
     @torch.no_grad()

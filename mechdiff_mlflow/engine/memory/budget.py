@@ -60,29 +60,17 @@ class MemoryBudget:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a model, what its memory follows from.
+    """Of a model, what its memory follows from."""
 
-    Args:
-        n_layers: Decoder blocks.
-        width: Of the residual stream.
-        inner: Of the MLPs.
-        heads_width: Query heads times their width.
-        kv_width: Key heads times their width.
-        n_heads: Query heads.
-        vocabulary: Tokens.
-        number: Bytes of a number.
-        keeps_scores: Whether attention scores of a forward exist as a matrix (eager attention).
-    """
-
-    n_layers: int
-    width: int
-    inner: int
-    heads_width: int
-    kv_width: int
-    n_heads: int
-    vocabulary: int
-    number: int
-    keeps_scores: bool
+    n_layers: int  # decoder blocks
+    width: int  # of the residual stream
+    inner: int  # of the MLPs
+    heads_width: int  # query heads times their width
+    kv_width: int  # key heads times their width
+    n_heads: int  # query heads
+    vocabulary: int  # tokens
+    number: int  # bytes of a number
+    keeps_scores: bool  # whether attention scores of a forward exist as a matrix (eager attention)
 
     @classmethod
     def of(cls, decoder: Decoder, vocabulary: int, *, keeps_scores: bool) -> Shape:
@@ -110,21 +98,13 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a call asks of the model.
+    """What a call asks of the model."""
 
-    Args:
-        n_tokens: Of the longest prompt.
-        suffix: Tokens from the patched position to the end, at most.
-        n_sites: Sites that are read.
-        n_columns: Patched runs of each prompt; 0 for a capture.
-        tree: Whether variants stand side by side behind a mask (the paths concat and masked).
-    """
-
-    n_tokens: int
-    suffix: int = 1
-    n_sites: int = 1
-    n_columns: int = 0
-    tree: bool = False
+    n_tokens: int  # of the longest prompt
+    suffix: int = 1  # tokens from the patched position to the end, at most
+    n_sites: int = 1  # sites that are read
+    n_columns: int = 0  # patched runs of each prompt; 0 for a capture
+    tree: bool = False  # whether variants stand side by side behind a mask (the paths concat and masked)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,18 +23,13 @@ _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory",
 class Bounds:
     """How much an engine holds at a time.
 
-    Args:
-        batch_size: Prompts in one forward.
-        max_rows: Patched tokens that go up the layers together.
-        head_rows: Rows of logits in memory together.
-
     Raises:
         MechdiffError: One is under 1.
     """
 
-    batch_size: int = 16
-    max_rows: int = 8192
-    head_rows: int = 2048
+    batch_size: int = 16  # prompts in one forward
+    max_rows: int = 8192  # patched tokens that go up the layers together
+    head_rows: int = 2048  # rows of logits in memory together
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_rows", "head_rows"):

@@ -32,22 +32,15 @@ _POST_NORMS = (
 
 @dataclass(frozen=True, slots=True)
 class ModuleNames:
-    """Module names of a model that is not recognised; None means found automatically.
+    """Module names of a model that is not recognised; None means found automatically."""
 
-    Args:
-        layers: Path of the list of decoder blocks, e.g. `model.layers`.
-        attention: Name of the attention sublayer in a block, e.g. `self_attn`.
-        mlp: Name of the MLP sublayer in a block, e.g. `mlp`.
-        attn_out: Name in a block of the module whose output the attention sublayer adds to the residual
-            stream, when that is not `attention` itself, e.g. `post_attention_layernorm`.
-        mlp_out: The same for the MLP sublayer.
-    """
-
-    layers: str | None = None
-    attention: str | None = None
-    mlp: str | None = None
+    layers: str | None = None  # path of the list of decoder blocks, e.g. `model.layers`.
+    attention: str | None = None  # name of the attention sublayer in a block, e.g. `self_attn`.
+    mlp: str | None = None  # name of the MLP sublayer in a block, e.g. `mlp`.
+    # name in a block of the module whose output the attention sublayer adds to the residual stream, when that
+    # is not `attention` itself, e.g. `post_attention_layernorm`.
     attn_out: str | None = None
-    mlp_out: str | None = None
+    mlp_out: str | None = None  # the same for the MLP sublayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +56,12 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A causal language model whose blocks have been found.
+    """A causal language model whose blocks have been found."""
 
-    Args:
-        model: What is called: a transformers causal LM, or a PEFT wrapper of one.
-        layers: The list of decoder blocks in it.
-        blocks: The same, resolved, first to last.
-        width: Dimensions of the residual stream.
-    """
-
-    model: nn.Module
-    layers: nn.ModuleList
-    blocks: tuple[Block, ...]
-    width: int
+    model: nn.Module  # what is called: a transformers causal LM, or a PEFT wrapper of one
+    layers: nn.ModuleList  # the list of decoder blocks in it
+    blocks: tuple[Block, ...]  # the same, resolved, first to last
+    width: int  # dimensions of the residual stream
 
     @classmethod
     def of(cls, model: nn.Module, names: ModuleNames | None = None) -> Decoder:

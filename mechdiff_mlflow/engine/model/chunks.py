@@ -15,25 +15,15 @@ from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """n prompts padded on the left to a common length, all patched the same distance from their end.
+    """n prompts padded on the left to a common length, all patched the same distance from their end."""
 
-    Args:
-        index: Which prompts these are, [n], on the CPU.
-        ids: Token ids [n, length].
-        mask: True where a token is real, [n, length].
-        positions: Position of each token in its own prompt [n, length].
-        suffix: Tokens from the patched position to the end; 1 for the decision token.
-        is_padded: Whether some prompt is shorter than the others.
-        span: Tokens from the patched position on whose mean is the activation.
-    """
-
-    index: Tensor
-    ids: Tensor
-    mask: Tensor
-    positions: Tensor
-    suffix: int
-    is_padded: bool
-    span: int = 1
+    index: Tensor  # which prompts these are, [n], on the CPU
+    ids: Tensor  # token ids [n, length]
+    mask: Tensor  # true where a token is real, [n, length]
+    positions: Tensor  # position of each token in its own prompt [n, length]
+    suffix: int  # tokens from the patched position to the end; 1 for the decision token
+    is_padded: bool  # whether some prompt is shorter than the others
+    span: int = 1  # tokens from the patched position on whose mean is the activation
 
     def __len__(self) -> int:
         return len(self.index)

@@ -21,17 +21,12 @@ from mechdiff_mlflow.spec.sites import Site
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What a clean run leaves of a chunk of n prompts.
+    """What a clean run leaves of a chunk of n prompts."""
 
-    Args:
-        chunk: The prompts.
-        clean: The model's own activation [n, width] at each site, at the position or mean of its span.
-        logits: Next-token logits [n, vocabulary].
-    """
-
-    chunk: Chunk
+    chunk: Chunk  # the prompts
+    # the model's own activation [n, width] at each site, at the position or mean of its span
     clean: dict[Site, Tensor]
-    logits: Tensor
+    logits: Tensor  # next-token logits [n, vocabulary]
 
     def __len__(self) -> int:
         return len(self.chunk)

@@ -28,21 +28,14 @@ _NOT_KEPT = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Tape(Recording):
-    """A recording with all that patched tokens need; S is the chunk's suffix.
+    """A recording with all that patched tokens need; S is the chunk's suffix."""
 
-    Args:
-        prefixes: What the suffix of each prompt sees, for every block from the first patched one up.
-        entering: The suffix's hidden states as they enter each block, [n, S, width].
-        leaving: The same as they leave it.
-        arguments: What else each block was called with, cut to the suffix.
-        output_length: Length of the tuple that a block returns, or None for a plain tensor.
-    """
-
+    # what the suffix of each prompt sees, for every block from the first patched one up
     prefixes: dict[int, Prefix]
-    entering: list[Tensor]
-    leaving: list[Tensor]
-    arguments: list[dict[str, Any]]
-    output_length: int | None
+    entering: list[Tensor]  # the suffix's hidden states as they enter each block, [n, S, width]
+    leaving: list[Tensor]  # the same as they leave it
+    arguments: list[dict[str, Any]]  # what else each block was called with, cut to the suffix
+    output_length: int | None  # length of the tuple that a block returns, or None for a plain tensor
 
     def part(self, prompts: slice) -> Tape:
         """Of some of the prompts; views of the same numbers."""

@@ -20,22 +20,17 @@ Replace = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class VariantGroup:
-    """v replacement vectors at one site for each of N prompts.
+    """v replacement vectors at one site for each of N prompts."""
 
-    Args:
-        site: Where they go.
-        replacements: A tensor [N, v, width] of any floating dtype and device, cast to the model's when
-            applied; or a function called once for each chunk of n prompts, with their indices [n] and the
-            model's own activations [n, width] at the site, that returns [n, v, width]. N prompts of v
-            variants are then never in memory together.
-        n_variants: v; needed for a function only.
-        always_run: Compute variants even where they equal the model's own activation bit for bit. Otherwise
-            those are answered with an exact 0.
-    """
-
-    site: Site
+    site: Site  # where they go
+    # a tensor [N, v, width] of any floating dtype and device, cast to the model's when applied; or a function
+    # called once for each chunk of n prompts, with their indices [n] and the model's own activations [n,
+    # width] at the site, that returns [n, v, width]. N prompts of v variants are then never in memory
+    # together.
     replacements: Tensor | Replace
-    n_variants: int | None = None
+    n_variants: int | None = None  # v; needed for a function only
+    # compute variants even where they equal the model's own activation bit for bit. Otherwise those are
+    # answered with an exact 0.
     always_run: bool = False
 
     @classmethod
@@ -67,17 +62,11 @@ class VariantGroup:
 
 @dataclass(frozen=True, slots=True)
 class Variants:
-    """The vectors of one group that are run for one chunk.
+    """The vectors of one group that are run for one chunk."""
 
-    Args:
-        site: Where they go.
-        values: [n, v, width] in the model's dtype, on the site's device.
-        columns: For each of the v the column of the score that it fills.
-    """
-
-    site: Site
-    values: Tensor
-    columns: Sequence[int]
+    site: Site  # where they go
+    values: Tensor  # [n, v, width] in the model's dtype, on the site's device
+    columns: Sequence[int]  # for each of the v the column of the score that it fills
 
 
 def moved(span: Tensor, value: Tensor, clean: Tensor) -> Tensor:
@@ -97,32 +86,21 @@ def moved(span: Tensor, value: Tensor, clean: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Logits of patched runs.
+    """Logits of patched runs."""
 
-    Args:
-        owner: Which prompt of the chunk each row belongs to [r], ascending, on the CPU.
-        column: Which column of the score it fills [r], on the CPU.
-        logits: [r, vocabulary].
-    """
-
-    owner: Tensor
-    column: Tensor
-    logits: Tensor
+    owner: Tensor  # which prompt of the chunk each row belongs to [r], ascending, on the CPU
+    column: Tensor  # which column of the score it fills [r], on the CPU
+    logits: Tensor  # [r, vocabulary]
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
-    """What became of N prompts under every variant.
+    """What became of N prompts under every variant."""
 
-    Args:
-        divergences: One for each group, in order; fields [N, v] in float64 on the CPU.
-        clean: The model's own activation at each group's site [N, width], in the model's dtype, on the CPU.
-        clean_top: The clean run's top token of each prompt [N].
-    """
-
-    divergences: tuple[Divergences, ...]
+    divergences: tuple[Divergences, ...]  # one for each group, in order; fields [N, v] in float64 on the CPU
+    # the model's own activation at each group's site [N, width], in the model's dtype, on the CPU
     clean: Mapping[Site, Tensor]
-    clean_top: Tensor
+    clean_top: Tensor  # the clean run's top token of each prompt [N]
 
 
 class Path(Protocol):
