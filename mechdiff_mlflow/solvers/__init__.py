@@ -9,8 +9,6 @@ from mechdiff_mlflow.solvers.table import (
     SOLVERS,
     Solver,
     check_possible,
-    fit,
-    fit_moments,
     fit_spectrum,
     solver_named,
 )
@@ -24,8 +22,6 @@ __all__ = [
     "Solution",
     "Solver",
     "check_possible",
-    "fit",
-    "fit_moments",
     "fit_spectrum",
     "identity_scale",
     "solver_named",

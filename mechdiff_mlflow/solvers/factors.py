@@ -16,15 +16,9 @@ class Directions:
     """The leading directions of a matrix, by falling singular value."""
 
     vectors: Tensor  # orthonormal columns, [·, r], those of singular values above rounding
-    # for k = 0 … r the most directions that k has room for without splitting equal singular values: which of
-    # two equal ones LAPACK puts first is not a finding. (A rotation minus the identity has all its singular
-    # values in pairs.)
+    # For k = 0 … r the most directions that k has room for without splitting equal singular values: which of
+    # two equal ones LAPACK puts first is not a finding. (A rotation minus the identity has them in pairs.)
     cuts: tuple[int, ...]
-
-    @property
-    def r(self) -> int:
-        """How many there are."""
-        return self.vectors.shape[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,10 +32,7 @@ class Factors:
 
 
 def leading(u: Tensor, s: Tensor, longest: int, size: Tensor | None = None) -> Directions:
-    """The directions u with falling singular values s, of a matrix with `longest` entries on a side.
-
-    `size` is what rounding is measured against, s[0] unless given.
-    """
+    """The directions u whose falling singular values s are not rounding, see `n_above_rounding`."""
     r = n_above_rounding(s, longest, size)
     values, cuts = s[:r].tolist(), [0]
     for k in range(1, r + 1):
@@ -51,7 +42,10 @@ def leading(u: Tensor, s: Tensor, longest: int, size: Tensor | None = None) -> D
 
 
 def n_above_rounding(s: Tensor, longest: int, size: Tensor | None = None) -> int:
-    """How many falling singular values s of a matrix, `longest` on its longer side, are not rounding."""
+    """How many falling singular values s of a matrix, `longest` on its longer side, are not rounding.
+
+    Rounding is measured against `size`, s[0] unless given.
+    """
     if len(s) == 0:
         return 0
     return int((s > (s[0] if size is None else size) * longest * torch.finfo(s.dtype).eps).sum())

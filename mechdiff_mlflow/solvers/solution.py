@@ -58,13 +58,11 @@ class Solution:
     def map(self, rank: int | None = None, off_span: OffSpan | str | None = None) -> AffineMap:
         """The map of rank at most `rank` (less where that would split equal singular values), with alpha 1.
 
-        Args:
-            rank: k of the solution's family, from 0 to the width; None is the full fit.
-            off_span: The rule for directions the training rows do not span; None is the family's own, the
-                only one that a map of rank k can follow.
+        Without a rank it is the full fit. Without a rule for directions that the training rows do not span
+        it follows the family's own, the only one that a map of rank k can follow.
 
         Raises:
-            MechdiffError: `rank` is out of range or the solver has none, or the rule does not go with it.
+            MechdiffError: The rank is out of range or the solver has none, or the rule does not go with it.
         """
         natural = OffSpan.natural(self.family)
         rule = natural if off_span is None else OffSpan.parse(off_span)
