@@ -29,8 +29,7 @@ class Divergences:
 
     kl_patched_clean: Tensor  # KL(patched ‖ clean) in nats
     kl_clean_patched: Tensor  # KL(clean ‖ patched) in nats
-    # how far the sets A, B of most probable tokens of the two runs agree, |A∩B|/|A∪B|: 1 or 0 where both have
-    # one, and where some tie, as in half precision, as far as those are shared
+    # |A∩B|/|A∪B| of the sets of most probable tokens: several tie at times, above all in half precision
     top1_agrees: Tensor
     delta_logprob: Tensor  # log-probability of the clean run's top token, patched minus clean, in nats
 
@@ -62,14 +61,9 @@ class NextToken:
 
 
 def next_token_divergences(patched: Tensor, clean: Tensor) -> Divergences:
-    """Compare next-token logits of patched runs with those of clean runs.
+    """Compare next-token logits [..., vocabulary] of patched runs with those of clean runs, which broadcast.
 
-    Args:
-        patched: Logits [..., vocabulary] of any floating dtype.
-        clean: Logits that broadcast against `patched`.
-
-    Returns:
-        Float64 fields of the shape [...], on the CPU. Identical logits give exactly 0.
+    The fields are float64 [...] on the CPU. Identical logits give exactly 0.
 
     Raises:
         MechdiffError: A logit is NaN or infinite.
@@ -87,17 +81,10 @@ def next_token_divergences(patched: Tensor, clean: Tensor) -> Divergences:
 
 
 def compare_rows(patched: Tensor, clean: NextToken, owner: Tensor) -> Divergences:
-    """Unchecked core of `next_token_divergences`, on the logits' device.
+    """Unchecked core of `next_token_divergences`: float64 fields [r] on the logits' device.
 
-    Logits that are not finite make results that are not.
-
-    Args:
-        patched: Logits [r, vocabulary].
-        clean: Of n prompts.
-        owner: Which of the prompts each row belongs to [r], on the CPU.
-
-    Returns:
-        Float64 fields [r].
+    Row i of the logits [r, vocabulary] is compared with the clean prompt owner[i] (on the CPU). Logits that
+    are not finite make results that are not.
     """
     kernels = _kernels(patched)
     if kernels is not None:
@@ -138,10 +125,8 @@ def rounding_kl(logits: Tensor) -> Tensor:
 
     Each logit z of either run is off by a uniform error of up to half of ulp(z) = eps·2^⌊log₂|z|⌋ of its
     dtype, so that KL ≈ ½·Var_p of their differences is Σ p(1 − p)·ulp²/12 on average. To that comes what
-    float64 loses when the KL itself is summed: eps₆₄·Σ p·(|z| + |log p|).
-
-    Args:
-        logits: [n, vocabulary], in the dtype in which the model gives them.
+    float64 loses when the KL itself is summed: eps₆₄·Σ p·(|z| + |log p|). The logits [n, vocabulary] must
+    have the dtype in which the model gives them.
     """
     z = _double(logits)
     log_p = torch.log_softmax(z, -1)

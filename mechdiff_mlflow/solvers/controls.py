@@ -138,11 +138,10 @@ def control_map(
 
 def applicable_controls(p: PairedSpectrum, *, other: AffineMap | None = None) -> tuple[str, ...]:
     """The names of `CONTROLS` that this site's widths allow; `wrong_layer` only when there is another map."""
-    impossible = {
-        *(_OF_EQUAL_WIDTHS if p.d_in != p.d_out else ()),
-        *(["wrong_layer"] if other is None else []),
-    }
-    return tuple(name for name in CONTROLS if name not in impossible)
+    impossible = _OF_EQUAL_WIDTHS if p.d_in != p.d_out else ()
+    return tuple(
+        name for name in CONTROLS if name not in impossible and (name != "wrong_layer" or other is not None)
+    )
 
 
 def shuffled_pairs(
