@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mechdiff_mlflow.engine import PatchEngine, Recorded, VariantGroup
+from mechdiff_mlflow.engine import CleanRuns, PatchEngine, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.maps.affine import AffineMap
@@ -138,7 +138,7 @@ def capture_to_patch(
         return _completed(engine, recorded(sites), sites)
 
 
-def _completed(engine: PatchEngine, recorded: Recorded, sites: list[Site]) -> Mapping[Site, Tensor]:
+def _completed(engine: PatchEngine, recorded: CleanRuns, sites: list[Site]) -> Mapping[Site, Tensor]:
     engine.complete(recorded)
     return Rows.of(recorded.activations, sites)
 
@@ -146,7 +146,7 @@ def _completed(engine: PatchEngine, recorded: Recorded, sites: list[Site]) -> Ma
 @contextmanager
 def patchable(
     pair: Pair, role: str, prompts: PromptSet, position: Position
-) -> Iterator[tuple[PatchEngine, Callable[[Sequence[Site]], Recorded]]]:
+) -> Iterator[tuple[PatchEngine, Callable[[Sequence[Site]], CleanRuns]]]:
     """The engine of one model, and what gives the prompts as they were recorded for patches at some sites."""
     side = pair.base if role == "base" else pair.tuned
     key = (role, prompts.digest, position)

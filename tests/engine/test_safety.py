@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mechdiff_mlflow.engine import PatchEngine, ScoreResult, VariantGroup
 from mechdiff_mlflow.engine.kernels.attention import Prefix
 from mechdiff_mlflow.engine.model.forward import Recording
-from mechdiff_mlflow.engine.paths.sweep_recording import TapeRecorder
+from mechdiff_mlflow.engine.paths.sweep_recording import SweepRecorder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
@@ -371,7 +371,7 @@ def test_what_a_chunk_left_is_gone_before_the_garbage_is_collected(mode: str) ->
     gc.disable()
     try:
         engine.score(prompts, groups)
-        kinds = (Recording, TapeRecorder, Prefix)
+        kinds = (Recording, SweepRecorder, Prefix)
         assert [x for x in gc.get_objects() if issubclass(type(x), kinds)] == []
     finally:
         gc.enable()

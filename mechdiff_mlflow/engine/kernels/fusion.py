@@ -1,8 +1,7 @@
 """A model's norms, rotations and gated MLPs in fewer passes over memory, while the engine runs it.
 
-Between its matrix products a model reads and writes every number a dozen times. Where there are kernels for
-the device, a module whose output they reproduce is computed by them; any other is left as it is, so an
-architecture that we do not know runs at its own speed. What is swapped is put back in the end.
+Where there are kernels for the device, a module whose output they reproduce is computed by them; any other is
+left as it is, so an architecture that we do not know runs at its own speed. What is swapped is put back.
 """
 
 from __future__ import annotations
@@ -51,9 +50,8 @@ def _import_kernels() -> ModuleType | None:
 class Fusion:
     """What is computed differently while a model runs."""
 
-    # modules, each with what replaces its `forward`
-    forwards: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]] = ()
-    rotations: Sequence[ModuleType] = ()  # python modules whose rotation of queries and keys is replaced
+    forwards: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]] = ()  # modules and their new `forward`
+    rotations: Sequence[ModuleType] = ()  # Python modules whose rotation of queries and keys is replaced
 
     @classmethod
     @torch.no_grad()

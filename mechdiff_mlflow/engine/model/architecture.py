@@ -34,12 +34,10 @@ _POST_NORMS = (
 class ModuleNames:
     """Module names of a model that is not recognised; None means found automatically."""
 
-    layers: str | None = None  # path of the list of decoder blocks, e.g. `model.layers`.
-    attention: str | None = None  # name of the attention sublayer in a block, e.g. `self_attn`.
-    mlp: str | None = None  # name of the MLP sublayer in a block, e.g. `mlp`.
-    # name in a block of the module whose output the attention sublayer adds to the residual stream, when that
-    # is not `attention` itself, e.g. `post_attention_layernorm`.
-    attn_out: str | None = None
+    layers: str | None = None  # path of the list of decoder blocks, e.g. `model.layers`
+    attention: str | None = None  # attention sublayer in a block, e.g. `self_attn`
+    mlp: str | None = None  # MLP sublayer in a block, e.g. `mlp`
+    attn_out: str | None = None  # what gives attn_out, if not `attention`, e.g. `post_attention_layernorm`
     mlp_out: str | None = None  # the same for the MLP sublayer
 
 
@@ -76,7 +74,7 @@ class Decoder:
         return cls(model, layers, tuple(_resolve(layer, names) for layer in layers), int(config.hidden_size))
 
     def check(self, site: Site) -> None:
-        """Raise unless `site` exists.
+        """Make sure that `site` exists.
 
         Raises:
             MechdiffError: The layer is beyond the last, or its block lacks the sublayer.
@@ -147,11 +145,9 @@ def _find_layers(model: nn.Module, n_layers: int, names: ModuleNames) -> nn.Modu
         home = paths.get(model.get_input_embeddings(), "").rpartition(".")[0]  # type: ignore[operator]
         found = {path: found[path] for path in found if path.rpartition(".")[0] == home} or found
     if len(found) != 1:
-        what = (
-            f"several could be ({', '.join(found)})"
-            if found
-            else f"none of {_module_lists(model) or 'none'} fits"
-        )
+        what = f"none of {_module_lists(model) or 'none'} fits"
+        if found:
+            what = f"several could be ({', '.join(found)})"
         raise MechdiffError(
             f"The {n_layers} decoder blocks of {type(model).__name__} were not recognised: {what}; "
             "set modules.layers in the pair's spec, and modules.attention if its name is unusual."
@@ -177,10 +173,8 @@ def _resolve(layer: nn.Module, names: ModuleNames) -> Block:
     for norms in _POST_NORMS:
         if all(_submodule(layer, name) is not None for name in norms):
             attn_out, mlp_out = (_submodule(layer, name) for name in norms)
-    if names.attn_out is not None:
-        attn_out = _required(layer, "attn_out", names.attn_out)
-    if names.mlp_out is not None:
-        mlp_out = _required(layer, "mlp_out", names.mlp_out)
+    attn_out = _required(layer, "attn_out", names.attn_out) if names.attn_out else attn_out
+    mlp_out = _required(layer, "mlp_out", names.mlp_out) if names.mlp_out else mlp_out
     return Block(layer, attention, mlp, attn_out, mlp_out)
 
 

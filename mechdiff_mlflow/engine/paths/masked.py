@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mechdiff_mlflow.engine.kernels.attention import Prefix, concat_mask
+from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits
 from mechdiff_mlflow.engine.model.architecture import text_config
 from mechdiff_mlflow.engine.model.attention_routing import UnsupportedError
 from mechdiff_mlflow.engine.model.chunks import Chunk
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
-from mechdiff_mlflow.engine.model.hooks import tapped
+from mechdiff_mlflow.engine.model.hooks import activation_hook
 from mechdiff_mlflow.engine.paths.variants import Rows, Variants, in_parts, moved
 from mechdiff_mlflow.spec.sites import Site
 
@@ -32,7 +33,7 @@ class CachedRecording(Recording):
     prefixes: list[tuple[Tensor, Tensor]]
 
     def part(self, prompts: slice) -> CachedRecording:
-        """Of some of the prompts; views of the same numbers."""
+        """The recording of some of the prompts; views of the same numbers."""
         prefixes = [(keys[prompts], values[prompts]) for keys, values in self.prefixes]
         recording = Recording.part(self, prompts)  # `super()` is lost in a dataclass with slots
         assert isinstance(recording, CachedRecording)
@@ -42,9 +43,7 @@ class CachedRecording(Recording):
 class MaskedPath:
     """One forward that fills a cache, then one forward of all variants behind it.
 
-    Args:
-        forward: Of the model.
-        max_rows: Patched tokens in one forward; their logits are in memory together.
+    Logits of all patched tokens of a forward are in memory together.
 
     Raises:
         UnsupportedError: Some blocks see a window of the prompt only, which one mask for all cannot say.
@@ -52,12 +51,12 @@ class MaskedPath:
 
     name = "masked"
 
-    def __init__(self, forward: PromptForward, *, max_rows: int) -> None:
+    def __init__(self, forward: PromptForward, limits: ChunkLimits) -> None:
         config = text_config(forward.decoder.model)
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
             raise UnsupportedError("Some blocks of the model see a window of the prompt only.")
-        self._forward, self._max_rows = forward, max_rows
+        self._forward, self._max_rows = forward, min(limits.max_rows, limits.head_rows)
 
     def record(self, chunk: Chunk, sites: Sequence[Site]) -> CachedRecording:
         """The clean run of a chunk, with its cache."""
@@ -99,7 +98,7 @@ class MaskedPath:
                     clean=recording.clean[group.site][prompts],
                     chunk=chunk,
                 )
-                stack.enter_context(tapped(decoder, group.site, replace, b))
+                stack.enter_context(activation_hook(decoder, group.site, replace, b))
                 first += len(group.columns)
             out = decoder.model(
                 input_ids=chunk.ids[prompts, -suffix:].repeat(1, n_variants),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mechdiff_mlflow.engine.model.chunks import Chunk
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
-from mechdiff_mlflow.engine.model.hooks import tapped
+from mechdiff_mlflow.engine.model.hooks import activation_hook
 from mechdiff_mlflow.engine.paths.variants import Rows, Variants, moved
 from mechdiff_mlflow.spec.sites import Site
 
@@ -31,15 +32,15 @@ class NaivePath:
         chunk = recording.chunk
         owner = torch.arange(len(chunk))
         for group in variants:
+            clean = recording.clean[group.site].unsqueeze(1)
             for i, column in enumerate(group.columns):
-                value = group.values[:, i]
-                clean = recording.clean[group.site]
-
-                def replace(hidden: Tensor, value: Tensor = value, clean: Tensor = clean) -> Tensor:
-                    hidden = hidden.clone()
-                    span = chunk.spanned(hidden)
-                    span.copy_(moved(span, value.unsqueeze(1), clean.unsqueeze(1)))
-                    return hidden
-
-                with tapped(self._forward.decoder, group.site, replace, len(chunk)):
+                edit = partial(_replace, chunk, group.values[:, i].unsqueeze(1), clean)
+                with activation_hook(self._forward.decoder, group.site, edit, len(chunk)):
                     yield Rows(owner, torch.full_like(owner, column), self._forward(chunk))
+
+
+def _replace(chunk: Chunk, value: Tensor, clean: Tensor, hidden: Tensor) -> Tensor:
+    hidden = hidden.clone()
+    span = chunk.spanned(hidden)
+    span.copy_(moved(span, value, clean))
+    return hidden

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import accumulate
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -18,12 +19,7 @@ from mechdiff_mlflow.spec.sites import Site
 
 
 class ScoreBoard:
-    """Scores of N prompts: every group owns a range of columns.
-
-    Args:
-        groups: The variants to be scored.
-        n_prompts: N.
-        width: Dimensions of the residual stream.
+    """Scores of N prompts under all variants: every group owns a range of columns.
 
     Raises:
         MechdiffError: The replacements of a group have the wrong shape.
@@ -55,10 +51,8 @@ class ScoreBoard:
         recorded = recording.finite()
         # Asked once: every answer of a GPU is waited for.
         answers = torch.cat([recorded, *finite, *same], 1).cpu()
-        n_columns = self._ends[-1] if self._ends else 0
-        recorded, finite_values, same_as_clean = torch.split(
-            answers, [recorded.shape[1], n_columns, n_columns], 1
-        )
+        n = self.n_columns
+        recorded, finite_values, same_as_clean = torch.split(answers, [recorded.shape[1], n, n], 1)
         recording.check_finite(recorded)
         if not finite_values.all():
             row, column = (int(i) for i in (~finite_values).nonzero()[0])
@@ -99,7 +93,7 @@ class ScoreBoard:
     def result(self, clean: Mapping[Site, Tensor], clean_top: Tensor) -> ScoreResult:
         """Everything, group by group."""
         ranges = zip(self._starts, self._ends, strict=True)
-        divergences = tuple(self._scores.map(lambda x, s=s, e=e: x[:, s:e]) for s, e in ranges)  # type: ignore[misc]
+        divergences = tuple(self._scores.map(itemgetter((slice(None), slice(*ends)))) for ends in ranges)
         return ScoreResult(divergences, clean, clean_top)
 
     def _check_finite(self, values: Tensor, index: Tensor) -> None:

@@ -22,16 +22,12 @@ Replace = Callable[[Tensor, Tensor], Tensor]
 class VariantGroup:
     """v replacement vectors at one site for each of N prompts."""
 
-    site: Site  # where they go
-    # a tensor [N, v, width] of any floating dtype and device, cast to the model's when applied; or a function
-    # called once for each chunk of n prompts, with their indices [n] and the model's own activations [n,
-    # width] at the site, that returns [n, v, width]. N prompts of v variants are then never in memory
-    # together.
+    site: Site
+    # [N, v, width] of any floating dtype and device, cast to the model's when applied; or a function called
+    # for one chunk at a time, so that N prompts of v variants are never in memory together
     replacements: Tensor | Replace
     n_variants: int | None = None  # v; needed for a function only
-    # compute variants even where they equal the model's own activation bit for bit. Otherwise those are
-    # answered with an exact 0.
-    always_run: bool = False
+    always_run: bool = False  # also what equals the model's own activation, which else gets an exact 0
 
     @classmethod
     def identity(cls, site: Site) -> VariantGroup:
@@ -64,20 +60,16 @@ class VariantGroup:
 class Variants:
     """The vectors of one group that are run for one chunk."""
 
-    site: Site  # where they go
+    site: Site
     values: Tensor  # [n, v, width] in the model's dtype, on the site's device
     columns: Sequence[int]  # for each of the v the column of the score that it fills
 
 
 def moved(span: Tensor, value: Tensor, clean: Tensor) -> Tensor:
-    """A span's tokens when their mean is replaced: one token is; several all move by the same vector.
+    """A span's tokens [..., span, width] with the mean `value` in place of `clean`, [..., 1, width] each.
 
-    Of all changes that give the span a certain mean that is the smallest, and tokens keep their differences.
-
-    Args:
-        span: The tokens' own activations [..., span, width].
-        value: The replacement [..., 1, width].
-        clean: Their own mean [..., 1, width].
+    One token is replaced; several all move by the same vector. Of all changes that give the span a certain
+    mean that is the smallest, and tokens keep their differences.
     """
     if span.shape[-2] == 1:
         return value.to(span.device)
@@ -98,12 +90,11 @@ class ScoreResult:
     """What became of N prompts under every variant."""
 
     divergences: tuple[Divergences, ...]  # one for each group, in order; fields [N, v] in float64 on the CPU
-    # the model's own activation at each group's site [N, width], in the model's dtype, on the CPU
-    clean: Mapping[Site, Tensor]
+    clean: Mapping[Site, Tensor]  # own activations [N, width] at the groups' sites, on the CPU
     clean_top: Tensor  # the clean run's top token of each prompt [N]
 
 
-class Path(Protocol):
+class ComputePath(Protocol):
     """A way of computing patched runs."""
 
     name: str
