@@ -27,9 +27,9 @@ from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan, check_prompts,
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.paths.attention_heads import AttentionHeads
 from mechdiff_mlflow.engine.paths.scoreboard import ScoreBoard
-from mechdiff_mlflow.engine.paths.startup_check import MODES, choose_path, path_named
+from mechdiff_mlflow.engine.paths.startup_check import MODES, ComputePath, choose_path, path_named
 from mechdiff_mlflow.engine.paths.sweep import SweepPath
-from mechdiff_mlflow.engine.paths.variants import ComputePath, ScoreResult, VariantGroup
+from mechdiff_mlflow.engine.paths.variants import ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
@@ -99,7 +99,7 @@ class PatchEngine:
 
     @property
     def mode(self) -> str:
-        """How patched runs are computed: "sweep", "concat", "masked" or "naive"."""
+        """How patched runs are computed: "sweep", "masked" or "naive"."""
         return self._paths[False][0].name
 
     @property
@@ -128,10 +128,7 @@ class PatchEngine:
         captured = Activations(len(prompts), sites, device, self._budget)
 
         def record(chunk: Chunk, limits: ChunkLimits) -> None:
-            # As the path does that scores such a chunk: both must give the same to the bit.
-            fusion = self._fusion if chunk.span == 1 else Fusion()
-            with fusion.applied():
-                recording = self.forward.record(chunk, sites)
+            recording = self._forward_alone(chunk, sites)
             recording.check_finite()
             captured.add(recording)
 
@@ -184,9 +181,7 @@ class PatchEngine:
             if isinstance(piece, Recording):
                 return
             if recorded.is_full:
-                fusion = self._fusion if piece.span == 1 else Fusion()
-                with fusion.applied():
-                    recording = self.forward.record(piece, sites)
+                recording = self._forward_alone(piece, sites)
             else:
                 recording = self._path(limits, spans=piece.span > 1).record(piece, sites)
             recording.check_finite()
@@ -291,6 +286,12 @@ class PatchEngine:
         self._each_chunk(recorded, run, len(sites), board.n_columns, keeps_runs=True, progress=progress)
         return board.result(recorded.clean(sites), tops)
 
+    def _forward_alone(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
+        # As the path does that scores such a chunk: both must give the same to the bit.
+        fusion = self._fusion if chunk.span == 1 else Fusion()
+        with fusion.applied():
+            return self.forward.record(chunk, sites)
+
     def _to_score(self, prompts: TokenizedPrompts | CleanRuns, sites: Sequence[Site]) -> CleanRuns:
         if not isinstance(prompts, CleanRuns):
             self._check(prompts, sites)
@@ -333,7 +334,7 @@ class PatchEngine:
             suffix=max(len(ids) - i for ids, i in zip(prompts.ids, prompts.positions, strict=True)),
             n_sites=n_sites,
             n_columns=n_columns,
-            tree=self.mode in ("concat", "masked") or bool(prompts.spans),
+            tree=self.mode == "masked" or bool(prompts.spans),
         )
         return limits_within(self._budget.working, self.limits, shape, load)
 

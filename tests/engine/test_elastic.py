@@ -20,7 +20,7 @@ from mechdiff_mlflow.spec.sites import Hook, Site
 
 PROMPTS = tiny.prompts(9, 5, 12, 5, 7, 3, 9, 6)
 SITES = [Site(0, Hook.ATTN_OUT), Site(1, Hook.RESID_POST)]
-MODES = ["sweep", "concat", "masked", "naive"]
+MODES = ["sweep", "masked", "naive"]
 
 
 def out_of_device_memory() -> Exception:

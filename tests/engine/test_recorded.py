@@ -36,7 +36,7 @@ from mechdiff_mlflow.spec.sites import Hook, Site
 SITES = [Site(layer, hook) for layer in range(2) for hook in Hook]
 PROMPTS = tiny.prompts(9, 5, 12, 5, 7, 3, 9)
 N = len(PROMPTS)
-MODES = ["sweep", "concat", "masked", "naive"]
+MODES = ["sweep", "masked", "naive"]
 
 
 def assert_bits(a: ScoreResult, b: ScoreResult) -> None:

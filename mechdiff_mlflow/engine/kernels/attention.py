@@ -152,17 +152,3 @@ def _fused_attention(
     bias = bias.expand(rows.shape[0], rows.shape[1], n_rows, n_prefix)
     out = kernels._scaled_dot_product_efficient_attention(*arguments, bias, True, 0.0, False, scale=scale)
     return out[0], out[1][..., :n_rows]
-
-
-def concat_mask(prefix: Prefix, *, suffix: int, variants: int, dtype: torch.dtype) -> Tensor:
-    """A tree of variants on the prefix: [n or 1, 1, V * suffix, prefix + V * suffix], added to scores."""
-    one = prefix.added_mask(suffix, dtype)
-    n_prefix, tokens = prefix.keys.shape[2], variants * suffix
-    hidden = torch.finfo(dtype).min / 2
-    own = torch.full(
-        (one.shape[0], 1, variants, suffix, variants, suffix), hidden, dtype=dtype, device=one.device
-    )
-    each = torch.arange(variants, device=one.device)
-    own[:, :, each, :, each] = one[..., n_prefix:].unsqueeze(0)
-    before = one[..., :n_prefix].repeat(1, 1, variants, 1)
-    return torch.cat([before, own.view(one.shape[0], 1, tokens, tokens)], -1)

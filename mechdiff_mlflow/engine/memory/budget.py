@@ -99,7 +99,7 @@ class Load:
     suffix: int = 1  # tokens from the patched position to the end, at most
     n_sites: int = 1  # sites that are read
     n_columns: int = 0  # patched runs of each prompt; 0 for a capture
-    tree: bool = False  # whether variants stand side by side behind a mask (the paths concat and masked)
+    tree: bool = False  # whether variants stand side by side behind a mask (the path masked)
 
 
 @dataclass(frozen=True, slots=True)

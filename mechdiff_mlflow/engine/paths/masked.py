@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mechdiff_mlflow.engine.kernels.attention import Prefix, concat_mask
+from mechdiff_mlflow.engine.kernels.attention import Prefix
 from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits
 from mechdiff_mlflow.engine.model.architecture import text_config
 from mechdiff_mlflow.engine.model.attention_routing import UnsupportedError
@@ -87,7 +87,7 @@ class MaskedPath:
             cache.update(keys[prompts], values[prompts], i)
         keys, values = recording.prefixes[0]
         prefix = Prefix(keys[prompts], values[prompts], _seen(chunk.mask[prompts], suffix))
-        tree = concat_mask(prefix, suffix=suffix, variants=n_variants, dtype=keys.dtype)
+        tree = _tree_mask(prefix, suffix=suffix, variants=n_variants, dtype=keys.dtype)
         with ExitStack() as stack, torch.no_grad():
             first = 0
             for group in part:
@@ -109,6 +109,20 @@ class MaskedPath:
             )
         logits: Tensor = out.logits
         return logits.view(b * n_variants, suffix, -1)[:, -1]
+
+
+def _tree_mask(prefix: Prefix, *, suffix: int, variants: int, dtype: torch.dtype) -> Tensor:
+    """A tree of variants on the prefix: [n or 1, 1, V * suffix, prefix + V * suffix], added to scores."""
+    one = prefix.added_mask(suffix, dtype)
+    n_prefix, tokens = prefix.keys.shape[2], variants * suffix
+    hidden = torch.finfo(dtype).min / 2
+    own = torch.full(
+        (one.shape[0], 1, variants, suffix, variants, suffix), hidden, dtype=dtype, device=one.device
+    )
+    each = torch.arange(variants, device=one.device)
+    own[:, :, each, :, each] = one[..., n_prefix:].unsqueeze(0)
+    before = one[..., :n_prefix].repeat(1, 1, variants, 1)
+    return torch.cat([before, own.view(one.shape[0], 1, tokens, tokens)], -1)
 
 
 def _seen(mask: Tensor, suffix: int) -> Tensor:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,12 +19,15 @@ from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.paths.masked import MaskedPath
 from mechdiff_mlflow.engine.paths.naive import NaivePath
 from mechdiff_mlflow.engine.paths.sweep import SweepPath
-from mechdiff_mlflow.engine.paths.variants import ComputePath, Rows, Variants
+from mechdiff_mlflow.engine.paths.variants import Rows, Variants
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-MODES = ("auto", "sweep", "concat", "masked", "naive")
+ComputePath: TypeAlias = SweepPath | MaskedPath | NaivePath
+"""A way of computing patched runs."""
+
+MODES = ("auto", "sweep", "masked", "naive")
 
 _WITH_SPANS = ("masked", "naive")
 
@@ -101,7 +105,7 @@ def path_named(name: str, forward: PromptForward, limits: ChunkLimits, fusion: F
         return NaivePath(forward)
     if name == "masked":
         return MaskedPath(forward, limits)
-    return SweepPath(forward, limits, fusion, concat=name == "concat")
+    return SweepPath(forward, limits, fusion)
 
 
 def choose_path(

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdiff_mlflow.engine.kernels.attention import concat_mask, split_attention
+from mechdiff_mlflow.engine.kernels.attention import split_attention
 from mechdiff_mlflow.engine.kernels.fusion import Fusion
 from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits
 from mechdiff_mlflow.engine.model import attention_routing as routing
 from mechdiff_mlflow.engine.model.architecture import Decoder
-from mechdiff_mlflow.engine.model.attention_routing import Attend, UnsupportedError
+from mechdiff_mlflow.engine.model.attention_routing import UnsupportedError
 from mechdiff_mlflow.engine.model.chunks import Chunk
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording, head
 from mechdiff_mlflow.engine.model.hooks import first_output, with_first_output
@@ -36,24 +36,15 @@ _UNDERSTOOD = frozenset({"s_aux", "position_ids", "cache_position"})
 class SweepPath:
     """One recording forward, then one pass up the blocks for all variants together.
 
-    With `concat` the model's own attention function is used on prefix and variants side by side, instead of
-    ours that merges the two: slower, but any twist of the function is kept.
-
     Raises:
         UnsupportedError: The model's attention cannot be routed.
     """
 
-    def __init__(
-        self,
-        forward: PromptForward,
-        limits: ChunkLimits,
-        fusion: Fusion,
-        *,
-        concat: bool = False,
-    ) -> None:
-        self.name = "concat" if concat else "sweep"
+    name = "sweep"
+
+    def __init__(self, forward: PromptForward, limits: ChunkLimits, fusion: Fusion) -> None:
         self._forward, self._decoder = forward, forward.decoder
-        self._limits, self._fusion, self._concat = limits, fusion, concat
+        self._limits, self._fusion = limits, fusion
         self._kind = routing.implementation(self._decoder)
         self._own = [routing.own_attention(block.attention, self._kind) for block in self._decoder.blocks]
 
@@ -75,9 +66,9 @@ class SweepPath:
         assert isinstance(recording, SweepRecording)
         chunk = recording.chunk
         for prompts, part in in_parts(len(chunk), variants, self._limits.max_rows // chunk.suffix):
-            ascent = _Ascent(self._decoder, recording, prompts, self._own if self._concat else None)
+            ascent = _Ascent(self._decoder, recording, prompts, eager=self._kind == "eager")
             with self._fusion.applied():
-                hidden = ascent.run(part, eager=self._kind == "eager")  # [V, b, width]
+                hidden = ascent.run(part)  # [V, b, width]
             n_variants, n_prompts, width = hidden.shape
             rows = hidden.transpose(0, 1).reshape(-1, width)
             owner = torch.arange(prompts.start, prompts.stop).repeat_interleave(n_variants)
@@ -89,35 +80,32 @@ class SweepPath:
 
 
 class _Ascent:
-    """Rows of some prompts, b of them, on their way up; `own` attention is used instead of ours if given.
+    """Rows of some prompts, b of them, on their way up.
 
     The blocks see all rows as one prompt of many tokens, variant by variant: what enters last then lies last,
     and is joined and left out without a copy of the rest. Attention alone has to know whose rows they are.
     """
 
-    def __init__(
-        self, decoder: Decoder, recording: SweepRecording, prompts: slice, own: Sequence[Attend] | None
-    ) -> None:
-        self._decoder, self._recording, self._prompts, self._own = decoder, recording, prompts, own
+    def __init__(self, decoder: Decoder, recording: SweepRecording, prompts: slice, *, eager: bool) -> None:
+        self._decoder, self._recording, self._prompts, self._eager = decoder, recording, prompts, eager
         self._n_prompts = prompts.stop - prompts.start
         self._rows: list[Tensor] = []  # [v, b, S, width] each, one above the other
         self._suffix = recording.chunk.suffix
         self.columns: list[int] = []
 
     @torch.no_grad()
-    def run(self, variants: Sequence[Variants], *, eager: bool) -> Tensor:
+    def run(self, variants: Sequence[Variants]) -> Tensor:
         """Hidden states [V, b, width] of the last token as they leave the last block, V as in `columns`."""
         by_site: dict[Site, list[Variants]] = {}
         for group in variants:
             by_site.setdefault(group.site, []).append(group)
         n_blocks = len(self._decoder.blocks)
-        with routing.routed(self._decoder, [partial(self._attend, i, eager) for i in range(n_blocks)]):
+        with routing.routed(self._decoder, [partial(self._attend, i) for i in range(n_blocks)]):
             for i in range(min(site.layer for site in by_site), n_blocks):
-                self._join(by_site.get(Site(i, Hook.RESID_PRE), []), self._recording.entering[i])
-                self._block(
-                    i, by_site.get(Site(i, Hook.ATTN_OUT), []), by_site.get(Site(i, Hook.MLP_OUT), [])
-                )
-                self._join(by_site.get(Site(i, Hook.RESID_POST), []), self._recording.leaving[i])
+                at = {hook: by_site.get(Site(i, hook), []) for hook in Hook}
+                self._join(at[Hook.RESID_PRE], self._recording.entering[i])
+                self._block(i, at[Hook.ATTN_OUT], at[Hook.MLP_OUT])
+                self._join(at[Hook.RESID_POST], self._recording.leaving[i])
         return torch.cat([rows[:, :, -1].to(self._rows[-1].device) for rows in self._rows])
 
     def _join(self, groups: Sequence[Variants], residual: Tensor) -> None:
@@ -171,7 +159,6 @@ class _Ascent:
     def _attend(
         self,
         i: int,
-        eager: bool,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -189,23 +176,18 @@ class _Ascent:
         if not self._rows and suffix > 1:  # nothing but entering rows, one token each
             prefix, suffix = prefix.first(), 1
         query, key, value = (self._by_prompt(x, suffix) for x in (query, key, value))
-        if self._own is not None:
-            tree = concat_mask(prefix, suffix=suffix, variants=query.shape[2] // suffix, dtype=query.dtype)
-            keys, values = torch.cat([prefix.keys, key], 2), torch.cat([prefix.values, value], 2)
-            out, _ = self._own[i](module, query, keys, values, tree, **{**kwargs, "is_causal": False})
-        else:
-            scale = kwargs.get("scaling")
-            out = split_attention(
-                query,
-                key,
-                value,
-                prefix,
-                suffix=suffix,
-                scale=query.shape[-1] ** -0.5 if scale is None else scale,
-                # Fused attention has neither.
-                softcap=kwargs.get("softcap") if eager else None,
-                sinks=kwargs.get("s_aux") if eager else None,
-            )
+        scale = kwargs.get("scaling")
+        out = split_attention(
+            query,
+            key,
+            value,
+            prefix,
+            suffix=suffix,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            # Fused attention has neither.
+            softcap=kwargs.get("softcap") if self._eager else None,
+            sinks=kwargs.get("s_aux") if self._eager else None,
+        )
         # [b, V * S, heads, width] to [1, rows, heads, width]
         out = out.reshape(self._n_prompts, -1, suffix, *out.shape[2:])
         return out.transpose(0, 1).flatten(0, 2).unsqueeze(0), None

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
-from mechdiff_mlflow.engine.model.chunks import Chunk
-from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import Divergences
 from mechdiff_mlflow.spec.sites import Site
@@ -92,18 +89,6 @@ class ScoreResult:
     divergences: tuple[Divergences, ...]  # one for each group, in order; fields [N, v] in float64 on the CPU
     clean: Mapping[Site, Tensor]  # own activations [N, width] at the groups' sites, on the CPU
     clean_top: Tensor  # the clean run's top token of each prompt [N]
-
-
-class ComputePath(Protocol):
-    """A way of computing patched runs."""
-
-    name: str
-
-    def record(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
-        """The clean run of a chunk, with its activations at `sites` and all that `run` needs."""
-
-    def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
-        """Logits of every prompt of the chunk under every variant."""
 
 
 def in_parts(
