@@ -33,6 +33,7 @@ from faults.proxy import proxying
 from tracking.servers import serving
 
 from mechdiff_mlflow.cli import cli
+from mechdiff_mlflow.tracking.store.store import PLACE_TAG
 
 PAIRS = ("cultural-demo", "cognitive-demo")
 SWEEP = ("--sites", "L26/attn_out,L24/resid_post", "--ranks", "1,8,full", "--alphas", "0.3")
@@ -93,6 +94,8 @@ def grow(database: Path, n_cells: int, layout: str) -> int:
                 for run_id in ids:
                     _copy(db, run_id, {"mlflow.parentRunId": above, "mechdiff.root": above})
                 n += len(ids)
+        # It lies here now, and its files where they are.
+        db.execute("UPDATE experiment_tags SET value = ? WHERE key = ?", (str(database), PLACE_TAG))
         db.execute("ANALYZE")
     return n
 

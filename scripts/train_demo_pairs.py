@@ -2,8 +2,8 @@
 
     python scripts/train_demo_pairs.py
 
-writes `models/`, `prompts/` and `targets.json` in `mechdiff_mlflow/spec/demo/`: two minutes on a GPU, hours on
-a laptop. `base` learns every question of `scripts.demo_pairs.world` in every wording; `cultural`
+writes `models/`, `prompts/` and `targets.json` in `mechdiff_mlflow/spec/demo/`: two minutes on a GPU, hours
+on a laptop. `base` learns every question of `scripts.demo_pairs.world` in every wording; `cultural`
 then learns the other culture with nothing but the attention of four late layers, `cognitive` the other
 arithmetic with all weights; each goes on practising the topic that should stay. The loss is on the answer
 and on the end token after it. Weights are rounded to bfloat16, saved, loaded again in float32 and measured;

@@ -31,7 +31,7 @@ from mechdiff_mlflow.tracking.content.parents import report_pass_run
 from mechdiff_mlflow.tracking.flavour import maps_of_run
 from mechdiff_mlflow.tracking.registry.fetch import load_map
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused, demand_may_promote, promote
+from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused, promote
 from mechdiff_mlflow.tracking.registry.registry import winners_of
 from mechdiff_mlflow.tracking.store.store import open_store
 
@@ -76,16 +76,14 @@ def run_command(**given: Any) -> None:
             "α would be chosen on the val prompts that are reported, and such a map may not be promoted; "
             "report test, give one --alpha, or add --force."
         )
-    if alias:
-        name = PairSpec.load(given["pair"]).name
-        demand_may_promote(open_store(given["tracking_uri"]), name, cell.site)
+    promotes = [cell.site.slug] if alias else []
     told: list[str] = []
     refused = None
-    with session("run", str(cell), given, partial(check_cells, [cell])) as now:
+    with session("run", str(cell), given, partial(check_cells, [cell]), promotes=promotes) as now:
         (fit,) = now.study.fit([cell])
         fit_id = now.run.log(fields.fit_run(fit, now.study))
         (patch,) = now.study.patch([fit.to_patch])
-        now.run.log(fields.patch_run(patch, now.study, map_run=fit_id))
+        patch_id = now.run.log(fields.patch_run(patch, now.study, map_run=fit_id))
         now.run.add(fields.headline(patch))
         _demand_signal([patch])
         fetch = f"Keep:  {show.command('promote', fit_id)}"
@@ -93,11 +91,11 @@ def run_command(**given: Any) -> None:
             try:
                 version = promote(
                     now.store,
-                    fit_id,
+                    patch_id,
                     alias=alias,
                     policy=PromotionPolicy(force=given["force"]),
                     say=told.append,
-                    demand=now.run.demand,
+                    here=now.run,
                     read=fit.map,
                 )
                 fetch = f"Fetch: {show.command('fetch', f'{version.name}@{alias}', '-o', 'map.pt')}"
@@ -233,8 +231,6 @@ def sweep_command(**given: Any) -> None:
     targets = given["targets"].at(list(dict.fromkeys(cell.site for cell in cells)))
     with session("sweep", f"sweep of {len(cells)} cells", given, partial(check_cells, cells)) as now:
         fits = now.study.fit(cells)
-        # Maps, then numbers, are stored while the next are computed.
-        now.run.prepare(fields.planned_cell(fit, now.study) for fit in fits)
         patches = now.study.patch(
             [fit.to_patch for fit in fits],
             lambda i, patch: now.run.log_soon(lambda: fields.cell_run(fits[i], patch, now.study)),

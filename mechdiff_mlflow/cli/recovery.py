@@ -15,15 +15,8 @@ from click.core import ParameterSource
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.untrusted import inside, is_there
-from mechdiff_mlflow.tracking.runs.recovery import (
-    Command,
-    Stuck,
-    end_stuck,
-    newest_of_mine,
-    stuck_runs,
-    top_run,
-    who_began,
-)
+from mechdiff_mlflow.tracking.runs.commands import Command, newest_of_mine, top_run, who_began
+from mechdiff_mlflow.tracking.runs.stuck import Stuck, end_stuck, stuck_runs
 from mechdiff_mlflow.tracking.store.store import open_store
 
 RESUMABLE = ("run", "fit", "patch", "sweep", "report-pass", "atlas", "layers", "heads")
@@ -103,7 +96,7 @@ def resume_command(parent: str | None, more: tuple[str, ...], yes: bool, trackin
     if known is None and not yes:
         raise MechdiffError(
             f"You did not begin run {run_id} on this machine ({who_began(run)}), so it is not resumed "
-            f"unasked; if you want `{line}` done here for it, run mechdiff resume {run_id} --yes."
+            f"unasked; if you want `{line}` done here for it, run {show.command('resume', run_id, '--yes')}"
         )
     show.lines([_plain(f"Resuming {run.info.run_name} (run {run_id})."), _plain(line)])
     place = () if tracking_uri is None else ("--tracking-uri", tracking_uri)
@@ -131,7 +124,7 @@ def _nothing_of_mine(shown: str, others: Sequence[str]) -> str:
     )
     return (
         f"Nothing of yours in {shown} is unfinished; {are}: {'; '.join(others[:_LISTED])}{more}. "
-        "Name one: mechdiff resume RUN --yes"
+        f"Name one: {show.command('resume', 'RUN', '--yes')}"
     )
 
 
@@ -181,7 +174,7 @@ def _validated(run_id: str, argv: Sequence[str], more: Sequence[str], *, is_ours
         return words_of(context, context.params, NOT_RESUMED)
     for option in command.params:
         if typed.get_parameter_source(option.name or "") is not ParameterSource.COMMANDLINE:
-            _check_taken(run_id, option, str(context.params[option.name or ""]))
+            _check_taken(run_id, option, str(context.params.get(option.name or "")))
     return words_of(context, context.params, {*NOT_RESUMED, *MACHINE_OPTIONS})
 
 
@@ -204,7 +197,7 @@ def _check_taken(run_id: str, option: click.Parameter, text: str) -> None:
     if asks:
         raise MechdiffError(
             f"Run {run_id}, which you did not begin on this machine, {asks} with {option.opts[0]} "
-            f"{text[:200]!r}; say yourself what it is to be: mechdiff resume {run_id} --yes -- "
+            f"{text[:200]!r}; say yourself what it is to be: {show.command('resume', run_id, '--yes')} -- "
             f"{option.opts[0]} {option.name.upper() if option.name else ''}."
         )
 
@@ -214,7 +207,8 @@ def list_stuck(given: dict[str, Any]) -> None:
     store = open_store(given["tracking_uri"])
     found = stuck_runs(store, watch=given["repair"])
     if unknown := set(given["id"]) - {one.run_id for one in found}:
-        raise MechdiffError(f"Run {min(unknown)} is not stuck; see mechdiff runs --stuck for those that are.")
+        stuck = show.command("runs", "--stuck")
+        raise MechdiffError(f"Run {min(unknown)} is not stuck; those that are: {stuck}")
     if not found:
         show.lines(["No run is stuck."])
         return

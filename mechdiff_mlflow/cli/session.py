@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shlex
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,9 +26,9 @@ from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
-from mechdiff_mlflow.tracking.runs.enclosing import experiment_of
-from mechdiff_mlflow.tracking.runs.recovery import Command, user_of
-from mechdiff_mlflow.tracking.runs.repeats import earlier
+from mechdiff_mlflow.tracking.registry.promotion import demand_may_promote
+from mechdiff_mlflow.tracking.runs.commands import Command, earlier, user_of
+from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.runs import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 from mechdiff_mlflow.tracking.store.user_cache import staging
@@ -117,7 +117,12 @@ def log_document(
 
 @contextlib.contextmanager
 def session(
-    kind: str, name: str, options: dict[str, Any], check: Callable[[Protocol, Pair], None] = check_pair
+    kind: str,
+    name: str,
+    options: dict[str, Any],
+    check: Callable[[Protocol, Pair], None] = check_pair,
+    *,
+    promotes: Sequence[str] = (),
 ) -> Iterator[Session]:
     """A tracked run around a study of the pair in `options`.
 
@@ -126,9 +131,12 @@ def session(
         name: What the UI shows.
         options: The command's parameters by name.
         check: Refuses what is impossible for the pair, of which no weights have been loaded.
+        promotes: Slugs of the sites whose maps it may register, as regular expressions.
     """
     spec = PairSpec.load(options["pair"])
     store = open_store(options["tracking_uri"])
+    if promotes:
+        demand_may_promote(store, spec.name, promotes)
     resumed = resumption()
     if resumed is not None:
         resumed.check_trust(options["pair"], spec.trust_remote_code)
@@ -178,6 +186,8 @@ def as_asked(name: str, text: str) -> str:
     """A param that `mlflow run` has logged, as typed, in the words in which `asked` has that value."""
     context = click.get_current_context()
     parameter = next((p for p in context.command.params if p.name == name), None)
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        return {"yes": "true", "no": "false"}.get(text, text)
     if parameter is None or not isinstance(parameter.type, Text):
         return text
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,17 +21,16 @@ from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows
-from mechdiff_mlflow.report.evidence import Quoted, of_record
+from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, leak_lines
+from mechdiff_mlflow.report.evidence import of_record
 from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.text import plain, text_of
 from mechdiff_mlflow.tracking.content.view import ui_command, view_url
 from mechdiff_mlflow.tracking.registry.compare import MapDiff
 from mechdiff_mlflow.tracking.registry.registry import Move, Version
-from mechdiff_mlflow.tracking.runs.recovery import Stuck
 from mechdiff_mlflow.tracking.runs.search import FoundRun
-from mechdiff_mlflow.tracking.store.redaction import redact
-from mechdiff_mlflow.tracking.store.store import Store
+from mechdiff_mlflow.tracking.runs.stuck import Stuck
+from mechdiff_mlflow.tracking.store.store import Store, command_on
 
 _PIPE_WIDTH = 160
 
@@ -106,7 +105,7 @@ def patches(records: Sequence[PatchRecord], study: Study) -> None:
     for text in dict.fromkeys(selection.sentence(patch.leak) for patch in records):
         lines([f"{text}. For a number without that, {selection.REMEDY}."] if text else [])
     if len(records) == 1:
-        lines([wording.plain(wording.transport(Quoted(of_record(first), 1)))])
+        lines([wording.plain(wording.transport(of_record(first)))])
 
 
 def continuations(rows: Sequence[Steered], title: str) -> None:
@@ -134,6 +133,7 @@ def adapter(record: AdapterRecord, folder: Path) -> None:
     for cells in closeness_rows(record):
         _row(table, *cells)
     _console().print(table)
+    lines(leak_lines(record))
 
 
 def frame(table: pd.DataFrame) -> None:
@@ -147,7 +147,7 @@ def frame(table: pd.DataFrame) -> None:
 def winners(versions: Sequence[Version]) -> None:
     """Print registered maps that an alias points to."""
     if not versions:
-        lines(["No map has an alias yet; promote one with mechdiff promote RUN."])
+        lines([f"No map has an alias yet; promote one with {command('promote', 'RUN')}"])
         return
     table = _table("map", "version", "aliases", "solver", "k", "α", "drop %", "skill %", "verified", "run")
     for version in versions:
@@ -225,8 +225,7 @@ def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:
 def command(*words: object) -> str:
     """A command of ours to type, quoted for a shell, on the store that the present one was given."""
     uri = click.get_current_context().params.get("tracking_uri")
-    place = ["--tracking-uri", uri] if uri and redact(uri) == uri else []
-    return shlex.join(["mechdiff", *map(str, words), *place])
+    return command_on(uri or os.environ.get("MLFLOW_TRACKING_URI"), *words)
 
 
 def lines(texts: Sequence[str]) -> None:

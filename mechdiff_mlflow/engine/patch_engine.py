@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from mechdiff_mlflow.engine.model.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.model.attention_routing import implementation
 from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan, check_prompts, in_chunks
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.model.sums import without_unlike
 from mechdiff_mlflow.engine.paths.attention_heads import AttentionHeads
 from mechdiff_mlflow.engine.paths.scoreboard import ScoreBoard
 from mechdiff_mlflow.engine.paths.startup_check import MODES, ComputePath, choose_path, path_named
@@ -34,6 +36,8 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Site
+
+_R = TypeVar("_R")
 
 
 class PatchEngine:
@@ -75,6 +79,8 @@ class PatchEngine:
                 "The model is in training mode, where dropout is random; call model.eval() first."
             )
         self.forward = PromptForward(Decoder.of(model, overrides))
+        if overrides is None or overrides == ModuleNames(layers=overrides.layers):
+            self.forward.decoder = self._tried(lambda: without_unlike(self.forward))
         self._fusion = Fusion.of(self.forward.decoder) if fused else Fusion()
         self._cache = cache or CleanRunCache(budget)
         self._runner = ChunkRunner(limits, self._cache.give_up)
@@ -351,12 +357,21 @@ class PatchEngine:
         return path
 
     def _chosen(self, limits: ChunkLimits, *, spans: bool) -> ComputePath:
+        return self._tried(lambda: choose_path(self.forward, self._mode, limits, self._fusion, spans=spans))
+
+    def _tried(self, work: Callable[[], _R]) -> _R:
         try:
-            return choose_path(self.forward, self._mode, limits, self._fusion, spans=spans)
-        except Exception as error:
+            return work()
+        except MechdiffError:
+            raise
+        except Exception as error:  # models of strangers fail in every way
             if is_out_of_memory(error):
                 raise does_not_fit("The short prompts of the start-up check do", str(error)) from error
-            raise
+            raise MechdiffError(
+                f"{type(self.forward.decoder.model).__name__} cannot be run on short prompts with hooks on "
+                f"its blocks ({type(error).__name__}: {str(error)[:200]}); take a model of a family that "
+                "docs/supported-models.md lists, or set modules.layers in the pair's spec to other blocks."
+            ) from error
 
     def _check(self, prompts: TokenizedPrompts, sites: Sequence[Site]) -> None:
         for site in sites:

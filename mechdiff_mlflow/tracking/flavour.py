@@ -5,9 +5,8 @@ A saved model is a directory:
     MLmodel               flavour `mechdiff` (digests, widths) and `python_function`
     map.pt                the map, at the root: `models:/NAME@champion/map.pt` downloads it
     probe.safetensors     a few input rows and what the map made of them when it was saved
-    input_example.json    one row to send to a served model
     README.md             the model card
-    requirements.txt, python_env.yaml, conda.yaml
+    conda.yaml            versions, for every kind of environment that MLflow makes
 
 MLflow checks nothing when it loads a model; we check both digests and the probe, every time.
 """
@@ -33,7 +32,6 @@ from mlflow.entities import LoggedModel, LoggedModelOutput, Run
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.models.model import MLMODEL_FILE_NAME
-from mlflow.models.utils import _save_example
 from mlflow.types.schema import ParamSchema, ParamSpec, Schema, TensorSpec
 
 from mechdiff_mlflow.errors import MechdiffError
@@ -45,15 +43,16 @@ from mechdiff_mlflow.spec.version import __version__
 from mechdiff_mlflow.tracking.content.artifact_digests import Sent, sent_digest
 from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
 from mechdiff_mlflow.tracking.content.card import model_card
-from mechdiff_mlflow.tracking.content.environment import environment_files
+from mechdiff_mlflow.tracking.content.environment import environment
 from mechdiff_mlflow.tracking.content.names import logged_model_name
 from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, ParamValue, param_text
-from mechdiff_mlflow.tracking.store.store import LeaseLost, Store, open_store
+from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store, open_store
 
 FLAVOR_NAME = "mechdiff"
 MAP_FILE = "map.pt"
 PROBE_FILE = "probe.safetensors"
 CARD_FILE = "README.md"
+ENVIRONMENT_FILE = "conda.yaml"
 SHA256_TAG = "mechdiff.sha256"
 NEEDED_FILES = (MLMODEL_FILE_NAME, MAP_FILE, PROBE_FILE)
 
@@ -146,11 +145,8 @@ def _write(root: Path, the_map: AffineMap, encoded: _Encoded, model: Model, card
     (root / MAP_FILE).write_bytes(encoded.content)
     (root / PROBE_FILE).write_bytes(rows)
     (root / CARD_FILE).write_text(card, encoding="utf-8")
-    for name, text in environment_files():
-        (root / name).write_text(text, encoding="utf-8")
-
+    (root / ENVIRONMENT_FILE).write_text(environment(), encoding="utf-8")
     model.signature = _signature(the_map)
-    _save_example(model, (probe["x"][:1].numpy(), {"alpha": the_map.alpha}), str(root))
     model.add_flavor(
         FLAVOR_NAME,
         data=MAP_FILE,
@@ -162,9 +158,9 @@ def _write(root: Path, the_map: AffineMap, encoded: _Encoded, model: Model, card
         alpha=the_map.alpha,
         mechdiff_version=__version__,
     )
-    mlflow.pyfunc.add_to_model(
-        model, loader_module=__name__, data=MAP_FILE, conda_env="conda.yaml", python_env="python_env.yaml"
-    )
+    mlflow.pyfunc.add_to_model(model, loader_module=__name__, data=MAP_FILE)
+    # As a name alone: all of MLflow's environments are then made from that file.
+    model.flavors[mlflow.pyfunc.FLAVOR_NAME][mlflow.pyfunc.ENV] = ENVIRONMENT_FILE
     text = yaml.dump(model.to_dict(), Dumper=_YAML_DUMPER, default_flow_style=False)
     (root / MLMODEL_FILE_NAME).write_text(text, encoding="utf-8")
     return {**digests, MLMODEL_FILE_NAME: _sha256(text.encode())}
@@ -211,7 +207,7 @@ def log_model(
     card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params, sha256=sha256)
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
-        store.demand_place(experiment_id)
+        store.require_place(experiment_id)
 
         def create() -> LoggedModel:
             demand()
@@ -229,7 +225,7 @@ def log_model(
         logged = begun or store.patience.once(create, find)
         try:
             demand()
-        except LeaseLost:  # the other process goes on with this one, unless it has its own
+        except RunTakenOver:  # the other process goes on with this one, unless it has its own
             if len(_made(store, experiment_id, run_id, sha256)) > 1:
                 client.delete_logged_model(logged.model_id)
             raise

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import sqlite3
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ import pytest
 from cli.conftest import Invoke
 from mlflow.entities import Metric, Param, RunTag
 
+from benchmarks.growth import grow
 from mechdiff_mlflow.cli.reports import TABLES, evidence_of
 from mechdiff_mlflow.report.evidence import Evidence
+from mechdiff_mlflow.tracking.runs import results
+from mechdiff_mlflow.tracking.runs.lookup import MOST_VALUES
 from mechdiff_mlflow.tracking.runs.results import results_df, tables_of
-from mechdiff_mlflow.tracking.runs.search import _MOST_VALUES, FoundRun, find_runs
+from mechdiff_mlflow.tracking.runs.search import FoundRun, find_runs
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 
 SWEEP = ("--sites", "L2/attn_out,L3/attn_out", "--ranks", "2,full", "--targets", "10", "--alphas", "1")
@@ -92,6 +97,40 @@ def test_evidence_is_the_same_from_files_of_parents_as_from_every_run(
     assert seen["runs"] <= 5
 
 
+def test_sweeps_that_were_repeated_are_not_all_read(
+    toy: Path, here: Path, mechdiff: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mechdiff("sweep", "--pair", str(toy), *SWEEP)
+    grow(here / "mlflow.db", 60 * 4, "sweeps")
+    store = open_store()
+
+    def same_as_from_all() -> None:
+        found = evidence_of(store, "toy", "toy")
+        with monkeypatch.context() as patch:
+            patch.setattr(results, "_not_all", lambda each, where: each(" and ".join(where)))
+            right = evidence_of(store, "toy", "toy")
+        assert list(found.patches) == list(right.patches)
+        assert found.left_out == right.left_out
+        assert found.least_ranks.equals(right.least_ranks)
+        assert list(found.parents["run_id"]) == list(right.parents["run_id"])
+
+    same_as_from_all()
+    seen = counting(monkeypatch)
+    evidence_of(store, "toy", "toy")
+    assert seen["runs"] <= 12
+    assert seen["requests"] <= 9
+
+    # Some with other code, of another pair, and of a command that ended badly.
+    with closing(sqlite3.connect(here / "mlflow.db")) as db, db:
+        others = [row[0] for row in db.execute("SELECT run_uuid FROM tags WHERE value = 'sweep'")]
+        changes = (("mechdiff.version", "0.0.1"), ("pair_fingerprint", "0" * 16), ("mechdiff.command", "m"))
+        for n, (key, text) in enumerate(changes):
+            for run_id in others[10 * n + 5 : 10 * n + 15]:
+                db.execute("UPDATE tags SET value = ? WHERE key = ? AND run_uuid = ?", (text, key, run_id))
+        db.execute("UPDATE runs SET status = 'KILLED' WHERE run_uuid = ?", (others[40],))
+    same_as_from_all()
+
+
 def measured_runs(client: mlflow.MlflowClient, n: int, layers: int) -> None:
     """Patch runs of several pairs and many sites, some without what is asked for."""
     draw = random.Random(0)
@@ -112,7 +151,7 @@ def measured_runs(client: mlflow.MlflowClient, n: int, layers: int) -> None:
         client.set_terminated(run.info.run_id)
 
 
-@pytest.mark.parametrize("layers", [3, _MOST_VALUES + 8])
+@pytest.mark.parametrize("layers", [3, MOST_VALUES + 8])
 @pytest.mark.parametrize("metric", ["drop_pct", "KL_mapped"])
 def test_the_best_of_each_site_is_found_without_reading_the_others(
     here: Path, client: mlflow.MlflowClient, layers: int, metric: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -100,8 +101,34 @@ def test_a_worse_map_does_not_replace_a_better_one_and_the_work_stays(
     assert "toy-L3-attn_out@champion: version 1 with drop" in said
     assert "gives way to version 2 with drop" in said
     assert load_map("toy-L3-attn_out@champion").alpha == 0.6
-    again = mechdiff(*words).output
+    assert words[-1] == "--force"
+    mechdiff(*words[:-1], "--forced", "no")  # as `mlflow run -e promote` says it; the map has the alias
+    again = mechdiff(*words[:-1], "--forced", "yes").output
     assert "is this very map already, version 2; nothing moves" in again
+
+
+@pytest.mark.parametrize("by", ["--tracking-uri", "MLFLOW_TRACKING_URI"])
+def test_what_a_refusal_says_to_type_works_wherever_the_store_was_named(
+    toy: Path, here: Path, mechdiff: Invoke, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    (here / "a b").mkdir()
+    (here / "mlflow.db").rename(here / "a b" / "mlflow.db")
+    uri = f"sqlite:///{here}/a b/mlflow.db"
+    given = ("--tracking-uri", uri) if by.startswith("--") else ()
+    if not given:
+        monkeypatch.setenv(by, uri)
+    mechdiff("run", "--pair", str(toy), *GOOD, "--promote", *given)
+    shown = mechdiff(
+        "run", "--pair", str(toy), *GOOD[:4], "--alpha", "0.6", "--promote", *given, code=1
+    ).output
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    waive = shlex.split(shown.rsplit("waive it: ", 1)[1])
+    assert "gives way to version 2 with drop" in mechdiff(*waive[1:]).output
+    assert not list(Path().iterdir())
+    shown = mechdiff("maps", "--tracking-uri", uri).output
+    assert "toy-L3-attn_out" in shown
 
 
 def test_what_cannot_be_promoted_is_refused_before_the_work(

@@ -15,6 +15,7 @@ NAMES = [
     "capture depends on neither padding nor batch size",
     "sublayers add up",
     "identity patches change nothing",
+    "prompts are read as the model reads them",
 ]
 
 

@@ -9,9 +9,12 @@ import toy as toys
 from transformers import AutoModelForCausalLM, Lfm2Config
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.doctor import Check, examine
+from mechdiff_mlflow.experiments.fitting import wrong_layer_site
+from mechdiff_mlflow.experiments.possible import check_cells
 from mechdiff_mlflow.models.pairs import Pair, load_pair
-from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
 
@@ -55,9 +58,17 @@ def test_a_hybrid_is_sound_and_says_where_it_has_attention(tmp_path: Path) -> No
     pair = load(tmp_path / "toy.yaml")
     assert not failed(pair)
     with pair.tuned.engine() as engine:
-        with pytest.raises(MechdiffError, match="take one of layers 1, 3 or another hook"):
+        with pytest.raises(MechdiffError, match="take one of layers 1, 3, or hook resid_pre or resid_post"):
             engine.forward.decoder.check(Site(2, Hook.ATTN_OUT))
         engine.forward.decoder.check(Site(1, Hook.ATTN_OUT))
+    # The wrong-layer control is where there is such a site too.
+    asked = [Site(1, Hook.ATTN_OUT), Site(3, Hook.ATTN_OUT)]
+    assert [wrong_layer_site(site, pair).layer for site in asked] == [3, 1]
+    cells = [Cell(site, "ridge", "update", Rank(None), Alpha((1.0,))) for site in asked]
+    check_cells(cells, Protocol(), pair)
+    study = Study(pair, Protocol(n_resamples=20))
+    records = study.patch([(fit.cell, fit.map) for fit in study.fit(cells)])
+    assert all("wrong_layer" in record.controls for record in records)
 
 
 def test_two_copies_of_one_model_are_noticed(toy: Path, tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from mlflow.server.auth.client import AuthServiceClient
 from mlflow.tracking import MlflowClient
 from team.server import ADMIN, Server
 
-from mechdiff_mlflow.cli import cli, experiments
+from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.tracking.registry.registry import history
-from mechdiff_mlflow.tracking.store.store import login_name, open_store
+from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.store.server import login_name
+from mechdiff_mlflow.tracking.store.store import open_store
 
 PAGE = Path(__file__).parents[2] / "docs" / "team-server.md"
 NAME = "toy-L2-mlp_out"
@@ -115,10 +117,15 @@ def test_who_may_not_promote_is_told_before_models_load(
     team: Server, owned: dict[str, str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enter(team, "bob", monkeypatch)
-    monkeypatch.setattr(experiments, "session", lambda *_: pytest.fail("it went on"))
-    words = ("--pair", owned["toy"], "--layer", "2", "--hook", "mlp_out", "--promote")
-    result = mechdiff("run", *words, "--experiment", "of-bob")
-    assert REFUSED in result.output
+    monkeypatch.setattr(Tracker, "run", lambda *_, **__: pytest.fail("it went on"))
+    site = ("--layer", "2", "--hook", "mlp_out")
+    for words in (("run", *site, "--promote"), ("atlas", "--hooks", "mlp_out", "--promote-best", "1")):
+        result = mechdiff(*words, "--pair", owned["toy"], "--experiment", "of-bob")
+        assert REFUSED in result.output
+    monkeypatch.setattr(Tracker, "run", lambda *_, **__: 1 / 0)
+    others = ("--hooks", "attn_out", "--promote-best", "1")  # whose names are free
+    result = mechdiff("atlas", *others, "--pair", owned["toy"], "--experiment", "of-bob")
+    assert "ZeroDivisionError" in result.output
 
 
 @pytest.mark.parametrize(

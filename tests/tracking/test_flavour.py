@@ -1,4 +1,6 @@
 import json
+import platform
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,6 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mlflow.models import validate_serving_input
+from mlflow.utils.virtualenv import _get_python_env
 
 import mechdiff_mlflow
 from mechdiff_mlflow.errors import MechdiffError
@@ -62,11 +65,11 @@ def test_the_signature_is_float32_rows_of_the_width(saved: Path) -> None:
         served.predict(np.zeros((1, D + 1), np.float32))
 
 
-def test_what_the_serving_example_asks_is_answered(saved: Path) -> None:
-    asked = (saved / "serving_input_example.json").read_text()
+def test_what_is_asked_as_the_signature_says_is_answered(saved: Path) -> None:
+    x = torch.randn(1, D)
+    asked = json.dumps({"inputs": x.tolist(), "params": {"alpha": 0.7}})
     answer = validate_serving_input(str(saved), asked)
-    x = torch.tensor(json.loads(asked)["inputs"])
-    assert np.array_equal(answer, make_map(alpha=0.3)(x).numpy())
+    assert np.array_equal(answer, make_map(alpha=0.7)(x).numpy())
 
 
 @pytest.mark.parametrize("name", [flavour.MAP_FILE, flavour.PROBE_FILE])
@@ -124,10 +127,18 @@ def test_a_model_is_not_saved_over_another(saved: Path) -> None:
 
 def test_nothing_in_a_model_needs_unpickling_beyond_plain_tensors(saved: Path) -> None:
     torch.load(saved / "map.pt", weights_only=True)
-    assert "cloudpickle" not in (saved / "MLmodel").read_text() + (saved / "requirements.txt").read_text()
-    requirements = (saved / "requirements.txt").read_text().split()
+    assert "cloudpickle" not in (saved / "MLmodel").read_text() + (saved / "conda.yaml").read_text()
+    requirements = Path(mlflow.pyfunc.get_model_dependencies(str(saved))).read_text().split()
     assert all("==" in line for line in requirements)
     assert any(line.startswith("mechdiff-mlflow==") for line in requirements)
+    made = _get_python_env(saved)  # what --env-manager virtualenv and uv install
+    assert (made.python, made.dependencies) == (platform.python_version(), requirements)
+
+
+def test_a_model_is_sent_with_the_files_that_it_names_and_no_other(saved: Path) -> None:
+    names = {path.name for path in saved.iterdir()}
+    assert names == {*flavour.NEEDED_FILES, "README.md", "conda.yaml"}
+    assert re.findall(r"[\w.]+\.(?:txt|yaml|json)", (saved / "MLmodel").read_text()) == ["conda.yaml"]
 
 
 def test_a_logged_map_is_ready_and_belongs_to_its_run(store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,7 @@ from mechdiff_mlflow.tracking.registry.fetch import load_map
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import promote
 from mechdiff_mlflow.tracking.runs.runs import Tracker
-from mechdiff_mlflow.tracking.store.check_result import Level
-from mechdiff_mlflow.tracking.store.server_check import check_store
+from mechdiff_mlflow.tracking.store.server_check import Level, check_store
 from mechdiff_mlflow.tracking.store.store import PLACE_TAG, Store, open_store
 from tracking.conftest import make_map
 
@@ -90,6 +90,28 @@ def test_a_copied_or_moved_store_is_refused_until_it_is_rebased(
     promote(there, run_id, name="other", policy=ANY)
     assert places(there)[0] is Level.OK
     assert not old.exists()
+
+
+def test_what_is_read_from_where_a_store_was_copied_from_is_said_once(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = log(store)
+    load_map(f"runs:/{run_id}", store=store)
+    assert "copied or moved" not in caplog.text
+    shutil.rmtree(tmp_path / "cache")  # or it is not read at all
+    shutil.copytree(tmp_path / "store", tmp_path / "it's new")
+    there = open_store(f"sqlite:///{tmp_path}/it's new/mlflow.db")
+    assert load_map(f"runs:/{run_id}", store=there) == make_map(0)
+    assert f"was copied or moved from {tmp_path / 'store'}, and its artifacts are still" in caplog.text
+    shutil.rmtree(tmp_path / "cache")
+    load_map(f"runs:/{run_id}", store=there)
+    assert caplog.text.count("copied or moved") == 1
+    words = shlex.split(caplog.text.partition("; run ")[2].partition(" to have them here")[0])
+    assert CliRunner().invoke(cli, words[1:]).exit_code == 0
+    caplog.clear()
+    shutil.rmtree(tmp_path / "cache")
+    load_map(f"runs:/{run_id}", store=open_store(there.uri))
+    assert "copied or moved" not in caplog.text
 
 
 def test_artifacts_that_were_left_behind_are_asked_for(store: Store, tmp_path: Path) -> None:

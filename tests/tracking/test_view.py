@@ -45,12 +45,15 @@ def test_the_view_has_the_charts_of_a_sweep(store: Store) -> None:
 def test_installing_it_again_writes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     experiment_id = store.experiment("demo")
     install_view(store, experiment_id)
+    new = store.experiment("new", view.view_tag())
+    assert store.experiment("demo") == experiment_id
 
     def never(*_: object) -> None:
         pytest.fail("the tag was written again")
 
     monkeypatch.setattr(store.client, "set_experiment_tag", never)
-    install_view(store, experiment_id)
+    for one in (experiment_id, new):
+        install_view(store, one)
 
 
 def test_it_is_never_the_reason_for_a_failure(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,8 +86,10 @@ def _fused(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """Another `forward` for a module, if there is one that gives the same."""
     if "forward" in module.__dict__:  # somebody else's, such as accelerate's
         return None
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return None
     for forward, width in _candidates(module):
-        weight = next(module.parameters())
         x = torch.randn(4, width, device=weight.device, generator=_generator(weight.device)).to(weight.dtype)
         try:
             if _agree(forward(x), module(x)):

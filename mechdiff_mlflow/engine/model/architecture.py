@@ -4,7 +4,7 @@
 
 - Most blocks add the sublayer's output itself, in sequence (Llama) or in parallel (Phi, GPT-NeoX, Cohere2).
 - Blocks with a norm after each sublayer (Gemma 2 and 3, OLMo 2, GLM-4, EXAONE 4) add the output of that norm.
-- Sublayers that add the residual stream themselves (Bloom) add the output of their last projection.
+- Sublayers that add the residual stream themselves (Bloom, MPT) add the output of their last projection.
 - OPT has no MLP module; its block adds the output of `fc2`.
 - Granite adds its sublayers' outputs times a constant, `residual_multiplier`; the sites are the outputs.
 """
@@ -21,8 +21,11 @@ from torch import nn
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")
-_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
+_ATTENTION = (
+    *("self_attn", "attn", "attention", "self_attention", "linear_attn"),
+    *("temporal_block", "norm_attn_norm.attn"),
+)
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "mlp_block", "fc2")
 _POST_NORMS = (
     ("post_attention_layernorm", "post_feedforward_layernorm"),
     ("post_self_attn_layernorm", "post_mlp_layernorm"),
@@ -60,6 +63,7 @@ class Decoder:
     layers: nn.ModuleList  # the list of decoder blocks in it
     blocks: tuple[Block, ...]  # the same, resolved, first to last
     width: int  # dimensions of the residual stream
+    unlike: str = ""  # why `attn_out` and `mlp_out` are no sites of it; empty if nothing speaks against them
 
     @classmethod
     def of(cls, model: nn.Module, names: ModuleNames | None = None) -> Decoder:
@@ -99,11 +103,14 @@ class Decoder:
         if module is None:
             name = "attention" if site.hook is Hook.ATTN_OUT else "mlp"
             others = [str(i) for i, b in enumerate(self.blocks) if getattr(b, str(site.hook)) is not None]
-            remedy = f"take one of layers {', '.join(others)} or another hook, or " if others else ""
+            remedy = f"take one of layers {', '.join(others)}, or " if others else "take "
+            why = self.unlike or (
+                f"was not found in {type(block.module).__name__}, which has "
+                f"{', '.join(n for n, _ in block.module.named_children())}"
+            )
             raise MechdiffError(
-                f"Site {site} was not found in {type(block.module).__name__}, which has "
-                f"{', '.join(n for n, _ in block.module.named_children())}; {remedy}set modules.{name} in "
-                "the pair's spec to the right one."
+                f"Site {site} {why}; {remedy}hook resid_pre or resid_post, or set modules.{name} in the "
+                "pair's spec to the right one."
             )
         return module
 
@@ -133,13 +140,16 @@ def _find_layers(model: nn.Module, n_layers: int, names: ModuleNames) -> nn.Modu
             )
         return layers
     attention = (names.attention,) if names.attention else _ATTENTION
-    found = {
+    fitting = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == n_layers
-        and any(_submodule(layer, name) is not None for layer in module for name in attention)
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
     }
+    found = {
+        path: module
+        for path, module in fitting.items()
+        if any(_submodule(layer, name) is not None for layer in module for name in attention)
+    } or fitting  # blocks of a state space have no attention
     if len(found) > 1:  # of a multimodal model, the blocks beside the embeddings of tokens are meant
         paths = {module: path for path, module in model.named_modules()}
         home = paths.get(model.get_input_embeddings(), "").rpartition(".")[0]  # type: ignore[operator]
@@ -169,7 +179,8 @@ def _resolve(layer: nn.Module, names: ModuleNames) -> Block:
                 f"modules.{name} is {getattr(names, name)!r}, which {type(layer).__name__} does not have; "
                 f"its modules are {', '.join(n for n, _ in layer.named_children())}."
             )
-    attn_out, mlp_out = _takes_residual(attention, "dense"), _takes_residual(mlp, "dense_4h_to_h")
+    attn_out = _takes_residual(attention, "dense")
+    mlp_out = _takes_residual(mlp, "dense_4h_to_h", "down_proj")
     for norms in _POST_NORMS:
         if all(_submodule(layer, name) is not None for name in norms):
             attn_out, mlp_out = (_submodule(layer, name) for name in norms)
@@ -178,10 +189,10 @@ def _resolve(layer: nn.Module, names: ModuleNames) -> Block:
     return Block(layer, attention, mlp, attn_out, mlp_out)
 
 
-def _takes_residual(sublayer: nn.Module | None, projection: str) -> nn.Module | None:
+def _takes_residual(sublayer: nn.Module | None, *projections: str) -> nn.Module | None:
     """The projection that ends a sublayer which adds the residual stream itself, else the sublayer."""
     if sublayer is not None and "residual" in inspect.signature(type(sublayer).forward).parameters:
-        return _submodule(sublayer, projection)
+        return _first(sublayer, projections)
     return sublayer
 
 

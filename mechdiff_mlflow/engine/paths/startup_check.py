@@ -133,8 +133,9 @@ def choose_path(
                 )
             return path_named(name, forward, limits, fusion)
         reasons.append(reason)
+    remedy = "take a model of another family" if mode == "auto" else "use mode 'auto'"
     raise MechdiffError(
-        f"Mode {mode!r} does not fit {_name(forward.decoder)} ({reasons[-1].rstrip('.')}); use mode 'auto'."
+        f"Mode {mode!r} does not fit {_name(forward.decoder)} ({reasons[-1].rstrip('.')}); {remedy}."
     )
 
 

@@ -5,7 +5,6 @@ values (`tasks`), cut into shards of prompts that together give what the whole g
 """
 
 from mechdiff_mlflow.experiments.workers.journal import Journal
-from mechdiff_mlflow.experiments.workers.local import LocalWorkers
-from mechdiff_mlflow.experiments.workers.workers import Workers
+from mechdiff_mlflow.experiments.workers.workers import LocalWorkers, Workers
 
 __all__ = ["Journal", "LocalWorkers", "Workers"]

@@ -71,7 +71,9 @@ class StoredFiles:
         they are fetched into `folder`.
         """
         if isinstance(self._files, LocalArtifactRepository):
-            return Path(self._files.artifact_dir)
+            place = Path(self._files.artifact_dir)
+            self._store.say_if_moved(place)
+            return place
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             # What every kind of store implements; `download_artifacts` lists the directory first.

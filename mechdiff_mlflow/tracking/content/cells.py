@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,14 @@ _PREFIXES = ("params.", "metrics.", "tags.")
 _STARTED = "time/started_ms"
 
 
-def cell_row(
-    run: Run, params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapping[str, str]
-) -> dict[str, Any]:
+def cell_row(run: Run) -> dict[str, Any]:
     """One patch run, with what it holds."""
     row: dict[str, Any] = {"run_id": run.info.run_id, "name": run.info.run_name}
-    row |= {f"params.{key}": text for key, text in params.items()}
-    row |= {f"metrics.{key}": value for key, value in metrics.items() if not key.startswith("time/")}
+    row |= {f"params.{key}": text for key, text in run.data.params.items()}
+    row |= {f"metrics.{key}": value for key, value in run.data.metrics.items() if not key.startswith("time/")}
     row |= {
         f"tags.{key}": text
-        for key, text in tags.items()
+        for key, text in run.data.tags.items()
         if key in _TAGS or key.startswith("mechdiff.undefined.")
     }
     return row | {_STARTED: run.info.start_time}

@@ -14,23 +14,17 @@ from mechdiff_mlflow.spec.version import __version__
 
 
 @lru_cache(maxsize=1)
-def environment_files() -> tuple[tuple[str, str], ...]:
-    """Names and texts of the files that MLflow makes an environment from; the same for every map."""
-    python = platform.python_version()
-    requirements = [
+def environment() -> str:
+    """The file that MLflow makes a conda, virtualenv or uv environment from; the same for every map."""
+    pins = [
         f"mechdiff-mlflow=={__version__}",
         f"mlflow=={mlflow.__version__}",
         f"torch=={torch.__version__.split('+')[0]}",
         f"numpy=={np.__version__}",
     ]
-    python_env = {"python": python, "dependencies": ["-r requirements.txt"]}
     conda = {
         "name": "mechdiff-map",
         "channels": ["conda-forge"],
-        "dependencies": [f"python={python}", "pip", {"pip": requirements}],
+        "dependencies": [f"python={platform.python_version()}", "pip", {"pip": pins}],
     }
-    return (
-        ("requirements.txt", "\n".join(requirements) + "\n"),
-        ("python_env.yaml", yaml.safe_dump(python_env, sort_keys=False)),
-        ("conda.yaml", yaml.safe_dump(conda, sort_keys=False)),
-    )
+    return str(yaml.safe_dump(conda, sort_keys=False))

@@ -34,17 +34,21 @@ _log = logging.getLogger(__name__)
 
 def install_view(store: Store, experiment_id: str, *, kind: str = "patch") -> None:
     """Give the experiment the view, listing its runs of `kind`; never fails, for it is only a convenience."""
-    state = _encoded(_state(kind))
+    ours = view_tag(kind)
     try:
         with store.errors():
-            tags = store.client.get_experiment(experiment_id).tags
-            if _TAG in tags and json.loads(tags[_TAG]).get("state") == state:
-                return
-            now = int(time.time() * 1000)
-            view = {"name": "mechdiff", "createdAt": now, "updatedAt": now, "state": state}
-            store.client.set_experiment_tag(experiment_id, _TAG, json.dumps(view))
+            tags = store.seen.get(experiment_id) or store.client.get_experiment(experiment_id).tags
+            states = [json.loads(text).get("state") for text in (ours[_TAG], tags.get(_TAG, "{}"))]
+            if states[0] != states[1]:
+                store.client.set_experiment_tag(experiment_id, _TAG, ours[_TAG])
     except (MechdiffError, ValueError, AttributeError, RecursionError) as error:
         _log.debug("The shared view of experiment %s was not written: %s", experiment_id, error)
+
+
+def view_tag(kind: str = "patch") -> dict[str, str]:
+    """The tag of an experiment that holds the view."""
+    now, state = int(time.time() * 1000), _encoded(_state(kind))
+    return {_TAG: json.dumps({"name": "mechdiff", "createdAt": now, "updatedAt": now, "state": state})}
 
 
 def view_url(store: Store, experiment_id: str, *, charts: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,12 +24,17 @@ from mechdiff_mlflow.tracking.predecessor.bundles import Manifest
 from mechdiff_mlflow.tracking.registry import registry
 from mechdiff_mlflow.tracking.registry.fetch import load_map
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy, numbers, numbers_in
-from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused, is_same_function, promote
+from mechdiff_mlflow.tracking.registry.promotion import (
+    PromotionRefused,
+    demand_may_promote,
+    is_same_function,
+    promote,
+)
 from mechdiff_mlflow.tracking.registry.registry import Version, winners_of
-from mechdiff_mlflow.tracking.runs.enclosing import experiment_of
+from mechdiff_mlflow.tracking.runs.commands import Earlier, earlier
 from mechdiff_mlflow.tracking.runs.lookup import all_runs
+from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.provenance import code_version
-from mechdiff_mlflow.tracking.runs.repeats import Earlier, earlier
 from mechdiff_mlflow.tracking.runs.runs import Tracker
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
@@ -113,6 +119,7 @@ def import_manifest(
     left = earlier(
         store, experiment_of(store, what.experiment, pair), ["import", manifest.pair, pair, digests]
     )
+    demand_may_promote(store, pair, [re.escape(row.name.removeprefix(f"{pair}-")) for row in fresh])
     if fresh or left.unfinished:
         present |= _register(store, what, manifest, pair, fresh, left, say)
     found = ((row, present[row.name]) for row in read)

@@ -27,7 +27,8 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.tracking.content.names import check_alias
 from mechdiff_mlflow.tracking.store.file_locks import file_lock, lock_file
-from mechdiff_mlflow.tracking.store.store import A_TOKEN, Store, login_name
+from mechdiff_mlflow.tracking.store.server import A_TOKEN, login_name
+from mechdiff_mlflow.tracking.store.store import NotAllowed, Store
 
 KIND_TAG = "mechdiff.kind"
 SHA256_TAG = "mechdiff.sha256"
@@ -66,6 +67,10 @@ class Version:
 
     def __str__(self) -> str:
         return f"{self.name}/{self.number}"
+
+    def with_tags(self, tags: Mapping[str, str]) -> Version:
+        """The same after tags were set."""
+        return replace(self, tags={**self.tags, **tags})
 
     @property
     def uri(self) -> str:
@@ -123,7 +128,7 @@ _MOVE = TypeAdapter(Move)
 def list_winners(store: Store) -> list[Version]:
     """Every version of ours that bears an alias, by name and number."""
     winners = []
-    for model in _our_models(store):
+    for model in our_models(store):
         for number in sorted({int(v) for v in model.aliases.values()}):
             winners.append(get_version(store, model.name, number))
     return sorted(winners, key=lambda v: (v.name, v.number))
@@ -145,8 +150,8 @@ def winners_of(store: Store, pair: str, alias: str) -> list[Version]:
                 foreign.left_out(f"map {version}", error)
     if not found:
         raise MechdiffError(
-            f"No map of pair {pair!r} has the alias {alias!r}; promote one with mechdiff promote RUN --alias "
-            f"{alias}."
+            f"No map of pair {pair!r} has the alias {alias!r}; promote one with "
+            f"{store.command('promote', 'RUN', '--alias', alias)}"
         )
     return found
 
@@ -157,16 +162,17 @@ def list_versions(store: Store, name: str) -> list[Version]:
     Raises:
         MechdiffError: No map has that name.
     """
-    aliases = registered(store, name).aliases
+    return _versions(store, registered(store, name))
+
+
+def _versions(store: Store, model: RegisteredModel) -> list[Version]:
     found: list[Version] = []
     token = None
     with store.errors():
         while True:
-            page = store.client.search_model_versions(f"name = '{name}'", max_results=_PAGE, page_token=token)
-            found += [
-                _version(v, [a for a, number in aliases.items() if int(number) == int(v.version)])
-                for v in page
-            ]
+            where = f"name = '{model.name}'"
+            page = store.client.search_model_versions(where, max_results=_PAGE, page_token=token)
+            found += [version_of(v, _aliases(model, int(v.version))) for v in page]
             token = page.token
             if not token:
                 return sorted(found, key=lambda v: v.number)
@@ -186,7 +192,7 @@ def get_version(store: Store, name: str, which: int | str) -> Version:
                 if isinstance(which, str)
                 else client.get_model_version(name, str(which))
             )
-            return _version(found, found.aliases)
+            return version_of(found, found.aliases)
     except MechdiffError as error:
         cause = error.__cause__
         if not isinstance(cause, MlflowException) or cause.error_code not in _MISSING:
@@ -203,7 +209,7 @@ def versions_of_run(store: Store, name: str, run_id: str) -> list[Version]:
     """The versions of `name` that `run_id` vouches for, oldest first."""
     with store.errors():
         page = store.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    return sorted((_version(found, found.aliases) for found in page), key=lambda v: v.number)
+    return sorted((version_of(found, found.aliases) for found in page), key=lambda v: v.number)
 
 
 def history(store: Store, name: str, alias: str = "champion") -> list[Move]:
@@ -212,9 +218,12 @@ def history(store: Store, name: str, alias: str = "champion") -> list[Move]:
     Raises:
         MechdiffError: No map has that name.
     """
-    model = registered(store, name)
+    return _moves(store, registered(store, name), alias)
+
+
+def _moves(store: Store, model: RegisteredModel, alias: str) -> list[Move]:
     # Up to 0.1.0 the records were tags of the registered model.
-    owners = [(name, model.tags), *((str(one), one.tags) for one in list_versions(store, name))]
+    owners = [(model.name, model.tags), *((str(one), one.tags) for one in _versions(store, model))]
     records = {key: move for owner in owners for key, move in _recorded(*owner, alias).items()}
     return _happened([records[key] for key in sorted(records, key=_order)], holder_of(model, alias))
 
@@ -230,24 +239,27 @@ def move_alias(
     store: Store,
     name: str,
     alias: str,
-    target: int | None,
+    target: Version | None,
     action: str,
     *,
-    check: Callable[[RegisteredModel], object],
+    check: Callable[[RegisteredModel], Version | None],
     why: str = "",
     rules: str = "",
-) -> None:
+) -> Version:
     """Record the move, make it, read it back; the caller holds the lock and has verified the target.
 
     Args:
         store: Where.
         name: Of the registered map.
         alias: To move.
-        target: Version that gets it; None to take it away.
+        target: Version that gets it; None to take it away from its holder.
         action: What the history calls the move.
-        check: Looks at the registered map as it is before; raises to refuse.
+        check: Which version has it in the registered map as it is before; raises to refuse.
         why: In the user's words.
         rules: The policy that was met.
+
+    Returns:
+        The version that got it, or had it.
 
     Raises:
         MechdiffError: `check` refuses.
@@ -256,46 +268,49 @@ def move_alias(
     check_alias(alias)
     began_ms = _now_ms()
     model = registered(store, name)
-    source = holder_of(model, alias)
-    if source == target:
-        return
-    check(model)
-    bearer = target if target is not None else source
-    key, move = _record_of(
-        store, name, alias, Move(action, source, target, _who(store), began_ms, why, rules)
-    )
+    source = check(model)
+    if (bearer := target or source) is None:
+        return get_version(store, name, alias)  # says that there is none
+    if target is not None and source is not None and source.number == target.number:
+        return target
+    start, end = (None if one is None else one.number for one in (source, target))
+    move = Move(action, start, end, _who(store), began_ms, why, rules)
+    key, move = _record_of(store, model, alias, move, bearer, source)
+    number = str(bearer.number)
     with store.errors():
-        store.client.set_model_version_tag(name, str(bearer), key, _text(move))
+        store.client.set_model_version_tag(name, number, key, _text(move))
         if target is None:
             store.client.delete_registered_model_alias(name, alias)
         else:
-            store.client.set_registered_model_alias(name, alias, str(target))
-    now = holder_of(registered(store, name), alias)
+            store.client.set_registered_model_alias(name, alias, number)
+    now = registered(store, name)
     with store.errors():
         made = replace(move, made_ms=max(_now_ms(), move.when_ms))
-        store.client.set_model_version_tag(name, str(bearer), key, _text(made))
-    if now != target:
+        store.client.set_model_version_tag(name, number, key, _text(made))
+    if (at := holder_of(now, alias)) != end:
         raise MovedMeanwhile(
-            f"Alias {alias!r} of {name} went to version {target} and is at version {now} now: another "
-            "program moved it at the same time, and the last move stays; see mechdiff maps history "
-            f"{name}, then repeat yours if it should stand."
+            f"Alias {alias!r} of {name} went to version {end} and is at version {at} now: another "
+            f"program moved it at the same time, and the last move stays; see "
+            f"{store.command('maps', 'history', name, '--alias', alias)} and repeat yours if it should stand."
         )
+    return replace(bearer.with_tags({key: _text(made)}), aliases=_aliases(now, bearer.number))
 
 
-def _record_of(store: Store, name: str, alias: str, move: Move) -> tuple[str, Move]:
+def _record_of(
+    store: Store, model: RegisteredModel, alias: str, move: Move, bearer: Version, source: Version | None
+) -> tuple[str, Move]:
     """The tag and content of a move's record: what a crashed attempt left of the same move, or a new one."""
-    ends = [number for number in (move.target, move.source) if number is not None]
-    versions = [get_version(store, name, number) for number in ends]
-    of_ends = [_recorded(str(one), one.tags, alias) for one in versions]
     left = [
         (key, one)
-        for key, one in of_ends[0].items()
+        for key, one in _recorded(str(bearer), bearer.tags, alias).items()
         if not one.made_ms and (one.action, one.source, one.target) == (move.action, move.source, move.target)
     ]
     if left:
         return max(left, key=lambda found: _order(found[0]))
     # Whatever the clocks say, a move comes after the one that it saw.
-    before = of_ends[-1].values() if move.source is not None else history(store, name, alias)
+    is_only = all(int(one.version) <= 1 for one in model.latest_versions)
+    last = source or (bearer if is_only else None)
+    before = _moves(store, model, alias) if last is None else _recorded(str(last), last.tags, alias).values()
     when_ms = max([move.when_ms, *(one.when_ms + 1 for one in before)])
     # The end makes the key its own: what one program writes never overwrites what another did.
     return f"{_MOVE_TAG}{alias}.{when_ms}.{uuid.uuid4().hex[:8]}", replace(move, when_ms=when_ms)
@@ -303,6 +318,34 @@ def _record_of(store: Store, name: str, alias: str, move: Move) -> tuple[str, Mo
 
 def _text(move: Move) -> str:
     return _MOVE.dump_json(move).decode()
+
+
+def find(store: Store, name: str) -> RegisteredModel | None:
+    """MLflow's entity of the registered map `name`; None where there is none, or this account may not look.
+
+    Raises:
+        MechdiffError: Another kind of model has that name.
+    """
+    try:
+        with store.errors():
+            model = store.client.get_registered_model(name)
+    except NotAllowed:
+        return None
+    except MechdiffError as error:
+        if not _is_missing(error):
+            raise
+        return None
+    if model.tags.get(KIND_TAG) != "map":
+        raise MechdiffError(
+            f"A registered model {name!r} that is no map exists already; give another name with --name."
+        )
+    return model
+
+
+def holder(store: Store, model: RegisteredModel, alias: str) -> Version | None:
+    """The version that bears `alias`."""
+    number = holder_of(model, alias)
+    return None if number is None else get_version(store, model.name, number)
 
 
 def registered(store: Store, name: str) -> RegisteredModel:
@@ -317,24 +360,27 @@ def registered(store: Store, name: str) -> RegisteredModel:
     except MechdiffError as error:
         if not _is_missing(error):
             raise
-    known = sorted(model.name for model in _our_models(store))
+    known = sorted(model.name for model in our_models(store))
     close = difflib.get_close_matches(name, known, n=5) or known[:10]
     raise MechdiffError(f"No map is registered as {name!r}; there is {', '.join(close) or 'none yet'}.")
 
 
-def _our_models(store: Store) -> list[RegisteredModel]:
+def our_models(store: Store, where: str = "") -> list[RegisteredModel]:
+    """Every registered map that MLflow's filter finds."""
+    where = " and ".join(filter(None, (_OURS, where)))
     found: list[RegisteredModel] = []
     token = None
     with store.errors():
         while True:
-            page = store.client.search_registered_models(_OURS, max_results=_PAGE, page_token=token)
+            page = store.client.search_registered_models(where, max_results=_PAGE, page_token=token)
             found += page
             token = page.token
             if not token:
                 return found
 
 
-def _version(found: ModelVersion, aliases: Iterable[str]) -> Version:
+def version_of(found: ModelVersion, aliases: Iterable[str]) -> Version:
+    """MLflow's entity as ours."""
     return Version(
         name=found.name,
         number=int(found.version),
@@ -344,6 +390,10 @@ def _version(found: ModelVersion, aliases: Iterable[str]) -> Version:
         tags=dict(found.tags),
         created_ms=found.creation_timestamp,
     )
+
+
+def _aliases(model: RegisteredModel, number: int) -> tuple[str, ...]:
+    return tuple(sorted(alias for alias, at in model.aliases.items() if int(at) == number))
 
 
 def holder_of(model: RegisteredModel, alias: str) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, takewhile
@@ -14,7 +14,7 @@ from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.tracking.content.records import check_key
 from mechdiff_mlflow.tracking.content.tag_names import SELECTION_LEAK
-from mechdiff_mlflow.tracking.runs.lookup import each_run
+from mechdiff_mlflow.tracking.runs.lookup import MOST_VALUES, can_quote, each_run, quoted
 from mechdiff_mlflow.tracking.store.store import Store
 
 _SETTINGS = {
@@ -24,7 +24,6 @@ _SETTINGS = {
 _LOWER_IS_BETTER = ("KL_", "rho", "noise_floor", "p/", "reverse/", "control/", "time/")
 _FEW = 20
 _MOST_A_PAGE = 1000
-_MOST_VALUES = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +36,10 @@ class FoundRun:
         pair: Its name.
         site: Where.
         settings: solver, family, k, alpha, split and n as logged.
-        metric: What was asked for.
-        value: Of that metric.
-        low: End of its 95 % interval, if logged.
-        high: The other end.
+        metric: Name of the metric that was asked for.
+        value: Its value.
+        low: Lower end of its 95 % interval, if logged.
+        high: The upper end.
         leak: Whether something was chosen on prompts that are reported; None where nobody knows.
         prompts: Name, digest and split of each prompt set.
         started_ms: Unix time in ms.
@@ -87,7 +86,7 @@ def find_runs(
     check_key(metric)
     where = ["tags.`mechdiff.kind` = 'patch'", "attributes.status = 'FINISHED'"]
     if pair is not None:
-        where.append(f"params.pair = {_quoted(pair)}")
+        where.append(f"params.pair = {quoted(pair)}")
     if site is not None:
         where += [f"params.layer = '{site.layer}'", f"params.hook = '{site.hook}'"]
     with store.errors():
@@ -114,13 +113,7 @@ def find_runs(
 
 
 class _Search:
-    """Runs by a metric, the best first.
-
-    Args:
-        store: Where to look.
-        experiments: Names of the experiments by id.
-        metric: What counts.
-    """
+    """Runs of some experiments, given by id and name, by a metric, the best first."""
 
     def __init__(self, store: Store, experiments: dict[str, str], metric: str) -> None:
         self.sign = 1 if metric.startswith(_LOWER_IS_BETTER) else -1
@@ -128,14 +121,51 @@ class _Search:
         self._each = partial(each_run, store, list(experiments), order=by)
         self._experiments, self._metric = experiments, metric
 
-    def ordered(self, where: Sequence[str], limit: int | None = None) -> Iterator[Run]:
-        """All that have the metric; those without it come last in the store's order."""
-        runs = self._each(" and ".join(where), page=min(limit or _MOST_A_PAGE, _MOST_A_PAGE))
-        return takewhile(lambda run: self._metric in run.data.metrics, runs)
+    def first(self, where: Sequence[str]) -> list[Run]:
+        """Some runs, with the metric or without."""
+        return list(islice(self._each(" and ".join(where), page=_FEW), _FEW))
 
     def readable(self, where: Sequence[str], limit: int | None = None) -> Iterator[FoundRun]:
-        """Those whose fields are what they should be; a warning for each other."""
-        return filter(None, map(self._read, self.ordered(where, limit)))
+        """Runs with the metric whose fields are what they should be; a warning for each other."""
+        runs = self._each(" and ".join(where), page=min(limit or _MOST_A_PAGE, _MOST_A_PAGE))
+        return filter(None, map(self._read, self._measured(runs)))
+
+    def best_of_each(
+        self, where: Sequence[str], keys: Sequence[str], best: Sequence[Run] = ()
+    ) -> list[FoundRun]:
+        """The best run of each combination of the params `keys`, with no look at most of the others.
+
+        The next search leaves out the values of the first param that were seen, until nothing is left; `best`
+        are the first runs, if they are known.
+        """
+        if not keys:
+            known = filter(None, map(self._read, best))
+            return list(islice(known, 1)) or list(islice(self.readable(where, _FEW), 1))
+        key, *others = keys
+        found: list[FoundRun] = []
+        seen: list[str] = []
+        left = [*where]
+        runs = [*best] or [*self._measured(self.first(left))]
+        while runs:
+            groups: dict[str, list[Run]] = {}
+            for run in runs:
+                if key in run.data.params:
+                    groups.setdefault(run.data.params[key], []).append(run)
+            if seen and not groups:
+                break
+            if len(seen) + len(groups) > MOST_VALUES or not all(map(can_quote, groups)):
+                rest = {(run.pair, run.site): run for run in reversed([*self.readable(left)])}
+                return found + list(rest.values())
+            for value, ones in groups.items():
+                found += self.best_of_each([*where, f"params.{key} = {quoted(value)}"], others, ones)
+            seen += groups or [""]  # which leaves out the runs that do not have the param
+            left = [*where, *(f"params.{key} != {quoted(value)}" for value in seen)]
+            runs = [*self._measured(self.first(left))]
+        return found
+
+    def _measured(self, runs: Iterable[Run]) -> Iterator[Run]:
+        """Those that have the metric; the others come last in the store's order."""
+        return takewhile(lambda run: self._metric in run.data.metrics, runs)
 
     def _read(self, run: Run) -> FoundRun | None:
         try:
@@ -143,36 +173,6 @@ class _Search:
         except foreign.Malformed as error:
             foreign.left_out(f"run {run.info.run_id}", error)
             return None
-
-    def first(self, where: Sequence[str]) -> list[Run]:
-        """Some, with the metric or without."""
-        return list(islice(self._each(" and ".join(where), page=_FEW), _FEW))
-
-    def best_of_each(self, where: Sequence[str], keys: Sequence[str]) -> list[FoundRun]:
-        """The best run of each combination of some params, with no look at most of the others.
-
-        The next search leaves out the values of the first param that were seen, until nothing is left.
-        """
-        if not keys:
-            return list(islice(self.readable(where, _FEW), 1))
-        key, *others = keys
-        found: list[FoundRun] = []
-        seen: list[str] = []
-        while True:
-            left = [*where, *(f"params.{key} != {_quoted(value)}" for value in seen)]
-            runs = list(islice(self.ordered(left, _FEW), _FEW))
-            values = {run.data.params[key]: run for run in reversed(runs) if key in run.data.params}
-            if not values and (seen or not runs):
-                return found
-            # Some stores join at most 64 tables, one for each condition.
-            if len(seen) + len(values) > _MOST_VALUES or not all(map(_can_quote, values)):
-                rest = {(run.pair, run.site): run for run in reversed([*self.readable(left)])}
-                return found + list(rest.values())
-            for value, run in values.items():
-                at = [*where, f"params.{key} = {_quoted(value)}"]
-                best = None if others else self._read(run)
-                found += [best] if best else self.best_of_each(at, others)
-            seen += values or [""]  # which leaves out the runs that do not have the param
 
 
 def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:
@@ -205,13 +205,3 @@ def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:
         prompts=tuple(sorted(prompts, key=lambda row: (row["split"], row["name"]))),
         started_ms=run.info.start_time or 0,
     )
-
-
-def _can_quote(text: str) -> bool:
-    return not {"'", '"'} <= {*text}
-
-
-def _quoted(text: str) -> str:
-    if not _can_quote(text):
-        raise MechdiffError(f"{text!r} has both kinds of quotes, which MLflow cannot search for.")
-    return f'"{text}"' if "'" in text else f"'{text}'"
