@@ -269,7 +269,6 @@ class PatchEngine:
         sites = list(dict.fromkeys(group.site for group in groups))
         recorded = self._to_score(prompts, sites)
         board = ScoreBoard(groups, len(recorded), self.width)
-        tops = torch.zeros(len(recorded), dtype=torch.long)
 
         def run(piece: Chunk | Recording, limits: ChunkLimits) -> None:
             chunk = piece.chunk if isinstance(piece, Recording) else piece
@@ -285,12 +284,11 @@ class PatchEngine:
                 for rows in path.run(recording, variants)
             ]
             board.add(recording, same, scored)
-            tops[chunk.index] = next_token.top.cpu()
             if piece is chunk:
                 recorded.keep(recording)
 
         self._each_chunk(recorded, run, len(sites), board.n_columns, keeps_runs=True, progress=progress)
-        return board.result(recorded.clean(sites), tops)
+        return board.result(recorded.clean(sites))
 
     def _forward_alone(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
         # As the path does that scores such a chunk: both must give the same to the bit.

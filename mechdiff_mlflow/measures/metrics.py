@@ -139,14 +139,17 @@ def rounding_kl(logits: Tensor) -> Tensor:
 
 def _kernels(logits: Tensor) -> ModuleType | None:
     """Kernels for logits on this device, where there are any."""
-    return _import_kernels() if logits.is_cuda and logits.dtype != torch.float64 else None
+    if not logits.is_cuda or logits.dtype == torch.float64:
+        return None
+    return triton_kernels("mechdiff_mlflow.measures.metrics_triton")
 
 
 @cache
-def _import_kernels() -> ModuleType | None:
+def triton_kernels(module: str) -> ModuleType | None:
+    """A module of GPU kernels; None without Triton, which comes with torch for CUDA, but not everywhere."""
     try:
-        return import_module("mechdiff_mlflow.measures.metrics_triton")
-    except ImportError:  # Triton comes with torch for CUDA, but not everywhere
+        return import_module(module)
+    except ImportError:
         return None
 
 

@@ -53,7 +53,6 @@ class SmallMemory:
 def assert_equal_scores(a: ScoreResult, b: ScoreResult) -> None:
     for x, y in zip(a.divergences, b.divergences, strict=True):
         torch.testing.assert_close(x.kl_patched_clean, y.kl_patched_clean, rtol=1e-10, atol=1e-13)
-    assert torch.equal(a.clean_top, b.clean_top)
     for site, x in a.clean.items():
         torch.testing.assert_close(x, b.clean[site], rtol=1e-12, atol=1e-12)
 

@@ -90,7 +90,6 @@ def test_score_is_patching_by_definition(mode: str, attention: str, from_end: in
             assert found.kl_patched_clean.min() > 1e-4
     captured = engine.capture(prompts, ALL_SITES)
     assert all(torch.equal(result.clean[site], captured[site]) for site in ALL_SITES)
-    assert torch.equal(result.clean_top, clean.argmax(-1))
 
 
 @pytest.mark.parametrize("mode", ["sweep", "masked"])

@@ -90,11 +90,11 @@ class ScoreBoard:
             self._check_finite(values, index)
             getattr(self._scores, field.name)[index] = values
 
-    def result(self, clean: Mapping[Site, Tensor], clean_top: Tensor) -> ScoreResult:
+    def result(self, clean: Mapping[Site, Tensor]) -> ScoreResult:
         """Everything, group by group."""
         ranges = zip(self._starts, self._ends, strict=True)
         divergences = tuple(self._scores.map(itemgetter((slice(None), slice(*ends)))) for ends in ranges)
-        return ScoreResult(divergences, clean, clean_top)
+        return ScoreResult(divergences, clean)
 
     def _check_finite(self, values: Tensor, index: Tensor) -> None:
         finite = torch.isfinite(values)

@@ -30,7 +30,6 @@ ComputePath: TypeAlias = SweepPath | MaskedPath | NaivePath
 MODES = ("auto", "sweep", "masked", "naive")
 
 _WITH_SPANS = ("masked", "naive")
-
 _CROWD = 20
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}

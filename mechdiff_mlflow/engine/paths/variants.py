@@ -88,7 +88,6 @@ class ScoreResult:
 
     divergences: tuple[Divergences, ...]  # one for each group, in order; fields [N, v] in float64 on the CPU
     clean: Mapping[Site, Tensor]  # own activations [N, width] at the groups' sites, on the CPU
-    clean_top: Tensor  # the clean run's top token of each prompt [N]
 
 
 def in_parts(
