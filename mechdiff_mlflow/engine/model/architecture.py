@@ -22,8 +22,13 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.sites import Hook, Site
 
 _ATTENTION = (
-    *("self_attn", "attn", "attention", "self_attention", "linear_attn"),
-    *("temporal_block", "norm_attn_norm.attn"),
+    "self_attn",
+    "attn",
+    "attention",
+    "self_attention",
+    "linear_attn",
+    "temporal_block",
+    "norm_attn_norm.attn",
 )
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "mlp_block", "fc2")
 _POST_NORMS = (
