@@ -28,10 +28,9 @@ from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan, check_prompts,
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.model.sums import without_unlike
 from mechdiff_mlflow.engine.paths.attention_heads import AttentionHeads
-from mechdiff_mlflow.engine.paths.scoreboard import ScoreBoard
 from mechdiff_mlflow.engine.paths.startup_check import MODES, ComputePath, choose_path, path_named
 from mechdiff_mlflow.engine.paths.sweep import SweepPath
-from mechdiff_mlflow.engine.paths.variants import ScoreResult, VariantGroup
+from mechdiff_mlflow.engine.paths.variants import ScoreBoard, ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechdiff_mlflow.engine import PatchEngine, VariantGroup
 from mechdiff_mlflow.engine.model.chunks import in_chunks
-from mechdiff_mlflow.engine.paths.scoreboard import ScoreBoard
+from mechdiff_mlflow.engine.paths.variants import ScoreBoard
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
 

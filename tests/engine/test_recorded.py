@@ -26,7 +26,7 @@ from mechdiff_mlflow.engine import (
     ScoreResult,
     VariantGroup,
 )
-from mechdiff_mlflow.engine.memory import free_memory as free
+from mechdiff_mlflow.engine.memory import clean_runs as free
 from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import Divergences, compare_rows

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +17,13 @@ from torch import Tensor
 
 from mechdiff_mlflow.engine.memory.activations import Activations
 from mechdiff_mlflow.engine.memory.budget import MemoryBudget
-from mechdiff_mlflow.engine.memory.free_memory import free_bytes
 from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan
 from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Site
 
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
 _SHARE = 4
 """Without a budget all recordings may take one part in so many of the memory that is free but for them."""
 
@@ -180,3 +185,36 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _storage(x: Tensor) -> torch.UntypedStorage:
     return x.untyped_storage()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that could be allocated on a device now; 0 where nobody says."""
+    if device.type == "cuda":
+        # What the allocator holds back for reuse is free to us.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return max(0, min(_of_machine(), _of_container())) if device.type == "cpu" else 0
+
+
+def _of_machine() -> int:
+    if _MEMINFO.exists():
+        found = re.search(r"^MemAvailable: +(\d+) kB", _MEMINFO.read_text(encoding="ascii"), re.MULTILINE)
+        return int(found[1]) * 1024 if found else 0
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return 0
+
+
+def _of_container() -> int:
+    """What is left of this process's limit; the cache of files gives way and does not count."""
+    try:
+        limit = int((_CGROUP / "memory.max").read_text(encoding="ascii"))
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+        stat = (_CGROUP / "memory.stat").read_text(encoding="ascii")
+    except (ValueError, OSError):  # "max", or there is none
+        return sys.maxsize
+    cached = sum(int(n) for n in re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE))
+    return limit - used + cached

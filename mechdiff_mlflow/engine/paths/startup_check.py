@@ -1,9 +1,9 @@
-"""What is tried on a model before it is trusted: a few short prompts, padded and not."""
+"""The reference, and what is tried on a model before it is trusted: a few short prompts, padded and not."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -16,13 +16,48 @@ from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits, is_out_of_memor
 from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.engine.model.chunks import Chunk, in_chunks
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.model.hooks import activation_hook
 from mechdiff_mlflow.engine.paths.masked import MaskedPath
-from mechdiff_mlflow.engine.paths.naive import NaivePath
 from mechdiff_mlflow.engine.paths.sweep import SweepPath
-from mechdiff_mlflow.engine.paths.variants import Rows, Variants
+from mechdiff_mlflow.engine.paths.variants import Rows, Variants, moved
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+
+
+class NaivePath:
+    """The reference: a full forward of every prompt for every variant, with one hook.
+
+    Slow, obvious, and right for any model whose sites can be hooked.
+    """
+
+    name = "naive"
+
+    def __init__(self, forward: PromptForward) -> None:
+        self._forward = forward
+
+    def record(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
+        """The clean run of a chunk."""
+        return self._forward.record(chunk, sites)
+
+    def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
+        """Logits of every prompt under every variant, one variant at a time."""
+        chunk = recording.chunk
+        owner = torch.arange(len(chunk))
+        for group in variants:
+            clean = recording.clean[group.site].unsqueeze(1)
+            for i, column in enumerate(group.columns):
+                edit = partial(_replace, chunk, group.values[:, i].unsqueeze(1), clean)
+                with activation_hook(self._forward.decoder, group.site, edit, len(chunk)):
+                    yield Rows(owner, torch.full_like(owner, column), self._forward(chunk))
+
+
+def _replace(chunk: Chunk, value: Tensor, clean: Tensor, hidden: Tensor) -> Tensor:
+    hidden = hidden.clone()
+    span = chunk.spanned(hidden)
+    span.copy_(moved(span, value, clean))
+    return hidden
+
 
 ComputePath: TypeAlias = SweepPath | MaskedPath | NaivePath
 """A way of computing patched runs."""
