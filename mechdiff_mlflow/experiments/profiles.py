@@ -27,8 +27,8 @@ DIRECTIONS = {"tuned_from_base": "tuned", "base_from_tuned": "base"}
 HEAD_COLUMNS = (
     "site", "n_heads", "choice", "size", "heads", "KL", "coverage", "coverage_low", "coverage_high", "KL_all",
 )  # fmt: skip
-"""Columns of the table of heads. choice is single, greedy (nested, chosen on val) or random (of several sets of
-a size: mean, and the middle 95 % of the sets instead of an interval over prompts)."""
+"""Columns of the table of heads. choice is single, greedy (nested, chosen on val) or random (of several sets
+of a size: mean, and the middle 95 % of the sets instead of an interval over prompts)."""
 
 
 def layer_profile(study: Study) -> pd.DataFrame:
