@@ -15,15 +15,8 @@ from click.core import ParameterSource
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.untrusted import inside, is_there
-from mechdiff_mlflow.tracking.runs.recovery import (
-    Command,
-    Stuck,
-    end_stuck,
-    newest_of_mine,
-    stuck_runs,
-    top_run,
-    who_began,
-)
+from mechdiff_mlflow.tracking.runs.commands import Command, newest_of_mine, top_run, who_began
+from mechdiff_mlflow.tracking.runs.stuck import Stuck, end_stuck, stuck_runs
 from mechdiff_mlflow.tracking.store.store import open_store
 
 RESUMABLE = ("run", "fit", "patch", "sweep", "report-pass", "atlas", "layers", "heads")

@@ -46,7 +46,7 @@ from mechdiff_mlflow.tracking.content.card import model_card
 from mechdiff_mlflow.tracking.content.environment import environment
 from mechdiff_mlflow.tracking.content.names import logged_model_name
 from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, ParamValue, param_text
-from mechdiff_mlflow.tracking.store.store import LeaseLost, Store, open_store
+from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store, open_store
 
 FLAVOR_NAME = "mechdiff"
 MAP_FILE = "map.pt"
@@ -207,7 +207,7 @@ def log_model(
     card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params, sha256=sha256)
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
-        store.demand_place(experiment_id)
+        store.require_place(experiment_id)
 
         def create() -> LoggedModel:
             demand()
@@ -225,7 +225,7 @@ def log_model(
         logged = begun or store.patience.once(create, find)
         try:
             demand()
-        except LeaseLost:  # the other process goes on with this one, unless it has its own
+        except RunTakenOver:  # the other process goes on with this one, unless it has its own
             if len(_made(store, experiment_id, run_id, sha256)) > 1:
                 client.delete_logged_model(logged.model_id)
             raise

@@ -27,10 +27,9 @@ from mechdiff_mlflow.tracking.registry.fetch import fetch, load_map, resolve
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import demote, promote, rollback
 from mechdiff_mlflow.tracking.registry.registry import Move, get_version, history, list_versions, list_winners
-from mechdiff_mlflow.tracking.runs.run_lock import LeaseLost
 from mechdiff_mlflow.tracking.runs.runs import Tracker
 from mechdiff_mlflow.tracking.store import user_cache as cache
-from mechdiff_mlflow.tracking.store.store import Store, open_store
+from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store, open_store
 
 from .conftest import D, flip_byte, make_map
 
@@ -429,9 +428,9 @@ def test_a_command_that_was_taken_over_registers_nothing(store: Store, patched: 
 
     def lost() -> None:
         calls.append("asked")
-        raise LeaseLost("Run r was taken over by process 7 on far.")
+        raise RunTakenOver("Run r was taken over by process 7 on far.")
 
-    with pytest.raises(LeaseLost):
+    with pytest.raises(RunTakenOver):
         promote(store, patched(1), demand=lost)
     assert (calls, list_versions(store, NAME)) == (["asked"], [])
 

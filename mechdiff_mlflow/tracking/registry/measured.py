@@ -89,7 +89,7 @@ def _finished(store: Store, run_id: str, here: OpenRun | None = None) -> tuple[R
     if run.info.status != "FINISHED" or run.info.lifecycle_stage == "deleted":
         state = "deleted" if run.info.lifecycle_stage == "deleted" else run.info.status
         raise MechdiffError(f"Run {run_id} is {state} and only FINISHED runs can be promoted; run it again.")
-    store.demand_place(run.info.experiment_id)
+    store.require_place(run.info.experiment_id)
     return run, False
 
 

@@ -42,7 +42,8 @@ from mechdiff_mlflow.tracking.registry.policy import (
 from mechdiff_mlflow.tracking.registry.registry import Version
 from mechdiff_mlflow.tracking.runs.provenance import code_version
 from mechdiff_mlflow.tracking.runs.runs import OpenRun
-from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable, login_name
+from mechdiff_mlflow.tracking.store.server import login_name
+from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
 _SETTINGS = (
     *("pair", "layer", "hook", "solver", "family", "k", "shrink", "ridge", "off_span"),
@@ -76,7 +77,7 @@ def promote(
         alias: To move; the last step.
         policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
         why: In the user's words, for the history.
-        here: The command that has just written the run: it is not asked for again, and its `demand` counts.
+        here: The command that has just written the run: the run is not read again, and has to be its own.
         read: The run's map, if this very process has just logged it and read it back.
         say: Told in a sentence which version gives way to which, or that nothing moves.
         demand: Called before what is made or moved; raises if another process has taken the command over.
@@ -88,7 +89,7 @@ def promote(
     """
     check_alias(alias)
     policy = policy or PromotionPolicy()
-    demand = demand if here is None else here.demand
+    demand = demand if here is None else here.require_owner
     measured = measured_in(store, run_id, here, read)
     name = check_name(name) if name else name_of(measured)
     with registry.promotion_lock(store):

@@ -27,7 +27,8 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.tracking.content.names import check_alias
 from mechdiff_mlflow.tracking.store.file_locks import file_lock, lock_file
-from mechdiff_mlflow.tracking.store.store import A_TOKEN, NotAllowed, Store, login_name
+from mechdiff_mlflow.tracking.store.server import A_TOKEN, login_name
+from mechdiff_mlflow.tracking.store.store import NotAllowed, Store
 
 KIND_TAG = "mechdiff.kind"
 SHA256_TAG = "mechdiff.sha256"
