@@ -1,4 +1,4 @@
-"""What the models say to a prompt: base, tuned, and tuned with the base's activation raw and mapped."""
+"""Continuations of a prompt: by base, by tuned, and by tuned with the base's activation raw and mapped."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def steer(
 
 
 def site_of(the_map: AffineMap) -> Site:
-    """Where a map was fitted.
+    """The site at which a map was fitted.
 
     Raises:
         MechdiffError: It does not say.
@@ -83,7 +83,7 @@ def site_of(the_map: AffineMap) -> Site:
 
 
 def prompt_set(texts: Sequence[str], system: str | None) -> PromptSet:
-    """What users say, as prompts.
+    """Texts of a user as prompts.
 
     Raises:
         MechdiffError: A text is empty.

@@ -1,4 +1,4 @@
-"""What runs support: their table as typed rows, the newest of each cell, and the one to quote a site."""
+"""Evidence from runs: their table as typed rows, the newest of each cell, and the one to quote a site."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SETTINGS = ("shrink", "ridge", "output_metric", "directions", "unembedding", "of
 _PRECEDENCE = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
 """Kinds of runs that patches stand under, by how much their choice of map is worth quoting."""
 _PICKED_FROM = ("sweep", "atlas")
-"""Where the best of several is picked on the reported split itself."""
+"""Kinds of runs from which the best is picked on the reported split itself."""
 _LEVEL = 0.95
 _OLD_LEAKS = {"true": "Leak: settings chosen on the reported prompts", "unknown": selection.sentence(None)}
 
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What two patches must share for their numbers to be compared."""
+    """Conditions that two patches must share for their numbers to be compared."""
 
     split: str
     n: int
