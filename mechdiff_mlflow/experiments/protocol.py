@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.solvers import SOLVERS, OffSpan
+from mechdiff_mlflow.solvers import SETTINGS, OffSpan
 from mechdiff_mlflow.spec.pair_spec import Position
 
 MAX_PERMUTATIONS = 100_000
@@ -42,18 +42,11 @@ class Protocol:
             raise MechdiffError(
                 f"Split {self.split!r} cannot be reported; use test, or val as the original experiment does."
             )
-        if self.alpha_fit not in ("after", "inside"):
-            raise MechdiffError(f"alpha_fit is {self.alpha_fit!r}; use after or inside.")
-        if self.unembedding not in ("tuned", "joint"):
-            raise MechdiffError(f"unembedding is {self.unembedding!r}; use tuned or joint.")
         if not 0 <= self.permutations <= MAX_PERMUTATIONS:
             raise MechdiffError(
                 f"{self.permutations} permutations are impossible; give 0 to {MAX_PERMUTATIONS}."
             )
         if not 0 <= self.seed < 2**63:
             raise MechdiffError(f"Seed {self.seed} is impossible; give 0 to {2**63 - 1}.")
-        if self.directions < 1:
-            raise MechdiffError(f"{self.directions} directions are impossible; give at least 1.")
-        for setting in {setting for solver in SOLVERS.values() for setting in solver.settings}:
-            if hasattr(self, setting.name):
-                setting.checked(getattr(self, setting.name))
+        for setting in SETTINGS:
+            setting.checked(getattr(self, setting.name))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mechdiff_mlflow.engine import PatchEngine, Recorded
+from mechdiff_mlflow.engine import CleanRuns, PatchEngine
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.models.recordings import Rows
@@ -112,7 +112,7 @@ def capture(
 @contextmanager
 def patchable(
     pair: Pair, role: str, prompts: PromptSet, position: Position, sites: Sequence[Site]
-) -> Iterator[tuple[PatchEngine, Recorded]]:
+) -> Iterator[tuple[PatchEngine, CleanRuns]]:
     """The engine of one model, and prompts that are recorded for patches at some sites."""
     with (pair.base if role == "base" else pair.tuned).engine() as engine:
         tokens = pair.tokens(role, prompts, position)

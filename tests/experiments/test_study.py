@@ -178,8 +178,8 @@ def test_every_output_metric_of_reduced_rank_can_be_asked_for(pair: Pair) -> Non
     ("settings", "says"),
     [
         ({"split": "train"}, "cannot be reported"),
-        ({"alpha_fit": "before"}, "use after or inside"),
-        ({"unembedding": "base"}, "use tuned or joint"),
+        ({"alpha_fit": "before"}, "use one of after, inside"),
+        ({"unembedding": "base"}, "use one of tuned, joint"),
         ({"permutations": -1}, "give 0 to 100000"),
     ],
 )
