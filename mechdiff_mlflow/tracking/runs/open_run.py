@@ -190,7 +190,7 @@ class OpenRun:
             if lost is error:
                 return
             raise lost from error
-        if error is None and (self.is_resumed or self._store.patience.was_tested):
+        if error is None and (self.is_resumed or self._store.patience.has_retried):
             self._delete_doubles()
         self._finish(self.run_id, error, self._description)
 
