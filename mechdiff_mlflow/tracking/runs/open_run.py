@@ -257,7 +257,7 @@ class OpenRun:
 
     @contextmanager
     def _ending(self, run_id: str, record: RunRecord) -> Iterator[None]:
-        """A child that cannot be written ends FAILED with the reason, unless another process has it by now."""
+        """A child that cannot be written ends FAILED with the reason, unless another process has it."""
         try:
             yield
         except BaseException as error:
