@@ -35,8 +35,8 @@ block whose output that is; `resid_pre` and `resid_post` are the block's own inp
 END = """
 **Patched runs.** `sweep`: one recording forward, then all variants of all sites in one pass up the blocks.
 `masked`: as many forwards, but every variant goes through all blocks. `naive`: one forward for each variant.
-When a model is loaded the engine takes the first of sweep, concat (the sweep, with the model's own attention
-function), masked and naive that gives the logits of naive on a few short prompts. It warns when that is not
+When a model is loaded the engine takes the first of sweep, masked and naive that gives the logits of naive on
+a few short prompts. It warns when that is not
 the sweep, and every run records which it was. Models loaded with flash or flex attention are run with SDPA.
 The mean over a span (`--position content_mean`) is patched by masked, or by naive in models whose blocks see
 a window of the prompt only.

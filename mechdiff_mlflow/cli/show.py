@@ -22,7 +22,7 @@ from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, leak_lines
-from mechdiff_mlflow.report.evidence import Quoted, of_record
+from mechdiff_mlflow.report.evidence import of_record
 from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.text import plain, text_of
 from mechdiff_mlflow.tracking.content.view import ui_command, view_url
@@ -105,7 +105,7 @@ def patches(records: Sequence[PatchRecord], study: Study) -> None:
     for text in dict.fromkeys(selection.sentence(patch.leak) for patch in records):
         lines([f"{text}. For a number without that, {selection.REMEDY}."] if text else [])
     if len(records) == 1:
-        lines([wording.plain(wording.transport(Quoted(of_record(first), 1)))])
+        lines([wording.plain(wording.transport(of_record(first)))])
 
 
 def continuations(rows: Sequence[Steered], title: str) -> None:

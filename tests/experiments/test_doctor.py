@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Lfm2Config
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.doctor import Check, examine
-from mechdiff_mlflow.experiments.fitting import elsewhere
+from mechdiff_mlflow.experiments.fitting import wrong_layer_site
 from mechdiff_mlflow.experiments.possible import check_cells
 from mechdiff_mlflow.models.pairs import Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
@@ -63,7 +63,7 @@ def test_a_hybrid_is_sound_and_says_where_it_has_attention(tmp_path: Path) -> No
         engine.forward.decoder.check(Site(1, Hook.ATTN_OUT))
     # The wrong-layer control is where there is such a site too.
     asked = [Site(1, Hook.ATTN_OUT), Site(3, Hook.ATTN_OUT)]
-    assert [elsewhere(site, pair).layer for site in asked] == [3, 1]
+    assert [wrong_layer_site(site, pair).layer for site in asked] == [3, 1]
     cells = [Cell(site, "ridge", "update", Rank(None), Alpha((1.0,))) for site in asked]
     check_cells(cells, Protocol(), pair)
     study = Study(pair, Protocol(n_resamples=20))
