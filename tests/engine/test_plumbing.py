@@ -100,7 +100,8 @@ def test_how_far_an_identity_patch_and_another_batch_may_be_off(
 
     monkeypatch.setattr(PatchEngine, "score", off_in_kl)
     monkeypatch.setattr(PatchEngine, "capture", off_when_alone)
-    for factor, failed in ((0.5, []), (2.0, [NAMES[1], NAMES[3]])):
+    for times, failed in ((0.5, []), (2.0, [NAMES[1], NAMES[3]])):
+        factor = times
         checks = check_plumbing(engine, PROMPTS)
         assert [check.name for check in checks if not check.passed] == failed, checks
 

@@ -96,7 +96,8 @@ def test_how_far_another_batch_may_move_an_activation(
         return {site: x * (1 + factor * part * (len(prompts) == 1)) for site, x in found.items()}
 
     monkeypatch.setattr(PatchEngine, "capture", off_when_alone)
-    for factor, passes in ((0.5, True), (2.0, False)):
+    for times, passes in ((0.5, True), (2.0, False)):
+        factor = times
         (check,) = [check for check in examine(pair) if check.name == name]
         assert check.passed == passes, check.seen
 

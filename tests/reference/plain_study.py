@@ -322,7 +322,7 @@ def exact_sign_flip(differences: np.ndarray, groups: Sequence[int] = ()) -> floa
     of = np.asarray(groups or range(len(differences)))
     sums = np.array([differences[of == group].sum() for group in sorted({*of.tolist()})])
     flipped = np.array([np.dot(signs, sums) for signs in product((-1, 1), repeat=len(sums))])
-    return float((flipped >= sums.sum() * (1 - 1e-12)).mean())
+    return float((flipped >= sums.sum() - 1e-12 * np.abs(sums).sum()).mean())
 
 
 def min_rank(drops: dict[int, float], target: float) -> int | None:

@@ -272,7 +272,8 @@ def test_a_patch_that_is_no_identity_is_refused(
     monkeypatch.setattr(doctor, "score", lambda *args: biased(score_of_doctor(*args)))
     cell = Cell(Site(3, Hook.RESID_POST), "procrustes_scaled", "update", Rank(None), Alpha((1.0,)))
     pair = load_pair(PairSpec.load(str(spec)), dtype=dtype)
-    for factor, refused in ((0.9, False), (1.1, True)):
+    for times, refused in ((0.9, False), (1.1, True)):
+        factor = times
         study = Study(pair, Protocol())
         fits = [fit.to_patch for fit in study.fit([cell])]
         if refused:

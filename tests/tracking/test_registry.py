@@ -439,7 +439,7 @@ def test_what_was_promoted_meanwhile_is_looked_at_before_the_alias_moves(
         return create(*args, **options)
 
     monkeypatch.setattr(store.client._client, "create_model_version", and_another)
-    with pytest.raises(MechdiffError, match="worse on the same prompts; .* skill 33.0 .* skill 30.0"):
+    with pytest.raises(MechdiffError, match=r"worse on the same prompts; .* skill 33.0 .* skill 30.0"):
         promote(store, mine)
     assert get_version(store, NAME, "champion").run_id == best
     assert len(history(store, NAME)) == 2
