@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mechdiff_mlflow.engine.model.chunks import in_chunks
-from mechdiff_mlflow.engine.model.hooks import tapped
+from mechdiff_mlflow.engine.model.hooks import activation_hook
 from mechdiff_mlflow.engine.model.sums import Sums, distance, rounding, sites_of
 from mechdiff_mlflow.engine.patch_engine import PatchEngine
 from mechdiff_mlflow.engine.paths.variants import VariantGroup
@@ -25,26 +25,15 @@ _FLOOR_NATS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, 
 
 @dataclass(frozen=True, slots=True)
 class PlumbingCheck:
-    """The outcome of one check.
-
-    Args:
-        name: What was checked.
-        passed: Whether results can be trusted.
-        detail: What was seen, with values.
-    """
+    """The outcome of one check."""
 
     name: str
     passed: bool
-    detail: str
+    detail: str  # what was seen, with values
 
 
 def check_plumbing(engine: PatchEngine, prompts: TokenizedPrompts, n_prompts: int = 4) -> list[PlumbingCheck]:
-    """Run every check on the shortest and longest of some prompts.
-
-    Args:
-        engine: Of the model to be checked.
-        prompts: At least one prompt.
-        n_prompts: How many of them are run.
+    """Run every check on so many of the prompts, the shortest and the longest.
 
     Raises:
         MechdiffError: The prompts cannot be run.
@@ -73,7 +62,9 @@ def _hooks_fire_once(engine: PatchEngine, prompts: TokenizedPrompts, sites: Sequ
 
     with ExitStack() as stack:
         for site in sites:
-            stack.enter_context(tapped(engine.forward.decoder, site, partial(count, site), len(chunk)))
+            stack.enter_context(
+                activation_hook(engine.forward.decoder, site, partial(count, site), len(chunk))
+            )
         engine.forward(chunk)
     wrong = [f"{site} fired {fired[site]} times" for site in sites if fired[site] != 1]
     detail = ", ".join(wrong[:3]) or f"{len(sites)} sites fired once in a forward"

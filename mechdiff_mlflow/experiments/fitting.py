@@ -17,7 +17,7 @@ from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.workers.tasks import Gradients, at_sites
 from mechdiff_mlflow.experiments.workers.workers import Workers, unembedding
-from mechdiff_mlflow.maps.affine import JSON, AffineMap
+from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum, Solution, controls
 from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Cell
@@ -78,7 +78,7 @@ class Fitter:
         return self._offers(cell, {alpha: self._solution(cell, alpha) for alpha in self._fits(cell)})
 
     def shuffled(self, cell: Cell) -> list[list[AffineMap]]:
-        """What `offers` are when base and tuned rows are paired at random, once for each permutation."""
+        """The `offers` when base and tuned rows are paired at random, once for each permutation."""
         if not self.protocol.permutations:
             return []
         by_alpha = {alpha: self._shuffled_solutions(cell, alpha) for alpha in self._fits(cell)}
@@ -105,7 +105,7 @@ class Fitter:
         return nulls
 
     def seconds(self, cell: Cell) -> float:
-        """What the factorisations took that all ranks of the cell's site, solver and family share."""
+        """Seconds of the factorisations that all ranks of the cell's site, solver and family share."""
         return sum(self._solutions[self._key(cell, alpha)][1] for alpha in self._fits(cell))
 
     def _fits(self, cell: Cell) -> tuple[float, ...]:
@@ -121,16 +121,16 @@ class Fitter:
         for rule in rules:
             made = {alpha: solution.map(cell.rank.k, rule) for alpha, solution in solutions.items()}
             maps += [made[a if a in made else 1.0].with_alpha(a) for a in self.alphas(cell)]
-        notes: dict[str, JSON] = {"alpha_fit": self.protocol.alpha_fit}  # what a map's own meta does not say
-        for setting in solvers.solver_named(cell.solver).tensor_settings:
-            notes[setting.name] = getattr(self.protocol, setting.name)
-        return [map_.with_meta(**notes) for map_ in maps]
+        row = solvers.solver_named(cell.solver)
+        of_tensors = {s.name: getattr(self.protocol, s.name) for s in row.tensor_settings}
+        # What a map's own meta does not say.
+        return [map_.with_meta(alpha_fit=self.protocol.alpha_fit, **of_tensors) for map_ in maps]
 
     def _key(self, cell: Cell, alpha: float) -> Key:
         return cell.site, cell.solver, cell.family, alpha
 
     def _solution(self, cell: Cell, alpha: float) -> Solution:
-        """What all ranks of a site, solver and family share; fitted to y/α."""
+        """The solution that all ranks of a site, solver and family share; fitted to y/α."""
         key = self._key(cell, alpha)
         if key not in self._solutions:
             started = time.perf_counter()
@@ -158,7 +158,8 @@ class Fitter:
         if alpha != 1:
             spectrum = spectrum.scaled(1 / alpha)
         solver = solvers.solver_named(cell.solver)
-        arguments: dict[str, object] = {s.name: getattr(self.protocol, s.name) for s in solver.settings}
+        names = [setting.name for setting in solver.settings]
+        arguments: dict[str, object] = {name: getattr(self.protocol, name) for name in names}
         if "basis" in solver.tensors:
             arguments["basis"] = self._output_directions(spectrum.d_out)
         if "fisher" in solver.tensors and self.protocol.output_metric == "fisher":
@@ -198,7 +199,7 @@ class Fitter:
 
 
 def wrong_layer_site(site: Site, pair: Pair) -> Site:
-    """Where the wrong-layer control is fitted: the same hook an eighth of the model further on, or back.
+    """The site of the wrong-layer control: the same hook an eighth of the model further on, or back.
 
     Never round to the first layer: what enters it is the same for all prompts. Where the blocks of a hybrid
     there lack the hook, the nearest that have it; the site itself if no other block does.

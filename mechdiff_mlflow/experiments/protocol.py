@@ -1,4 +1,4 @@
-"""What all cells of an experiment share."""
+"""Settings that all cells of an experiment share."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """torch's zip of tensors, made sure of before torch reads it.
 
-`torch.load(weights_only=True)` runs nothing that the file names, but its list of what may be named includes
-`bytearray`, which allocates whatever it is told (1.5 GB from a file of 3 KB, torch 2.13), and it reads the
-zip with another library than ours, which may see other members. So the members are read here, the pickle is
-walked without doing what it says, each storage must claim what its record has, and torch gets a new zip of
-what was checked.
+`torch.load(weights_only=True)` runs nothing that the file names, but may call `bytearray`, which allocates
+whatever it is told (1.5 GB from a file of 3 KB, torch 2.13), and its zip reader may see other members than
+ours. So the members are read here, the pickle is walked without doing what it says, each storage must claim
+what its record has, and torch gets a new zip of what was checked.
 """
 
 from __future__ import annotations
@@ -32,11 +31,7 @@ _VALUES = {"NEWFALSE": False, "NEWTRUE": True, "NONE": None}
 
 
 def checked(file: BinaryIO, size: int) -> io.BytesIO:
-    """A zip that holds what `torch.load` needs of the zip in `file`, and no more than that.
-
-    Args:
-        file: Seekable.
-        size: Its bytes.
+    """A zip that holds what `torch.load` needs of the zip in a seekable file, and no more than that.
 
     Raises:
         ValueError, zipfile.BadZipFile: It is not what `torch.save` writes of float64 and float32 tensors and
@@ -64,8 +59,6 @@ def checked(file: BinaryIO, size: int) -> io.BytesIO:
 
 def storages(pickle: bytes) -> dict[str, int]:
     """Bytes of each storage that the pickle of a dictionary of tensors claims, by the name of its record.
-
-    The pickle is walked and not executed.
 
     Raises:
         ValueError: It has another instruction or names another global than `torch.save` writes for that.

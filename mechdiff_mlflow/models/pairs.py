@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mechdiff_mlflow.engine import MemoryBudget, ModuleNames, PatchEngine, Shelf
+from mechdiff_mlflow.engine import CleanRunCache, MemoryBudget, ModuleNames, PatchEngine
 from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.engine.model.sums import sites_of
 from mechdiff_mlflow.errors import MechdiffError
@@ -468,7 +468,7 @@ def _memory_of(device: str) -> int:
 
 def _engine_maker(spec: PairSpec, bounds: EngineOptions) -> Callable[[nn.Module], PatchEngine]:
     budget = None if bounds.memory_budget is None else MemoryBudget(bounds.memory_budget)
-    shelf = Shelf(budget)
+    cache = CleanRunCache(budget)
 
     def make_engine(model: nn.Module) -> PatchEngine:
         # A GPU is kept busy by larger matrices; where memory runs out, the engine takes less.
@@ -480,7 +480,7 @@ def _engine_maker(spec: PairSpec, bounds: EngineOptions) -> Callable[[nn.Module]
             max_rows=bounds.max_rows or 8192 * times,
             head_rows=bounds.head_rows or 2048 * times,
             budget=budget,
-            shelf=shelf,
+            cache=cache,
         )
 
     return make_engine

@@ -10,8 +10,6 @@ from mechdiff_mlflow.solvers.table import (
     Settings,
     Solver,
     check_possible,
-    fit,
-    fit_moments,
     fit_spectrum,
     solver_named,
 )
@@ -26,8 +24,6 @@ __all__ = [
     "Solution",
     "Solver",
     "check_possible",
-    "fit",
-    "fit_moments",
     "fit_spectrum",
     "identity_scale",
     "solver_named",

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import JSON, Family
-from mechdiff_mlflow.measures.moments import PairedMoments
 from mechdiff_mlflow.solvers.factors import Factors
 from mechdiff_mlflow.solvers.procrustes import procrustes, procrustes_scaled
 from mechdiff_mlflow.solvers.regression import logit_subspace, reduced_rank, ridge
@@ -22,29 +21,17 @@ from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 
 @dataclass(frozen=True, slots=True)
 class Solver:
-    """One row of the table.
+    """One row of the table."""
 
-    Args:
-        name: What users type.
-        help: One line.
-        solve: `(spectrum, family, **settings, **tensors) -> Factors`.
-        families: Those it supports; `update` always needs d_in = d_out.
-        settings: Its hyperparameters, which `solve` takes.
-        tensors: Names of further inputs, each with rows as wide as y; all optional in the signature.
-        tensor_settings: What whoever makes these from the models reads of the user.
-        ranked: Whether rank k means anything.
-        centred: Whether the means of x and y take part; they are 0 otherwise.
-    """
-
-    name: str
-    help: str
-    solve: Callable[..., Factors]
-    families: tuple[Family, ...] = tuple(Family)
-    settings: tuple[Setting, ...] = ()
-    tensors: tuple[str, ...] = ()
-    tensor_settings: tuple[Setting, ...] = ()
-    ranked: bool = True
-    centred: bool = True
+    name: str  # what users type
+    help: str  # one line
+    solve: Callable[..., Factors]  # `(spectrum, family, **settings, **tensors) -> Factors`
+    families: tuple[Family, ...] = tuple(Family)  # those it supports; `update` always needs d_in = d_out
+    settings: tuple[Setting, ...] = ()  # its hyperparameters, which `solve` takes
+    tensors: tuple[str, ...] = ()  # further inputs, with rows as wide as y; optional in the signature
+    tensor_settings: tuple[Setting, ...] = ()  # what whoever makes these from the models reads of the user
+    ranked: bool = True  # whether rank k means anything
+    centred: bool = True  # whether the means of x and y take part; they are 0 otherwise
 
 
 def _no_update(p: PairedSpectrum, family: Family) -> Factors:
@@ -83,60 +70,45 @@ ALPHA_FIT = Setting(
     choices=("after", "inside"),
 )
 
-SOLVERS: Mapping[str, Solver] = MappingProxyType(
-    {
-        row.name: row
-        for row in (
-            Solver(
-                "procrustes_scaled",
-                "whiten with shrunk covariances, rotate, stretch, colour again",
-                procrustes_scaled,
-                settings=(SHRINK,),
-            ),
-            Solver(
-                "reduced_rank",
-                "least squares of rank k: the optimal map of each rank",
-                reduced_rank,
-                settings=(RIDGE, OUTPUT_METRIC, SHRINK),
-                tensors=("fisher",),
-            ),
-            Solver(
-                "ridge",
-                "least squares pulled to 0 (content) or to the identity (update)",
-                ridge,
-                settings=(RIDGE,),
-            ),
-            Solver(
-                "procrustes",
-                "the rotation nearest to the rows",
-                procrustes,
-            ),
-            Solver(
-                "logit_subspace",
-                "reduced rank towards the part of y in given output directions",
-                logit_subspace,
-                settings=(RIDGE,),
-                tensors=("basis",),
-                tensor_settings=(DIRECTIONS, UNEMBEDDING),
-            ),
-            Solver(
-                "mean_shift",
-                "add the difference of the means",
-                _no_update,
-                families=(Family.UPDATE,),
-                ranked=False,
-            ),
-            Solver(
-                "identity",
-                "the base activation as it is",
-                _no_update,
-                families=(Family.UPDATE,),
-                ranked=False,
-                centred=False,
-            ),
-        )
-    }
+_ROWS = (
+    Solver(
+        "procrustes_scaled",
+        "whiten with shrunk covariances, rotate, stretch, colour again",
+        procrustes_scaled,
+        settings=(SHRINK,),
+    ),
+    Solver(
+        "reduced_rank",
+        "least squares of rank k: the optimal map of each rank",
+        reduced_rank,
+        settings=(RIDGE, OUTPUT_METRIC, SHRINK),
+        tensors=("fisher",),
+    ),
+    Solver(
+        "ridge", "least squares pulled to 0 (content) or to the identity (update)", ridge, settings=(RIDGE,)
+    ),
+    Solver("procrustes", "the rotation nearest to the rows", procrustes),
+    Solver(
+        "logit_subspace",
+        "reduced rank towards the part of y in given output directions",
+        logit_subspace,
+        settings=(RIDGE,),
+        tensors=("basis",),
+        tensor_settings=(DIRECTIONS, UNEMBEDDING),
+    ),
+    Solver(
+        "mean_shift", "add the difference of the means", _no_update, families=(Family.UPDATE,), ranked=False
+    ),
+    Solver(
+        "identity",
+        "the base activation as it is",
+        _no_update,
+        families=(Family.UPDATE,),
+        ranked=False,
+        centred=False,
+    ),
 )
+SOLVERS: Mapping[str, Solver] = MappingProxyType({row.name: row for row in _ROWS})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +157,10 @@ def check_possible(
             f"The solver {solver} has no {family} family; use {' or '.join(map(str, row.families))}."
         )
     if family is Family.UPDATE and d_in != d_out:
+        others = [row.name for row in SOLVERS.values() if Family.CONTENT in row.families]
         raise MechdiffError(
             f"The update family compares the map with the identity and needs equal widths, not {d_in} -> "
-            f"{d_out}; use family content with one of {', '.join(_of_content())}."
+            f"{d_out}; use family content with one of {', '.join(others)}."
         )
     check_rank(solver, row.ranked, rank, min(d_in, d_out))
     return row, family
@@ -196,13 +169,7 @@ def check_possible(
 def fit_spectrum(
     solver: str, p: PairedSpectrum, family: Family | str = Family.UPDATE, **settings: object
 ) -> Solution:
-    """Solve one site, for every rank at once.
-
-    Args:
-        solver: A name of `SOLVERS`.
-        p: The site's rows; make it once and use it for every solver and setting.
-        family: What ranks count.
-        settings: Hyperparameters and tensors of the solver; the table has their defaults.
+    """Solve one site, for every rank at once, with settings and tensors of the solver.
 
     Raises:
         MechdiffError: The solver, the family, a setting or the widths are not allowed.
@@ -221,34 +188,6 @@ def fit_spectrum(
     meta.update({f"{name}_rows": len(rows) for name, rows in tensors.items()})
     mean_x, mean_y = (p.mean_x, p.mean_y) if row.centred else (0 * p.mean_x, 0 * p.mean_y)
     return Solution(mean_x, mean_y, p.vx, factors, family, row.ranked, meta)
-
-
-def fit(
-    solver: str, x: Tensor, y: Tensor, family: Family | str = Family.UPDATE, **settings: object
-) -> Solution:
-    """`fit_spectrum` of paired rows x [n, d_in], y [n, d_out].
-
-    Raises:
-        MechdiffError: As there; or the rows are not paired, not finite, fewer than two, or do not vary.
-    """
-    solver_named(solver)  # before the expensive part
-    return fit_spectrum(solver, PairedSpectrum.from_rows(x, y), family, **settings)
-
-
-def fit_moments(
-    solver: str, moments: PairedMoments, family: Family | str = Family.UPDATE, **settings: object
-) -> Solution:
-    """`fit_spectrum` of streamed moments.
-
-    Raises:
-        MechdiffError: As there; or fewer than two rows, or rows that do not vary.
-    """
-    solver_named(solver)
-    return fit_spectrum(solver, PairedSpectrum.from_moments(moments), family, **settings)
-
-
-def _of_content() -> list[str]:
-    return [row.name for row in SOLVERS.values() if Family.CONTENT in row.families]
 
 
 def _as_rows(name: str, rows: object, p: PairedSpectrum) -> Tensor:

@@ -4,11 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fitted import fit
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mechdiff_mlflow.solvers import PairedSpectrum, fit
+from mechdiff_mlflow.solvers import PairedSpectrum
 from mechdiff_mlflow.solvers.procrustes import ShrunkCovariance
 
 Normal = Callable[..., Tensor]

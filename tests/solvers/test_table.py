@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from fitted import fit
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,17 +17,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.requests import SweepRequest
 from mechdiff_mlflow.maps.affine import Family
-from mechdiff_mlflow.measures.moments import PairedMoments
-from mechdiff_mlflow.solvers import (
-    SETTINGS,
-    SOLVERS,
-    PairedSpectrum,
-    Setting,
-    Settings,
-    fit,
-    fit_moments,
-    fit_spectrum,
-)
+from mechdiff_mlflow.solvers import SETTINGS, SOLVERS, PairedSpectrum, Setting, Settings, fit_spectrum
 
 G = torch.Generator().manual_seed(7)
 VARIANTS: dict[str, list[dict[str, object]]] = {
@@ -92,24 +83,6 @@ def test_maps_claim_their_rank_truly_and_say_where_they_come_from(
     assert (meta["solver"], meta["family"], meta["n_rows"], meta["span_rank"]) == (solver, family, 15, 14)
     for setting in SOLVERS[solver].settings:
         assert meta[setting.name] == settings.get(setting.name, setting.default)
-
-
-@pytest.mark.parametrize(("solver", "family", "settings"), CASES)
-@pytest.mark.parametrize("n", [30, 60])
-def test_rows_and_moments_agree(
-    rows: Callable[..., tuple[Tensor, Tensor]],
-    solver: str,
-    family: Family,
-    settings: dict[str, object],
-    n: int,
-) -> None:
-    x, y = rows(n, 24)
-    moments = PairedMoments.from_rows(x[:11], y[:11]) + PairedMoments.from_rows(x[11:], y[11:])
-    one, other = fit(solver, x, y, family, **settings), fit_moments(solver, moments, family, **settings)
-    for rank in (None, 1, 4, 20) if SOLVERS[solver].ranked else (None,):
-        a, b = one.map(rank), other.map(rank)
-        assert torch.linalg.norm(a.dense() - b.dense()) <= 1e-10 * torch.linalg.norm(a.dense())
-        torch.testing.assert_close(a.mean_out, b.mean_out, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("solver", "family", "settings"), CASES)

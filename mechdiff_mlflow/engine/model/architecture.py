@@ -22,8 +22,13 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.sites import Hook, Site
 
 _ATTENTION = (
-    *("self_attn", "attn", "attention", "self_attention", "linear_attn"),
-    *("temporal_block", "norm_attn_norm.attn"),
+    "self_attn",
+    "attn",
+    "attention",
+    "self_attention",
+    "linear_attn",
+    "temporal_block",
+    "norm_attn_norm.attn",
 )
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "mlp_block", "fc2")
 _POST_NORMS = (
@@ -35,22 +40,13 @@ _POST_NORMS = (
 
 @dataclass(frozen=True, slots=True)
 class ModuleNames:
-    """Module names of a model that is not recognised; None means found automatically.
+    """Module names of a model that is not recognised; None means found automatically."""
 
-    Args:
-        layers: Path of the list of decoder blocks, e.g. `model.layers`.
-        attention: Name of the attention sublayer in a block, e.g. `self_attn`.
-        mlp: Name of the MLP sublayer in a block, e.g. `mlp`.
-        attn_out: Name in a block of the module whose output the attention sublayer adds to the residual
-            stream, when that is not `attention` itself, e.g. `post_attention_layernorm`.
-        mlp_out: The same for the MLP sublayer.
-    """
-
-    layers: str | None = None
-    attention: str | None = None
-    mlp: str | None = None
-    attn_out: str | None = None
-    mlp_out: str | None = None
+    layers: str | None = None  # path of the list of decoder blocks, e.g. `model.layers`
+    attention: str | None = None  # attention sublayer in a block, e.g. `self_attn`
+    mlp: str | None = None  # MLP sublayer in a block, e.g. `mlp`
+    attn_out: str | None = None  # what gives attn_out, if not `attention`, e.g. `post_attention_layernorm`
+    mlp_out: str | None = None  # the same for the MLP sublayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +62,13 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A causal language model whose blocks have been found.
+    """A causal language model whose blocks have been found."""
 
-    Args:
-        model: What is called: a transformers causal LM, or a PEFT wrapper of one.
-        layers: The list of decoder blocks in it.
-        blocks: The same, resolved, first to last.
-        width: Dimensions of the residual stream.
-        unlike: Why `attn_out` and `mlp_out` are no sites of it; empty if nothing is known against them.
-    """
-
-    model: nn.Module
-    layers: nn.ModuleList
-    blocks: tuple[Block, ...]
-    width: int
-    unlike: str = ""
+    model: nn.Module  # what is called: a transformers causal LM, or a PEFT wrapper of one
+    layers: nn.ModuleList  # the list of decoder blocks in it
+    blocks: tuple[Block, ...]  # the same, resolved, first to last
+    width: int  # dimensions of the residual stream
+    unlike: str = ""  # why `attn_out` and `mlp_out` are no sites of it; empty if nothing speaks against them
 
     @classmethod
     def of(cls, model: nn.Module, names: ModuleNames | None = None) -> Decoder:
@@ -95,7 +83,7 @@ class Decoder:
         return cls(model, layers, tuple(_resolve(layer, names) for layer in layers), int(config.hidden_size))
 
     def check(self, site: Site) -> None:
-        """Raise unless `site` exists.
+        """Make sure that `site` exists.
 
         Raises:
             MechdiffError: The layer is beyond the last, or its block lacks the sublayer.
@@ -172,11 +160,9 @@ def _find_layers(model: nn.Module, n_layers: int, names: ModuleNames) -> nn.Modu
         home = paths.get(model.get_input_embeddings(), "").rpartition(".")[0]  # type: ignore[operator]
         found = {path: found[path] for path in found if path.rpartition(".")[0] == home} or found
     if len(found) != 1:
-        what = (
-            f"several could be ({', '.join(found)})"
-            if found
-            else f"none of {_module_lists(model) or 'none'} fits"
-        )
+        what = f"none of {_module_lists(model) or 'none'} fits"
+        if found:
+            what = f"several could be ({', '.join(found)})"
         raise MechdiffError(
             f"The {n_layers} decoder blocks of {type(model).__name__} were not recognised: {what}; "
             "set modules.layers in the pair's spec, and modules.attention if its name is unusual."
@@ -203,10 +189,8 @@ def _resolve(layer: nn.Module, names: ModuleNames) -> Block:
     for norms in _POST_NORMS:
         if all(_submodule(layer, name) is not None for name in norms):
             attn_out, mlp_out = (_submodule(layer, name) for name in norms)
-    if names.attn_out is not None:
-        attn_out = _required(layer, "attn_out", names.attn_out)
-    if names.mlp_out is not None:
-        mlp_out = _required(layer, "mlp_out", names.mlp_out)
+    attn_out = _required(layer, "attn_out", names.attn_out) if names.attn_out else attn_out
+    mlp_out = _required(layer, "mlp_out", names.mlp_out) if names.mlp_out else mlp_out
     return Block(layer, attention, mlp, attn_out, mlp_out)
 
 

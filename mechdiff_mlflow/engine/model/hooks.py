@@ -17,14 +17,12 @@ Edit = Callable[[Tensor], Tensor | None]
 
 
 @contextmanager
-def tapped(decoder: Decoder, site: Site, edit: Edit, n_prompts: int | Callable[[], int]) -> Iterator[None]:
+def activation_hook(
+    decoder: Decoder, site: Site, edit: Edit, n_prompts: int | Callable[[], int]
+) -> Iterator[None]:
     """Call `edit` on the activations at `site` in every forward while the context is open.
 
-    Args:
-        decoder: Of the model.
-        site: Where.
-        edit: Reads or replaces.
-        n_prompts: In every forward, or what says it of the running one.
+    A forward has `n_prompts`; where that differs from one to the next, a function says it of the running one.
     """
 
     def edited(hidden: Tensor) -> Tensor | None:

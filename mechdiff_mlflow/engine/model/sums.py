@@ -31,21 +31,13 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """What the blocks of a model add, against what their sublayers give.
+    """What the blocks of a model add, against what their sublayers give."""
 
-    Args:
-        scales: By which constant each block multiplies its sublayers' sum; not 1 in Granite.
-        rest: Largest relative distance of a block's output from its input and that.
-        limit: What rounding explains of it.
-        n_blocks: All of the model.
-        sublayers: Whether any sublayer was recognised.
-    """
-
-    scales: tuple[float, ...]
-    rest: float
-    limit: float
-    n_blocks: int
-    sublayers: bool
+    scales: tuple[float, ...]  # by which constant each block multiplies its sublayers' sum; not 1 in Granite
+    rest: float  # largest relative distance of a block's output from its input and that
+    limit: float  # what rounding explains of it
+    n_blocks: int  # all of the model
+    sublayers: bool  # whether any sublayer was recognised
 
     @classmethod
     def of(cls, captured: Mapping[Site, Tensor], n_blocks: int) -> Sums:

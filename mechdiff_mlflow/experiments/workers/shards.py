@@ -13,7 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.engine.model.chunks import Cuts
+from mechdiff_mlflow.engine.model.chunks import ChunkPlan
 from mechdiff_mlflow.experiments.workers.tasks import LazyTensors, Task, Tensors
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
@@ -23,13 +23,13 @@ MAX_SHARDS = 32
 
 
 def chunks_of(prompts: TokenizedPrompts, batch_size: int) -> list[list[int]]:
-    """Which prompts the engine runs together, in the order in which it takes them."""
+    """Prompts that the engine runs together, in the order in which it takes them."""
 
     def alike(i: int) -> tuple[int, int]:
         return len(prompts.ids[i]) - prompts.positions[i], prompts.span(i)
 
     chunks = []
-    for _, group in groupby(Cuts(prompts, torch.device("cpu")).order, key=alike):
+    for _, group in groupby(ChunkPlan(prompts, torch.device("cpu")).order, key=alike):
         rows = list(group)
         chunks += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     return chunks
