@@ -22,6 +22,8 @@ PROJECT: dict[str, Any] = yaml.safe_load((ROOT / "MLproject").read_text())
 CONDA: dict[str, Any] = yaml.safe_load((ROOT / "conda.yaml").read_text())
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ENTRY_POINTS = sorted(PROJECT["entry_points"])
+WITH_VALUES = {"force": "forced"}
+"""Flags, and the options of the same meaning that take a value, as every parameter of MLproject does."""
 
 
 def command_of(entry_point: str) -> tuple[click.Command, list[str]]:
@@ -47,14 +49,14 @@ def test_every_parameter_of_an_entry_point_reaches_the_option_of_its_name(entry_
     passed.update({name: name for name in arguments})
     parameters = set(PROJECT["entry_points"][entry_point]["parameters"])
     assert passed.keys() == parameters
-    assert all(name == parameter for parameter, name in passed.items()), passed
+    assert all(name == WITH_VALUES.get(parameter, parameter) for parameter, name in passed.items()), passed
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_defaults_are_those_of_the_command_line_and_never_empty(entry_point: str) -> None:
     command, _ = command_of(entry_point)
     for name, parameter in PROJECT["entry_points"][entry_point]["parameters"].items():
-        option = next(p for p in command.params if p.name == name)
+        option = next(p for p in command.params if p.name == WITH_VALUES.get(name, name))
         if option.required and "default" not in parameter:
             continue
         assert str(parameter["default"]) != ""
