@@ -31,8 +31,7 @@ from mechdiff_mlflow.tracking.content.names import check_alias
 from mechdiff_mlflow.tracking.content.parents import report_pass_run
 from mechdiff_mlflow.tracking.flavour import maps_of_run
 from mechdiff_mlflow.tracking.registry.fetch import load_map
-from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused, promote
+from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused
 from mechdiff_mlflow.tracking.registry.registry import winners_of
 from mechdiff_mlflow.tracking.store.store import open_store
 
@@ -64,16 +63,8 @@ def run(request: RunRequest, caller: Caller = PYTHON) -> Result:
         _require_signal(patch)
         if request.promote is not None:
             try:
-                version = promote(
-                    now.store,
-                    measured,
-                    alias=request.promote,
-                    policy=PromotionPolicy(force=request.force),
-                    say=notes.append,
-                    here=now.run,
-                    read=fit.map,
-                )
-                versions.append(version)
+                say = notes.append
+                versions.append(now.promote(measured, fit.map, request.promote, force=request.force, say=say))
             except PromotionRefused as refusal:  # what was measured stays, and the run is a good one
                 refused = str(refusal)
     return replace(

@@ -24,8 +24,7 @@ from mechdiff_mlflow.tracking.commands.session import PYTHON, Caller, Result, se
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.names import check_alias
 from mechdiff_mlflow.tracking.content.parents import atlas_run, heads_run, layers_run
-from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused, promote
+from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused
 
 
 def atlas(request: AtlasRequest, caller: Caller = PYTHON) -> Result:
@@ -56,18 +55,11 @@ def atlas(request: AtlasRequest, caller: Caller = PYTHON) -> Result:
         )
         with now.study.stage("logging runs", len(found.patches)) as advance:
             for site in (site for site in found.patches if site in found.best):
-                child = now.run.log(fields.cell_run(found.fits[site], found.patches[site], now.study))
+                measured, map_ = found.patches[site], found.fits[site].map
+                child = now.run.log(fields.cell_run(found.fits[site], measured, now.study))
                 try:
-                    version = promote(
-                        now.store,
-                        child,
-                        alias=request.alias,
-                        policy=PromotionPolicy(force=request.force),
-                        say=notes.append,
-                        here=now.run,
-                        read=found.fits[site].map,
-                    )
-                    versions.append(version)
+                    say = notes.append
+                    versions.append(now.promote(child, map_, request.alias, force=request.force, say=say))
                 except PromotionRefused as refusal:
                     refused.append(str(refusal))
                 advance(1)

@@ -20,6 +20,7 @@ from mechdiff_mlflow.experiments.possible import check_pair
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.requests import ExperimentRequest
 from mechdiff_mlflow.experiments.sweep import LeastRank
+from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.report.figures import Figure, write_figures
 from mechdiff_mlflow.spec.options import Request
@@ -28,7 +29,8 @@ from mechdiff_mlflow.tracking.commands.computing import workers_of
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
-from mechdiff_mlflow.tracking.registry.promotion import demand_may_promote
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
+from mechdiff_mlflow.tracking.registry.promotion import demand_may_promote, promote
 from mechdiff_mlflow.tracking.registry.registry import Version
 from mechdiff_mlflow.tracking.runs.commands import Command, user_of
 from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
@@ -104,6 +106,13 @@ class Session:
             return self.run.log(record)
         self.run.add(record)
         return self.run.run_id
+
+    def promote(
+        self, run_id: str, map_: AffineMap, alias: str, *, force: bool, say: Callable[[str], None]
+    ) -> Version:
+        """Register the map that a run below this one measured, under an alias."""
+        policy = PromotionPolicy(force=force)
+        return promote(self.store, run_id, alias=alias, policy=policy, say=say, here=self.run, read=map_)
 
     def add_with_figures(
         self, figures: Sequence[Figure], title: str, make: Callable[[Mapping[str, Path]], RunRecord]
