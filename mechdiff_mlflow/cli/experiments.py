@@ -32,7 +32,7 @@ from mechdiff_mlflow.tracking.flavour import maps_of_run
 from mechdiff_mlflow.tracking.registry.fetch import load_map
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused, promote
-from mechdiff_mlflow.tracking.registry.registry import winners_of
+from mechdiff_mlflow.tracking.registry.versions import winners_of
 from mechdiff_mlflow.tracking.store.store import open_store
 
 SEED_N = 500

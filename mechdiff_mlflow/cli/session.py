@@ -26,7 +26,7 @@ from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
-from mechdiff_mlflow.tracking.registry.promotion import demand_may_promote
+from mechdiff_mlflow.tracking.registry.promotion import require_may_promote
 from mechdiff_mlflow.tracking.runs.enclosing import experiment_of
 from mechdiff_mlflow.tracking.runs.recovery import Command, user_of
 from mechdiff_mlflow.tracking.runs.repeats import earlier
@@ -137,7 +137,7 @@ def session(
     spec = PairSpec.load(options["pair"])
     store = open_store(options["tracking_uri"])
     if promotes:
-        demand_may_promote(store, spec.name, promotes)
+        require_may_promote(store, spec.name, promotes)
     resumed = resumption()
     if resumed is not None:
         resumed.check_trust(options["pair"], spec.trust_remote_code)

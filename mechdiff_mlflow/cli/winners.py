@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mechdiff_mlflow.cli import options, show
-from mechdiff_mlflow.tracking.registry import fetch, promotion, registry
+from mechdiff_mlflow.tracking.registry import fetch, moves, promotion, versions
 from mechdiff_mlflow.tracking.registry.compare import diff
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.store.store import open_store
@@ -86,7 +86,7 @@ def maps_command(context: click.Context, tracking_uri: str | None) -> None:
       mechdiff maps
     """
     if context.invoked_subcommand is None:
-        show.winners(registry.list_winners(open_store(tracking_uri)))
+        show.winners(versions.list_winners(open_store(tracking_uri)))
     context.default_map = {name: {"tracking_uri": tracking_uri} for name in maps_command.commands}
 
 
@@ -101,7 +101,7 @@ def history_command(name: str, alias: str, tracking_uri: str | None) -> None:
     Example:
       mechdiff maps history cultural-demo-L26-attn_out
     """
-    show.moves(registry.history(open_store(tracking_uri), name, alias), name, alias)
+    show.moves(moves.history(open_store(tracking_uri), name, alias), name, alias)
 
 
 @maps_command.command("rollback")

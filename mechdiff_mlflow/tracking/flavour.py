@@ -46,6 +46,7 @@ from mechdiff_mlflow.tracking.content.card import model_card
 from mechdiff_mlflow.tracking.content.environment import environment
 from mechdiff_mlflow.tracking.content.names import logged_model_name
 from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, ParamValue, param_text
+from mechdiff_mlflow.tracking.content.tag_names import SHA256_TAG
 from mechdiff_mlflow.tracking.store.store import LeaseLost, Store, open_store
 
 FLAVOR_NAME = "mechdiff"
@@ -53,7 +54,6 @@ MAP_FILE = "map.pt"
 PROBE_FILE = "probe.safetensors"
 CARD_FILE = "README.md"
 ENVIRONMENT_FILE = "conda.yaml"
-SHA256_TAG = "mechdiff.sha256"
 NEEDED_FILES = (MLMODEL_FILE_NAME, MAP_FILE, PROBE_FILE)
 
 # The same text as of yaml.SafeDumper, without which some builds of PyYAML come, in a tenth of the time.

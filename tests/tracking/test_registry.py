@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import mlflow
 import pytest
@@ -21,14 +22,15 @@ from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec.digests import file_sha256
 from mechdiff_mlflow.tracking import flavour
 from mechdiff_mlflow.tracking.content.records import RunRecord
-from mechdiff_mlflow.tracking.registry import registry
+from mechdiff_mlflow.tracking.registry import moves, versions
 from mechdiff_mlflow.tracking.registry.compare import diff
 from mechdiff_mlflow.tracking.registry.fetch import fetch, load_map, resolve
+from mechdiff_mlflow.tracking.registry.moves import Move, history
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import demote, promote, rollback
-from mechdiff_mlflow.tracking.registry.registry import Move, get_version, history, list_versions, list_winners
+from mechdiff_mlflow.tracking.registry.versions import get_version, list_versions, list_winners
 from mechdiff_mlflow.tracking.runs.run_lock import LeaseLost
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.runs import OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import user_cache as cache
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 
@@ -243,17 +245,17 @@ def test_consistently_replaced_files_are_refused_too(store: Store, patched: Patc
 
 def test_unverified_versions_are_refused(store: Store, patched: Patch) -> None:
     version = promote(store, patched())
-    store.client.delete_model_version_tag(NAME, "1", registry.VERIFIED_TAG)
+    store.client.delete_model_version_tag(NAME, "1", versions.VERIFIED_TAG)
     with pytest.raises(MechdiffError, match=f"Version {NAME}/1 was never verified"):
         load_map(version.uri, store=store)
-    store.client.set_model_version_tag(NAME, "1", registry.VERIFIED_TAG, "true")
+    store.client.set_model_version_tag(NAME, "1", versions.VERIFIED_TAG, "true")
     with pytest.raises(MechdiffError, match="was never verified"):
         load_map(version.uri, store=store)
 
 
 def test_digests_from_the_store_cannot_name_other_places(store: Store, patched: Patch) -> None:
     version = promote(store, patched())
-    for tag in (registry.SHA256_TAG, registry.VERIFIED_TAG):
+    for tag in (flavour.SHA256_TAG, versions.VERIFIED_TAG):
         store.client.set_model_version_tag(NAME, "1", tag, "../../elsewhere")
     with pytest.raises(MechdiffError, match="was never verified"):
         load_map(version.uri, store=store)
@@ -312,16 +314,16 @@ def test_rollback_goes_back_step_by_step(store: Store, patched: Patch) -> None:
     assert rollback(store, NAME).number == 1
     with pytest.raises(MechdiffError, match="no earlier version"):
         rollback(store, NAME)
-    moves = history(store, NAME)
-    assert [(m.action, m.source, m.target) for m in moves] == [
+    made = history(store, NAME)
+    assert [(m.action, m.source, m.target) for m in made] == [
         ("promote", None, 1),
         ("promote", 1, 2),
         ("promote", 2, 3),
         ("rollback", 3, 2),
         ("rollback", 2, 1),
     ]
-    assert [m.why for m in moves] == ["seed 1", "seed 2", "seed 3", "wrong split", ""]
-    assert all(m.who and m.when_ms > 0 for m in moves)
+    assert [m.why for m in made] == ["seed 1", "seed 2", "seed 3", "wrong split", ""]
+    assert all(m.who and m.when_ms > 0 for m in made)
     assert load_map(f"{NAME}@champion", store=store) == make_map(1)
 
 
@@ -372,7 +374,7 @@ def test_history_tells_moves_that_happened_from_those_that_a_crash_prevented(
         if not crashes:
             made.append(announced[-1])
             at = target
-    assert registry._happened(announced, at) == made
+    assert moves.happened(announced, at) == made
 
 
 A = Move("promote", 1, 2, when_ms=10, made_ms=20)
@@ -394,7 +396,7 @@ THEN = Move("promote", 2, 4, when_ms=30, made_ms=31)
 def test_moves_made_at_once_are_all_in_the_history_and_none_is_taken_for_another_programs(
     recorded: list[Move], holder: int, made: list[Move]
 ) -> None:
-    assert registry._happened(recorded, holder) == made
+    assert moves.happened(recorded, holder) == made
 
 
 def test_who_was_overtaken_is_told_and_the_last_move_stays(
@@ -404,7 +406,7 @@ def test_who_was_overtaken_is_told_and_the_last_move_stays(
     others = patched(2)
     mine = patched(3)
     move = store.client._client.set_registered_model_alias
-    monkeypatch.setattr(registry, "promotion_lock", lambda _: nullcontext())  # two machines
+    monkeypatch.setattr(moves, "promotion_lock", lambda _: nullcontext())  # two machines
 
     def and_another(name: str, alias: str, version: str) -> None:
         move(name, alias, version)
@@ -412,7 +414,7 @@ def test_who_was_overtaken_is_told_and_the_last_move_stays(
         promote(store, others)
 
     monkeypatch.setattr(store.client._client, "set_registered_model_alias", and_another)
-    with pytest.raises(registry.MovedMeanwhile, match="went to version 2 and is at version 3 now"):
+    with pytest.raises(moves.MovedMeanwhile, match="went to version 2 and is at version 3 now"):
         promote(store, mine)
     assert get_version(store, NAME, "champion").run_id == others
     assert [(m.action, m.source, m.target) for m in history(store, NAME)] == [
@@ -432,7 +434,7 @@ def test_a_command_that_was_taken_over_registers_nothing(store: Store, patched: 
         raise LeaseLost("Run r was taken over by process 7 on far.")
 
     with pytest.raises(LeaseLost):
-        promote(store, patched(1), demand=lost)
+        promote(store, patched(1), here=cast(OpenRun, SimpleNamespace(written=lambda _: None, demand=lost)))
     assert (calls, list_versions(store, NAME)) == (["asked"], [])
 
 
@@ -441,7 +443,7 @@ def test_a_record_that_is_none_is_left_out_and_disturbs_nobody(store: Store, pat
     for n, text in enumerate(["[" * 4000, "{", "7", '{"action": [], "source": 1}', '{"when_ms": 1e400}']):
         store.client.set_model_version_tag(NAME, "1", f"mechdiff.move.champion.{n}.0123abcd", text)
     wild = Move("rollback", 7, 9, when_ms=3)
-    store.client.set_model_version_tag(NAME, "1", "mechdiff.move.champion.3.0123abce", registry._text(wild))
+    store.client.set_model_version_tag(NAME, "1", "mechdiff.move.champion.3.0123abce", wild.text())
     promote(store, patched(2))
     assert history(store, NAME)[-1].target == 2
     assert rollback(store, NAME).number == 1
@@ -519,7 +521,7 @@ def test_a_refusal_names_the_rule_and_leaves_the_alias(
     assert get_version(store, NAME, "champion").number == 1
     assert len(list_versions(store, NAME)) == 1
     # The waiver that every refusal names works, and the history tells it.
-    promote(store, patched(2, **changes), policy=replace(policy, force=True))
+    promote(store, patched(2, **changes), policy=policy.with_rules(force=True))
     assert get_version(store, NAME, "champion").number == 2
     assert history(store, NAME)[-1].rules.endswith("force")
 
@@ -651,9 +653,9 @@ def test_a_promoter_killed_at_any_step_leaves_the_alias_and_is_finished_later(
         assert "champion" in finished.aliases
         assert [v.run_id for v in list_versions(store, NAME)].count(run_id) == 1, f"at {steps[step]}"
         assert load_map(f"{NAME}@champion", store=store) == make_map(seed).with_alpha(0.3)
-    moves = history(store, NAME)
-    assert [m.target for m in moves] == list(range(1, len(points) + 3))
-    assert [m.source for m in moves] == [None, *range(1, len(points) + 2)]
+    made = history(store, NAME)
+    assert [m.target for m in made] == list(range(1, len(points) + 3))
+    assert [m.source for m in made] == [None, *range(1, len(points) + 2)]
     for model in store.client.search_logged_models([store.experiment("demo")]):
         if model.status == "READY":
             load_map(f"models:/{model.model_id}", store=store)
@@ -704,12 +706,12 @@ def test_several_promoters_take_turns(store: Store, patched: Patch) -> None:
     assert [failures.get(timeout=60) for _ in processes] == [""] * 3
     for process in processes:
         process.join(timeout=60)
-    versions = list_versions(store, NAME)
-    assert sorted(v.run_id for v in versions) == sorted(run_ids)
-    assert all(v.is_verified for v in versions)
-    moves = history(store, NAME)
-    assert [m.target for m in moves] == [1, 2, 3, 4, 5, 6]
-    assert [m.source for m in moves] == [None, 1, 2, 3, 4, 5]
+    made = list_versions(store, NAME)
+    assert sorted(v.run_id for v in made) == sorted(run_ids)
+    assert all(v.is_verified for v in made)
+    done = history(store, NAME)
+    assert [m.target for m in done] == [1, 2, 3, 4, 5, 6]
+    assert [m.source for m in done] == [None, 1, 2, 3, 4, 5]
 
 
 def test_the_cache_is_where_the_user_says(

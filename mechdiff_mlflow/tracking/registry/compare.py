@@ -10,7 +10,7 @@ import torch
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.tracking.registry.fetch import load_map, resolve
-from mechdiff_mlflow.tracking.registry.registry import Version
+from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.store.store import Store
 
 

@@ -107,7 +107,7 @@ def _measurement_of(store: Store, fit: Run) -> Run:
     return patches[0] if patches else fit
 
 
-def modelled(store: Store, measured: Measured, demand: Callable[[], None]) -> Measured:
+def modelled(store: Store, measured: Measured, require_owner: Callable[[], None]) -> Measured:
     """The same with the map as a logged model of the run that measured it, perhaps an earlier attempt's."""
     if measured.logged.model_id:
         return measured
@@ -124,7 +124,7 @@ def modelled(store: Store, measured: Measured, demand: Callable[[], None]) -> Me
         params=run.data.params,
         metrics=run.data.metrics,
         again=again,
-        demand=demand,
+        demand=require_owner,
     )
     # The same points again, now as the model's too; the run keeps one of each.
     points = [point for point in run.data._metric_objs if point.key in metrics_of(run)]

@@ -17,7 +17,8 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.cells import CELLS, cell_row, cells_text
 from mechdiff_mlflow.tracking.content.keys import KEY_TAG, ROOT_TAG, check_same, key_of
 from mechdiff_mlflow.tracking.content.records import RunRecord, param_text
-from mechdiff_mlflow.tracking.flavour import SHA256_TAG, LoggedMap
+from mechdiff_mlflow.tracking.content.tag_names import SHA256_TAG
+from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.runs.endings import cut, ending, params_of, plain
 from mechdiff_mlflow.tracking.runs.interrupts import Interrupts
 from mechdiff_mlflow.tracking.runs.lookup import all_runs, made_once
