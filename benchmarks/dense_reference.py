@@ -24,11 +24,9 @@ def procrustes_scaled(
     return rotation(xc, yc, whiten, colour, power(colour, -1), family, rank, off_span, stretch=True)
 
 
-def procrustes(
-    xc: Tensor, yc: Tensor, family: str, rank: int | None, off_span: str, *, scale: str = "unit"
-) -> Tensor:
+def procrustes(xc: Tensor, yc: Tensor, family: str, rank: int | None, off_span: str) -> Tensor:
     eye_in, eye_out = eye(xc.shape[1]), eye(yc.shape[1])
-    return rotation(xc, yc, eye_in, eye_out, eye_out, family, rank, off_span, stretch=scale == "fitted")
+    return rotation(xc, yc, eye_in, eye_out, eye_out, family, rank, off_span, stretch=False)
 
 
 def rotation(

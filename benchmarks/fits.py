@@ -50,7 +50,6 @@ def variants(solver: str, d: int, device: str) -> list[dict[str, object]]:
             {"output_metric": "tuned_covariance"},
             {"output_metric": "fisher", "fisher": rows},
         ],
-        "procrustes": [{}, {"scale": "fitted"}],
         "logit_subspace": [{"basis": rows}],
     }.get(solver, [{}])
 

@@ -31,7 +31,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from mechdiff_mlflow.engine import PatchEngine, Recorded, VariantGroup
+from mechdiff_mlflow.engine import CleanRuns, PatchEngine, VariantGroup
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.solvers import PairedSpectrum, fit_spectrum
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
@@ -236,7 +236,7 @@ def main_tables(args: argparse.Namespace, report: Report) -> None:
     def capture() -> list[Mapping[Site, Tensor]]:
         return [engine.capture(prompts, sites, device="cuda") for engine in engines]
 
-    def capture_kept() -> tuple[Mapping[Site, Tensor], Recorded]:
+    def capture_kept() -> tuple[Mapping[Site, Tensor], CleanRuns]:
         base = engines[0].capture(prompts, sites, device="cuda")
         return base, kept(tuned, prompts, sites)
 
@@ -331,7 +331,7 @@ def main_tables(args: argparse.Namespace, report: Report) -> None:
     scaling(tuned, shape, args, report)
 
 
-def kept(engine: PatchEngine, prompts: TokenizedPrompts, sites: Sequence[Site]) -> Recorded:
+def kept(engine: PatchEngine, prompts: TokenizedPrompts, sites: Sequence[Site]) -> CleanRuns:
     """Recorded prompts, all of which can be patched without another clean run."""
     recorded = engine.record(prompts, sites, device="cuda")
     if recorded.n_kept < len(prompts):

@@ -40,7 +40,7 @@ from torch import nn
 from benchmarks.gpu import Shape
 from mechdiff_mlflow.engine import PatchEngine
 from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
-from mechdiff_mlflow.experiments.doctor import demand_sound
+from mechdiff_mlflow.experiments.doctor import require_sound
 from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers
 from mechdiff_mlflow.models.model_cache import Residence
@@ -196,7 +196,7 @@ def track(uri: str, pair: Pair, cells: list[Cell], folder: Path, clock: Clock) -
         study = Study(pair, Protocol(), workers=workers)
         with clock.stage("capture, fit, choose on val"):
             fits = study.fit(cells)
-            run.prepare(fields.planned_cell(fit, study) for fit in fits)
+            run.begin_soon(fields.planned_cell(fit, study) for fit in fits)
         with clock.stage("report on test"):
             patches = study.patch(
                 [fit.to_patch for fit in fits],
@@ -241,11 +241,11 @@ def sweep(
     sizes = dict(zip(SPLITS, map(int, args.prompts.split(",")), strict=True))
     write_prompts(folder, sizes, args.tokens, shape.vocabulary)
     pair = make_pair(shape, folder, args.device)
-    demand_sound(pair)  # warms up
+    require_sound(pair)  # warms up
     for clock in (*plain, tracked):
         pair.recordings.forget()
         with clock.stage("check the plumbing"):
-            demand_sound(pair)
+            require_sound(pair)
     cells = cells_for(shape, args.ranks)
     compute(pair, cells, folder, plain[0])
     store = folder / "store"

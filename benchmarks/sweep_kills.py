@@ -59,7 +59,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 from tracking.servers import serving  # noqa: E402
 
 from mechdiff_mlflow.tracking.runs.provenance import code_version  # noqa: E402
-from mechdiff_mlflow.tracking.runs.run_lock import LEASE_TAG  # noqa: E402
+from mechdiff_mlflow.tracking.runs.run_lock import OWNER_TAG  # noqa: E402
 
 RAY_SWEEP = (*SWEEP, "--engine", "ray", "--workers", "2")
 MARK = "MECHDIFF_FAULTS_MARK"
@@ -77,14 +77,14 @@ class Bench:
         uri: Of a server; empty for a SQLite store of its own for each kill.
         n: How many kills.
         seed: Of all that is random.
-        is_lease_short: Whether an owner counts as dead after 4 s, not 60, where it is stopped.
+        is_timeout_short: Whether an owner counts as dead after 4 s, not 60, where it is stopped.
     """
 
     world: World
     uri: str
     n: int
     seed: int
-    is_lease_short: bool = True
+    is_timeout_short: bool = True
 
     def place(self) -> tuple[Place, str]:
         """A fresh place, and the name of an experiment that nobody else uses."""
@@ -218,7 +218,7 @@ def _stopped_once(bench: Bench, right: Snapshot, rng: random.Random, until_s: fl
     """One sweep, stopped and taken over; None where it had ended before."""
     place, experiment = bench.place()
     here, there = (_machine(place, name) for name in ("here", "there"))
-    before = conditions.short_lease if bench.is_lease_short else conditions.own_machine
+    before = conditions.short_timeout if bench.is_timeout_short else conditions.own_machine
     owner = Command(here, *bench.world.words(SWEEP, experiment), before=before)
     owner.wait_for(has_children(place.uri, 0, experiment))
     after_s, wait = rng.uniform(0, until_s), rng.random() < 0.5
@@ -232,7 +232,7 @@ def _stopped_once(bench: Bench, right: Snapshot, rng: random.Random, until_s: fl
     start = time.monotonic()
     other = Command(there, "resume", top.info.run_id, before=before)
     if not wait:
-        other.wait_for(lambda: f"{LEASE_TAG}2" in client.get_run(top.info.run_id).data.tags)
+        other.wait_for(lambda: f"{OWNER_TAG}2" in client.get_run(top.info.run_id).data.tags)
         other.leave(rng.uniform(0, until_s))
         owner.kill(signal.SIGCONT)
     code = other.wait()
@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="of each kind")
     parser.add_argument("--kinds", default=",".join(KINDS), help="which, separated by commas")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full-lease", action="store_true", help="60 s, not 4, where an owner is stopped")
+    parser.add_argument("--full-timeout", action="store_true", help="60 s, not 4, where an owner is stopped")
     parser.add_argument("--out", type=Path, default=None, help="Markdown file for the result")
     options = parser.parse_args()
     clean_environment()
@@ -314,7 +314,7 @@ def main() -> None:
                 for kind in kinds:
                     start = time.monotonic()
                     outcomes = KINDS[kind](
-                        Bench(world, uri, options.kills, options.seed, not options.full_lease)
+                        Bench(world, uri, options.kills, options.seed, not options.full_timeout)
                     )
                     rows.append((name, kind, outcomes, time.monotonic() - start))
                     if options.out:  # after each kind: all of them take an hour

@@ -77,6 +77,11 @@ FITTING: dict[str, Callable[[], Any]] = {
     "VB-LoRA": lambda: peft.VBLoRAConfig(**LINEAR, r=2, num_vectors=8, vector_length=4),
     "FourierFT": lambda: peft.FourierFTConfig(**LINEAR, n_frequency=10, scaling=1.0),
     "norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "tokens alone": lambda: peft.TrainableTokensConfig(
+        token_indices=[9, 25], target_modules=["embed_tokens"]
+    ),
+    "BOFT": lambda: peft.BOFTConfig(**LINEAR, boft_block_size=4),
+    "SHiRA": lambda: peft.ShiraConfig(**LINEAR, r=2),
 }
 
 
@@ -164,6 +169,19 @@ def test_what_acts_outside_the_layers_is_refused_by_kind_before_weights(
         load(spec)
 
 
+def test_of_several_adapters_in_a_folder_one_is_named(spec: Path) -> None:
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(base_of(spec), peft.LoraConfig(**LORA), adapter_name="one")
+    adapted.save_pretrained(spec.parent / "lora")
+    with pytest.raises(
+        MechdiffError, match=r"name the folder that PEFT saved, e\.g\. \S+lora/one\."
+    ) as raised:
+        load(spec)
+    named = str(raised.value).split("e.g. ")[1].removesuffix(".")
+    spec.write_text(TEXT.replace("adapter: lora", f"adapter: {named}"))
+    check_side(load(spec), "tuned", peft.PeftModel.from_pretrained(base_of(spec), named).get_base_model())
+
+
 def of_layer(n: int) -> str:
     return f"layers.{n}.self_attn.q_proj.lora_A"
 
@@ -201,6 +219,11 @@ WEIGHTS: dict[str, tuple[Callable[[Weights], Weights], str]] = {
         r"cannot be loaded .*size mismatch for base_model",
     ),
     "empty": (lambda w: {}, r"lacks 8 of its weights"),
+    "no numbers": (lambda w: {k: v * torch.nan for k, v in w.items()}, r"kind LORA makes numbers NaN or inf"),
+    "whole numbers": (
+        lambda w: {k: (50 * v).to(torch.int8) for k, v in w.items()},
+        r"holds 8 weights as whole numbers \(.* as I8\)",
+    ),
 }
 
 

@@ -239,6 +239,17 @@ def empty_a_shard(folder: Path) -> None:
     save_file(first, shard, metadata={"format": "pt"})
 
 
+def in_two_shards(folder: Path) -> None:
+    sharded(folder)
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    name, weight = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: weight + 1}, second, metadata={"format": "pt"})
+
+
+def whole_numbers(folder: Path) -> None:
+    edit(folder, lambda w: {k: (20 * v).to(torch.int8) if "mlp.up" in k else v for k, v in w.items()})
+
+
 def pickled(folder: Path) -> None:
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -252,6 +263,8 @@ def truncated(folder: Path) -> None:
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a shard is not there": (lose_a_shard, r"names 'model-00002-.*', which is not there; copy that file"),
     "a shard lacks weights": (empty_a_shard, r"does not fit its weights: it lacks \d+ of its weights"),
+    "in two shards": (in_two_shards, r"both hold .*, so it is not known which is meant; copy the shards"),
+    "whole numbers": (whole_numbers, r"holds 4 weights as whole numbers \(.*up_proj.* as I8\) .*; save it"),
     "pickles": (pickled, r"has only pickled weights, .* use_safetensors=False\)\.save_pretrained"),
     "truncated": (truncated, r"is damaged, truncated or no safetensors file .*; download it again"),
     "no header": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), r"is damaged, truncated or"),
@@ -359,6 +372,20 @@ def test_multimodal_models_are_read_whole(spec: Path, kind: str) -> None:
         torch.testing.assert_close(
             engine.capture(tokens, [site])[site], torch.stack(seen), atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("T5Config", r"is an encoder with a decoder \(t5\), .*; name a decoder-only model"),
+        ("BartConfig", r"is an encoder with a decoder \(bart\), .*; name a decoder-only model"),
+        ("ViTConfig", r"is no causal language model \(vit\), .*; name a decoder-only model"),
+    ],
+)
+def test_what_is_no_decoder_is_refused_before_weights(spec: Path, config: str, message: str) -> None:
+    getattr(transformers, config)().save_pretrained(spec.parent / "tuned")
+    with pytest.raises(MechdiffError, match=message):
+        load(spec)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.maps.affine import AffineMap, Weight, identity_map
 
 SUFFIXES = pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 
@@ -146,8 +146,8 @@ def test_rank_sees_the_identity_cancelled() -> None:
     # I − u uᵀ is a projection: its rank is one less than its width.
     u = torch.nn.functional.normalize(normal(7, 1), dim=0)
     assert Weight.low_rank(-u, u.mT, identity=1.0).rank() == 6
-    assert Weight.scaled_identity(7).minus_identity().rank() == 0
-    assert Weight.scaled_identity(3, torch.tensor([1.0, 0.0, 2.0])).rank() == 2
+    assert identity_map(7).weight.minus_identity().rank() == 0
+    assert Weight(torch.tensor([1.0, 0.0, 2.0]), torch.zeros(3, 0), torch.zeros(0, 3)).rank() == 2
 
 
 def test_a_false_claim_of_rank_is_refused(edit: AffineMap) -> None:

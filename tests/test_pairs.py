@@ -152,4 +152,4 @@ def test_each_side_reads_through_the_template_that_the_spec_names(toy: Path, tmp
 def test_engine_options_reach_the_engine(toy: Path) -> None:
     pair = load_pair(PairSpec.load(str(toy)), options=EngineOptions(batch_size=3))
     with pair.tuned.engine() as engine:
-        assert engine.bounds.batch_size == 3
+        assert engine.limits.batch_size == 3

@@ -10,7 +10,7 @@ from torch import nn
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import rows
-from mechdiff_mlflow.experiments.progress import silent
+from mechdiff_mlflow.experiments.workers import LocalWorkers
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures.similarity import rho
 from mechdiff_mlflow.measures.stats import min_k
@@ -135,7 +135,7 @@ def test_scale_operator_and_rank_are_recovered(planted: Pair) -> None:
 
     maps: dict[str, AffineMap] = {str(k): solution.map(k).with_alpha(alpha) for k in RANKS}
     prompts = planted.prompts_of("test", 60)
-    scored = rows.score(planted, prompts, Position.DECISION, {SITE: maps}, silent)[SITE].patched
+    scored = LocalWorkers(planted).score(prompts, Position.DECISION, {SITE: maps})[SITE].patched
     least = min_k(
         RANKS,
         scored["raw"].kl_patched_clean_nats,

@@ -21,11 +21,9 @@ from transformers import AutoModelForCausalLM
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.atlas import atlas
-from mechdiff_mlflow.experiments.doctor import demand_sound, examine
-from mechdiff_mlflow.experiments.heads import heads_of
-from mechdiff_mlflow.experiments.layers import layer_profile
-from mechdiff_mlflow.experiments.progress import silent
-from mechdiff_mlflow.experiments.rows import score
+from mechdiff_mlflow.experiments.doctor import examine, require_sound
+from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
+from mechdiff_mlflow.experiments.workers import LocalWorkers
 from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.spec.sites import Hook, Site
@@ -58,7 +56,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 def test_a_run_gives_the_same_numbers_with_one_model_in_memory(toy: Path, loads: list[str]) -> None:
     pair = load(toy, "yes")
     assert loads == []
-    demand_sound(pair)
+    require_sound(pair)
     study = Study(pair, Protocol(permutations=2))
     (record,) = study.patch([fit.to_patch for fit in study.fit([CELL])])
     assert loads == ["tuned", "base", "tuned", "base", "tuned"]
@@ -74,7 +72,7 @@ def test_clean_runs_go_with_their_model(toy: Path, loads: list[str]) -> None:
     pair, site = load(toy, "yes"), CELL.site
     prompts = pair.prompts_of("test")
     for _ in range(2):
-        score(pair, prompts, Position.DECISION, {site: {}}, silent)
+        LocalWorkers(pair).score(prompts, Position.DECISION, {site: {}})
     with pair.tuned.engine() as engine:
         recorded = pair.recordings.to_patch(
             *(engine, ("tuned", prompts.digest, Position.DECISION)),
@@ -87,7 +85,7 @@ def test_clean_runs_go_with_their_model(toy: Path, loads: list[str]) -> None:
     assert before is not None
     with pair.base.engine():
         assert recorded.n_kept == 0
-    found = score(pair, prompts, Position.DECISION, {site: {}}, silent)
+    found = LocalWorkers(pair).score(prompts, Position.DECISION, {site: {}})
     assert torch.equal(found[site].tuned_rows[site], before[site])
     assert loads == ["base", "tuned", "base", "tuned"]
 

@@ -224,16 +224,13 @@ def test_sign_flip_is_the_exact_test_in_the_long_run() -> None:
     d = np.random.default_rng(0).normal(0.4, 1, 10)
     means = [np.dot(signs, d) for signs in itertools.product([-1, 1], repeat=10)]
     exact = np.mean([m >= d.sum() - 1e-12 for m in means])
-    both = np.mean([abs(m) >= abs(d.sum()) - 1e-12 for m in means])
     assert sign_flip_p(d, n_flips=40_000) == pytest.approx(exact, abs=0.01)
-    assert sign_flip_p(d, n_flips=40_000, alternative="two-sided") == pytest.approx(both, abs=0.015)
     assert sign_flip_p(-d, n_flips=40_000) == pytest.approx(1 - exact, abs=0.01)
     assert sign_flip_p(d, seed=1) == sign_flip_p(d, seed=1)
 
 
-@pytest.mark.parametrize("alternative", ["greater", "two-sided"])
-def test_sign_flip_of_no_difference_is_one(alternative: Any) -> None:
-    assert sign_flip_p([0.0] * 7, alternative=alternative) == 1.0
+def test_sign_flip_of_no_difference_is_one() -> None:
+    assert sign_flip_p([0.0] * 7) == 1.0
 
 
 def test_sign_flip_counts_ties_against_rounding() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.doctor import demand_sound
+from mechdiff_mlflow.experiments.doctor import require_sound
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers, Workers
 from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
@@ -84,7 +84,7 @@ def _computing(spec: PairSpec, options: dict[str, Any], stage: Stage, check: Che
         pair = load_as_asked(spec, options, check=check)
     settle_threads(pair)
     with stage("checking the plumbing", 1):
-        demand_sound(pair)
+        require_sound(pair)
     yield LocalWorkers(pair)
 
 

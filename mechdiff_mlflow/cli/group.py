@@ -108,6 +108,6 @@ def _shown(reason: str) -> click.ClickException:
 
 
 def _note_on_enclosing_run(reason: str) -> None:
-    from mechdiff_mlflow.tracking.runs.enclosing import note_failure
+    from mechdiff_mlflow.tracking.runs.mlflow_run import note_failure
 
     note_failure(reason)

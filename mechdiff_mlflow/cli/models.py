@@ -13,13 +13,18 @@ from mechdiff_mlflow.cli.session import session
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments.atlas import atlas
-from mechdiff_mlflow.experiments.heads import heads_of
-from mechdiff_mlflow.experiments.layers import layer_profile
 from mechdiff_mlflow.experiments.possible import check_cells, check_pair, check_sites
+from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
 from mechdiff_mlflow.models.pairs import Pair
-from mechdiff_mlflow.report.atlas import atlas_figures, first_difference
 from mechdiff_mlflow.report.figures import write_figures
-from mechdiff_mlflow.report.profiles import heads_figures, heads_sentence, layer_figures, layers_sentence
+from mechdiff_mlflow.report.profiles import (
+    atlas_figures,
+    first_difference,
+    heads_figures,
+    heads_sentence,
+    layer_figures,
+    layers_sentence,
+)
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
 from mechdiff_mlflow.spec.sites import Hook, Site
 from mechdiff_mlflow.tracking.content import fields

@@ -379,11 +379,24 @@ alias = click.option(
     "--alias", default="champion", show_default=True, help="Name under which people fetch the map."
 )
 
-force = click.option(
-    "--force",
-    is_flag=True,
-    help="Move the alias to a map that the policy refuses: unmeasured, doing harm, leaking, or worse than "
-    "the one that has it; the history says so.",
+force = _stacked(
+    click.option(  # `mlflow run -P force=yes`: a parameter of MLproject has a value
+        "--forced",
+        type=one_of("--forced", "no", "yes"),
+        default="no",
+        hidden=True,
+        is_eager=True,
+        expose_value=False,
+        callback=lambda context, option, value: context.meta.update(forced=value == "yes"),
+        help="yes is --force.",
+    ),
+    click.option(
+        "--force",
+        is_flag=True,
+        callback=lambda context, option, value: value or context.meta.get("forced", False),
+        help="Move the alias to a map that the policy refuses: unmeasured, doing harm, leaking, or worse "
+        "than the one that has it; the history says so.",
+    ),
 )
 
 why = click.option("--why", default="", help="Reason, for the history of the alias.")

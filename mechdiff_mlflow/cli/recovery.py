@@ -15,15 +15,8 @@ from click.core import ParameterSource
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.untrusted import inside, is_there
-from mechdiff_mlflow.tracking.runs.recovery import (
-    Command,
-    Stuck,
-    end_stuck,
-    newest_of_mine,
-    stuck_runs,
-    top_run,
-    who_began,
-)
+from mechdiff_mlflow.tracking.runs.commands import Command, newest_of_mine, top_run, who_began
+from mechdiff_mlflow.tracking.runs.stuck import Stuck, end_stuck, stuck_runs
 from mechdiff_mlflow.tracking.store.store import open_store
 
 RESUMABLE = ("run", "fit", "patch", "sweep", "report-pass", "atlas", "layers", "heads")
@@ -181,7 +174,7 @@ def _validated(run_id: str, argv: Sequence[str], more: Sequence[str], *, is_ours
         return words_of(context, context.params, NOT_RESUMED)
     for option in command.params:
         if typed.get_parameter_source(option.name or "") is not ParameterSource.COMMANDLINE:
-            _check_taken(run_id, option, str(context.params[option.name or ""]))
+            _check_taken(run_id, option, str(context.params.get(option.name or "")))
     return words_of(context, context.params, {*NOT_RESUMED, *MACHINE_OPTIONS})
 
 

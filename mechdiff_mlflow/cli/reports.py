@@ -20,7 +20,7 @@ from mechdiff_mlflow.report.experiment import caveats, report
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.tracking.content.parents import report_run
-from mechdiff_mlflow.tracking.runs.enclosing import experiment_of
+from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.results import summarised, tables_of
 from mechdiff_mlflow.tracking.runs.search import find_runs
 from mechdiff_mlflow.tracking.store.store import Store, open_store

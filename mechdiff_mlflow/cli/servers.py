@@ -9,9 +9,8 @@ import click
 
 from mechdiff_mlflow.cli import options, show
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.store.check_result import Finding, Level
 from mechdiff_mlflow.tracking.store.redaction import redact
-from mechdiff_mlflow.tracking.store.server_check import check_store, rebase
+from mechdiff_mlflow.tracking.store.server_check import Finding, Level, check_store, rebase
 from mechdiff_mlflow.tracking.store.store import uri_of
 
 

@@ -27,9 +27,8 @@ from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.registry.promotion import require_may_promote
-from mechdiff_mlflow.tracking.runs.enclosing import experiment_of
-from mechdiff_mlflow.tracking.runs.recovery import Command, user_of
-from mechdiff_mlflow.tracking.runs.repeats import earlier
+from mechdiff_mlflow.tracking.runs.commands import Command, earlier, user_of
+from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.runs import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 from mechdiff_mlflow.tracking.store.user_cache import staging
@@ -187,6 +186,8 @@ def as_asked(name: str, text: str) -> str:
     """A param that `mlflow run` has logged, as typed, in the words in which `asked` has that value."""
     context = click.get_current_context()
     parameter = next((p for p in context.command.params if p.name == name), None)
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        return {"yes": "true", "no": "false"}.get(text, text)
     if parameter is None or not isinstance(parameter.type, Text):
         return text
     try:

@@ -21,16 +21,16 @@ from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows
-from mechdiff_mlflow.report.evidence import Quoted, of_record
+from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, leak_lines
+from mechdiff_mlflow.report.evidence import of_record
 from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.text import plain, text_of
 from mechdiff_mlflow.tracking.content.view import ui_command, view_url
 from mechdiff_mlflow.tracking.registry.compare import MapDiff
 from mechdiff_mlflow.tracking.registry.moves import Move
 from mechdiff_mlflow.tracking.registry.versions import Version
-from mechdiff_mlflow.tracking.runs.recovery import Stuck
 from mechdiff_mlflow.tracking.runs.search import FoundRun
+from mechdiff_mlflow.tracking.runs.stuck import Stuck
 from mechdiff_mlflow.tracking.store.store import Store, command_on
 
 _PIPE_WIDTH = 160
@@ -106,7 +106,7 @@ def patches(records: Sequence[PatchRecord], study: Study) -> None:
     for text in dict.fromkeys(selection.sentence(patch.leak) for patch in records):
         lines([f"{text}. For a number without that, {selection.REMEDY}."] if text else [])
     if len(records) == 1:
-        lines([wording.plain(wording.transport(Quoted(of_record(first), 1)))])
+        lines([wording.plain(wording.transport(of_record(first)))])
 
 
 def continuations(rows: Sequence[Steered], title: str) -> None:
@@ -134,6 +134,7 @@ def adapter(record: AdapterRecord, folder: Path) -> None:
     for cells in closeness_rows(record):
         _row(table, *cells)
     _console().print(table)
+    lines(leak_lines(record))
 
 
 def frame(table: pd.DataFrame) -> None:

@@ -7,7 +7,7 @@ result.divergences[0].kl_patched_clean  # [N, v] nats
 """
 
 from mechdiff_mlflow.engine.memory.budget import MemoryBudget
-from mechdiff_mlflow.engine.memory.clean_runs import Recorded, Shelf
+from mechdiff_mlflow.engine.memory.clean_runs import CleanRunCache, CleanRuns
 from mechdiff_mlflow.engine.model.architecture import ModuleNames
 from mechdiff_mlflow.engine.patch_engine import PatchEngine
 from mechdiff_mlflow.engine.paths.startup_check import MODES
@@ -16,13 +16,13 @@ from mechdiff_mlflow.engine.plumbing import PlumbingCheck, check_plumbing
 
 __all__ = [
     "MODES",
+    "CleanRunCache",
+    "CleanRuns",
     "MemoryBudget",
     "ModuleNames",
     "PatchEngine",
     "PlumbingCheck",
-    "Recorded",
     "ScoreResult",
-    "Shelf",
     "VariantGroup",
     "check_plumbing",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechdiff_mlflow.engine.model.chunks import Chunk
 from mechdiff_mlflow.engine.model.forward import PromptForward
-from mechdiff_mlflow.engine.model.hooks import tapped
+from mechdiff_mlflow.engine.model.hooks import activation_hook
 from mechdiff_mlflow.spec.sites import Site
 
 
@@ -40,7 +40,7 @@ def score_gradients(
 
     with torch.enable_grad(), ExitStack() as taps:
         for site in sites:
-            taps.enter_context(tapped(forward.decoder, site, partial(add, site), len(chunk)))
+            taps.enter_context(activation_hook(forward.decoder, site, partial(add, site), len(chunk)))
         log_p = forward.logits(chunk).float().log_softmax(-1)  # [n, vocabulary]
         cumulated = log_p.detach().cpu().double().exp().cumsum(-1)
         places = drawn.double().unsqueeze(1) * cumulated[:, -1:]

@@ -1,4 +1,4 @@
-"""How close the base model comes to tuned with a map as an adapter, measured on the files as they are."""
+"""Adapters made from maps, and how close base comes to tuned with them, measured on the written files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.engine.model.chunks import in_chunks
 from mechdiff_mlflow.engine.model.forward import PromptForward
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.steering import site_of
+from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.measures.metrics import next_token_divergences
@@ -33,69 +35,46 @@ CEILING = "ceiling"
 
 @dataclass(frozen=True, slots=True)
 class Closeness:
-    """KL(model ‖ tuned) of next-token distributions over n prompts, in nats.
-
-    Args:
-        kl: Mean with its 95 % interval.
-        closer_pct: 100·(1 − ΣKL/ΣKL of base alone), how much of the way it goes; undefined if that is 0.
-        top1: Fraction of prompts whose most probable token is tuned's.
-    """
+    """KL(model ‖ tuned) of next-token distributions over n prompts, in nats."""
 
     kl: Interval
-    closer_pct: Interval
-    top1: float
+    closer_pct: Interval  # 100·(1 − ΣKL/ΣKL of base alone), how far it goes; undefined if that is 0
+    top1: float  # fraction of prompts whose most probable token is tuned's
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterRecord:
     """An adapter and what it achieves.
 
-    Args:
-        folder: Where its files are.
-        form: `peft` or `hook`.
-        site: Where it acts.
-        target: Path of the module that it changes.
-        rank: r of the LoRA; None for a hook.
-        alpha: α of the map in it.
-        merges: Whether PEFT can merge it into the base's weights, which needs a bias there.
-        split: Measured on.
-        n: Prompts of it.
-        closeness: By what is done to base: `base`, `map at the decision token`, `adapter`, and `ceiling`,
-            tuned's own activation put there at the decision token, the most a map can do at that token;
-            empty when base and tuned have different vocabularies.
+    `closeness` is by what is done to base: `base`, `map at the decision token`, `adapter`, and `ceiling`,
+    tuned's own activation put there at the decision token, the most a map can do at that token; it is empty
+    when base and tuned have different vocabularies.
     """
 
-    folder: Path
-    form: Form
-    site: Site
-    target: str
-    rank: int | None
-    alpha: float
-    merges: bool
-    split: str
-    n: int
+    form: Form  # `peft` or `hook`
+    site: Site  # where it acts
+    target: str  # path of the module that it changes
+    rank: int | None  # r of the LoRA; None for a hook
+    alpha: float  # α of the map in it
+    merges: bool  # whether PEFT can merge it into the base's weights, which needs a bias there
+    split: str  # measured on
+    n: int  # prompts of it
     closeness: dict[str, Closeness]
+    leak: tuple[str, ...] | None  # what was chosen for the map on those prompts; None where nobody knows
 
 
 def make_adapter(
     pair: Pair, the_map: AffineMap, folder: Path, *, form: Form, split: str, n: int | None
 ) -> AdapterRecord:
-    """Write the map as an adapter of the pair's base model into `folder`, load it from there, measure it.
+    """Write the map as an adapter of the pair's base model into an empty folder, and load it from there.
 
-    Args:
-        pair: Whose base it is for.
-        the_map: With the site that it was fitted at in its meta.
-        folder: An empty directory.
-        form: How to store it.
-        split: To measure on.
-        n: The first n prompts of it; None for all.
+    Then measure it on the first n prompts of a split, all when n is None.
 
     Raises:
         MechdiffError: The site does not exist, the widths do not fit, PEFT is asked for where it cannot say
             it or is not installed, or there are too few prompts.
     """
-    prompts = pair.prompts_of(split, n)
-    site = Site.parse(str(the_map.meta.get("site", "")))
+    prompts, site = pair.prompts_of(split, n), site_of(the_map)
     with pair.base.switch():
         decoder = Decoder.of(pair.base.model, pair.modules)
         decoder.check(site)
@@ -123,10 +102,17 @@ def make_adapter(
                 lora, linear, target, folder, base_model=source.model, revision=source.revision
             )
             rank, merges = lora.rank, getattr(linear, "bias", None) is not None
-    closeness = _closeness(pair, the_map, site, folder, prompts)
-    written = Form.HOOK if found is None else Form.PEFT
     return AdapterRecord(
-        *(folder, written, site, target, rank, the_map.alpha, merges, split, len(prompts), closeness)
+        form=Form.HOOK if found is None else Form.PEFT,
+        site=site,
+        target=target,
+        rank=rank,
+        alpha=the_map.alpha,
+        merges=merges,
+        split=split,
+        n=len(prompts),
+        closeness=_closeness(pair, the_map, site, folder, prompts),
+        leak=selection.leaks(the_map, prompts),
     )
 
 
@@ -149,25 +135,26 @@ def _closeness(
             logits["map at the decision token"] = _next_token_logits(pair, "base", base_model, prompts)
         unchanged = identity_map(the_map.d_out)
         logits[CEILING] = _next_token_logits(
-            *(pair, "base", base_model, prompts),
+            pair,
+            "base",
+            base_model,
+            prompts,
             lambda index: attached(unchanged, base_model, site, source=theirs[index], **options),
         )
     with _base_with(pair, folder) as adapted:
         logits["adapter"] = _next_token_logits(pair, "base", adapted, prompts)
-    return _compared(logits, tuned, stats.Bootstrap(groups=prompts.groups))
-
-
-def _compared(logits: dict[str, Tensor], tuned: Tensor, bootstrap: stats.Bootstrap) -> dict[str, Closeness]:
+    bootstrap = stats.Bootstrap(groups=prompts.groups)
     apart = {name: next_token_divergences(rows, tuned) for name, rows in logits.items()}
-    kls = {name: found.kl_patched_clean.numpy() for name, found in apart.items()}
-    return {
-        name: Closeness(
+    kl_base = apart["base"].kl_patched_clean.numpy()
+    closeness = {}
+    for name, found in apart.items():
+        kl = found.kl_patched_clean.numpy()
+        closeness[name] = Closeness(
             kl=stats.kl_difference(kl, 0 * kl, bootstrap=bootstrap),
-            closer_pct=stats.drop_pct(kls["base"], kl, bootstrap=bootstrap),
-            top1=float(apart[name].top1_agrees.mean()),
+            closer_pct=stats.drop_pct(kl_base, kl, bootstrap=bootstrap),
+            top1=float(found.top1_agrees.mean()),
         )
-        for name, kl in kls.items()
-    }
+    return closeness
 
 
 @contextmanager
@@ -186,10 +173,7 @@ def _next_token_logits(
     prompts: PromptSet,
     attachment: Callable[[Tensor], AbstractContextManager[object]] = nullcontext,
 ) -> Tensor:
-    """[n, vocabulary] in the order of the prompts, float32 on the CPU.
-
-    `attachment` is entered around each chunk, and is told which prompts it has.
-    """
+    """[n, vocabulary], float32 on the CPU; `attachment` is entered around each chunk, given its prompts."""
     forward = PromptForward(Decoder.of(model, pair.modules))
     index, rows = [], []
     for chunk in in_chunks(pair.tokens(role, prompts, Position.DECISION), _BATCH, forward.device):

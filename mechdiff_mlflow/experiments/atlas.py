@@ -21,10 +21,10 @@ from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
 from mechdiff_mlflow.spec.sites import Hook, Site
 
 COLUMNS = (
-    *("site", "layer", "hook", "alpha", "change", "KL_raw", "KL_mapped", "drop_pct", "drop_low", "drop_high"),
-    *("skill_pct", "skill_low", "skill_high", "null", "rho", "noise_floor", "above_floor", "p", "p_holm"),
-)
-"""Of the table, one row a site in the order of the forward pass.
+    "site", "layer", "hook", "alpha", "change", "KL_raw", "KL_mapped", "drop_pct", "drop_low", "drop_high",
+    "skill_pct", "skill_low", "skill_high", "null", "rho", "noise_floor", "above_floor", "p", "p_holm",
+)  # fmt: skip
+"""Columns of the table, which has one row a site in the order of the forward pass.
 
 change is ‖Y − X‖ / ‖Y‖ of tuned and base activations; p is of a sign-flip test that KL_mapped is below the KL
 of the best control, p_holm the same corrected over all sites tested.
@@ -33,33 +33,20 @@ of the best control, p_holm the same corrected over all sites tested.
 
 @dataclass(frozen=True, eq=False)
 class AtlasRecord:
-    """What every site shows.
+    """The results at every site."""
 
-    Args:
-        table: `COLUMNS`; None where a number has no value.
-        fits: Of the sites above the floor.
-        patches: Of the same sites.
-        best: Sites by drop on val, best first; empty unless asked for.
-    """
-
-    table: pd.DataFrame
-    fits: Mapping[Site, FitRecord]
-    patches: Mapping[Site, PatchRecord]
-    best: Sequence[Site]
+    table: pd.DataFrame  # `COLUMNS`; None where a number has no value
+    fits: Mapping[Site, FitRecord]  # of the sites above the floor
+    patches: Mapping[Site, PatchRecord]  # of the same sites
+    best: Sequence[Site]  # by drop on val, best first; empty unless asked for
 
 
 def atlas(
     study: Study, *, hooks: Sequence[Hook], solver: str, family: str, alpha: float, best: int = 0
 ) -> AtlasRecord:
-    """Raw and mapped patches at every layer of some hooks, the map of full rank.
+    """Raw and mapped patches at every layer of some hooks, all maps of full rank and scale `alpha`.
 
-    Args:
-        study: The pair and protocol.
-        hooks: Which hooks.
-        solver: Row of the solvers' table.
-        family: What ranks count; all maps are of full rank.
-        alpha: Scale of every map.
-        best: How many sites to rank by their drop on val.
+    The `best` sites are those with the highest drop on val.
 
     Raises:
         MechdiffError: A hook, the solver or the family is impossible for this pair.
@@ -118,21 +105,24 @@ def _repeats(site: Site, fits: Mapping[Site, FitRecord]) -> bool:
 def _table(rows: Mapping[Site, SiteRows], patches: Mapping[Site, PatchRecord], alpha: float) -> pd.DataFrame:
     found = []
     for site, at in rows.items():
-        patch = patches.get(site)
-        raw = at.patched.get(RAW)
-        drop, skill = (patch.drop_pct, patch.skill_pct) if patch else (None, None)
-        p = patch.p_null if patch else None
-        found.append(
-            (
-                *(str(site), site.layer, str(site.hook), alpha, _change(at)),
-                *(None if raw is None else raw.mean_kl, patch.kl_mapped if patch else None),
-                *_ends(drop),
-                *_ends(skill),
-                *(patch.null if patch else None, patch.rho if patch else None),
-                *(at.noise_floor, _above_floor(at)),
-                *(p, p if patch is None or patch.p_holm is None else patch.p_holm),
-            )
-        )
+        row: dict[str, object] = {
+            "site": str(site),
+            "layer": site.layer,
+            "hook": str(site.hook),
+            "alpha": alpha,
+            "change": _change(at),
+            "KL_raw": at.patched[RAW].mean_kl if RAW in at.patched else None,
+            "noise_floor": at.noise_floor,
+            "above_floor": _above_floor(at),
+        }
+        if (patch := patches.get(site)) is not None:
+            row |= {"KL_mapped": patch.kl_mapped, "null": patch.null, "rho": patch.rho, "p": patch.p_null}
+            row["p_holm"] = patch.p_null if patch.p_holm is None else patch.p_holm
+            for key, interval in (("drop", patch.drop_pct), ("skill", patch.skill_pct)):
+                if interval is not None:
+                    row |= {f"{key}_pct": interval.estimate}
+                    row |= {f"{key}_low": interval.low, f"{key}_high": interval.high}
+        found.append([row.get(column) for column in COLUMNS])
     table: pd.DataFrame = pd.DataFrame(found, columns=list(COLUMNS))
     return table
 
@@ -142,7 +132,3 @@ def _change(rows: SiteRows) -> float | None:
     if rows.base.shape != rows.tuned.shape:
         return None
     return float((rows.tuned - rows.base).norm() / rows.tuned.norm())
-
-
-def _ends(interval: stats.Interval | None) -> tuple[float | None, float | None, float | None]:
-    return (None, None, None) if interval is None else (interval.estimate, interval.low, interval.high)

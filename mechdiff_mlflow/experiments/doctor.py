@@ -1,17 +1,18 @@
-"""Plumbing checks: a pair that fails one would give numbers that look fine and are wrong (DESIGN §3)."""
+"""Plumbing checks: a pair that fails one would give numbers that look fine and are wrong."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from mechdiff_mlflow.engine import check_plumbing
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.progress import silent
-from mechdiff_mlflow.experiments.rows import IDENTITY, capture, score
+from mechdiff_mlflow.experiments.rows import IDENTITY, capture
 from mechdiff_mlflow.experiments.study import FLOOR_LIMIT_NATS
+from mechdiff_mlflow.experiments.workers import LocalWorkers
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -30,7 +31,7 @@ bfloat16, on an 8B-shaped model with random weights.
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the doctor's: what was looked at, whether it holds, and what was seen."""
+    """One line of the doctor: what was looked at, whether it holds, and what was seen."""
 
     name: str
     passed: bool
@@ -39,14 +40,16 @@ class Check:
 
 def examine(pair: Pair) -> Iterator[Check]:
     """Run every check on a few val prompts; one that raises has failed, and the next goes on."""
+    said: set[str] = set()
     for name, check in _checks(pair).items():
         try:
             yield Check(name, True, check())
         except MechdiffError as error:
-            yield Check(name, False, str(error))
+            yield Check(name, False, "as above" if str(error) in said else str(error))
+            said.add(str(error))
 
 
-def demand_sound(pair: Pair) -> None:
+def require_sound(pair: Pair) -> None:
     """Run the checks without which no number may be printed.
 
     The oracle map is not among them: it is the identity patch of a site, whose floor every patch is held to.
@@ -64,32 +67,26 @@ _ESSENTIAL = ("same token ids", "hooks and sublayers", "identity patch", _INVARI
 
 
 def _checks(pair: Pair) -> dict[str, Callable[[], str]]:
-    """By name what says what it saw, or raises."""
+    """Checks by name; each says what it saw, or raises."""
     prompts = pair.prompts_of("val").first(min(N_PROMPTS, len(pair.prompts["val"])))
-    n_layers = pair.n_layers
-    sites = _middle_sites(pair)
+    sites = cache(lambda: _middle_sites(pair))
     return {
         "prompts": lambda: ", ".join(f"{len(p)} {split}" for split, p in pair.prompts.items()) + ", disjoint",
         "templates and BOS": lambda: _templates(pair, prompts),
         "same token ids": lambda: _same_tokens(pair, prompts),
         "sites respond": lambda: _engine_line(pair),
         "hooks and sublayers": lambda: _hooks_and_sublayers(pair, prompts),
-        _INVARIANT: lambda: _capture_is_invariant(pair, prompts, sites),
-        "identity patch": lambda: _identity(pair, prompts, sites),
-        "oracle map": lambda: _oracle(pair, prompts, n_layers),
+        _INVARIANT: lambda: _capture_is_invariant(pair, prompts, sites()),
+        "identity patch": lambda: _identity(pair, prompts, sites()),
+        "oracle map": lambda: _oracle(pair, prompts),
         "untouched layers agree": lambda: _untouched(pair, prompts),
     }
 
 
 def _sites(pair: Pair, layers: Iterable[int]) -> list[list[Site]]:
-    """Of each layer the sites that both models have: the blocks of a hybrid differ."""
-    decoders = []
-    for side in (pair.base, pair.tuned):
-        if (outline := side.outline()) is None:
-            with side.engine() as engine:
-                outline = engine.forward.decoder
-        decoders.append(outline)
-    return [[s for s in (Site(i, h) for h in Hook) if all(d.has(s) for d in decoders)] for i in layers]
+    """The sites of each layer that both models have: the blocks of a hybrid differ."""
+    both = pair.base.sites & pair.tuned.sites
+    return [[site for hook in Hook if (site := Site(layer, hook)) in both] for layer in layers]
 
 
 def _middle_sites(pair: Pair) -> list[Site]:
@@ -130,27 +127,32 @@ def _hooks_and_sublayers(pair: Pair, prompts: PromptSet) -> str:
     for side in (pair.tuned, pair.base):  # in this order, and one held at a time is loaded once fewer
         tokens = pair.tokens(side.role, prompts, Position.DECISION)
         with side.engine() as engine:
-            for check in check_plumbing(engine, tokens):
-                if not check.passed:
-                    raise MechdiffError(
-                        f"{check.name} fails in {side.role}: {check.detail}; name the modules in the spec."
-                    )
-    return "every hook fires once a forward, blocks add what their sublayers give, in both models"
+            failed = [check for check in check_plumbing(engine, tokens) if not check.passed]
+        for check in failed:
+            remedy = _REMEDIES.get(check.name, "name the modules in the spec")
+            raise MechdiffError(f"{check.name} fails in {side.role}: {check.detail}; {remedy}.")
+    sublayers = {site.hook for site in pair.base.sites & pair.tuned.sites} > {Hook.RESID_PRE, Hook.RESID_POST}
+    what = "blocks add what their sublayers give" if sublayers else "resid_pre and resid_post alone are sites"
+    return f"every hook fires once a forward, {what}, in both models"
+
+
+_REMEDIES = {
+    "capture depends on neither padding nor batch size": "pass --batch-size 1",
+    "prompts are read as the model reads them": "it cannot be measured here, take another model",
+}
+"""Remedies of checks that other names of modules do not mend."""
 
 
 def _capture_is_invariant(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
     """Alone, unpadded, and in a batch with longer prompts, a prompt has the same activations."""
     together = capture(pair, "tuned", prompts, Position.DECISION, sites)
-    worst = 0.0
-    for index in range(len(prompts)):
-        tokens = pair.tokens("tuned", prompts, Position.DECISION)[index : index + 1]
-        with pair.tuned.engine() as engine:
-            alone = engine.capture(tokens, sites)
-        for site in sites:
-            difference = (alone[site][0] - together[site][index]).abs().max() / together[site][
-                index
-            ].abs().max()
-            worst = max(worst, float(difference))
+    tokens, worst = pair.tokens("tuned", prompts, Position.DECISION), 0.0
+    with pair.tuned.engine() as engine:
+        for index in range(len(prompts)):
+            alone = engine.capture(tokens[index : index + 1], sites)
+            for site in sites:
+                one, expected = alone[site][0], together[site][index]
+                worst = max(worst, float((one - expected).abs().max() / expected.abs().max()))
     if not worst <= CAPTURE_TOLERANCE[pair.spec.dtype]:
         raise MechdiffError(
             f"Activations change by {worst:.1g} with padding; the model does not honour its attention mask, "
@@ -160,7 +162,7 @@ def _capture_is_invariant(pair: Pair, prompts: PromptSet, sites: list[Site]) -> 
 
 
 def _identity(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
-    rows = score(pair, prompts, Position.DECISION, {site: {} for site in sites}, silent)
+    rows = LocalWorkers(pair).score(prompts, Position.DECISION, {site: {} for site in sites})
     floors = {site: rows[site].patched[IDENTITY].mean_kl for site in sites}
     worst = max(floors, key=lambda site: floors[site])
     limit = FLOOR_LIMIT_NATS[pair.spec.dtype]
@@ -172,10 +174,10 @@ def _identity(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:
     return f"noise floor at most {floors[worst]:.1g} nats ({worst})"
 
 
-def _oracle(pair: Pair, prompts: PromptSet, n_layers: int) -> str:
+def _oracle(pair: Pair, prompts: PromptSet) -> str:
     """The tuned activation itself in place of the base one must undo the raw patch entirely."""
-    site = Site(n_layers - 1, Hook.RESID_POST)
-    rows = score(pair, prompts, Position.DECISION, {site: {}}, silent)[site].patched
+    site = Site(pair.n_layers - 1, Hook.RESID_POST)
+    rows = LocalWorkers(pair).score(prompts, Position.DECISION, {site: {}})[site].patched
     if "raw" not in rows:
         return "widths differ: nothing to cross-patch raw"
     raw, oracle = rows["raw"].mean_kl, rows[IDENTITY].mean_kl
@@ -195,6 +197,12 @@ def _untouched(pair: Pair, prompts: PromptSet) -> str:
         return "the first layer differs already, or the tokens do"
     sites = [site for found in _sites(pair, range(first)) for site in found]
     base, tuned = (capture(pair, role, prompts, Position.DECISION, sites) for role in ("base", "tuned"))
+    if not all(torch.equal(base[site], tuned[site]) for site in sites):
+        again = []  # tuned may have been recorded the way in which it is patched, which rounds otherwise
+        for side in (pair.tuned, pair.base):
+            with side.engine() as engine:
+                again.append(engine.capture(pair.tokens(side.role, prompts, Position.DECISION), sites))
+        tuned, base = again
     if not torch.equal(base[sites[0]], tuned[sites[0]]):
         return "what enters the first layer differs already"
     for site in sites:

@@ -1,11 +1,11 @@
-"""What is asked of a pair that it cannot give, found before any weights are loaded."""
+"""Checks, before any weights are loaded, that a pair can give what is asked of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.fitting import elsewhere
+from mechdiff_mlflow.experiments.fitting import wrong_layer_site
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.study import Study
 from mechdiff_mlflow.maps.affine import AffineMap, Family
@@ -21,7 +21,13 @@ def check_pair(protocol: Protocol, pair: Pair) -> None:
     Raises:
         MechdiffError: There are not, or they cannot; or what is planted does not fit the model.
     """
-    for prompts in Study(pair, protocol).prompt_sets:
+    study = Study(pair, protocol)
+    if study.report_prompts.n_groups < 2:
+        raise MechdiffError(
+            f"{len(study.report_prompts)} {protocol.split} prompts, {study.report_prompts.n_groups} of them "
+            "independent, give no interval; pass a larger --n, or add prompts of another group to the file."
+        )
+    for prompts in study.prompt_sets:
         pair.check_same_tokens(prompts, protocol.position)
     plant, widths = pair.spec.tuned.plant, _widths(pair)
     if plant is not None:
@@ -53,7 +59,7 @@ def check_cells(cells: Sequence[Cell], protocol: Protocol, pair: Pair) -> None:
     """
     check_pair(protocol, pair)
     sites = dict.fromkeys(cell.site for cell in cells)
-    check_sites([*sites, *(elsewhere(site, pair.n_layers) for site in sites)], pair)
+    check_sites([*sites, *(wrong_layer_site(site, pair) for site in sites)], pair)
     n_train, widths = len(Study(pair, protocol).train_prompts), _widths(pair)
     if n_train < 2:
         raise MechdiffError(f"{n_train} train prompt is too little to fit on; give --n-train 2 or more.")
@@ -85,17 +91,10 @@ def check_cells(cells: Sequence[Cell], protocol: Protocol, pair: Pair) -> None:
 
 
 def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, any_pair: bool) -> None:
-    """Make sure that a map fits its site of a pair, and was fitted on it.
-
-    Args:
-        map_: The map.
-        name: What the user calls it.
-        site: Where it was fitted.
-        pair: What it is used on.
-        any_pair: Whether it may have been fitted on another pair.
+    """Make sure that the map that the user calls `name` fits its site of a pair, and was fitted on the pair.
 
     Raises:
-        MechdiffError: It does not, or was not.
+        MechdiffError: It does not; or it was not, and `any_pair` is false.
     """
     check_sites([site], pair)
     widths = _widths(pair)
@@ -114,6 +113,6 @@ def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, any_pair: b
 
 
 def _widths(pair: Pair) -> tuple[int, int] | None:
-    """Of base and tuned, as their configurations say."""
+    """The widths of base and tuned, as their configurations say."""
     base, tuned = pair.base.outline(), pair.tuned.outline()
     return None if base is None or tuned is None else (base.width, tuned.width)

@@ -1,19 +1,14 @@
-"""How experiments say how far they are, without knowing who listens."""
+"""Progress of experiments, which do not know who listens."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from contextlib import AbstractContextManager
 
 Advance = Callable[[int], None]
-
-
-class Stage(Protocol):
-    """Opens a stretch of work of known length; the context gives a function to report finished steps."""
-
-    def __call__(self, name: str, total: int) -> contextlib.AbstractContextManager[Advance]:
-        """Start the stretch called `name` of `total` steps."""
+Stage = Callable[[str, int], AbstractContextManager[Advance]]
+"""Opens a stretch of work by name and number of steps; the context gives what reports finished steps."""
 
 
 @contextlib.contextmanager

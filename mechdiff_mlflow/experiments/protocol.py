@@ -1,11 +1,11 @@
-"""What all cells of an experiment share."""
+"""Settings that all cells of an experiment share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.solvers import SOLVERS, OffSpan
+from mechdiff_mlflow.solvers import SETTINGS, OffSpan
 from mechdiff_mlflow.spec.pair_spec import Position
 
 MAX_PERMUTATIONS = 100_000
@@ -14,60 +14,39 @@ MAX_PERMUTATIONS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """What all cells of an experiment share.
+    """Settings that all cells of an experiment share.
 
-    Args:
-        split: Reported split; `val` also chooses, so choices leak into the report.
-        n: Reported prompts; None is all.
-        n_train: Prompts fitted on; None is all.
-        position: Which token is read and replaced.
-        shrink: Covariance shrinkage of the solvers that have one, in [0, 1].
-        ridge: Penalty of the solvers that have one, as a fraction of the mean variance.
-        output_metric: What an error of `reduced_rank` counts: `identity`, `tuned_covariance` or `fisher`.
-        directions: How many output directions `logit_subspace` is restricted to.
-        unembedding: Whose top directions those are: `tuned`, or `joint` of base and tuned.
-        off_span: What maps do outside the span of the training rows; None lets val choose.
-        alpha_fit: `after`: a map is fitted to y, then α multiplies it. `inside`: it is fitted to y/α, so
-            that W and not α·W is near the identity (see `planted`); `auto` then also offers the scale at
-            which W is the identity in most directions.
-        permutations: How many times the fit is repeated on shuffled pairs, its choices inside; 0 is never.
-        seed: Of bootstrap resamples, sign flips, shuffles, sampled gradients and random controls.
-        n_resamples: Bootstrap resamples.
+    Raises:
+        MechdiffError: A setting is out of its range.
     """
 
-    split: str = "test"
-    n: int | None = None
-    n_train: int | None = None
-    position: Position = Position.DECISION
-    shrink: float = 0.05
-    ridge: float = 0.01
-    output_metric: str = "identity"
-    directions: int = 16
-    unembedding: str = "tuned"
-    off_span: OffSpan | None = None
+    split: str = "test"  # reported split; `val` also chooses, so choices leak into the report
+    n: int | None = None  # reported prompts; None is all
+    n_train: int | None = None  # prompts fitted on; None is all
+    position: Position = Position.DECISION  # which token is read and replaced
+    shrink: float = 0.05  # covariance shrinkage of the solvers that have one, in [0, 1]
+    ridge: float = 0.01  # penalty of the solvers that have one, as a fraction of the mean variance
+    output_metric: str = "identity"  # how `reduced_rank` counts errors; or `tuned_covariance`, `fisher`
+    directions: int = 16  # output directions that `logit_subspace` is restricted to
+    unembedding: str = "tuned"  # whose top directions those are: `tuned`, or `joint` of base and tuned
+    off_span: OffSpan | None = None  # of maps outside the span of the training rows; None lets val choose
+    # `after`: a map is fitted to y, then α multiplies it. `inside`: it is fitted to y/α, so that W and not
+    # α·W is near the identity; `auto` then also offers the scale at which W is it in most directions.
     alpha_fit: str = "after"
-    permutations: int = 0
-    seed: int = 0
-    n_resamples: int = 2000
+    permutations: int = 0  # how often the fit is repeated on shuffled pairs, its choices inside; 0 is never
+    seed: int = 0  # random seed: bootstrap, sign flips, shuffles, sampled gradients, random controls
+    n_resamples: int = 2000  # of the bootstrap
 
     def __post_init__(self) -> None:
         if self.split not in ("val", "test"):
             raise MechdiffError(
-                f"Split {self.split!r} cannot be reported; use test, or val as the seed does."
+                f"Split {self.split!r} cannot be reported; use test, or val as the original experiment does."
             )
-        if self.alpha_fit not in ("after", "inside"):
-            raise MechdiffError(f"alpha_fit is {self.alpha_fit!r}; use after or inside.")
-        if self.unembedding not in ("tuned", "joint"):
-            raise MechdiffError(f"unembedding is {self.unembedding!r}; use tuned or joint.")
         if not 0 <= self.permutations <= MAX_PERMUTATIONS:
             raise MechdiffError(
                 f"{self.permutations} permutations are impossible; give 0 to {MAX_PERMUTATIONS}."
             )
         if not 0 <= self.seed < 2**63:
             raise MechdiffError(f"Seed {self.seed} is impossible; give 0 to {2**63 - 1}.")
-        if self.directions < 1:
-            raise MechdiffError(f"{self.directions} directions are impossible; give at least 1.")
-        for row in SOLVERS.values():
-            for setting in row.settings:
-                if hasattr(self, setting.name):
-                    setting.checked(getattr(self, setting.name))
+        for setting in SETTINGS:
+            setting.checked(getattr(self, setting.name))

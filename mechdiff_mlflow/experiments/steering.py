@@ -1,4 +1,4 @@
-"""What the models say to a prompt: base, tuned, and tuned with the base's activation raw and mapped."""
+"""Continuations of a prompt: by base, by tuned, and by tuned with the base's activation raw and mapped."""
 
 from __future__ import annotations
 
@@ -24,24 +24,13 @@ from mechdiff_mlflow.text import is_text
 
 @dataclass(frozen=True, slots=True)
 class Steered:
-    """Greedy continuations of one prompt.
+    """Greedy continuations of one prompt, and KL(patched ‖ clean) in nats of their first tokens."""
 
-    Args:
-        prompt: What the user says.
-        base: The base model's own.
-        clean: The tuned model's own.
-        raw: The tuned model's with the base's activation as it is in place of its own; None when the widths
-            differ.
-        mapped: The same with the mapped activation.
-        kl_raw: KL(patched ‖ clean) in nats of the first generated token under the raw patch, None as there.
-        kl_mapped: The same under the mapped one.
-    """
-
-    prompt: str
-    base: str
-    clean: str
-    raw: str | None
-    mapped: str
+    prompt: str  # what the user says
+    base: str  # the base model's own
+    clean: str  # the tuned model's own
+    raw: str | None  # the tuned model's with the base's activation as it is; None when the widths differ
+    mapped: str  # the same with the mapped activation
     kl_raw: float | None
     kl_mapped: float
 
@@ -54,15 +43,7 @@ def steer(
     tokens: Tokens = Tokens.NEW,
     max_new_tokens: int = 32,
 ) -> list[Steered]:
-    """Continue each prompt greedily four times.
-
-    Args:
-        pair: Base and tuned.
-        the_map: With the site that it was fitted at in its meta.
-        texts: The user's turns.
-        tokens: Whose activations are replaced; more than the decision token needs models that read the same
-            tokens.
-        max_new_tokens: At most so many tokens a continuation.
+    """Continue each text of a user greedily: base, tuned, and tuned patched raw and mapped at the map's site.
 
     Raises:
         MechdiffError: A prompt is empty, a template fails, the map does not fit, or the models read other
@@ -72,33 +53,26 @@ def steer(
     prompts = prompt_set(texts, pair.spec.system)
     ids = {role: pair.tokens(role, prompts, Position.DECISION) for role in ("base", "tuned")}
     source, context = _source(pair, ids, site, tokens)
-    limit = max_new_tokens
+    base, _ = _continue(pair.base, ids["base"], max_new_tokens)
+    clean, clean_logits = _continue(pair.tuned, ids["tuned"], max_new_tokens)
 
-    def patched(a_map: AffineMap) -> tuple[list[str], Tensor]:
-        attachment = attached(
-            *(a_map, pair.tuned.model, site),
-            tokens=tokens,
-            source=source,
-            source_context=context,
-            modules=pair.modules,
-        )
-        return _continue(pair.tuned, ids["tuned"], limit, attachment)
+    def patched(a_map: AffineMap) -> tuple[list[str], list[float]]:
+        options: dict[str, Any] = {"tokens": tokens, "source": source, "source_context": context}
+        attachment = attached(a_map, pair.tuned.model, site, modules=pair.modules, **options)
+        said, logits = _continue(pair.tuned, ids["tuned"], max_new_tokens, attachment)
+        return said, [float(kl) for kl in next_token_divergences(logits, clean_logits).kl_patched_clean]
 
-    base, _ = _continue(pair.base, ids["base"], limit)
-    clean, clean_logits = _continue(pair.tuned, ids["tuned"], limit)
-    mapped, mapped_logits = patched(the_map)
-    kl_mapped = _kl(mapped_logits, clean_logits)
+    mapped, kl_mapped = patched(the_map)
     raw: Sequence[str | None] = [None] * len(texts)
     kl_raw: Sequence[float | None] = [None] * len(texts)
     if the_map.d_in == the_map.d_out:
-        raw, raw_logits = patched(identity_map(the_map.d_in))
-        kl_raw = _kl(raw_logits, clean_logits)
-    columns = (texts, base, clean, raw, mapped, kl_raw, kl_mapped)
-    return [Steered(*row) for row in zip(*columns, strict=True)]
+        raw, kl_raw = patched(identity_map(the_map.d_in))
+    rows = zip(texts, base, clean, raw, mapped, kl_raw, kl_mapped, strict=True)
+    return [Steered(*row) for row in rows]
 
 
 def site_of(the_map: AffineMap) -> Site:
-    """Where a map was fitted.
+    """The site at which a map was fitted.
 
     Raises:
         MechdiffError: It does not say.
@@ -109,7 +83,7 @@ def site_of(the_map: AffineMap) -> Site:
 
 
 def prompt_set(texts: Sequence[str], system: str | None) -> PromptSet:
-    """What users say, as prompts.
+    """Texts of a user as prompts.
 
     Raises:
         MechdiffError: A text is empty.
@@ -157,22 +131,13 @@ def _continue(
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            **_GREEDY,
+            do_sample=False,
+            num_beams=1,
+            **dict.fromkeys(("temperature", "top_p", "top_k")),  # of the checkpoint, they would warn
+            output_logits=True,
+            return_dict_in_generate=True,
         )
     said = out.sequences[:, length:].tolist()
     what = f"Decoding with the {side.role} tokenizer"  # whose decoder may grow what it gets
     texts = bounded(what, lambda: tokenizer.batch_decode(said, skip_special_tokens=True))
     return [text.strip() for text in texts], out.logits[0]
-
-
-_GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    **dict.fromkeys(("temperature", "top_p", "top_k")),  # set in a checkpoint's defaults, they would warn
-    "output_logits": True,
-    "return_dict_in_generate": True,
-}
-
-
-def _kl(patched: Tensor, clean: Tensor) -> list[float]:
-    return [float(kl) for kl in next_token_divergences(patched, clean).kl_patched_clean]

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 
 import pandas as pd
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.fitting import Fitter, Offers, label_of
+from mechdiff_mlflow.experiments.fitting import Fitter
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
@@ -38,21 +39,41 @@ FLOOR_LIMIT_NATS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2, "float16
 """An identity patch that moves the logits further than rounding can is a broken patch, not noise."""
 
 
+@dataclass(eq=False)
+class _Patch:
+    """A map to report, the maps among which val chooses its controls, and what it chose."""
+
+    cell: Cell
+    map: AffineMap
+    nulls: Mapping[str, Sequence[AffineMap]]
+    shuffled: Sequence[Sequence[AffineMap]]
+    controls: dict[str, list[AffineMap]] = field(default_factory=dict)
+    null: str = ""
+
+    @property
+    def candidates(self) -> Iterable[AffineMap]:
+        return chain(*self.nulls.values(), *self.shuffled)
+
+    @property
+    def reported(self) -> Iterable[AffineMap]:
+        return chain([self.map], *self.controls.values())
+
+    def choose(self, val: SiteRows) -> None:
+        """Take the scale that does best on val of each control and shuffle; the null is the best control."""
+        self.controls = {name: [_best(maps, val)] for name, maps in self.nulls.items()}
+        if self.shuffled:
+            self.controls |= {SHUFFLED: [_best(maps, val) for maps in self.shuffled]}
+        self.null = min(self.controls, key=lambda name: float(val.kl(self.controls[name]).mean()))
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
-    """A pair under one protocol, with what has been recorded so far.
-
-    Args:
-        pair: The models and prompts.
-        protocol: What all cells share.
-        stage: Who listens to progress.
-        workers: Who runs the models; None is this process.
-    """
+    """A pair under one protocol, with what has been recorded so far."""
 
     pair: Pair
     protocol: Protocol
-    stage: Stage = silent
-    workers: Workers | None = None
+    stage: Stage = silent  # who listens to progress
+    workers: Workers | None = None  # who runs the models; None is this process
     _fitted: list[AffineMap] = field(default_factory=list)
     _rows: dict[str, dict[Site, SiteRows]] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
@@ -78,6 +99,12 @@ class Study:
         sets = [self.train_prompts, self.val_prompts, self.report_prompts]
         return sets[:2] if self.protocol.split == "val" else sets
 
+    @property
+    def bootstrap(self) -> stats.Bootstrap:
+        """The bootstrap of intervals over the reported prompts."""
+        groups = self.report_prompts.groups
+        return stats.Bootstrap(self.protocol.n_resamples, seed=self.protocol.seed, groups=groups)
+
     def fit(self, cells: Sequence[Cell]) -> list[FitRecord]:
         """Fit every cell on train and let val choose what is open (α, the off-span rule).
 
@@ -88,21 +115,17 @@ class Study:
         self.computing.prepare(self.prompt_sets, self.protocol.position)
         fitter = self._fitter
         fitter.record(cells)
+        offers = []
         with self.stage("fitting", len(cells)) as advance:
-            offers = []
             for cell in cells:
                 offers.append(fitter.offers(cell))
                 advance(1)
-        requests: dict[Site, dict[str, AffineMap]] = {}
+        wanted: list[tuple[Site, AffineMap]] = []
         for cell, maps in zip(cells, offers, strict=True):
-            wanted = requests.setdefault(cell.site, {})
-            if len(maps) > 1 or self.protocol.split == "val":
-                wanted.update(maps)
             # What `patch` will want of val is scored along: val is run once.
-            wanted.update(fitter.nulls(cell))
-            for mixed in fitter.shuffled(cell):
-                wanted.update(mixed)
-        val = self._score("val", requests)
+            later = chain(*fitter.nulls(cell).values(), *fitter.shuffled(cell))
+            wanted += [(cell.site, map_) for map_ in (*(maps if self._is_scored(maps) else ()), *later)]
+        val = self._score("val", wanted)
         found = [self._choose(cell, maps, val[cell.site]) for cell, maps in zip(cells, offers, strict=True)]
         if len(found) > 1:  # reported together, and people take the best
             one_of = selection.entry(f"{selection.CELL} (one of {len(found)})", self.report_prompts)
@@ -129,118 +152,89 @@ class Study:
         """
         fits = list(fits)
         self.computing.prepare(self.prompt_sets, self.protocol.position)
-        self._fitter.record([cell for cell, _ in fits])
-        nulls = [self._fitter.nulls(cell) for cell, _ in fits]
-        shuffled = [self._fitter.shuffled(cell) for cell, _ in fits]
-        requests: dict[Site, dict[str, AffineMap]] = {}
-        for (cell, _), maps, mixed in zip(fits, nulls, shuffled, strict=True):
-            requests.setdefault(cell.site, {}).update(maps)
-            for offers in mixed:
-                requests[cell.site].update(offers)
-        val = self._score("val", requests)
-        best = [
-            _best_of_each(maps, mixed, val[cell.site])
-            for (cell, _), maps, mixed in zip(fits, nulls, shuffled, strict=True)
-        ]
-        requests = {}
-        for (cell, map_), maps, mixed, chosen in zip(fits, nulls, shuffled, best, strict=True):
-            every = {**maps, **{label: made for offers in mixed for label, made in offers.items()}}
-            wanted = requests.setdefault(cell.site, {})
-            wanted.update({label: every[label] for labels in chosen.values() for label in labels})
-            wanted[label_of(cell, map_)] = map_
-        report = self._score(self.protocol.split, requests)
-        labels = [label_of(cell, map_) for cell, map_ in fits]
-        null_of = [
-            min(rows_of, key=lambda name, at=val[cell.site], rows=rows_of: at.mean_kl(rows[name]))  # type: ignore[misc]
-            for (cell, _), rows_of in zip(fits, best, strict=True)
-        ]
-        seed = self.protocol.seed
-        p_values = [
-            p_against_null(report[cell.site], label, rows_of[null], seed, self.report_prompts.groups)
-            for (cell, _), label, rows_of, null in zip(fits, labels, best, null_of, strict=True)
+        fitter = self._fitter
+        fitter.record([cell for cell, _ in fits])
+        patches = [_Patch(cell, map_, fitter.nulls(cell), fitter.shuffled(cell)) for cell, map_ in fits]
+        val = self._score("val", [(p.cell.site, map_) for p in patches for map_ in p.candidates])
+        for patch in patches:
+            patch.choose(val[patch.cell.site])
+        split = self.protocol.split
+        report = self._score(split, [(p.cell.site, map_) for p in patches for map_ in p.reported])
+        seed, groups = self.protocol.seed, self.report_prompts.groups
+        p_null = [
+            p_against_null(report[patch.cell.site], patch.map, patch.controls[patch.null], seed, groups)
+            for patch in patches
         ]
         # Whoever looks at many sees the luckiest (Holm 1979, A simple sequentially rejective procedure).
-        p_holm = stats.holm(p_values) if len(fits) > 1 else [None]
+        p_holm = stats.holm(p_null) if len(patches) > 1 else [None]
         records: list[PatchRecord] = []
-        for i, (cell, map_) in enumerate(fits):
+        for i, patch in enumerate(patches):
+            rows, mine = report[patch.cell.site], any(patch.map is fitted for fitted in self._fitted)
             record = summarise(
-                replace(cell, alpha=Alpha((map_.alpha,))),
-                map_,
-                report[cell.site],
-                label=labels[i],
-                controls=best[i],
-                null=null_of[i],
+                replace(patch.cell, alpha=Alpha((patch.map.alpha,))),
+                patch.map,
+                rows,
+                controls=patch.controls,
+                null=patch.null,
                 prompts=self.report_prompts,
                 # Of the cells reported here none has been taken yet.
-                leak=selection.leaks(
-                    map_,
-                    self.report_prompts,
-                    but=selection.CELL if any(map_ is mine for mine in self._fitted) else None,
-                ),
-                seed=seed,
-                n_resamples=self.protocol.n_resamples,
-                seconds=self._seconds[self.protocol.split],
+                leak=selection.leaks(patch.map, self.report_prompts, but=selection.CELL if mine else None),
+                bootstrap=self.bootstrap,
+                seconds=self._seconds[split],
+                p_null=p_null[i],
                 p_holm=p_holm[i],
             )
-            self._check_identity(cell.site, report[cell.site].patched[IDENTITY].mean_kl)
+            self._check_identity(patch.cell.site, rows.patched[IDENTITY].mean_kl)
             each(i, record)
             records.append(record)
         return records
 
     @cached_property
     def computing(self) -> Workers:
-        """Who runs the models."""
+        """The workers that run the models."""
         return self.workers or LocalWorkers(self.pair)
 
     @property
     def engine_mode(self) -> str:
-        """Which of the engine's paths patches the tuned model."""
-        return self.computing.setting().engine
+        """The engine's path that patches the tuned model."""
+        return self.computing.environment.engine_mode
 
     @cached_property
     def noise(self) -> float:
-        """How far apart clean runs of the reported prompts are, nats; measured after a patch, once."""
+        """Distance between clean runs of the reported prompts, nats; measured after a patch, once."""
         return self.computing.clean_noise("tuned", self.report_prompts, self.protocol.position)
 
     @cached_property
     def _fitter(self) -> Fitter:
         return Fitter(self.computing, self.protocol, self.train_prompts, self.stage)
 
-    def _score(self, split: str, requests: dict[Site, dict[str, AffineMap]]) -> dict[Site, SiteRows]:
-        """Rows of a split by the labels of the request, scored only where they are not known yet.
+    def _is_scored(self, offers: Sequence[AffineMap]) -> bool:
+        """Whether the maps of a cell are scored on val: of one there is nothing to choose."""
+        return len(offers) > 1 or self.protocol.split == "val"
 
-        What is known is told apart by what maps compute: settings that labels leave out change that too.
-        """
+    def _score(self, split: str, wanted: Iterable[tuple[Site, AffineMap]]) -> dict[Site, SiteRows]:
+        """Rows of a split by the digests of maps, scored only where they are not known yet."""
         known = self._rows.setdefault(split, {})
-        wanted = {site: {map_.digest: map_ for map_ in maps.values()} for site, maps in requests.items()}
-        missing = {
-            site: {digest: map_ for digest, map_ in maps.items() if digest not in known[site].patched}
-            if site in known
-            else maps
-            for site, maps in wanted.items()
-        }
-        missing = {site: maps for site, maps in missing.items() if maps or site not in known}
+        missing: dict[Site, dict[str, AffineMap]] = {}
+        for site, map_ in wanted:
+            if site not in known or map_.digest not in known[site].patched:
+                missing.setdefault(site, {})[map_.digest] = map_
         if missing:
             prompts = self.report_prompts if split == self.protocol.split else self.val_prompts
-            self.pair.check_same_tokens(prompts, self.protocol.position)
             started = time.perf_counter()
             scored = self.computing.score(prompts, self.protocol.position, missing, self.stage)
             self._seconds[split] = self._seconds.get(split, 0.0) + time.perf_counter() - started
             noise = self.noise if split == self.protocol.split else 0.0
             for site, rows in scored.items():
-                rows = replace(rows, clean_noise=noise)
-                known[site] = known[site].with_rows(rows.patched) if site in known else rows
-        return {
-            site: known[site].labelled({label: map_.digest for label, map_ in maps.items()})
-            for site, maps in requests.items()
-        }
+                before = known[site].patched if site in known else {}
+                known[site] = replace(rows, patched={**before, **rows.patched}, clean_noise=noise)
+        return known
 
-    def _choose(self, cell: Cell, offers: Mapping[str, AffineMap], val: SiteRows) -> FitRecord:
-        """The offer with the least mean KL on val; of one there is nothing to choose."""
-        scored = {label: val.patched[label].mean_kl for label in offers if label in val.patched}
-        best = offers[min(offers, key=lambda label: scored.get(label, 0.0))]
-        chosen = ["alpha"] if len({map_.alpha for map_ in offers.values()}) > 1 else []
-        if len({map_.meta["off_span"] for map_ in offers.values()}) > 1:
+    def _choose(self, cell: Cell, offers: Sequence[AffineMap], val: SiteRows) -> FitRecord:
+        """The offer with the least mean KL on val."""
+        best = _best(offers, val) if self._is_scored(offers) else offers[0]
+        chosen = ["alpha"] if len({map_.alpha for map_ in offers}) > 1 else []
+        if len({map_.meta["off_span"] for map_ in offers}) > 1:
             chosen.append("off_span")
         if cell.rank.k is not None:
             best.check_rank(cell.rank.k, cell.family)
@@ -256,6 +250,14 @@ class Study:
             dtype=self.pair.spec.dtype,
         )
         rho, cosines = alignment(map_, val)
+        candidates = [
+            {
+                "alpha": offer.alpha,
+                "off_span": str(offer.meta["off_span"]),
+                "KL_mapped": val.patched[offer.digest].mean_kl,
+            }
+            for offer in (offers if self._is_scored(offers) else ())
+        ]
         return FitRecord(
             cell=replace(cell, alpha=Alpha((map_.alpha,))),
             asked=cell,
@@ -265,16 +267,7 @@ class Study:
             chosen=tuple(chosen),
             rho=rho,
             cos_mean=mean_of_defined(cosines),
-            candidates=pd.DataFrame(
-                [
-                    {
-                        "alpha": offers[label].alpha,
-                        "off_span": str(offers[label].meta["off_span"]),
-                        "KL_mapped": kl,
-                    }
-                    for label, kl in scored.items()
-                ]
-            ),
+            candidates=pd.DataFrame(candidates),
             seconds=self._fitter.seconds(cell),
         )
 
@@ -287,16 +280,5 @@ class Study:
             )
 
 
-def _best_of_each(nulls: Offers, shuffled: Sequence[Offers], val: SiteRows) -> dict[str, tuple[str, ...]]:
-    """By control the row of its scale that does best on val; of shuffled fits, that of each permutation."""
-    choices: dict[str, list[str]] = {}
-    for label in nulls:
-        choices.setdefault(label.split()[0], []).append(label)
-    best: dict[str, tuple[str, ...]] = {name: (_least(labels, val),) for name, labels in choices.items()}
-    if shuffled:
-        best[SHUFFLED] = tuple(_least(offers, val) for offers in shuffled)
-    return best
-
-
-def _least(labels: Iterable[str], rows: SiteRows) -> str:
-    return min(labels, key=lambda label: rows.patched[label].mean_kl)
+def _best(maps: Iterable[AffineMap], rows: SiteRows) -> AffineMap:
+    return min(maps, key=lambda map_: rows.patched[map_.digest].mean_kl)

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mechdiff_mlflow.experiments.records import PatchRecord
-from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, SiteRows
+from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, SiteRows
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures import similarity, stats
 from mechdiff_mlflow.spec.pair_spec import Cell
@@ -40,50 +40,41 @@ def summarise(
     map_: AffineMap,
     rows: SiteRows,
     *,
-    label: str,
-    controls: Mapping[str, Sequence[str]],
+    controls: Mapping[str, Sequence[AffineMap]],
     null: str,
     prompts: PromptSet,
     leak: tuple[str, ...] | None,
-    seed: int,
-    n_resamples: int,
+    bootstrap: stats.Bootstrap,
     seconds: float,
-    p_holm: float | None = None,
+    p_null: float | None,
+    p_holm: float | None,
 ) -> PatchRecord:
-    """One map on one split.
+    """One map on one split, from the site's patched rows by the digests of maps.
 
-    Args:
-        cell: Where and how.
-        map_: The map.
-        rows: The site's patched rows on the split.
-        label: Which row is the map's.
-        controls: By name, which row is each control's; of shuffled fits one row a permutation.
-        null: The control that did best on val.
-        prompts: The split.
-        leak: What was chosen on these prompts; None where nobody knows.
-        seed: Of the bootstrap.
-        n_resamples: Of the bootstrap.
-        seconds: What scoring took.
-        p_holm: `p_against_null` by Holm's method over all that are reported together.
+    `controls` are the maps of each control, of shuffled fits one a permutation; all else as in the record.
     """
-    patched = rows.patched
-    mapped, raw = patched[label], patched.get(RAW)
+    mapped, raw = rows.patched[map_.digest], rows.patched.get(RAW)
     rho, cosines = alignment(map_, rows)
     noise = rows.noise_floor
-    bootstrap = stats.Bootstrap(n_resamples=n_resamples, seed=seed, groups=prompts.groups)
     undefined = {}
-    drop = difference = p_sign_flip = None
+    drop = difference = p_sign_flip = cos_vs_kl = None
     if raw is None:
         undefined["drop_pct"] = "base and tuned differ in width, so nothing can be cross-patched raw"
     else:
-        pairs = raw.kl_patched_clean_nats, mapped.kl_patched_clean_nats
-        drop = stats.drop_pct(*pairs, noise_floor=noise, bootstrap=bootstrap)
-        difference = stats.kl_difference(*pairs, bootstrap=bootstrap)
+        kl_raw, kl_mapped = raw.kl_patched_clean_nats, mapped.kl_patched_clean_nats
+        drop = stats.drop_pct(kl_raw, kl_mapped, noise_floor=noise, bootstrap=bootstrap)
+        difference = stats.kl_difference(kl_raw, kl_mapped, bootstrap=bootstrap)
         if drop.estimate is None:
             undefined["drop_pct"] = _below_floor("KL_raw", raw.mean_kl, noise)
         else:
-            p_sign_flip = stats.sign_flip_p(pairs[0] - pairs[1], seed=seed, groups=prompts.groups)
-    control_kl = {name: _kl(rows, labels) for name, labels in controls.items()}
+            p_sign_flip = stats.sign_flip_p(kl_raw - kl_mapped, seed=bootstrap.seed, groups=bootstrap.groups)
+            cos_vs_kl = _correlation(cosines, kl_raw - kl_mapped, bootstrap)
+    control_kl = {name: rows.kl(maps) for name, maps in controls.items()}
+    p_permutation = None
+    if shuffled := controls.get(SHUFFLED):
+        p_permutation = stats.permutation_p(
+            mapped.mean_kl, [rows.patched[one.digest].mean_kl for one in shuffled]
+        )
     best = control_kl[null]
     skill = stats.drop_pct(best, mapped.kl_patched_clean_nats, noise_floor=noise, bootstrap=bootstrap)
     if skill.estimate is None:
@@ -104,17 +95,17 @@ def summarise(
         null=null,
         controls={name: float(kl.mean()) for name, kl in control_kl.items()},
         p_sign_flip=p_sign_flip,
-        p_null=p_against_null(rows, label, controls[null], seed, prompts.groups),
+        p_null=p_null,
         p_holm=p_holm,
-        p_permutation=_permutation_p(rows, mapped.mean_kl, controls.get(SHUFFLED, ())),
+        p_permutation=p_permutation,
         rho=rho,
         cos_mean=mean_of_defined(cosines),
         explained_variance=similarity.explained_variance(rows.tuned, map_(rows.base)),
         cka=similarity.debiased_cka(rows.base, rows.tuned) if len(prompts) >= MIN_CKA_PROMPTS else None,
-        cos_vs_kl=None if drop is None or drop.estimate is None else _cos_vs_kl(cosines, pairs, bootstrap),
+        cos_vs_kl=cos_vs_kl,
         top1_agreement=float(mapped.top1_agrees.mean()),
         delta_logprob=float(mapped.delta_logprob_nats.mean()),
-        per_prompt=_per_prompt(rows, label, control_kl, prompts, cosines),
+        per_prompt=_per_prompt(rows, mapped, control_kl, prompts, cosines),
         leak=leak,
         undefined=undefined,
         seconds=seconds,
@@ -122,47 +113,23 @@ def summarise(
 
 
 def p_against_null(
-    rows: SiteRows, label: str, null: Sequence[str], seed: int, groups: tuple[int, ...] = ()
+    rows: SiteRows, map_: AffineMap, null: Sequence[AffineMap], seed: int, groups: tuple[int, ...]
 ) -> float | None:
-    """One-sided p-value that a map does better than its null; None where that would be told from noise.
-
-    Args:
-        rows: The site's patched rows.
-        label: Which row is the map's.
-        null: Which rows are the null's.
-        seed: Of the flipped signs.
-        groups: Of prompts, whose signs are flipped together.
-    """
-    best, mapped = _kl(rows, null), rows.patched[label].kl_patched_clean_nats
+    """One-sided p-value that a map does better than its null; None where that would be told from noise."""
+    best, mapped = rows.kl(null), rows.kl([map_])
     if not stats.is_defined(best, mapped, rows.noise_floor):
         return None
     return stats.sign_flip_p(best - mapped, seed=seed, groups=groups)
 
 
-def _kl(rows: SiteRows, labels: Sequence[str]) -> NDArray[np.float64]:
-    """KL(patched ‖ clean) of each prompt, the mean over some rows, nats [n]."""
-    by_row = np.stack([rows.patched[label].kl_patched_clean_nats for label in labels])
-    mean: NDArray[np.float64] = by_row.mean(0)
-    return mean
-
-
-def _permutation_p(rows: SiteRows, kl_mapped_nats: float, shuffled: Sequence[str]) -> float | None:
-    if not shuffled:
-        return None
-    return stats.permutation_p(kl_mapped_nats, [rows.patched[label].mean_kl for label in shuffled])
-
-
-def _cos_vs_kl(
-    cosines: NDArray[np.float64],
-    raw_and_mapped: tuple[NDArray[np.float64], NDArray[np.float64]],
-    bootstrap: stats.Bootstrap,
+def _correlation(
+    cosines: NDArray[np.float64], gain: NDArray[np.float64], bootstrap: stats.Bootstrap
 ) -> stats.Correlation | None:
     """Over the prompts whose cosine is defined; None when they are too few or one of the two is constant."""
     defined = ~np.isnan(cosines)
     if defined.sum() < MIN_CORRELATED_PROMPTS:
         return None
-    raw, mapped = raw_and_mapped
-    found = stats.correlation(cosines[defined], (raw - mapped)[defined], bootstrap=bootstrap.of(defined))
+    found = stats.correlation(cosines[defined], gain[defined], bootstrap=bootstrap.of(defined))
     return None if found.pearson.estimate is None else found
 
 
@@ -175,16 +142,14 @@ def _below_floor(what: str, kl_nats: float, noise_nats: float) -> str:
 
 def _per_prompt(
     rows: SiteRows,
-    label: str,
+    mapped: Patched,
     control_kl: Mapping[str, NDArray[np.float64]],
     prompts: PromptSet,
     cosines: NDArray[np.float64],
 ) -> pd.DataFrame:
-    mapped, raw = rows.patched[label], rows.patched.get(RAW)
     columns: dict[str, object] = {"prompt": [prompt.text for prompt in prompts.prompts]}
     columns |= {"group": prompts.groups} if prompts.groups else {}
-    if raw is not None:
-        columns["KL_raw"] = raw.kl_patched_clean_nats
+    columns |= {"KL_raw": rows.patched[RAW].kl_patched_clean_nats} if RAW in rows.patched else {}
     columns |= {
         "KL_mapped": mapped.kl_patched_clean_nats,
         "KL_mapped_reverse": mapped.kl_clean_patched_nats,

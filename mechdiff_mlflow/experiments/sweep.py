@@ -1,4 +1,4 @@
-"""RQ3: which cells a rank sweep has, and the smallest rank that reaches a target."""
+"""Rank sweeps: which cells they have, and the smallest rank that reaches a target drop."""
 
 from __future__ import annotations
 
@@ -44,15 +44,10 @@ class SweepSite:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Drops in percent whose smallest rank is sought: `30`, `30,12`, `L26/attn_out:30,12` or `auto`.
-
-    Args:
-        by_site: For these sites.
-        others: One for all other sites, or one for each in order.
-    """
+    """Drops in percent whose smallest rank is sought: `30`, `30,12`, `L26/attn_out:30,12` or `auto`."""
 
     by_site: tuple[tuple[Site, float], ...]
-    others: tuple[float, ...]
+    others: tuple[float, ...]  # one for all other sites, or one for each in order
 
     def __str__(self) -> str:
         if self == AUTO:
@@ -96,7 +91,8 @@ class Targets:
             MechdiffError: Targets and sites do not go together.
         """
         if self == AUTO:
-            return tuple(_SEED[site] if set(sites) == set(_SEED) else 30.0 for site in sites)
+            original = set(sites) == set(_ORIGINAL_TARGETS)
+            return tuple(_ORIGINAL_TARGETS[site] if original else 30.0 for site in sites)
         known = dict(self.by_site)
         rest = [site for site in sites if site not in known]
         if absent := [str(site) for site in known if site not in sites]:
@@ -114,43 +110,35 @@ class Targets:
 
 
 AUTO = Targets((), ())
-"""The seed experiment's targets at its two sites, and 30 % at any others."""
+"""The original experiment's targets at its two sites, and 30 % at any others."""
 
-_SEED = {Site(26, Hook.ATTN_OUT): 30.0, Site(24, Hook.RESID_POST): 12.0}
+_ORIGINAL_TARGETS = {Site(26, Hook.ATTN_OUT): 30.0, Site(24, Hook.RESID_POST): 12.0}
 
 
 @dataclass(frozen=True, slots=True)
 class LeastRank:
-    """The smallest rank that reaches a target drop at one site and α.
-
-    Args:
-        site: Where.
-        solver: Of the maps.
-        family: What their rank bounds.
-        alpha: The scale.
-        width: As what the full rank counts.
-        found: Estimate, interval and probability.
-    """
+    """The smallest rank that reaches a target drop at one site and α."""
 
     site: Site
     solver: str
     family: str
     alpha: float
-    width: int
+    width: int  # as what the full rank counts
     found: stats.MinK
 
     def __str__(self) -> str:
-        least, low, high, sure = (
-            self._rank(k) for k in (self.found.k, self.found.low, self.found.high, self.found.conservative_k)
-        )
+        found = self.found
         return (
-            f"min k for {text_of(self.found.target_pct)} % @ {self.site} (α={text_of(self.alpha)}): {least}, "
-            f"interval [{low}, {high}], reached in {100 * self.found.p_reached:.0f} % of resamples, "
-            f"conservative k {sure}"
+            f"min k for {text_of(found.target_pct)} % @ {self.site} (α={text_of(self.alpha)}): "
+            f"{rank_text(found.k, self.width)}, interval [{rank_text(found.low, self.width)}, "
+            f"{rank_text(found.high, self.width)}], reached in {100 * found.p_reached:.0f} % of resamples, "
+            f"conservative k {rank_text(found.conservative_k, self.width)}"
         )
 
-    def _rank(self, k: int | None) -> str:
-        return "not reached" if k is None else "full" if k == self.width else str(k)
+
+def rank_text(k: float | None, width: int) -> str:
+    """A least rank as users write it."""
+    return "not reached" if k is None or math.isnan(k) else "full" if k == width else str(int(k))
 
 
 def cells_of(
@@ -178,24 +166,15 @@ def cells_of(
 
 
 def least_ranks(patches: Sequence[PatchRecord], targets: Sequence[float], *, seed: int) -> list[LeastRank]:
-    """The least rank per site and α, where the drop is defined.
+    """The least rank of each site and α of a sweep at which every drop is defined.
 
-    Args:
-        patches: Of a sweep.
-        targets: Drops in percent: one for all, or one per site in order.
-        seed: Of the bootstrap.
-
-    Raises:
-        MechdiffError: There are neither one target nor as many as sites.
+    `targets` are drops in percent, one for all or one per site in order; `seed` is the bootstrap's.
     """
     curves: dict[tuple[Site, float], list[PatchRecord]] = {}
     for patch in patches:
         curves.setdefault((patch.cell.site, patch.map.alpha), []).append(patch)
     sites = list(dict.fromkeys(site for site, _ in curves))
-    if len(targets) not in (1, len(sites)):
-        raise MechdiffError(
-            f"{len(targets)} targets were given for {len(sites)} sites; give --targets one, or one a site."
-        )
+    assert len(targets) in (1, len(sites)), "Targets.at gives one a site"
     least = []
     for (site, alpha), curve in curves.items():
         if any(patch.drop_pct is None for patch in curve):

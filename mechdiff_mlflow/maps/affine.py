@@ -20,8 +20,8 @@ from mechdiff_mlflow.text import text_of
 
 JSON: TypeAlias = "bool | int | float | str | list[JSON] | Mapping[str, JSON] | None"
 
-
 _DIGESTS: MutableMapping[Tensor, tuple[int, str]] = WeakTensorKeyDictionary()
+"""Of each tensor that lives, the version of its content and that content's digest."""
 
 
 class Family(Choice):
@@ -37,20 +37,14 @@ class Family(Choice):
 class Weight:
     """W = diag(diagonal) + left @ right, or diag(diagonal) + left when `right` is None.
 
-    Args:
-        diagonal: Shape [] for a multiple of the identity, or [d] for one factor a dimension; not zero only
-            when d_in = d_out.
-        left: Shape [d_in, r], or [d_in, d_out] when there is no `right`.
-        right: Shape [r, d_out], or None.
-
     Raises:
         MechdiffError: The shapes do not fit, the dtypes differ or are not float64 or float32, or an entry
             is NaN or infinite.
     """
 
-    diagonal: Tensor
-    left: Tensor
-    right: Tensor | None = None
+    diagonal: Tensor  # [] for a multiple of the identity, or [d]; not zero only when d_in = d_out
+    left: Tensor  # [d_in, r], or [d_in, d_out] when there is no `right`
+    right: Tensor | None = None  # [r, d_out]
 
     def __post_init__(self) -> None:
         parts = {"diagonal": self.diagonal, "left": self.left}
@@ -59,21 +53,16 @@ class Weight:
         for name, t in parts.items():
             object.__setattr__(self, name, mapfiles.plain_tensor(f"The weight's part {name}", t))
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in parts.items())
+        right = self.right
         fits = self.left.ndim == 2 and (
-            self.right is None or (self.right.ndim == 2 and self.left.shape[1] == self.right.shape[0])
+            right is None or (right.ndim == 2 and self.left.shape[1] == right.shape[0])
         )
-        if (
-            not fits
-            or self.diagonal.ndim > 1
-            or (self.diagonal.ndim == 1 and len(self.diagonal) != self.d_in)
-        ):
+        if not fits or (self.diagonal.ndim and self.diagonal.shape != (self.d_in,)):
             raise MechdiffError(f"The parts of a weight do not fit together: {shapes}.")
         if self.d_in != self.d_out and bool(self.diagonal.any()):
             raise MechdiffError(f"A multiple of the identity needs d_in = d_out; the parts have {shapes}.")
-        if len({t.dtype for t in parts.values()}) > 1 or self.left.dtype not in (
-            torch.float64,
-            torch.float32,
-        ):
+        kinds = {t.dtype for t in parts.values()}
+        if len(kinds) > 1 or not kinds <= {torch.float64, torch.float32}:
             dtypes = ", ".join(f"{name} {t.dtype}" for name, t in parts.items())
             raise MechdiffError(f"A weight is all float64 or all float32; the parts are {dtypes}.")
         for name, t in parts.items():
@@ -90,12 +79,6 @@ class Weight:
     def low_rank(cls, left: Tensor, right: Tensor, identity: float = 0.0) -> Weight:
         """W = identity·I + left @ right, with left [d_in, r] and right [r, d_out]."""
         return cls(left.new_tensor(identity), left, right)
-
-    @classmethod
-    def scaled_identity(cls, d: int, scale: float | Tensor = 1.0) -> Weight:
-        """W = scale·I over d dimensions, or diag(scale) when `scale` has shape [d]."""
-        diagonal = torch.as_tensor(scale, dtype=torch.float64)
-        return cls(diagonal, diagonal.new_zeros(d, 0), diagonal.new_zeros(0, d))
 
     @property
     def d_in(self) -> int:
@@ -149,10 +132,8 @@ class Weight:
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Weight:
         """The same weight in another dtype, on another device; None leaves that as it is."""
-        right = None if self.right is None else self.right.to(device=device, dtype=dtype)
-        return Weight(
-            self.diagonal.to(device=device, dtype=dtype), self.left.to(device=device, dtype=dtype), right
-        )
+        right = None if self.right is None else self.right.to(device, dtype)
+        return Weight(self.diagonal.to(device, dtype), self.left.to(device, dtype), right)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Weight):
@@ -173,24 +154,17 @@ class Weight:
 class AffineMap:
     """y = alpha · ((x − mean_in) @ W + mean_out); rows are tokens.
 
-    Args:
-        mean_in: Mean of the base activations, [d_in].
-        mean_out: Mean of the tuned activations, [d_out].
-        weight: W, [d_in, d_out].
-        alpha: Multiplies the whole mapped vector, the mean included; no unit.
-        meta: Where the map comes from (site, solver, family, rank, …): a JSON object.
-
     Raises:
         MechdiffError: The shapes or dtypes do not fit, an entry is NaN or infinite, alpha is negative, NaN
             or infinite, or meta is not JSON.
     """
 
-    mean_in: Tensor
-    mean_out: Tensor
-    weight: Weight
-    alpha: float = 1.0
-    meta: Mapping[str, JSON] = field(default_factory=dict)
-    _sha256: list[str] = field(default_factory=list, init=False, repr=False)
+    mean_in: Tensor  # mean of the base activations, [d_in]
+    mean_out: Tensor  # mean of the tuned activations, [d_out]
+    weight: Weight  # W, [d_in, d_out]
+    alpha: float = 1.0  # multiplies the whole mapped vector, the mean included; no unit
+    meta: Mapping[str, JSON] = field(default_factory=dict)  # where it comes from (site, solver, …), as JSON
+    _sha256: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, given, d in (("mean_in", self.mean_in, self.d_in), ("mean_out", self.mean_out, self.d_out)):
@@ -262,8 +236,8 @@ class AffineMap:
         """The same map in another dtype (float64 or float32), on another device."""
         return replace(
             self,
-            mean_in=self.mean_in.to(device=device, dtype=dtype),
-            mean_out=self.mean_out.to(device=device, dtype=dtype),
+            mean_in=self.mean_in.to(device, dtype),
+            mean_out=self.mean_out.to(device, dtype),
             weight=self.weight.to(dtype, device),
         )
 
@@ -287,16 +261,17 @@ class AffineMap:
 
     def to_bytes(self, suffix: str = ".pt") -> bytes:
         """The content of the file that `save` writes; equal maps give equal bytes."""
-        content = mapfiles.encode(self._tensors(), self._header(), suffix)
-        if suffix == ".pt" and not self._sha256:
-            self._sha256.append(hashlib.sha256(content).hexdigest())
+        header = {"alpha": self.alpha, "meta": dict(self.meta)}
+        content = mapfiles.encode(self._tensors(), header, suffix)
+        if suffix == ".pt":
+            object.__setattr__(self, "_sha256", hashlib.sha256(content).hexdigest())
         return content
 
     def sha256(self) -> str:
         """Hex digest of the `.pt` form, the name of this very map."""
         if not self._sha256:
             self.to_bytes()
-        return self._sha256[0]
+        return self._sha256
 
     @property
     def digest(self) -> str:
@@ -311,7 +286,7 @@ class AffineMap:
         Raises:
             MechdiffError: The suffix is another, or the file cannot be written.
         """
-        mapfiles.write(path, self._tensors(), self._header())
+        mapfiles.write(path, self.to_bytes(Path(path).suffix))
 
     @classmethod
     def load(cls, path: str | Path) -> AffineMap:
@@ -321,14 +296,8 @@ class AffineMap:
             MechdiffError: The file is missing, damaged, not a map, of another version or inconsistent.
         """
         tensors, header = mapfiles.read(path)
-        if (
-            not {"mean_in", "mean_out", "diagonal", "left"} <= tensors.keys() <= {*mapfiles.PARTS}
-            or not {
-                "alpha",
-                "meta",
-            }
-            <= header.keys()
-        ):
+        has_parts = {*mapfiles.PARTS[:4]} <= tensors.keys() <= {*mapfiles.PARTS}
+        if not has_parts or not {"alpha", "meta"} <= header.keys():
             raise MechdiffError(
                 f"{path} holds {', '.join(sorted({*tensors, *header}))[:200]}, which are not the parts of a "
                 "map; fetch or fit it again."
@@ -357,9 +326,6 @@ class AffineMap:
         parts = (self.mean_in, self.mean_out, self.weight.diagonal, self.weight.left, self.weight.right)
         return {name: t for name, t in zip(mapfiles.PARTS, parts, strict=True) if t is not None}
 
-    def _header(self) -> dict[str, JSON]:
-        return {"alpha": self.alpha, "meta": dict(self.meta)}
-
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AffineMap):
             return NotImplemented
@@ -378,7 +344,7 @@ class AffineMap:
 def identity_map(d: int) -> AffineMap:
     """The map that changes nothing: with it, a patch is raw."""
     zero = torch.zeros(d, dtype=torch.float64)
-    return AffineMap(zero, zero, Weight.scaled_identity(d))
+    return AffineMap(zero, zero, Weight.low_rank(zero.new_zeros(d, 0), zero.new_zeros(0, d), identity=1.0))
 
 
 def _digest_of(tensor: Tensor) -> str:

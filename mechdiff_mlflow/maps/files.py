@@ -50,13 +50,12 @@ def encode(tensors: Mapping[str, Tensor], header: Mapping[str, Any], suffix: str
     raise _unknown_suffix(suffix)
 
 
-def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write `encode(...)` to `path`, in the format its suffix names.
+def write(path: str | Path, content: bytes) -> None:
+    """Write what `encode` made.
 
     Raises:
-        MechdiffError: The suffix is unknown or the file cannot be written.
+        MechdiffError: The file cannot be written.
     """
-    content = encode(tensors, header, Path(path).suffix)
     try:
         Path(path).write_bytes(content)
     except OSError as error:

@@ -23,12 +23,7 @@ _DIGITS = 12  # hexadecimal, of each prompt: among 10⁵ and 10⁵ prompts one c
 
 
 def entry(what: str, prompts: PromptSet) -> dict[str, JSON]:
-    """The record of one choice, or of several on the same prompts.
-
-    Args:
-        what: In words, e.g. `alpha, off_span`, or `cell (the best of 49)`.
-        prompts: On which.
-    """
+    """The record of choices on some prompts, in words, e.g. `alpha, off_span` or `cell (the best of 49)`."""
     return {"what": what, "prompts": "".join(map(_digest, _texts(prompts)))}
 
 
@@ -48,10 +43,7 @@ def of(the_map: AffineMap) -> list[Mapping[str, JSON]] | None:
 def leaks(the_map: AffineMap, reported: PromptSet, *, but: str | None = None) -> tuple[str, ...] | None:
     """What was chosen for a map on some of the prompts reported, with how many; None where nobody knows.
 
-    Args:
-        the_map: With its record.
-        reported: The prompts.
-        but: Choices that start with this are passed over.
+    Choices that start with `but` are passed over.
     """
     record = of(the_map)
     if record is None:

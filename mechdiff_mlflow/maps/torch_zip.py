@@ -1,10 +1,9 @@
 """The one reader of `.pt` files, of ours and of strangers: a dictionary of tensors and plain values.
 
-`torch.load(weights_only=True)` runs nothing that the file names, but its list of what may be named includes
-`bytearray`, which allocates whatever it is told (1.5 GB from a file of 3 KB, torch 2.13), and it reads the
-zip with another library than ours, which may see other members. So the members are read here, the pickle is
-walked without doing what it says, each storage must claim what its record has, and torch gets a new zip of
-what was checked.
+`torch.load(weights_only=True)` runs nothing that the file names, but may call `bytearray`, which allocates
+whatever it is told (1.5 GB from a file of 3 KB, torch 2.13), and its zip reader may see other members than
+ours. So the members are read here, the pickle is walked without doing what it says, each storage must claim
+what its record has, and torch gets a new zip of what was checked.
 """
 
 from __future__ import annotations
@@ -92,8 +91,6 @@ def _checked(file: BinaryIO, size: int, dtypes: Sequence[torch.dtype]) -> io.Byt
 
 def storages(pickle: bytes, dtypes: Sequence[torch.dtype] = BOTH_FLOATS) -> dict[str, int]:
     """Bytes of each storage that the pickle of a dictionary claims, by the name of its record.
-
-    The pickle is walked and not executed.
 
     Raises:
         ValueError: It has another instruction or names another global than `torch.save` writes for that.

@@ -25,20 +25,13 @@ _BLOCK_NUMBERS = 1 << 15
 
 @dataclass(frozen=True, slots=True)
 class Divergences:
-    """Next-token comparison of patched runs with their clean runs; every field has the same shape.
+    """Next-token comparison of patched runs with their clean runs; every field has the same shape."""
 
-    Args:
-        kl_patched_clean: KL(patched ‖ clean) in nats.
-        kl_clean_patched: KL(clean ‖ patched) in nats.
-        top1_agrees: How far the sets A, B of most probable tokens of the two runs agree, |A∩B|/|A∪B|: 1 or 0
-            where both have one, and where some tie, as in half precision, as far as those are shared.
-        delta_logprob: Log-probability of the clean run's top token, patched minus clean, in nats.
-    """
-
-    kl_patched_clean: Tensor
-    kl_clean_patched: Tensor
+    kl_patched_clean: Tensor  # KL(patched ‖ clean) in nats
+    kl_clean_patched: Tensor  # KL(clean ‖ patched) in nats
+    # |A∩B|/|A∪B| of the sets of most probable tokens: several tie at times, above all in half precision
     top1_agrees: Tensor
-    delta_logprob: Tensor
+    delta_logprob: Tensor  # log-probability of the clean run's top token, patched minus clean, in nats
 
     @classmethod
     def zeros(cls, *shape: int) -> Divergences:
@@ -53,15 +46,10 @@ class Divergences:
 
 @dataclass(frozen=True, slots=True)
 class NextToken:
-    """Clean next-token distributions of n prompts, as every patched run of them is compared with.
+    """Clean next-token distributions of n prompts, as every patched run of them is compared with."""
 
-    Args:
-        log_probs: [n, vocabulary] in nats.
-        top: The most probable token of each, [n].
-    """
-
-    log_probs: Tensor
-    top: Tensor
+    log_probs: Tensor  # [n, vocabulary] in nats
+    top: Tensor  # the most probable token of each, [n]
 
     @classmethod
     def of(cls, logits: Tensor) -> NextToken:
@@ -73,14 +61,9 @@ class NextToken:
 
 
 def next_token_divergences(patched: Tensor, clean: Tensor) -> Divergences:
-    """Compare next-token logits of patched runs with those of clean runs.
+    """Compare next-token logits [..., vocabulary] of patched runs with those of clean runs, which broadcast.
 
-    Args:
-        patched: Logits [..., vocabulary] of any floating dtype.
-        clean: Logits that broadcast against `patched`.
-
-    Returns:
-        Float64 fields of the shape [...], on the CPU. Identical logits give exactly 0.
+    The fields are float64 [...] on the CPU. Identical logits give exactly 0.
 
     Raises:
         MechdiffError: A logit is NaN or infinite.
@@ -98,17 +81,10 @@ def next_token_divergences(patched: Tensor, clean: Tensor) -> Divergences:
 
 
 def compare_rows(patched: Tensor, clean: NextToken, owner: Tensor) -> Divergences:
-    """Unchecked core of `next_token_divergences`, on the logits' device.
+    """Unchecked core of `next_token_divergences`: float64 fields [r] on the logits' device.
 
-    Logits that are not finite make results that are not.
-
-    Args:
-        patched: Logits [r, vocabulary].
-        clean: Of n prompts.
-        owner: Which of the prompts each row belongs to [r], on the CPU.
-
-    Returns:
-        Float64 fields [r].
+    Row i of the logits [r, vocabulary] is compared with the clean prompt owner[i] (on the CPU). Logits that
+    are not finite make results that are not.
     """
     kernels = _kernels(patched)
     if kernels is not None:
@@ -149,10 +125,8 @@ def rounding_kl(logits: Tensor) -> Tensor:
 
     Each logit z of either run is off by a uniform error of up to half of ulp(z) = eps·2^⌊log₂|z|⌋ of its
     dtype, so that KL ≈ ½·Var_p of their differences is Σ p(1 − p)·ulp²/12 on average. To that comes what
-    float64 loses when the KL itself is summed: eps₆₄·Σ p·(|z| + |log p|).
-
-    Args:
-        logits: [n, vocabulary], in the dtype in which the model gives them.
+    float64 loses when the KL itself is summed: eps₆₄·Σ p·(|z| + |log p|). The logits [n, vocabulary] must
+    have the dtype in which the model gives them.
     """
     z = _double(logits)
     log_p = torch.log_softmax(z, -1)
@@ -165,14 +139,17 @@ def rounding_kl(logits: Tensor) -> Tensor:
 
 def _kernels(logits: Tensor) -> ModuleType | None:
     """Kernels for logits on this device, where there are any."""
-    return _import_kernels() if logits.is_cuda and logits.dtype != torch.float64 else None
+    if not logits.is_cuda or logits.dtype == torch.float64:
+        return None
+    return triton_kernels("mechdiff_mlflow.measures.metrics_triton")
 
 
 @cache
-def _import_kernels() -> ModuleType | None:
+def triton_kernels(module: str) -> ModuleType | None:
+    """A module of GPU kernels; None without Triton, which comes with torch for CUDA, but not everywhere."""
     try:
-        return import_module("mechdiff_mlflow.measures.metrics_triton")
-    except ImportError:  # Triton comes with torch for CUDA, but not everywhere
+        return import_module(module)
+    except ImportError:
         return None
 
 

@@ -102,26 +102,13 @@ def log_softmax_rows(logits: Tensor) -> Tensor:
 def compare_rows(patched: Tensor, log_q: Tensor, owner: Tensor, top: Tensor) -> Tensor:
     """KL(p ‖ q), KL(q ‖ p), top-1 agreement and Δ log p(top) [4, r] in float32.
 
-    Logits bit for bit the same give exactly 0, if `log_q` is by `log_softmax_rows`.
-
-    Args:
-        patched: Logits of p [r, vocabulary] that lie row by row.
-        log_q: Log-probabilities [n, vocabulary], float32 and contiguous.
-        owner: Which q each row is compared with [r].
-        top: The top token of each q [n].
+    Logits [r, vocabulary] bit for bit the same give exactly 0, if `log_q` [n, vocabulary] is by
+    `log_softmax_rows`; row i is compared with the q of owner[i], whose top token is in `top` [n].
     """
     out = torch.empty(4, len(patched), dtype=torch.float32, device=patched.device)
     with device_of(patched):
         _compare_kernel[(len(patched),)](
-            patched,
-            log_q,
-            owner,
-            top,
-            out,
-            len(patched),
-            patched.shape[1],
-            patched.stride(0),
-            BLOCK=_BLOCK,
-            num_warps=4,
-        )
+            patched, log_q, owner, top, out, len(patched), patched.shape[1], patched.stride(0),
+            BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
     return out

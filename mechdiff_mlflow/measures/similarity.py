@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.measures.moments import paired_rows
 
 
 def debiased_cka(x: Tensor, y: Tensor) -> float | None:
@@ -17,12 +16,8 @@ def debiased_cka(x: Tensor, y: Tensor) -> float | None:
     1 for rows that differ by a rotation, a stretch and a shift; may be a little below 0. None when x or y
     does not vary, or its unbiased HSIC with itself is not above 0: there is nothing to compare with.
 
-    Args:
-        x: [n, d_in], n ≥ 4.
-        y: [n, d_out], of the same prompts.
-
     Raises:
-        MechdiffError: The rows are not paired, not finite or fewer than 4.
+        MechdiffError: The rows x [n, d_in], y [n, d_out] are not paired, not finite or fewer than 4.
 
     Reference: Song et al. (2012), Feature selection via dependence maximization, eq. 5; Nguyen, Raghu &
         Kornblith (2021), Do wide and deep networks learn the same things?
@@ -44,10 +39,7 @@ def debiased_cka(x: Tensor, y: Tensor) -> float | None:
 def rho(x: Tensor, y: Tensor, mapped: Tensor) -> float | None:
     """‖Y − Ŷ‖ / ‖Y − X‖: the part of the change that the map leaves; no unit. None where nothing changed.
 
-    Args:
-        x: Base activations, [n, d].
-        y: Tuned activations, [n, d].
-        mapped: Ŷ, the mapped base activations, [n, d].
+    X are base, Y tuned and Ŷ mapped base activations of the same prompts, [n, d] each.
 
     Raises:
         MechdiffError: The rows are not paired, not finite, or of different widths.
@@ -66,10 +58,7 @@ def rho(x: Tensor, y: Tensor, mapped: Tensor) -> float | None:
 def centred_cosines(y: Tensor, mapped: Tensor, mean: Tensor) -> Tensor:
     """cos(ŷ − μ_t, y − μ_t) of each prompt, float64 [n]; NaN where either has no length.
 
-    Args:
-        y: Tuned activations, [n, d].
-        mapped: Mapped base activations, [n, d].
-        mean: μ_t, the tuned mean over the training prompts, [d].
+    μ_t is the tuned `mean` [d] over the training prompts; tuned y and mapped ŷ are [n, d].
 
     Raises:
         MechdiffError: The rows are not paired or not finite.
@@ -80,19 +69,8 @@ def centred_cosines(y: Tensor, mapped: Tensor, mean: Tensor) -> Tensor:
     return (a * b).sum(1) / lengths
 
 
-def mean_cosine(y: Tensor, mapped: Tensor, mean: Tensor) -> float | None:
-    """The mean of `centred_cosines` over the prompts where they are defined; None if there are none."""
-    cosines = centred_cosines(y, mapped, mean)
-    defined = cosines[~cosines.isnan()]
-    return float(defined.mean()) if len(defined) else None
-
-
 def explained_variance(y: Tensor, mapped: Tensor) -> float | None:
-    """1 − ‖Y − Ŷ‖² / ‖Y − ȳ‖²: 1 is perfect, 0 what the mean of these rows gives; None if y is constant.
-
-    Args:
-        y: Tuned activations, [n, d].
-        mapped: Mapped base activations, [n, d].
+    """1 − ‖Y − Ŷ‖² / ‖Y − ȳ‖² of [n, d] each: 1 is perfect, 0 what the mean gives; None if y is constant.
 
     Raises:
         MechdiffError: The rows are not paired or not finite.
@@ -100,6 +78,28 @@ def explained_variance(y: Tensor, mapped: Tensor) -> float | None:
     y, mapped = paired_rows(y, mapped)
     centred = _centred(y)
     return None if centred is None else 1.0 - float(((y - mapped) ** 2).sum() / (centred**2).sum())
+
+
+def paired_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both [n, ·] in float64, once it is sure that they can be fitted.
+
+    Raises:
+        MechdiffError: They are not two matrices of the same number (at least one) of finite rows.
+    """
+    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) == 0:
+        raise MechdiffError(
+            f"Base and tuned activations are paired row by row, and their shapes are {list(x.shape)} and "
+            f"{list(y.shape)}; give [n, d] of both over the same prompts."
+        )
+    x, y = x.double(), y.double()
+    for name, rows in (("base", x), ("tuned", y)):
+        n_bad = int((~torch.isfinite(rows).all(1)).sum())
+        if n_bad:
+            raise MechdiffError(
+                f"{n_bad} of {len(rows)} rows of {name} activations have NaN or infinite entries; "
+                "record them in a wider dtype or leave those prompts out."
+            )
+    return x, y
 
 
 def _centred(rows: Tensor) -> Tensor | None:

@@ -1,9 +1,9 @@
 """How sure the numbers are: bootstrap intervals, the smallest sufficient rank, tests.
 
 Everything starts from one value a prompt, and prompts are what is resampled, or whole groups of prompts that
-belong together. A quantity that the data leave
-undefined is None, never infinite: a ratio whose denominator is not above its floor, a correlation with a
-constant. An interval has no bounds (None) when any resample leaves the quantity undefined.
+belong together. A quantity that the data leave undefined is None, never infinite: a ratio whose denominator
+is not above its floor, a correlation with a constant. An interval has no bounds (None) when any resample
+leaves the quantity undefined.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -41,20 +41,14 @@ class Bootstrap:
 
     With n=150 prompts of heavy-tailed KL a 95 % interval was measured to cover 93 %; BCa was worse.
 
-    Args:
-        n_resamples: How many times the prompts are drawn.
-        level: Coverage aimed at, between 0 and 1.
-        seed: Equal seeds draw equal prompts, for every quantity over as many prompts.
-        groups: Of each prompt the group that is drawn as a whole; empty draws each prompt by itself.
-
     Reference: Efron & Tibshirani (1993), An introduction to the bootstrap, chapter 13; of groups Field &
     Welsh (2007), Bootstrapping clustered data.
     """
 
-    n_resamples: int = 9999
-    level: float = 0.95
-    seed: int = 0
-    groups: tuple[int, ...] = ()
+    n_resamples: int = 9999  # how many times the prompts are drawn
+    level: float = 0.95  # coverage aimed at, between 0 and 1
+    seed: int = 0  # equal seeds draw equal prompts, for every quantity over as many prompts
+    groups: tuple[int, ...] = ()  # of each prompt, drawn as a whole; empty draws each prompt by itself
 
     def __post_init__(self) -> None:
         if self.n_resamples < 1 or not 0 < self.level < 1:
@@ -106,13 +100,8 @@ def drop_pct(
 ) -> Interval:
     """100·(1 − ΣKL_mapped/ΣKL_reference), a ratio of means.
 
-    With the raw cross-patch as reference this is drop_pct, with the best control it is skill_pct.
-
-    Args:
-        kl_reference: Nats, one a prompt, [n].
-        kl_mapped: Nats, of the same prompts, [n].
-        noise_floor: See `SiteRows.noise_floor`, in nats; undefined below 10 of these, and at 0.
-        bootstrap: How the interval is drawn.
+    With the raw cross-patch as reference this is drop_pct, with the best control it is skill_pct. KL is in
+    nats, of the same prompts, [n]; a reference below 10 noise floors (nats), or of 0, leaves it undefined.
 
     Raises:
         MechdiffError: The arrays are not paired, finite and of at least two prompts.
@@ -144,11 +133,8 @@ def drop_difference(
 ) -> Interval:
     """drop_pct of `first` minus that of `second`, in percentage points, of two independent sets of prompts.
 
-    Args:
-        first: KL_reference and KL_mapped in nats, of the same prompts, [n].
-        second: The same of other prompts, [m].
-        bootstrap: How the interval is drawn; the second set is drawn with the next seed.
-        groups: Of the prompts of each, as in `Bootstrap`.
+    Each is KL_reference and KL_mapped in nats, [n] and [m], and has its groups as in `Bootstrap`; the second
+    set is drawn with the next seed.
 
     Raises:
         MechdiffError: Arrays are not paired, finite and of at least two prompts.
@@ -164,12 +150,7 @@ def drop_difference(
     return bootstrap.interval(None if math.isnan(gap) else gap, resampled[0] - resampled[1])
 
 
-def kl_difference(
-    kl_raw: ArrayLike,
-    kl_mapped: ArrayLike,
-    *,
-    bootstrap: Bootstrap = Bootstrap(),
-) -> Interval:
+def kl_difference(kl_raw: ArrayLike, kl_mapped: ArrayLike, *, bootstrap: Bootstrap = Bootstrap()) -> Interval:
     """The mean of KL_raw − KL_mapped, in nats; arguments as in `drop_pct`."""
     raw, mapped = _paired(kl_raw=kl_raw, kl_mapped=kl_mapped)
     (resampled,) = bootstrap.means(raw - mapped)
@@ -178,29 +159,16 @@ def kl_difference(
 
 @dataclass(frozen=True, slots=True)
 class MinK:
-    """The smallest rank that reaches a target, and how sure that is.
+    """The smallest rank that reaches a target, and how sure that is."""
 
-    Args:
-        target_pct: The drop to reach, in percent.
-        k: Smallest tested rank such that it and all larger tested ones reach the target; None if the
-            largest does not.
-        low: Percentile bound of k over resamples, one of the tested ranks; None if not reached there.
-        high: The upper bound, likewise.
-        level: Coverage aimed at.
-        p_reached: Fraction of resamples in which some tested rank reaches the target in that sense.
-        conservative_k: Smallest tested rank from which on the whole interval of the drop is at or above the
-            target; None if there is none.
-        drops: The drop of each tested rank with its interval, by rising rank.
-    """
-
-    target_pct: float
-    k: int | None
-    low: int | None
-    high: int | None
-    level: float
-    p_reached: float
-    conservative_k: int | None
-    drops: tuple[Interval, ...]
+    target_pct: float  # the drop to reach, in percent
+    k: int | None  # smallest tested rank such that it and all larger ones reach the target, if one does
+    low: int | None  # percentile bound of k over resamples, one of the tested ranks; None if not reached
+    high: int | None  # the upper bound, likewise
+    level: float  # coverage aimed at
+    p_reached: float  # fraction of resamples in which some tested rank reaches the target in that sense
+    conservative_k: int | None  # smallest from which on whole intervals of the drop reach the target
+    drops: tuple[Interval, ...]  # the drop of each tested rank with its interval, by rising rank
 
 
 def min_k(
@@ -215,15 +183,8 @@ def min_k(
     """The smallest of the tested ranks that reaches the target drop; None where the drop is undefined.
 
     A rank counts only if all larger tested ranks reach the target too: one lucky rank is not low-rank
-    control.
-
-    Args:
-        ks: Tested ranks, distinct; the full map counts as its width.
-        kl_raw: Nats, one a prompt, [n].
-        kl_mapped: Nats of each rank's map, [len(ks), n].
-        target_pct: The drop to reach, in percent.
-        noise_floor: As in `drop_pct`.
-        bootstrap: How the intervals are drawn; all ranks share its resamples.
+    control. The full map counts as its width. KL is in nats: `kl_raw` [n], `kl_mapped` [len(ks), n], the
+    noise floor as in `drop_pct`. All ranks share the resamples.
 
     Raises:
         MechdiffError: The arrays are not paired, ranks repeat or are none, or the target is not finite.
@@ -280,17 +241,11 @@ class Correlation:
 
 
 def correlation(
-    cosine: ArrayLike,
-    kl_decrease: ArrayLike,
-    *,
-    bootstrap: Bootstrap = Bootstrap(),
+    cosine: ArrayLike, kl_decrease: ArrayLike, *, bootstrap: Bootstrap = Bootstrap()
 ) -> Correlation:
     """Do the prompts whose mapped activation points right profit most?
 
-    Args:
-        cosine: cos(ŷ − μ_t, y − μ_t) of each prompt, [n].
-        kl_decrease: KL_raw − KL_mapped of each prompt, in nats, [n].
-        bootstrap: How the intervals are drawn; ranks are taken anew in every resample.
+    Of cos(ŷ − μ_t, y − μ_t) and KL_raw − KL_mapped in nats, [n] each; every resample is ranked anew.
 
     Raises:
         MechdiffError: The arrays are not paired, finite and of at least two prompts.
@@ -332,21 +287,14 @@ def _ranks(values: Floats, counts: Floats) -> Floats:
 def sign_flip_p(
     differences: ArrayLike,
     *,
-    alternative: Literal["greater", "two-sided"] = "greater",
     n_flips: int = 9999,
     seed: int = 0,
     groups: tuple[int, ...] = (),
 ) -> float:
-    """The p-value of paired differences that are symmetric about 0 under the null hypothesis.
+    """The one-sided p-value of a mean above 0, of differences [n] that are symmetric about 0 under the null.
 
-    Signs are flipped at random; p = (1 + #{flipped mean as extreme}) / (n_flips + 1).
-
-    Args:
-        differences: E.g. KL_raw − KL_mapped of each prompt, [n].
-        alternative: "greater" (the mean is above 0) or "two-sided".
-        n_flips: How many random flips.
-        seed: Of the flips.
-        groups: Of each prompt the group whose signs are flipped together; empty flips each by itself.
+    Signs are flipped at random, together in each group where there are groups;
+    p = (1 + #{flipped mean as large}) / (n_flips + 1).
 
     Raises:
         MechdiffError: Fewer than two differences, or some not finite.
@@ -355,8 +303,6 @@ def sign_flip_p(
     if groups:
         d = np.bincount(np.unique(groups, return_inverse=True)[1], d).astype(np.float64)
     observed, flipped = float(d.sum()), _flips(len(d), n_flips, seed) @ d
-    if alternative == "two-sided":
-        observed, flipped = abs(observed), np.abs(flipped)
     return permutation_p(-observed, -flipped, atol=1e-12 * float(np.abs(d).sum()))
 
 
@@ -369,10 +315,10 @@ def _flips(n: int, n_flips: int, seed: int) -> Floats:
 def permutation_p(observed: float, permuted: ArrayLike, *, atol: float = 0.0) -> float:
     """(1 + #{permuted ≤ observed}) / (B + 1), for a quantity where smaller is better, such as KL_mapped.
 
-    Args:
-        observed: Of the true pairs.
-        permuted: Of B shuffled ones, [B].
-        atol: Values this close count as equal, against rounding.
+    Values of B shuffled pairs that are within `atol` count as equal, against rounding.
+
+    Raises:
+        MechdiffError: There are none, or some are not finite.
 
     Reference: Phipson & Smyth (2010), Permutation p-values should never be zero.
     """

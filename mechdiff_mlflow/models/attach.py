@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.model.architecture import Decoder, ModuleNames
-from mechdiff_mlflow.engine.model.hooks import tapped
+from mechdiff_mlflow.engine.model.hooks import activation_hook
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec.choices import Choice
@@ -101,7 +101,7 @@ def attached(
     inner = _unwrapped(model)
     with ExitStack() as hooks:
         hooks.enter_context(attachment.watching(inner))
-        hooks.enter_context(tapped(decoder, site, attachment.edit, attachment.n_rows))
+        hooks.enter_context(activation_hook(decoder, site, attachment.edit, attachment.n_rows))
         yield model
 
 
@@ -319,7 +319,7 @@ class _ModelReader(_Reader):
             _reading(),
             self._context(),
             torch.no_grad(),
-            tapped(self._decoder, self._site, lambda hidden: kept.append(hidden.clone()), call.n),
+            activation_hook(self._decoder, self._site, lambda hidden: kept.append(hidden.clone()), call.n),
         ):
             out = self._decoder.model(**self._arguments(call))
         self._latest = getattr(out, "past_key_values", None)

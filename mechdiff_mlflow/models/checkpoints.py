@@ -85,8 +85,9 @@ class Checkpoint:
 
     @property
     def n_layers(self) -> int:
-        """Decoder blocks, as its configuration says."""
-        return int(self.config.get_text_config().num_hidden_layers)
+        """Decoder blocks; as its configuration says where they are not found."""
+        outline = self.outline()
+        return len(outline.blocks) if outline else int(self.config.get_text_config().num_hidden_layers)
 
     @property
     def n_embeddings(self) -> int | None:
@@ -142,7 +143,16 @@ class Checkpoint:
     def config(self) -> Any:
         """Its configuration."""
         with self._explained():
-            return transformers.AutoConfig.from_pretrained(self.place, **self._options)
+            found = transformers.AutoConfig.from_pretrained(self.place, **self._options)
+            known = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+            own = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
+            if found.is_encoder_decoder or not (own or any(type(found) in a._model_mapping for a in known)):
+                kind = "an encoder with a decoder" if found.is_encoder_decoder else "no causal language model"
+                raise MechdiffError(
+                    f"Model {self.place} of pair {self.spec.name!r} is {kind} ({found.model_type}), where "
+                    "prompts are continued by a decoder alone; name a decoder-only model."
+                )
+            return found
 
     @cached_property
     def _commit(self) -> str | None:
@@ -229,7 +239,8 @@ def explained(what: str, place: str) -> Iterator[None]:
     except MechdiffError:
         raise
     except Exception as error:  # configurations and weights of strangers fail in every way
-        reason = " ".join(str(error).split()) or type(error).__name__
+        said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        reason = " ".join(said.split()) or type(error).__name__
         is_local = os.path.isabs(place)
         if isinstance(error, ImportError) or "requires `accelerate`" in reason:
             remedy = "install what it needs, e.g. mechdiff-mlflow[multigpu] for a device map"

@@ -19,8 +19,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mechdiff_mlflow.engine import MemoryBudget, ModuleNames, PatchEngine, Shelf
+from mechdiff_mlflow.engine import CleanRunCache, MemoryBudget, ModuleNames, PatchEngine
 from mechdiff_mlflow.engine.model.architecture import Decoder
+from mechdiff_mlflow.engine.model.sums import sites_of
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models.chat import Readers, read
 from mechdiff_mlflow.models.checkpoints import (
@@ -38,7 +39,7 @@ from mechdiff_mlflow.models.model_cache import Adapted, Residence
 from mechdiff_mlflow.models.recordings import Recordings
 from mechdiff_mlflow.spec.pair_spec import SPLITS, PairSpec, Position
 from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts
-from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.sites import Site
 
 _T = TypeVar("_T")
 
@@ -97,6 +98,7 @@ class Side:
     max_tokens: int | None = None
     outline: Callable[[], Decoder | None] = lambda: None
     _digests: list[list[str] | None] = field(default_factory=list)
+    _sites: list[frozenset[Site]] = field(default_factory=list)
 
     @property
     def model(self) -> nn.Module:
@@ -109,7 +111,17 @@ class Side:
         with self.switch(), self.residence.engine(self.role, self.model, self.make_engine) as engine:
             if self.residence.one_at_a_time and not self._digests:
                 self._keep_digests(engine)  # while it is here: to load it again costs more
+            if not self._sites:
+                self._sites.append(frozenset(sites_of(engine.forward.decoder)))
             yield engine
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """Where the model, once it was loaded, can be read and patched."""
+        if not self._sites:
+            with self.engine():
+                pass
+        return self._sites[0]
 
     def unembedding(self) -> Tensor:
         """The matrix from what the last norm leaves to logits, [vocabulary, width], without that norm.
@@ -241,9 +253,7 @@ class Pair:
         if not self.recordings.everything(key):
             tokens = self.tokens("base", prompts, position)
             with self.base.engine() as engine:
-                sites = [Site(layer, hook) for layer in range(engine.n_layers) for hook in Hook]
-                has = engine.forward.decoder.has
-                captured = engine.capture(tokens, [site for site in sites if has(site)])
+                captured = engine.capture(tokens, sites_of(engine.forward.decoder))
             self.recordings.add(key, captured)
         return self.recordings.everything(key)
 
@@ -411,6 +421,7 @@ def load_pair(
                 revision=both,
                 switch=nullcontext,
                 _digests=[],
+                _sites=[],
             )
         pair = Pair(spec, base, tuned, prompts, device, options=bounds)
         for remark in pair.readers.remarks:  # all prompts are read, so what is wrong with them is said now
@@ -457,7 +468,7 @@ def _memory_of(device: str) -> int:
 
 def _engine_maker(spec: PairSpec, bounds: EngineOptions) -> Callable[[nn.Module], PatchEngine]:
     budget = None if bounds.memory_budget is None else MemoryBudget(bounds.memory_budget)
-    shelf = Shelf(budget)
+    cache = CleanRunCache(budget)
 
     def make_engine(model: nn.Module) -> PatchEngine:
         # A GPU is kept busy by larger matrices; where memory runs out, the engine takes less.
@@ -469,7 +480,7 @@ def _engine_maker(spec: PairSpec, bounds: EngineOptions) -> Callable[[nn.Module]
             max_rows=bounds.max_rows or 8192 * times,
             head_rows=bounds.head_rows or 2048 * times,
             budget=budget,
-            shelf=shelf,
+            cache=cache,
         )
 
     return make_engine

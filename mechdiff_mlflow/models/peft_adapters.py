@@ -57,10 +57,10 @@ def adapter_folder(place: str, revision: str | None, also: tuple[str, ...] = ())
         )
         folder = Path(found)
     if not (folder / ADAPTER_FILES[0]).is_file():
-        full = (folder / "config.json").is_file()
-        remedy = (
-            "it is a whole model, so write tuned: {model: …}" if full else "name the folder that PEFT saved"
-        )
+        inner = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_FILES[0]}"))
+        remedy = "name the folder that PEFT saved" + (f", e.g. {place}/{inner[0][:80]}" if inner else "")
+        if (folder / "config.json").is_file():
+            remedy = "it is a whole model, so write tuned: {model: …}"
         raise MechdiffError(f"Adapter {place} has no adapter_config.json; {remedy}.")
     check_folder(folder)
     return folder
@@ -176,6 +176,11 @@ def put_on(model: nn.Module, folder: Path) -> Any:
         raise MechdiffError(
             f"Adapter {folder} of kind {kind} changes its base{where}, so that without it base is another "
             f"model; {_MERGE}."
+        )
+    if not all(bool(x.isfinite().all()) for x in on):
+        raise MechdiffError(
+            f"Adapter {folder} of kind {kind} makes numbers NaN or infinite; copy it again from where it was "
+            "made, or train it again."
         )
     if not _same(on, inner, exact=exact):
         raise MechdiffError(

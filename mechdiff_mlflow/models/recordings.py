@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mechdiff_mlflow.engine import PatchEngine, Recorded
+from mechdiff_mlflow.engine import CleanRuns, PatchEngine
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Site
@@ -24,12 +24,12 @@ class Recordings:
     the models, and gives it up when memory runs out or its model is freed.
     """
 
-    _recorded: dict[Key, Recorded] = field(default_factory=dict)
+    _recorded: dict[Key, CleanRuns] = field(default_factory=dict)
     _captured: dict[Key, Mapping[Site, Tensor]] = field(default_factory=dict)
 
     def to_patch(
         self, engine: PatchEngine, key: Key, tokens: TokenizedPrompts, sites: Sequence[Site]
-    ) -> Recorded:
+    ) -> CleanRuns:
         """Recorded prompts that can be patched at some sites, and whose first score or completion runs them.
 
         Args:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mechdiff_mlflow.experiments.adapting import CEILING, AdapterRecord
 from mechdiff_mlflow.maps.affine import AffineMap, Family
-from mechdiff_mlflow.maps.selection import META
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.maps.selection import META, REMEDY, sentence
 from mechdiff_mlflow.models.map_adapters import Form
 from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.text import text_of
 
 CLOSENESS_HEADS = ("base with", "KL(it ‖ tuned), nats", "of the way to tuned, %", "tuned's top token")
@@ -91,7 +91,7 @@ def _about_rank(record: AdapterRecord, the_map: AffineMap) -> str:
 def _table(record: AdapterRecord) -> list[str]:
     if not record.closeness:
         return ["Not measured: base and tuned have different vocabularies, so their outputs do not compare."]
-    rows = [
+    return [
         f"Next-token distributions after {record.n} {record.split} prompts, against the tuned model's; 95 % "
         "bootstrap intervals.",
         "",
@@ -102,8 +102,14 @@ def _table(record: AdapterRecord) -> list[str]:
         "The third line puts tuned's own activation there, at the decision token: the most that a map can "
         "do at that token; the rest of the way is due to other places. The adapter acts on the tokens "
         "before it too.",
+        *leak_lines(record),
     ]
-    return rows
+
+
+def leak_lines(record: AdapterRecord) -> list[str]:
+    """Caveat about how the map was chosen, and what helps; none where nothing was."""
+    text = sentence(record.leak)
+    return [f"{text}. For a number without that, {REMEDY}."] if text else []
 
 
 def closeness_rows(record: AdapterRecord) -> list[tuple[str, str, str, str]]:
@@ -115,14 +121,8 @@ def closeness_rows(record: AdapterRecord) -> list[tuple[str, str, str, str]]:
     }
     rows = []
     for name, found in record.closeness.items():
-        way = "" if name == "base" else _interval_text(found.closer_pct)
-        rows.append((names.get(name, f"the {name}"), _interval_text(found.kl), way, f"{found.top1:.2f}"))
+        way = "" if name == "base" else wording.percent(found.closer_pct, ".4g")
+        rows.append(
+            (names.get(name, f"the {name}"), wording.percent(found.kl, ".4g"), way, f"{found.top1:.2f}")
+        )
     return rows
-
-
-def _interval_text(interval: Interval) -> str:
-    """`0.57 [0.44, 0.71]`, or n/a."""
-    if interval.estimate is None:
-        return "n/a"
-    bounds = "" if interval.low is None else f" [{interval.low:.4g}, {interval.high:.4g}]"
-    return f"{interval.estimate:.4g}{bounds}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -11,26 +12,20 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.atlas import first_difference
-from mechdiff_mlflow.report.document import Block, Bullets, Document, Grid, Heading, Text
+from mechdiff_mlflow.report.document import Block, Bullets, Document, Grid, Heading
 from mechdiff_mlflow.report.evidence import Evidence, Measured
+from mechdiff_mlflow.report.profiles import first_difference
 from mechdiff_mlflow.text import text_of
 
 PerPrompt = Mapping[str, pd.DataFrame]
-"""By run id, `per_prompt.json`."""
+"""The table `per_prompt.json` of runs, by run id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The same cell of two pairs, or what each pair is quoted for at a site.
+    """The same cell of two pairs, or what each pair is quoted for at a site."""
 
-    Args:
-        what: Site and how the two were chosen.
-        first: Of the first pair.
-        second: Of the second.
-    """
-
-    what: str
+    what: str  # site and how the two were chosen
     first: Measured
     second: Measured
 
@@ -43,11 +38,8 @@ def matches(first: Evidence, second: Evidence) -> list[Match]:
     """
 
     def key(patch: Measured) -> tuple[object, ...]:
-        conditions = patch.conditions
-        return (
-            *(patch.site, patch.solver, patch.family, patch.rank, patch.alpha),
-            *(conditions.split, conditions.position),
-        )
+        how = (patch.solver, patch.family, patch.rank, patch.alpha)
+        return (patch.site, *how, patch.conditions.split, patch.conditions.position)
 
     others = {key(patch): patch for patch in second.patches if patch.source != "atlas"}
     found = [
@@ -60,8 +52,8 @@ def matches(first: Evidence, second: Evidence) -> list[Match]:
         other = quoted.get(one.patch.site)
         if one.picked_among == 1 and other is not None and key(one.patch) != key(other):
             ours, theirs = (f"α={text_of(p.alpha)}, k={p.rank}" for p in (one.patch, other))
-            scales = f"{ours} against {theirs}"
-            found.append(Match(f"{one.patch.site}, each pair's own map ({scales})", one.patch, other))
+            what = f"{one.patch.site}, each pair's own map ({ours} against {theirs})"
+            found.append(Match(what, one.patch, other))
     if not found:
         raise MechdiffError(
             f"Pairs {first.pair!r} and {second.pair!r} have no patched cell in common; run mechdiff sweep "
@@ -79,21 +71,17 @@ def difference(match: Match, tables: PerPrompt, *, seed: int) -> Interval | None
     """drop_pct of the first minus the second, percentage points; None where either is undefined."""
     if match.first.drop is None or match.second.drop is None:
         return None
-    (raw, mapped), (other_raw, other_mapped) = (
-        (tables[patch.run_id]["KL_raw"], tables[patch.run_id]["KL_mapped"])
-        for patch in (match.first, match.second)
-    )
-    groups, others = (tuple(tables[p.run_id].get("group", ())) for p in (match.first, match.second))
+    ours, theirs = tables[match.first.run_id], tables[match.second.run_id]
     return stats.drop_difference(
-        (raw, mapped),
-        (other_raw, other_mapped),
+        (ours["KL_raw"], ours["KL_mapped"]),
+        (theirs["KL_raw"], theirs["KL_mapped"]),
         bootstrap=stats.Bootstrap(seed=seed),
-        groups=(groups, others),
+        groups=(tuple(ours.get("group", ())), tuple(theirs.get("group", ()))),
     )
 
 
 def verdict(match: Match, interval: Interval | None, first: str, second: str) -> str:
-    """Which pair drops further, or that there is no evidence."""
+    """Say which pair drops further, or that there is no evidence."""
     for patch, pair in ((match.first, first), (match.second, second)):
         if wording.negligible(patch):
             return f"says little: KL_raw of {pair} is negligible"
@@ -106,20 +94,14 @@ def verdict(match: Match, interval: Interval | None, first: str, second: str) ->
 
 
 def comparison(first: Evidence, second: Evidence, tables: PerPrompt, *, seed: int) -> Document:
-    """The comparison of two pairs as a document.
-
-    Args:
-        first: One pair.
-        second: The other.
-        tables: Per-prompt tables of `needed_runs`.
-        seed: Of the bootstrap.
+    """The comparison of two pairs as a document, from the per-prompt tables of `needed_runs`.
 
     Raises:
         MechdiffError: They have nothing in common.
     """
     a, b = first.pair, second.pair
     blocks: list[Block] = [
-        Text(
+        (
             f"Differences are drop_pct of `{a}` minus `{b}` in percentage points, with 95 % intervals of a "
             "bootstrap that draws each pair's prompts by themselves. Where an interval includes 0, there is "
             "no evidence of a difference."
@@ -150,56 +132,45 @@ def _where(evidence: Evidence) -> str:
 
 
 def _transport_table(first: Evidence, second: Evidence, tables: PerPrompt, seed: int) -> Grid:
+    a, b = first.pair, second.pair
     rows = []
     for match in matches(first, second):
-        gap = difference(match, tables, seed=seed)
-        one, other = match.first, match.second
-        rows.append(
-            [
-                *(match.what, wording.number(one.kl_raw), wording.number(other.kl_raw)),
-                *(wording.percent(one.drop), wording.percent(other.drop), wording.percent(gap)),
-                *(wording.percent(one.skill), wording.percent(other.skill)),
-                *(verdict(match, gap, first.pair, second.pair), f"`{one.run_id}`", f"`{other.run_id}`"),
-            ]
-        )
-    a, b = first.pair, second.pair
+        one, other, gap = match.first, match.second, difference(match, tables, seed=seed)
+        kls = [wording.number(one.kl_raw), wording.number(other.kl_raw)]
+        drops = [
+            wording.percent(interval) for interval in (one.drop, other.drop, gap, one.skill, other.skill)
+        ]
+        says = verdict(match, gap, a, b)
+        rows.append([match.what, *kls, *drops, says, f"`{one.run_id}`", f"`{other.run_id}`"])
     columns = (
-        *("cell", f"KL_raw {a}", f"KL_raw {b}", f"drop % {a}", f"drop % {b}", "difference, points"),
-        *(f"skill % {a}", f"skill % {b}", "verdict", f"run {a}", f"run {b}"),
-    )
+        "cell", f"KL_raw {a}", f"KL_raw {b}", f"drop % {a}", f"drop % {b}", "difference, points",
+        f"skill % {a}", f"skill % {b}", "verdict", f"run {a}", f"run {b}",
+    )  # fmt: skip
     return Grid(columns, rows)
 
 
 def _rank_blocks(first: Evidence, second: Evidence) -> list[Block]:
     keys = ["site", "solver", "family", "alpha", "target_pct"]
     if not len(first.least_ranks) or not len(second.least_ranks):
-        return [Text("Not measured on both; run mechdiff sweep on both.")]
+        return ["Not measured on both; run mechdiff sweep on both."]
     both = first.least_ranks.merge(second.least_ranks, on=keys, suffixes=("_a", "_b"))
     if not len(both):
-        return [Text("The sweeps of the two have no site, α and target in common.")]
+        return ["The sweeps of the two have no site, α and target in common."]
     rows = []
-    for row in both.to_dict("records"):
-        texts = []
-        for side in "ab":
-            width = int(row[f"width_{side}"])
-            ends = [wording.rank(row[f"{key}_{side}"], width) for key in ("k", "low", "high")]
-            texts.append(f"{ends[0]} [{ends[1]}, {ends[2]}]")
+    for row in wording.rows_of(both):
+        texts = [" ".join(wording.ranks(row, suffix)) for suffix in ("_a", "_b")]
         says = "the intervals are disjoint" if _disjoint(row) else "no evidence of a difference"
         for evidence in (first, second):
             at = [p for p in evidence.patches if (str(p.site), p.alpha) == (row["site"], row["alpha"])]
             if any(map(wording.negligible, at)):
                 says = f"says little: KL_raw of {evidence.pair} is negligible"
-        rows.append(
-            [
-                *(str(row["site"]), str(row["family"]), text_of(row["alpha"]), text_of(row["target_pct"])),
-                *(*texts, says),
-            ]
-        )
+        cell = [str(row["site"]), str(row["family"]), text_of(row["alpha"]), text_of(row["target_pct"])]
+        rows.append([*cell, *texts, says])
     columns = ("site", "family", "α", "target %", f"min k {first.pair}", f"min k {second.pair}", "verdict")
     return [Grid(columns, rows)]
 
 
-def _disjoint(row: Mapping[str, object] | Mapping[object, object]) -> bool:
+def _disjoint(row: Mapping[str, Any]) -> bool:
     """Whether the intervals of two least ranks do not touch; not reached is above every rank."""
 
     def end(key: str) -> float:

@@ -16,15 +16,7 @@ from mechdiff_mlflow.text import html as escape_html
 
 @dataclass(frozen=True, slots=True)
 class Heading:
-    """A heading of level 2 or below; the title has level 1."""
-
-    text: str
-    level: int = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A paragraph; `**bold**` and `` `code` `` are understood."""
+    """A heading of level 2, below the title's."""
 
     text: str
 
@@ -51,7 +43,8 @@ class Code:
     lines: Sequence[str]
 
 
-Block: TypeAlias = Heading | Text | Bullets | Grid | Code | Figure
+Block: TypeAlias = str | Heading | Bullets | Grid | Code | Figure
+"""A string is a paragraph, in which `**bold**` and `` `code` `` are understood."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +88,7 @@ class Document:
                 path.parent.mkdir(exist_ok=True)
                 path.write_bytes(content)
         except OSError as error:
-            raise MechdiffError(
-                f"Cannot write {str(out)[:200]} ({error.strerror}); choose another --out."
-            ) from error
+            raise _cannot_write(out, error) from error
         return list(contents)
 
 
@@ -113,22 +104,19 @@ def check_out(out: Path) -> None:
             f"{str(out)[:200]} has an unknown suffix; name a .md or .html file, both are written."
         )
     try:
-        for path, is_folder in (
-            (out.with_suffix(".md"), False),
-            (out.with_suffix(".html"), False),
-            (out.with_name(f"{out.stem}-figures"), True),
-        ):
-            if path.exists() and path.is_dir() != is_folder:
-                what = "a file" if is_folder else "a folder"
+        folder = out.with_name(f"{out.stem}-figures")
+        for path in (out.with_suffix(".md"), out.with_suffix(".html"), folder):
+            if path.exists() and path.is_dir() != (path == folder):
+                what = "a file" if path == folder else "a folder"
                 raise MechdiffError(f"{path} is {what} that is there already; choose another --out.")
-            above = next(parent for parent in path.absolute().parents if parent.exists())
-            if not above.is_dir() or not os.access(above, os.W_OK):
-                raise MechdiffError(f"Nothing can be written in {above}; choose another --out.")
+        above = next(parent for parent in out.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise MechdiffError(f"Nothing can be written in {above}; choose another --out.")
     except OSError as error:
-        raise _cannot(out, error) from error
+        raise _cannot_write(out, error) from error
 
 
-def _cannot(out: Path, error: OSError) -> MechdiffError:
+def _cannot_write(out: Path, error: OSError) -> MechdiffError:
     return MechdiffError(f"Cannot write {str(out)[:200]} ({error.strerror}); choose another --out.")
 
 
@@ -144,9 +132,9 @@ def joined(documents: Sequence[Document]) -> Document:
 
 def _markdown(block: Block, pictures: str) -> str:
     if isinstance(block, Heading):
-        return f"{'#' * block.level} {block.text}"
-    if isinstance(block, Text):
-        return block.text
+        return f"## {block.text}"
+    if isinstance(block, str):
+        return block
     if isinstance(block, Bullets):
         return "\n".join(f"- {item}" for item in block.items)
     if isinstance(block, Code):
@@ -159,9 +147,9 @@ def _markdown(block: Block, pictures: str) -> str:
 
 def _html(block: Block) -> str:
     if isinstance(block, Heading):
-        return f"<h{block.level}>{_inline(block.text)}</h{block.level}>"
-    if isinstance(block, Text):
-        return f"<p>{_inline(block.text)}</p>"
+        return f"<h2>{_inline(block.text)}</h2>"
+    if isinstance(block, str):
+        return f"<p>{_inline(block)}</p>"
     if isinstance(block, Bullets):
         return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in block.items) + "</ul>"
     if isinstance(block, Code):

@@ -1,4 +1,4 @@
-"""What runs support: their table as typed rows, the newest of each cell, and the one to quote a site."""
+"""Evidence from runs: their table as typed rows, the newest of each cell, and the one to quote a site."""
 
 from __future__ import annotations
 
@@ -18,82 +18,58 @@ from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.text import markdown
 
 Row: TypeAlias = Mapping[str, Any]
-LEVEL = 0.95
-_OLD_LEAKS = {"true": "Leak: settings chosen on the reported prompts", "unknown": selection.sentence(None)}
-FROM = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
-"""Kinds of runs that patches stand under, by how much their choice of map is worth quoting."""
 SETTINGS = ("shrink", "ridge", "output_metric", "directions", "unembedding", "off_span", "alpha_fit")
 """Columns that say how a map was made, n/a where its solver has no such setting."""
-PICKED_FROM = ("sweep", "atlas")
-"""Where the best of several is picked on the reported split itself."""
+
+_PRECEDENCE = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
+"""Kinds of runs that patches stand under, by how much their choice of map is worth quoting."""
+_PICKED_FROM = ("sweep", "atlas")
+"""Kinds of runs from which the best is picked on the reported split itself."""
+_LEVEL = 0.95
+_OLD_LEAKS = {"true": "Leak: settings chosen on the reported prompts", "unknown": selection.sentence(None)}
 
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What two patches must share for their numbers to be compared."""
+    """Conditions that two patches must share for their numbers to be compared."""
 
     split: str
     n: int
-    n_train: int
-    seed: int
-    position: str
-    dtype: str
+    n_train: int = 0
+    seed: int = 0
+    position: str = ""
+    dtype: str = ""
 
     def __str__(self) -> str:
         return f"{self.n} {self.split} prompts, {self.n_train} train prompts, seed {self.seed}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One patch run.
+    """One patch run, or what will be one; KL is mean KL(patched ‖ clean) in nats."""
 
-    Args:
-        run_id: Of the run.
-        parent_id: Of the run above it, or None.
-        source: Kind of the run above it; `patch` of a lone run.
-        site: Where.
-        solver: By which solver.
-        family: What its rank bounds.
-        k: Rank; None is full.
-        alpha: Scale.
-        conditions: Of the measurement.
-        kl_raw: Mean KL of the raw cross-patch in nats, or None.
-        kl_mapped: Mean KL of the mapped patch in nats.
-        noise_floor: What KL must stand out from, nats.
-        rho: ‖Y − Ŷ‖ / ‖Y − X‖, or None.
-        drop: drop_pct with its interval, or None.
-        skill: skill_pct with its interval, or None.
-        null: The best control, chosen on val.
-        controls: Mean KL of every control in nats.
-        leak: In words what was chosen on prompts that are reported, or that nobody knows; empty if nothing.
-        undefined: Why numbers have no value, by name.
-        settings: How the map was made beyond solver, family, rank and scale.
-        p_permutation: Of fits of shuffled pairs, or None where there were none.
-        asked_alpha: α as the run above was asked for it, such as `auto`.
-    """
-
-    run_id: str
-    parent_id: str | None
-    source: str
+    run_id: str = ""
+    parent_id: str | None = None  # of the run above it
+    source: str = "patch"  # kind of the run above it; `patch` of a lone run
     site: Site
     solver: str
-    family: str
-    k: int | None
+    family: str  # what its rank bounds
+    k: int | None  # rank; None is full
     alpha: float
     conditions: Conditions
     kl_raw: float | None
     kl_mapped: float
-    noise_floor: float
-    rho: float | None
-    drop: Interval | None
-    skill: Interval | None
-    null: str
-    controls: Mapping[str, float]
-    leak: str
-    undefined: Mapping[str, str]
-    settings: str
-    p_permutation: float | None
-    asked_alpha: str
+    noise_floor: float  # what KL must stand out from
+    rho: float | None  # ‖Y − Ŷ‖ / ‖Y − X‖
+    drop: Interval | None  # drop_pct
+    skill: Interval | None  # skill_pct
+    null: str  # the best control, chosen on val
+    controls: Mapping[str, float]  # KL of every control
+    leak: str  # what was chosen on reported prompts, or that nobody knows; empty if nothing
+    undefined: Mapping[str, str]  # why numbers have no value, by name
+    settings: str = ""  # how the map was made beyond solver, family, rank and scale
+    p_permutation: float | None  # against fits of shuffled pairs; None where there were none
+    asked_alpha: str = ""  # α as the run above was asked for it, such as `auto`
 
     @property
     def rank(self) -> str:
@@ -103,56 +79,31 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Quoted:
-    """The patch that stands for a site.
-
-    Args:
-        patch: It.
-        picked_among: How many cells of the site it is the best of, on the very split reported; 1 if it was
-            not picked so.
-    """
+    """The patch that stands for a site."""
 
     patch: Measured
-    picked_among: int
+    picked_among: int  # of how many cells it is the best on the very split reported; 1 if it was not picked
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that the runs of a pair show, of one state of its models and prompts.
-
-    Args:
-        pair: Its name.
-        fingerprint: Of its models and prompts.
-        patches: The newest run of every cell and conditions, by site and rank.
-        parents: Runs above them: run_id, name, kind, started, `tag.mechdiff.command`.
-        least_ranks: Rows of the sweeps' `least_ranks.json`, newest first, with their run_id.
-        atlas: The newest atlas's `atlas.json`, or None.
-        atlas_run: Its run id.
-        layers: The newest `layers.json`, or None.
-        layers_run: Its run id.
-        heads: By site the newest `heads.json`.
-        left_out: Patch runs of other states of the pair, which are not comparable.
-    """
+    """All that the runs of a pair show, of one state of its models and prompts."""
 
     pair: str
-    fingerprint: str
-    patches: Sequence[Measured]
-    parents: pd.DataFrame
-    least_ranks: pd.DataFrame
-    atlas: pd.DataFrame | None = None
+    fingerprint: str  # of its models and prompts
+    patches: Sequence[Measured]  # the newest run of every cell and conditions, by site and rank
+    parents: pd.DataFrame  # runs above them: run_id, name, kind, started, `tag.mechdiff.command`
+    least_ranks: pd.DataFrame  # rows of the sweeps' `least_ranks.json`, newest first, with their run_id
+    atlas: pd.DataFrame | None = None  # the newest atlas's `atlas.json`
     atlas_run: str = ""
-    layers: pd.DataFrame | None = None
+    layers: pd.DataFrame | None = None  # the newest `layers.json`
     layers_run: str = ""
-    heads: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    left_out: int = 0
+    heads: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # by site the newest `heads.json`
+    left_out: int = 0  # patch runs of other states of the pair, which are not comparable
 
     @classmethod
     def of(cls, pair: str, runs: pd.DataFrame, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> Evidence:
-        """Read a table of runs.
-
-        Args:
-            pair: The pair's name.
-            runs: What `tracking.results.results_df` gives, newest first.
-            tables: By name of the artifact and run id, the tables of runs.
+        """Read what runs, newest first, and their tables, by artifact and run id, show of a pair.
 
         Raises:
             MechdiffError: No run has patched anything.
@@ -161,7 +112,12 @@ class Evidence:
         plain: list[Row] = [{str(key): row[key] for key in row} for row in runs.to_dict("records")]
         ours = [row for row in plain if not foreign.is_missing(row["kind"])]  # others have their own params
         asked = {str(row["run_id"]): _text(row, "alpha") for row in ours}
-        rows = [row for row in ours if _is_patch(row, pair)]
+        rows = [
+            row
+            for row in ours
+            if (row["kind"], row["status"], row.get("pair")) == ("patch", "FINISHED", pair)
+            and not foreign.is_missing(row.get("KL_mapped"))
+        ]
         if not rows:
             raise MechdiffError(
                 f"No finished patch run of pair {pair!r} is there to report on; make one with mechdiff run "
@@ -179,27 +135,22 @@ class Evidence:
             raise MechdiffError(f"Every patch run of pair {pair!r} is malformed; correct or delete them.")
         newest: dict[tuple[object, ...], Measured] = {}
         for patch in own:
-            map_ = (patch.solver, patch.family, patch.k, patch.alpha, patch.settings)
-            cell = (patch.site, *map_, patch.conditions)
+            how = (patch.solver, patch.family, patch.k, patch.alpha, patch.settings)
+            cell = (patch.site, *how, patch.conditions)
             # A map that was pinned under a report pass is the same cell as the sweep's that found it.
             kept = newest.get(cell)
-            if kept is None or FROM.get(patch.source, 0) > FROM.get(kept.source, 0):
+            if kept is None or _PRECEDENCE.get(patch.source, 0) > _PRECEDENCE.get(kept.source, 0):
                 newest[cell] = patch
         above = {patch.parent_id or patch.run_id for patch in newest.values()}
         used = {run_id for found in tables.values() for run_id in found}
-        parents = runs[runs["run_id"].isin(above | used)]
-        atlas_run, atlas = _newest(runs, tables.get("atlas.json", {}))
-        layers_run, layers = _newest(runs, tables.get("layers.json", {}))
         return cls(
             pair,
             markdown(fingerprint, 80),
             sorted(newest.values(), key=lambda p: (p.site, p.solver, p.family, p.k or math.inf, p.alpha)),
-            parents,
+            runs[runs["run_id"].isin(above | used)],
             _stacked(runs, tables.get("least_ranks.json", {})),
-            atlas,
-            atlas_run,
-            layers,
-            layers_run,
+            *_newest(runs, tables.get("atlas.json", {})),
+            *_newest(runs, tables.get("layers.json", {})),
             _by_site(runs, tables.get("heads.json", {})),
             len(every) - len(own),
         )
@@ -210,17 +161,22 @@ class Evidence:
         for patch in self.patches:
             by_site.setdefault(patch.site, []).append(patch)
         order = {run_id: i for i, run_id in enumerate(self.parents["run_id"])}
+
+        def drop(patch: Measured) -> float:
+            estimate = None if patch.drop is None else patch.drop.estimate
+            return -math.inf if estimate is None else estimate
+
+        def age(patch: Measured) -> int:
+            return order.get(patch.parent_id or patch.run_id, len(order))
+
         found = []
         for _, patches in sorted(by_site.items()):
-            best = max(FROM.get(patch.source, 0) for patch in patches)
-            among = [patch for patch in patches if FROM.get(patch.source, 0) == best]
-            if among[0].source in PICKED_FROM:
-                top = max(among, key=lambda p: -math.inf if p.drop is None else p.drop.estimate or -math.inf)
-                found.append(Quoted(top, len(among)))
+            best = max(_PRECEDENCE.get(patch.source, 0) for patch in patches)
+            among = [patch for patch in patches if _PRECEDENCE.get(patch.source, 0) == best]
+            if among[0].source in _PICKED_FROM:
+                found.append(Quoted(max(among, key=drop), len(among)))
             else:
-                found.append(
-                    Quoted(min(among, key=lambda p: order.get(p.parent_id or p.run_id, len(order))), 1)
-                )
+                found.append(Quoted(min(among, key=age), 1))
         return found
 
 
@@ -228,15 +184,12 @@ def of_record(record: PatchRecord) -> Measured:
     """A patch that has just been measured, whose run is not there yet."""
     cell = record.cell
     return Measured(
-        run_id="",
-        parent_id=None,
-        source="patch",
         site=cell.site,
         solver=cell.solver,
         family=cell.family,
         k=cell.rank.k,
         alpha=record.map.alpha,
-        conditions=Conditions(record.split, record.n, 0, 0, "", ""),
+        conditions=Conditions(record.split, record.n),
         kl_raw=record.kl_raw,
         kl_mapped=record.kl_mapped,
         noise_floor=record.noise_floor,
@@ -247,19 +200,8 @@ def of_record(record: PatchRecord) -> Measured:
         controls=record.controls,
         leak=selection.sentence(record.leak),
         undefined=record.undefined,
-        settings="",
         p_permutation=record.p_permutation,
-        asked_alpha="",
     )
-
-
-def _is_patch(row: Row, pair: str) -> bool:
-    measured = (
-        row["kind"] == "patch"
-        and row["status"] == "FINISHED"
-        and not foreign.is_missing(row.get("KL_mapped"))
-    )
-    return bool(measured and row.get("pair") == pair)
 
 
 def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> Measured:
@@ -307,21 +249,18 @@ def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> M
     )
 
 
-def _newest(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> tuple[str, pd.DataFrame | None]:
-    for run_id in runs["run_id"]:
-        if run_id in found:
-            return str(run_id), found[run_id]
-    return "", None
+def _newest(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame | None, str]:
+    run_id = next((run_id for run_id in runs["run_id"] if run_id in found), None)
+    return (None, "") if run_id is None else (found[run_id], str(run_id))
 
 
 def _stacked(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """The rows of several runs, newest first, each question once."""
-    empty: pd.DataFrame = pd.DataFrame()
     parts = [found[run_id].assign(run_id=run_id) for run_id in runs["run_id"] if run_id in found]
-    if not parts:
-        return empty
     keys = ["site", "solver", "family", "alpha", "target_pct"]
-    stacked: pd.DataFrame = pd.concat(parts).drop_duplicates(keys).sort_values(keys).reset_index(drop=True)
+    stacked: pd.DataFrame = pd.DataFrame()
+    if parts:
+        stacked = pd.concat(parts).drop_duplicates(keys).sort_values(keys).reset_index(drop=True)
     return stacked
 
 
@@ -337,7 +276,7 @@ def _interval(row: Row, key: str) -> Interval | None:
     estimate = _number(row, key)
     if estimate is None:
         return None
-    return Interval(estimate, _number(row, f"ci/{key}_low"), _number(row, f"ci/{key}_high"), LEVEL)
+    return Interval(estimate, _number(row, f"ci/{key}_low"), _number(row, f"ci/{key}_high"), _LEVEL)
 
 
 def _number(row: Mapping[Any, Any], key: str) -> float | None:

@@ -6,49 +6,53 @@ from collections.abc import Sequence
 
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.atlas import atlas_figures, first_difference
 from mechdiff_mlflow.report.curves import curve_figures
-from mechdiff_mlflow.report.document import Block, Bullets, Code, Document, Grid, Heading, Text
+from mechdiff_mlflow.report.document import Block, Bullets, Code, Document, Grid, Heading
 from mechdiff_mlflow.report.evidence import Evidence, Measured, Quoted
 from mechdiff_mlflow.report.figures import bars
-from mechdiff_mlflow.report.profiles import heads_blocks, layers_blocks
+from mechdiff_mlflow.report.profiles import atlas_figures, first_difference, heads_blocks, layers_blocks
 from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID
 from mechdiff_mlflow.text import markdown, plain, text_of
 
 LOW_RANK_SHARE = 0.25
 """k ≪ d is said of ranks up to this share of the width."""
-LINK = "runs:/"
 
 
 def report(evidence: Evidence) -> Document:
     """The whole report of a pair."""
     quoted = evidence.quoted()
+    patches = [one.patch for one in quoted if one.patch.source != "atlas"]
+    cells = [patch for patch in evidence.patches if patch.source != "atlas"]
+    scales = [text for one in quoted if (text := wording.scale(one.patch, _grid(one.patch.asked_alpha)))]
     blocks: list[Block] = [
-        Text(
+        (
             f"Pair `{evidence.pair}` (fingerprint `{evidence.fingerprint}`), from {len(evidence.patches)} "
             "patch runs. KL is KL(patched ‖ clean) of the next token in nats, drop is "
             "100·(1 − KL_mapped/KL_raw), skill 100·(1 − KL_mapped/KL of the best control); brackets are 95 % "
-            "bootstrap intervals."
+            "bootstrap intervals. RQ1 to RQ4 are the research questions: do the representations differ, and "
+            "from which layer on; does a linear map causally transport base activations to tuned ones; what "
+            "is the smallest rank that suffices; which attention heads carry the difference."
         ),
         Heading("Results"),
-        Text(f"**RQ2 (causal transport).** {_setting(quoted)}"),
-        Bullets(
-            [wording.transport(one) for one in quoted if one.patch.source != "atlas"] or ["No site yet."]
-        ),
-        *_scales(quoted),
+        f"**RQ2 (causal transport).** {_conditions(patches)}",
+        Bullets([wording.transport(patch) for patch in patches] or ["No site yet."]),
+        *([Bullets(scales)] if scales else ()),
         *_rank_control(evidence),
-        *_where(evidence),
+    ]
+    if evidence.atlas is not None:
+        blocks.append(f"**Where.** {first_difference(evidence.atlas)}")
+    blocks += [
         Heading("Tables"),
-        Text("Quoted above, one row a site:"),
-        _patch_table([one.patch for one in quoted if one.patch.source != "atlas"]),
-        *_all_cells(evidence),
+        "Quoted above, one row a site:",
+        _patch_table(patches),
+        *([f"All {len(cells)} cells:", _patch_table(cells)] if cells else ()),
         *curve_figures(evidence.patches),
-        *_controls(quoted),
+        *_controls(patches),
     ]
     if evidence.atlas is not None:
         blocks += [
             Heading("Atlas"),
-            Text(f"Every layer and hook, from run `{evidence.atlas_run}`; grey has no value."),
+            f"Every layer and hook, from run `{evidence.atlas_run}`; grey has no value.",
             *atlas_figures(evidence.atlas),
         ]
     if evidence.layers is not None:
@@ -67,7 +71,7 @@ def report(evidence: Evidence) -> Document:
 
 
 def caveats(evidence: Evidence, quoted: Sequence[Quoted]) -> list[str]:
-    """What a reader should doubt, as far as it applies to these runs."""
+    """Caveats that apply to these runs."""
     found = []
     intervals = [p for p in evidence.patches if p.drop is not None and p.drop.low is not None]
     if intervals:
@@ -111,8 +115,7 @@ def caveats(evidence: Evidence, quoted: Sequence[Quoted]) -> list[str]:
     return found
 
 
-def _setting(quoted: Sequence[Quoted]) -> str:
-    patches = [one.patch for one in quoted if one.patch.source != "atlas"]
+def _conditions(patches: Sequence[Measured]) -> str:
     solvers = sorted({f"`{p.solver}` ({p.family} family)" for p in patches})
     conditions = sorted({str(p.conditions) for p in patches})
     if not patches:
@@ -120,44 +123,33 @@ def _setting(quoted: Sequence[Quoted]) -> str:
     return f"{', '.join(solvers)}; {'; '.join(conditions)}."
 
 
-def _scales(quoted: Sequence[Quoted]) -> list[Block]:
-    said = [wording.scale(one.patch, _grid(one.patch.asked_alpha)) for one in quoted]
-    texts = [text for text in said if text]
-    return [Bullets(texts)] if texts else []
-
-
-def _grid(asked: str) -> list[float]:
+def _grid(asked: str) -> Sequence[float]:
     """The scales that val chose among; none where α was given."""
     if asked == "auto":
-        return list(ALPHA_GRID)
+        return ALPHA_GRID
     return [float(alpha) for alpha in asked.split(",")] if "," in asked else []
 
 
 def _rank_control(evidence: Evidence) -> list[Block]:
-    records = evidence.least_ranks.to_dict("records")
-    rows = [{str(key): value for key, value in record.items()} for record in records]
+    rows = wording.rows_of(evidence.least_ranks)
     if not rows:
-        return [Text("**RQ3 (rank-k control).** Not measured: no sweep has been run.")]
+        return ["**RQ3 (rank-k control).** Not measured: no sweep has been run."]
     columns = ["site", "family", "α", "target %", "min k", "interval", "reached in", "conservative k", "run"]
-    cells = []
-    for row in rows:
-        width = int(row["width"])
-        ends = f"[{wording.rank(row['low'], width)}, {wording.rank(row['high'], width)}]"
-        cells.append(
-            [
-                str(row["site"]),
-                str(row["family"]),
-                text_of(row["alpha"]),
-                text_of(row["target_pct"]),
-                wording.rank(row["k"], width),
-                ends,
-                f"{100 * row['p_reached']:.0f} %",
-                wording.rank(row["conservative_k"], width),
-                f"`{row['run_id']}`",
-            ]
-        )
+    cells = [
+        [
+            str(row["site"]),
+            str(row["family"]),
+            text_of(row["alpha"]),
+            text_of(row["target_pct"]),
+            *wording.ranks(row),
+            f"{100 * row['p_reached']:.0f} %",
+            wording.rank(row["conservative_k"], int(row["width"])),
+            f"`{row['run_id']}`",
+        ]
+        for row in rows
+    ]
     return [
-        Text(
+        (
             "**RQ3 (rank-k control).** The smallest tested rank from which on every rank reaches the target; "
             "k ≪ d is said up to a quarter of the width. Family update counts rank(W − I), content rank(W)."
         ),
@@ -166,52 +158,34 @@ def _rank_control(evidence: Evidence) -> list[Block]:
     ]
 
 
-def _where(evidence: Evidence) -> list[Block]:
-    if evidence.atlas is None:
-        return []
-    return [Text(f"**Where.** {first_difference(evidence.atlas)}")]
-
-
-def _all_cells(evidence: Evidence) -> list[Block]:
-    cells = [patch for patch in evidence.patches if patch.source != "atlas"]
-    return [Text(f"All {len(cells)} cells:"), _patch_table(cells)] if cells else []
-
-
 def _patch_table(patches: Sequence[Measured]) -> Grid:
     columns = (
-        *("site", "solver", "family", "k", "α", "split", "n", "KL_raw", "KL_mapped", "drop %", "skill %"),
-        *("best control", "floor", "ρ", "settings", "run"),
-    )
-    return Grid(
-        columns,
-        [
-            [
-                *(str(p.site), p.solver, p.family, p.rank, text_of(p.alpha)),
-                *(p.conditions.split, str(p.conditions.n)),
-                *(wording.number(p.kl_raw), wording.number(p.kl_mapped)),
-                *(wording.percent(p.drop), wording.percent(p.skill), p.null),
-                *(wording.number(p.noise_floor, 2), wording.number(p.rho), p.settings, f"`{p.run_id}`"),
-            ]
-            for p in patches
-        ],
-    )
+        "site", "solver", "family", "k", "α", "split", "n", "KL_raw", "KL_mapped", "drop %", "skill %",
+        "best control", "floor", "ρ", "settings", "run",
+    )  # fmt: skip
+    rows = []
+    for p in patches:
+        cell = [str(p.site), p.solver, p.family, p.rank, text_of(p.alpha), p.conditions.split]
+        kls = [wording.number(p.kl_raw), wording.number(p.kl_mapped)]
+        quality = [wording.percent(p.drop), wording.percent(p.skill), p.null]
+        last = [wording.number(p.noise_floor, 2), wording.number(p.rho), p.settings, f"`{p.run_id}`"]
+        rows.append([*cell, str(p.conditions.n), *kls, *quality, *last])
+    return Grid(columns, rows)
 
 
-def _controls(quoted: Sequence[Quoted]) -> list[Block]:
-    blocks: list[Block] = []
-    for one in quoted:
-        patch = one.patch
-        if patch.source == "atlas" or not patch.controls:
+def _controls(patches: Sequence[Measured]) -> list[Block]:
+    blocks: list[Block] = [Heading("Controls")]
+    for patch in patches:
+        if not patch.controls:
             continue
-        values = {"mapped": patch.kl_mapped}
+        values = {"mapped": patch.kl_mapped, **patch.controls}
         values |= {} if patch.kl_raw is None else {"raw": patch.kl_raw}
-        values |= patch.controls
         ordered = dict(sorted(values.items(), key=lambda item: item[1]))
         title = f"{patch.site}: mean KL of the map and of every control"
         blocks.append(
             bars(f"controls-{patch.site.slug}", title, ordered, x_label="KL, nats", marked="mapped")
         )
-    return [Heading("Controls"), *blocks] if blocks else []
+    return blocks if len(blocks) > 1 else []
 
 
 def _commands(evidence: Evidence) -> list[str]:

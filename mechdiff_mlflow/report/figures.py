@@ -24,38 +24,23 @@ _COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#337ea9", "#
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure in both forms.
+    """One figure in both forms."""
 
-    Args:
-        name: Stem of its files.
-        title: What it shows.
-        png: The bytes of a PNG.
-        div: An HTML fragment that needs plotly.js on its page.
-    """
-
-    name: str
-    title: str
-    png: bytes
-    div: str
+    name: str  # stem of its files
+    title: str  # what it shows
+    png: bytes  # of a PNG file
+    div: str  # an HTML fragment that needs plotly.js on its page
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One line of a chart.
+    """One line of a chart."""
 
-    Args:
-        name: In the legend.
-        x: Places on the axis, rising.
-        y: Values.
-        low: Lower ends of the intervals; NaN where there is none.
-        high: Upper ends.
-    """
-
-    name: str
-    x: Sequence[float]
+    name: str  # in the legend
+    x: Sequence[float]  # places on the axis, rising
     y: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
+    low: Sequence[float] = ()  # lower ends of the intervals, NaN where there is none; none at all if empty
+    high: Sequence[float] = ()  # upper ends
 
 
 def curves(
@@ -68,17 +53,7 @@ def curves(
     log_x: bool = False,
     ticks: Mapping[float, str] | None = None,
 ) -> Figure:
-    """Lines with interval bars.
-
-    Args:
-        name: Stem of the files.
-        title: What it shows.
-        lines: At least one.
-        x_label: Of the horizontal axis.
-        y_label: Of the vertical axis.
-        log_x: Whether the horizontal axis is logarithmic.
-        ticks: Places on the horizontal axis that have names, e.g. {128: "full"}.
-    """
+    """At least one line with interval bars; `ticks` names places on the x axis, e.g. {128: "full"}."""
     canvas, axes = _canvas(7.0, 4.2)
     chart = go.Figure()
     for i, line in enumerate(lines):
@@ -105,7 +80,7 @@ def curves(
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
-    chart.update_layout(title=title, xaxis_title=x_label, yaxis_title=y_label)
+    chart.update_layout(xaxis_title=x_label, yaxis_title=y_label)
     return _finished(name, title, canvas, chart)
 
 
@@ -118,7 +93,7 @@ def bars(name: str, title: str, values: Mapping[str, float], *, x_label: str, ma
     axes.set(xlabel=x_label, title=title)
     axes.grid(axis="x", alpha=0.25)
     chart = go.Figure(go.Bar(x=sizes[::-1], y=names[::-1], orientation="h", marker_color=colours[::-1]))
-    chart.update_layout(title=title, xaxis_title=x_label, height=160 + 28 * len(names))
+    chart.update_layout(xaxis_title=x_label, height=160 + 28 * len(names))
     return _finished(name, title, canvas, chart)
 
 
@@ -133,32 +108,17 @@ def heatmap(
     diverging: bool = False,
     bounds: tuple[float, float] | None = None,
 ) -> Figure:
-    """One coloured cell a value [len(rows), len(columns)]; NaN cells stay grey.
+    """One coloured cell a value [len(rows), len(columns)], the first row at the bottom: layers read upwards.
 
-    Args:
-        name: Stem of the files.
-        title: What it shows.
-        values: What is coloured.
-        rows: Names, first at the bottom: layers read upwards, as in a model.
-        columns: Names.
-        unit: Beside the colour bar.
-        diverging: Colours about 0.
-        bounds: Values that the ends of the scale stand for; what lies outside gets the end's colour.
+    NaN cells stay grey; what lies outside `bounds` gets the end's colour; diverging ones lie about 0.
     """
     defined = values[np.isfinite(values)]
     low, high = bounds or ((float(defined.min()), float(defined.max())) if len(defined) else (0.0, 1.0))
-    if diverging:
-        low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
+    high = high if high > low else low + 1
     canvas, axes = _canvas(1.6 + 1.1 * len(columns), 1.4 + 0.2 * len(rows))
     axes.set_facecolor("#dddddd")
-    image = axes.imshow(
-        values,
-        origin="lower",
-        aspect="auto",
-        cmap="RdBu" if diverging else "viridis",
-        vmin=low,
-        vmax=high if high > low else low + 1,
-    )
+    colours = "RdBu" if diverging else "viridis"
+    image = axes.imshow(values, origin="lower", aspect="auto", cmap=colours, vmin=low, vmax=high)
     axes.set_xticks(range(len(columns)), columns, fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=7)
     axes.set_title(title, fontsize=10)
@@ -169,13 +129,13 @@ def heatmap(
             x=list(columns),
             y=list(rows),
             zmin=low,
-            zmax=high if high > low else low + 1,
-            colorscale="RdBu" if diverging else "Viridis",
+            zmax=high,
+            colorscale=colours,
             colorbar={"title": unit},
             hoverongaps=False,
         )
     )
-    chart.update_layout(title=title, height=180 + 17 * len(rows))
+    chart.update_layout(height=180 + 17 * len(rows))
     return _finished(name, title, canvas, chart)
 
 
@@ -203,24 +163,24 @@ _STYLE = (
     "table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}"
     "th,td{border:1px solid #ddd;padding:.25rem .5rem;text-align:left}th{background:#f4f4f4}"
     "code,pre{background:#f4f4f4;border-radius:3px;font-size:.85rem}code{padding:0 .2rem}"
-    "pre{padding:.6rem;overflow-x:auto}figure{margin:1rem 0}figcaption{font-size:.85rem;color:#555}"
+    "pre{padding:.6rem;overflow-x:auto}figure{margin:1rem 0}"
     ".wide{overflow-x:auto}"
 )
 
 
-def _canvas(width_in: float, height_in: float) -> tuple[Canvas, Axes]:
-    canvas = Canvas(figsize=(width_in, height_in), dpi=_DPI, layout="constrained")
+def _canvas(width_inches: float, height_inches: float) -> tuple[Canvas, Axes]:
+    canvas = Canvas(figsize=(width_inches, height_inches), dpi=_DPI, layout="constrained")
     return canvas, canvas.subplots()
 
 
 def _arms(y: NDArray[np.float64], ends: Sequence[float]) -> NDArray[np.float64]:
     """Lengths of error bars, 0 where an interval has no end."""
-    return np.nan_to_num(np.abs(np.asarray(ends, dtype=float) - y))
+    return np.nan_to_num(np.abs(np.asarray(ends, dtype=float) - y)) if len(ends) else np.zeros_like(y)
 
 
 def _finished(name: str, title: str, canvas: Canvas, chart: go.Figure) -> Figure:
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", metadata={"Software": None})
-    chart.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": 50, "b": 50})
+    chart.update_layout(title=title, template="plotly_white", margin={"l": 60, "r": 20, "t": 50, "b": 50})
     div = plotly.io.to_html(chart, full_html=False, include_plotlyjs=False, div_id=f"figure-{name}")
     return Figure(name, title, buffer.getvalue(), div)

@@ -1,53 +1,99 @@
-"""Layers (RQ1) and heads (RQ4) in a report: figures and the sentences that the tables allow."""
+"""Atlas, layers and heads: figures, and the sentences that their tables allow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
 from mechdiff_mlflow.measures.stats import above_floor
-from mechdiff_mlflow.report.document import Block, Bullets, Grid, Heading, Text
-from mechdiff_mlflow.report.figures import Curve, Figure, curves
+from mechdiff_mlflow.report.document import Block, Bullets, Grid, Heading
+from mechdiff_mlflow.report.figures import Curve, Figure, curves, heatmap
+from mechdiff_mlflow.spec.sites import Hook
 
-HALF, MOST = 0.5, 0.9
+_HOOKS = tuple(str(hook) for hook in Hook)
+_SHARES = (0.5, 0.9)
+"""Shares of the effect of all heads: how few heads carry them?"""
+
+
+def atlas_figures(table: pd.DataFrame) -> list[Figure]:
+    """KL_raw, drop, skill, ρ and where KL_raw is above its floor, layers × hooks, of an atlas's table."""
+
+    def drawn(key: str, title: str, unit: str = "", **scale: Any) -> Figure:
+        numbers = table.assign(value=pd.to_numeric(table[key]))
+        wide = numbers.pivot(index="layer", columns="hook", values="value")
+        values = wide.reindex(columns=list(_HOOKS)).to_numpy(dtype=float)  # NaN where there is no value
+        rows = [f"L{int(layer)}" for layer in wide.index]
+        name = f"atlas-{key.replace('_', '-').lower()}"
+        return heatmap(name, title, values, rows=rows, columns=_HOOKS, unit=unit, **scale)
+
+    diverging: dict[str, Any] = {"diverging": True, "bounds": (-100, 100)}
+    return [
+        drawn("KL_raw", "KL of the raw cross-patch", "nats"),
+        drawn("drop_pct", "KL drop of the mapped patch", "%", **diverging),
+        drawn("skill_pct", "skill over the best control", "%", **diverging),
+        drawn("rho", "ρ: part of the change that the map leaves", bounds=(0, 1)),
+        drawn("above_floor", "KL_raw above ten noise floors (1) or not (0)", bounds=(0, 1)),
+    ]
+
+
+def first_difference(table: pd.DataFrame) -> str:
+    """Say where activations first differ, where patching first matters, how many sites are significant."""
+    differs = table[table["change"] > 0]
+    if not len(differs):
+        return f"Base and tuned activations are equal at all {len(table)} sites."
+    first = differs.iloc[0]
+    n_below = int((table["change"] > 0).to_numpy().argmax())
+    text = (
+        f"The first site whose activations differ is `{first['site']}` (‖Y − X‖/‖Y‖ = {first['change']:.2g})"
+        f"{f'; the {n_below} sites before it are bit-identical' if n_below else ''}."
+    )
+    matters = table[table["above_floor"].astype(bool)]
+    if not len(matters):
+        return f"{text} Nowhere is KL_raw above its noise floor."
+    text += f" A raw patch first moves next-token KL above the noise floor at `{matters.iloc[0]['site']}`"
+    text += f" and does so at {len(matters)} of {len(table)} sites."
+    tested = table["p_holm"].dropna()
+    return (
+        f"{text} The map beats the best control at {int((tested < 0.05).sum())} of {len(tested)} of them "
+        "(sign-flip test, Holm-corrected p < 0.05)."
+    )
 
 
 def layer_figures(table: pd.DataFrame) -> list[Figure]:
     """CKA over layers, and the KL of unmapped layer patches in both directions."""
-    layers = [float(layer) for layer in table["layer"]]
-    none = [float("nan")] * len(layers)
     known = table.dropna(subset=["cka"])
-    cka = Curve(
-        "debiased CKA", [float(v) for v in known["layer"]], list(known["cka"]), *([none[: len(known)]] * 2)
-    )
+    cka = Curve("debiased CKA", _floats(known["layer"]), _floats(known["cka"]))
     patches = [
-        Curve(name, layers, list(table[key]), list(table[f"{key}_low"]), list(table[f"{key}_high"]))
+        _curve(name, table, "layer", key)
         for name, key in (("tuned ← base", "KL_tuned_from_base"), ("base ← tuned", "KL_base_from_tuned"))
     ]
+    title = "Unmapped layer patch at resid_post"
     return [
         curves("layers-cka", "Likeness of base and tuned", [cka], x_label="layer", y_label="CKA"),
-        curves(
-            "layers-patch",
-            "Unmapped layer patch at resid_post",
-            patches,
-            x_label="layer",
-            y_label="KL, nats",
-        ),
+        curves("layers-patch", title, patches, x_label="layer", y_label="KL, nats"),
     ]
+
+
+def _curve(name: str, table: pd.DataFrame, x: str, y: str) -> Curve:
+    return Curve(name, *(_floats(table[key]) for key in (x, y, f"{y}_low", f"{y}_high")))
+
+
+def _floats(column: pd.Series[Any]) -> list[float]:
+    return [float(value) for value in column]
 
 
 def layers_blocks(table: pd.DataFrame, run_id: str) -> list[Block]:
-    """The RQ1 section."""
+    """The section on layers."""
     return [
-        Heading("Layers (RQ1)"),
-        Text(f"**RQ1 (where).** {layers_sentence(table)} Run `{run_id}`."),
+        Heading("Layers (RQ1: do the representations differ?)"),
+        f"**RQ1 (where).** {layers_sentence(table)} Run `{run_id}`.",
         *layer_figures(table),
     ]
 
 
 def layers_sentence(table: pd.DataFrame) -> str:
-    """Where CKA is least, and from which layer on a patch matters."""
+    """Say where CKA is least, and from which layer on a patch matters."""
     known = table.dropna(subset=["cka"])
     parts = []
     if len(known):
@@ -70,20 +116,13 @@ def layers_sentence(table: pd.DataFrame) -> str:
 def heads_figures(table: pd.DataFrame) -> list[Figure]:
     """Coverage over the number of heads: greedy against random sets."""
     site = str(table["site"].iloc[0])
-    lines = []
-    for kind in ("greedy", "random"):
-        rows = table[table["choice"] == kind].sort_values("size")
-        lines.append(
-            Curve(
-                kind,
-                [float(v) for v in rows["size"]],
-                *([float(v) for v in rows[key]] for key in ("coverage", "coverage_low", "coverage_high")),
-            )
-        )
-    slug = site.replace("/", "-")
+    lines = [
+        _curve(kind, table[table["choice"] == kind].sort_values("size"), "size", "coverage")
+        for kind in ("greedy", "random")
+    ]
     return [
         curves(
-            f"heads-{slug}",
+            f"heads-{site.replace('/', '-')}",
             f"{site}: share of the effect that some heads carry",
             lines,
             x_label="number of heads replaced",
@@ -93,12 +132,12 @@ def heads_figures(table: pd.DataFrame) -> list[Figure]:
 
 
 def heads_sentence(table: pd.DataFrame) -> str:
-    """How few heads carry half and most of the effect, and whether that beats random heads."""
+    """Say how few heads carry half and most of the effect, and whether that beats random heads."""
     site, n_heads = str(table["site"].iloc[0]), int(table["n_heads"].iloc[0])
     greedy = table[table["choice"] == "greedy"].sort_values("size")
     random = table[table["choice"] == "random"].set_index("size")
     parts = []
-    for share in (HALF, MOST):
+    for share in _SHARES:
         enough = greedy[greedy["coverage"] >= share]
         row = enough.iloc[0]  # all heads together always reach it
         if int(row["size"]) == n_heads:
@@ -119,14 +158,12 @@ def heads_sentence(table: pd.DataFrame) -> str:
 
 
 def heads_blocks(site: str, table: pd.DataFrame) -> list[Block]:
-    """The RQ4 section of one site."""
+    """The section on the heads of one site."""
     single = table[table["choice"] == "single"].sort_values("coverage", ascending=False)
-    rows: Sequence[Sequence[str]] = [
-        [str(r["heads"]), f"{r['KL']:.4g}", f"{r['coverage']:.3f}"] for r in single.to_dict("records")
-    ]
+    rows = [[str(r["heads"]), f"{r['KL']:.4g}", f"{r['coverage']:.3f}"] for r in single.to_dict("records")]
     return [
-        Heading(f"Heads of {site} (RQ4)"),
-        Text(f"**RQ4 (heads).** {heads_sentence(table)}"),
+        Heading(f"Heads of {site} (RQ4: which heads carry the difference?)"),
+        f"**RQ4 (heads).** {heads_sentence(table)}",
         Bullets(
             [
                 "Heads are replaced before o_proj, on val chosen greedily, reported on the report split.",

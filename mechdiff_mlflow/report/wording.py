@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pandas as pd
+
+from mechdiff_mlflow.experiments.sweep import rank_text
 from mechdiff_mlflow.measures.stats import Interval
-from mechdiff_mlflow.report.evidence import Measured, Quoted
+from mechdiff_mlflow.report.evidence import Measured
 from mechdiff_mlflow.text import text_of
 
 SMALL_N = 100
 """Prompts below which percentile intervals are called too narrow."""
-
 
 NEGLIGIBLE_NATS = 0.01
 """Below this KL_raw may be real, above the noise floor, but no behaviour hangs on it."""
@@ -27,13 +29,12 @@ def number(value: float | None, digits: int = 4) -> str:
     return "n/a" if value is None else f"{value:.{digits}g}"
 
 
-def percent(interval: Interval | None) -> str:
-    """`34.1 [28.0, 40.2]`, or n/a."""
+def percent(interval: Interval | None, form: str = ".1f") -> str:
+    """`34.1 [28.0, 40.2]`, or n/a; `form` is of each number."""
     if interval is None or interval.estimate is None:
         return "n/a"
-    if interval.low is None or interval.high is None:
-        return f"{interval.estimate:.1f}"
-    return f"{interval.estimate:.1f} [{interval.low:.1f}, {interval.high:.1f}]"
+    bounds = "" if interval.low is None else f" [{interval.low:{form}}, {interval.high:{form}}]"
+    return f"{interval.estimate:{form}}{bounds}"
 
 
 def _ends(interval: Interval) -> str:
@@ -52,7 +53,7 @@ def below(interval: Interval | None, limit: float = 0.0) -> bool:
 
 BLIND = "which knows nothing of the pairing"
 CONTROL = {"wrong_layer": "the map of another layer, fitted on the true pairs of that layer"}
-"""What the controls know that are not blind to which base activation goes with which tuned one."""
+"""Knowledge of controls that are not blind to which base activation goes with which tuned one."""
 
 
 def against(interval: Interval, what: str, name: str) -> str:
@@ -72,9 +73,8 @@ def plain(sentence: str) -> str:
     return sentence.replace("`", "").replace("**", "")
 
 
-def transport(quoted: Quoted) -> str:
+def transport(patch: Measured) -> str:
     """One sentence on a site: how far KL falls, and whether that beats the best control."""
-    patch = quoted.patch
     what = f"`{patch.site}` (α={text_of(patch.alpha)}, k={patch.rank})"
     if patch.drop is None and patch.kl_raw is None and patch.skill is not None:  # of different widths
         return f"{what} is {against(patch.skill, f'the best control, `{patch.null}`', 'skill')}."
@@ -104,8 +104,8 @@ def transport(quoted: Quoted) -> str:
     return f"{sentence}, but the control {verdict} ({skill}), so the drop is no evidence of transport."
 
 
-def scale(patch: Measured, tried: list[float]) -> str | None:
-    """What α says, where it was chosen among several rather than given; None where it was given."""
+def scale(patch: Measured, tried: Sequence[float]) -> str | None:
+    """One sentence on α where it was chosen among several; None where it was given."""
     if not (patch.asked_alpha == "auto" or "," in patch.asked_alpha):
         return None
     edge = ""
@@ -121,23 +121,20 @@ def scale(patch: Measured, tried: list[float]) -> str | None:
 
 
 def low_rank(row: Mapping[str, Any], patches: Sequence[Measured], low_rank_share: float) -> str:
-    """One sentence on a least rank.
+    """One sentence on a least rank, a row of `least_ranks.json`; it is low up to a share of the width.
 
-    Args:
-        row: Of `least_ranks.json`.
-        patches: Among them the patch at the conservative rank, whose skill counts too.
-        low_rank_share: Up to which share of the width a rank is called low.
+    Among `patches` is the one at the conservative rank, whose skill counts too.
     """
     width, alpha = int(row["width"]), float(row["alpha"])
+    k, ends = ranks(row)
     where = f"On `{row['site']}` (α={text_of(alpha)}, {row['family']} family)"
     what = f"{where} the {text_of(row['target_pct'])} % target"
     share = f"{100 * row['p_reached']:.0f} % of resamples"
-    if rank(row["k"], width) == "not reached":
+    if k == "not reached":
         return f"{what} is **not reached** at any tested rank (reached in {share})."
-    ends = f"[{rank(row['low'], width)}, {rank(row['high'], width)}]"
     sure = rank(row["conservative_k"], width)
     text = (
-        f"{what} is reached with **k={rank(row['k'], width)}** of {width} directions (interval {ends}, "
+        f"{what} is reached with **k={k}** of {width} directions (interval {ends}, "
         f"reached in {share}; conservative k {sure})"
     )
     if sure == "not reached":
@@ -153,9 +150,18 @@ def low_rank(row: Mapping[str, Any], patches: Sequence[Measured], low_rank_share
     return f"{text}: this supports **low-rank control** at that target."
 
 
+def rows_of(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table by column."""
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
 def rank(value: object, width: int) -> str:
-    """A least rank as users write it."""
-    if value is None or value != value:
-        return "not reached"
-    k = int(float(str(value)))
-    return "full" if k == width else str(k)
+    """A least rank of a table as users write it."""
+    return rank_text(None if value is None else float(str(value)), width)
+
+
+def ranks(row: Mapping[str, Any], suffix: str = "") -> tuple[str, str]:
+    """A least rank of `least_ranks.json` and its interval."""
+    width = int(row[f"width{suffix}"])
+    k, low, high = (rank(row[f"{key}{suffix}"], width) for key in ("k", "low", "high"))
+    return k, f"[{low}, {high}]"

@@ -1,20 +1,20 @@
 """Solvers: from paired activations of a site to maps of every rank. Pure mathematics."""
 
 from mechdiff_mlflow.solvers.regression import identity_scale, unembedding_directions
+from mechdiff_mlflow.solvers.settings import Setting
 from mechdiff_mlflow.solvers.solution import OffSpan, Solution
 from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 from mechdiff_mlflow.solvers.table import (
+    SETTINGS,
     SOLVERS,
-    Setting,
     Solver,
     check_possible,
-    fit,
-    fit_moments,
     fit_spectrum,
     solver_named,
 )
 
 __all__ = [
+    "SETTINGS",
     "SOLVERS",
     "OffSpan",
     "PairedSpectrum",
@@ -22,8 +22,6 @@ __all__ = [
     "Solution",
     "Solver",
     "check_possible",
-    "fit",
-    "fit_moments",
     "fit_spectrum",
     "identity_scale",
     "solver_named",

@@ -6,36 +6,16 @@ A control has alpha 1 like every new map; compare it under the alpha of the map 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps.affine import JSON, AffineMap, Weight
+from mechdiff_mlflow.maps.affine import AffineMap, Weight
 from mechdiff_mlflow.solvers.procrustes import ShrunkCovariance
 from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 from mechdiff_mlflow.solvers.table import SHRINK
-
-
-@dataclass(frozen=True, slots=True)
-class Control:
-    """One row of the table.
-
-    Args:
-        name: What users type and metrics are called.
-        help: One line.
-        build: `(spectrum, **inputs) -> AffineMap`.
-        takes: Names of its inputs, of `shrink`, `seed` and `other`.
-        same_width: Whether it needs d_in = d_out.
-    """
-
-    name: str
-    help: str
-    build: Callable[..., AffineMap]
-    takes: tuple[str, ...] = ()
-    same_width: bool = False
 
 
 def zero(p: PairedSpectrum) -> AffineMap:
@@ -102,12 +82,16 @@ def random_orthogonal(p: PairedSpectrum, *, seed: int) -> AffineMap:
     return AffineMap(p.mean_x, p.mean_y, Weight.low_rank(p.vx, stretch * frame))
 
 
-def wrong_layer(p: PairedSpectrum, *, other: AffineMap) -> AffineMap:
+def wrong_layer(p: PairedSpectrum, *, other: AffineMap | None) -> AffineMap:
     """The map of another site, as it is.
 
     Raises:
-        MechdiffError: It has other widths.
+        MechdiffError: It is missing, or has other widths.
     """
+    if other is None:
+        raise MechdiffError(
+            "The control wrong_layer needs the map of another site; give other=…, or leave it out."
+        )
     if (other.d_in, other.d_out) != (p.d_in, p.d_out):
         raise MechdiffError(
             f"The wrong layer's map sends {other.d_in} to {other.d_out} dimensions and this site's "
@@ -116,71 +100,47 @@ def wrong_layer(p: PairedSpectrum, *, other: AffineMap) -> AffineMap:
     return other
 
 
-CONTROLS: Mapping[str, Control] = MappingProxyType(
-    {
-        row.name: row
-        for row in (
-            Control("zero", "nothing at all", zero),
-            Control("mean_only", "the tuned mean, whatever the prompt", mean_only),
-            Control("mean_shift", "the difference of the means added", mean_shift, same_width=True),
-            Control("alpha_only", "the base activation times alpha", alpha_only, same_width=True),
-            Control(
-                "moment_matched", "mean and deviation of each dimension", moment_matched, same_width=True
-            ),
-            Control(
-                "coral", "the tuned covariance, without the pairing", coral, ("shrink",), same_width=True
-            ),
-            Control("random_orthogonal", "a random rotation of the right size", random_orthogonal, ("seed",)),
-            Control("wrong_layer", "the map of another site", wrong_layer, ("other",)),
-        )
-    }
-)
+CONTROLS: Mapping[str, Callable[..., AffineMap]] = {
+    "zero": zero,
+    "mean_only": mean_only,
+    "mean_shift": mean_shift,
+    "alpha_only": alpha_only,
+    "moment_matched": moment_matched,
+    "coral": coral,
+    "random_orthogonal": random_orthogonal,
+    "wrong_layer": wrong_layer,
+}
+_OF_EQUAL_WIDTHS = ("mean_shift", "alpha_only", "moment_matched", "coral")
 
 
 def control_map(
-    name: str,
-    p: PairedSpectrum,
-    *,
-    shrink: float = 0.05,
-    seed: int = 0,
-    other: AffineMap | None = None,
+    name: str, p: PairedSpectrum, *, shrink: float = 0.05, seed: int = 0, other: AffineMap | None = None
 ) -> AffineMap:
-    """The control called `name` for the rows of p.
-
-    Args:
-        name: A name of `CONTROLS`.
-        p: The site's training rows.
-        shrink: γ in [0, 1] of the covariances, for `coral`.
-        seed: For `random_orthogonal`.
-        other: For `wrong_layer`.
+    """The control called `name`; `coral` takes `shrink`, `random_orthogonal` a seed, `wrong_layer` a map.
 
     Raises:
         MechdiffError: There is no such control, it lacks its input, or the widths do not allow it.
     """
     if name not in CONTROLS:
         raise MechdiffError(f"Control {name!r} is unknown; use one of {', '.join(CONTROLS)}.")
-    row = CONTROLS[name]
-    if row.same_width and p.d_in != p.d_out:
+    if name in _OF_EQUAL_WIDTHS and p.d_in != p.d_out:
         raise MechdiffError(
             f"The control {name} needs equal widths, not {p.d_in} -> {p.d_out}; leave it out."
         )
-    inputs: dict[str, object] = {"shrink": SHRINK.checked(shrink), "seed": seed, "other": other}
-    if "other" in row.takes and other is None:
-        raise MechdiffError(
-            f"The control {name} needs the map of another site; give other=…, or leave it out."
-        )
-    made = row.build(p, **{key: inputs[key] for key in row.takes})
-    notes: dict[str, JSON] = {"control": name, "n_rows": p.n}
-    notes.update({key: value for key, value in (("shrink", shrink), ("seed", seed)) if key in row.takes})
-    return made.with_meta(**notes)
+    inputs: dict[str, Any] = {
+        "coral": {"shrink": SHRINK.checked(shrink)},
+        "random_orthogonal": {"seed": seed},
+        "wrong_layer": {"other": other},
+    }.get(name, {})
+    notes = {key: value for key, value in inputs.items() if key != "other"}
+    return CONTROLS[name](p, **inputs).with_meta(control=name, n_rows=p.n, **notes)
 
 
 def applicable_controls(p: PairedSpectrum, *, other: AffineMap | None = None) -> tuple[str, ...]:
     """The names of `CONTROLS` that this site's widths allow; `wrong_layer` only when there is another map."""
+    impossible = _OF_EQUAL_WIDTHS if p.d_in != p.d_out else ()
     return tuple(
-        row.name
-        for row in CONTROLS.values()
-        if (p.d_in == p.d_out or not row.same_width) and (other is not None or "other" not in row.takes)
+        name for name in CONTROLS if name not in impossible and (name != "wrong_layer" or other is not None)
     )
 
 
@@ -191,9 +151,6 @@ def shuffled_pairs(
 
     Refit each, with every choice made inside, and compare with `stats.permutation_p`. Groups of rows, counted
     from 0, go to groups of as many rows, each as a whole.
-
-    Raises:
-        MechdiffError: p was made from moments.
     """
     generator = torch.Generator().manual_seed(seed)
     group = torch.tensor(groups) if len(groups) else torch.arange(p.n)

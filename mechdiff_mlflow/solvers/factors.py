@@ -13,46 +13,26 @@ TIE = 1e-8
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Directions:
-    """The leading directions of a matrix, by falling singular value.
+    """The leading directions of a matrix, by falling singular value."""
 
-    Args:
-        vectors: Orthonormal columns, [·, r], those of singular values above rounding.
-        cuts: For k = 0 … r the most directions that k has room for without splitting equal singular values:
-            which of two equal ones LAPACK puts first is not a finding. (A rotation minus the identity has
-            all its singular values in pairs.)
-    """
-
-    vectors: Tensor
+    vectors: Tensor  # orthonormal columns, [·, r], those of singular values above rounding
+    # For k = 0 … r the most directions that k has room for without splitting equal singular values: which of
+    # two equal ones LAPACK puts first is not a finding. (A rotation minus the identity has them in pairs.)
     cuts: tuple[int, ...]
-
-    @property
-    def r(self) -> int:
-        """How many there are."""
-        return self.vectors.shape[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Factors:
-    """W_k = W₀ + scales[k] · left[:, :k] @ right[:k], W₀ = I or 0 with the family; only for k in `cuts`.
+    """W_k = W₀ + scales[k] · left[:, :k] @ right[:k], W₀ = I or 0 with the family; only for k in `cuts`."""
 
-    Args:
-        left: [d_in, r], within the axes that x spans.
-        right: [r, d_out].
-        cuts: For each rank 0 … r the k to take, as in `Directions`.
-        scales: [r + 1], or None for 1.
-    """
-
-    left: Tensor
-    right: Tensor
-    cuts: tuple[int, ...]
-    scales: Tensor | None = None
+    left: Tensor  # [d_in, r], within the axes that x spans
+    right: Tensor  # [r, d_out]
+    cuts: tuple[int, ...]  # for each rank 0 … r the k to take, as in `Directions`
+    scales: Tensor | None = None  # [r + 1], or None for 1
 
 
 def leading(u: Tensor, s: Tensor, longest: int, size: Tensor | None = None) -> Directions:
-    """The directions u with falling singular values s, of a matrix with `longest` entries on a side.
-
-    `size` is what rounding is measured against, s[0] unless given.
-    """
+    """The directions u whose falling singular values s are not rounding, see `n_above_rounding`."""
     r = n_above_rounding(s, longest, size)
     values, cuts = s[:r].tolist(), [0]
     for k in range(1, r + 1):
@@ -62,7 +42,10 @@ def leading(u: Tensor, s: Tensor, longest: int, size: Tensor | None = None) -> D
 
 
 def n_above_rounding(s: Tensor, longest: int, size: Tensor | None = None) -> int:
-    """How many falling singular values s of a matrix, `longest` on its longer side, are not rounding."""
+    """How many falling singular values s of a matrix, `longest` on its longer side, are not rounding.
+
+    Rounding is measured against `size`, s[0] unless given.
+    """
     if len(s) == 0:
         return 0
     return int((s > (s[0] if size is None else size) * longest * torch.finfo(s.dtype).eps).sum())

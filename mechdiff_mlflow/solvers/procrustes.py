@@ -40,37 +40,27 @@ class ShrunkCovariance:
 def procrustes_scaled(p: PairedSpectrum, family: Family, *, shrink: float) -> Factors:
     """Whiten, rotate, stretch and colour again.
 
-    With C_b, C_t the covariances shrunk by γ, Xw = Xc·C_b^−½, Yw = Yc·C_t^−½ and XwᵀYw = U·diag(S)·Vᵀ over
-    the singular values that are not zero, W = s·C_b^−½·UVᵀ·C_t^½, where s = ΣSᵢ/‖Xw·U‖² is the best scale
-    (‖Xw·U‖ = ‖Xw‖ when U spans all of Xw).
+    With C_b, C_t the covariances shrunk by γ = `shrink`, Xw = Xc·C_b^−½, Yw = Yc·C_t^−½ and XwᵀYw =
+    U·diag(S)·Vᵀ over the singular values that are not zero, W = s·C_b^−½·UVᵀ·C_t^½, where s = ΣSᵢ/‖Xw·U‖²
+    is the best scale (‖Xw·U‖ = ‖Xw‖ when U spans all of Xw).
 
     Ranks: content W_k = s_k·C_b^−½·U_kV_kᵀ·C_t^½ with s_k = Σ_{i≤k}Sᵢ/‖Xw·U_k‖²; update W_k = I + the best
     rank-k approximation of W − I, where W is the identity off the span of Xc.
-
-    Args:
-        p: The site's rows.
-        family: What rank k counts.
-        shrink: γ in [0, 1]; no unit.
     """
     cov_x = ShrunkCovariance.of(p.n, p.sx, p.vx, shrink)
     cov_y = ShrunkCovariance.of(p.n, p.sy, p.vy, shrink)
     return _turn(p, family, cov_x.on_axes.sqrt(), cov_y.on_axes.sqrt(), rescale=True)
 
 
-def procrustes(p: PairedSpectrum, family: Family, *, scale: str) -> Factors:
-    """The turn nearest to the rows: XcᵀYc = U·diag(S)·Vᵀ, W = UVᵀ over the S that are not zero.
+def procrustes(p: PairedSpectrum, family: Family) -> Factors:
+    """The rotation nearest to the rows: XcᵀYc = U·diag(S)·Vᵀ, W = UVᵀ over the S that are not zero.
 
-    With `scale` "fitted" it is stretched by s = ΣSᵢ/‖Xc·U‖². Ranks as in `procrustes_scaled`, U_kV_kᵀ (with
-    its own s_k) for content, and the best rank-k approximation of W − I for update.
-
-    Args:
-        p: The site's rows.
-        family: What rank k counts.
-        scale: "unit" or "fitted".
+    Ranks as in `procrustes_scaled`, which with a shrinkage of 1 also stretches it: U_kV_kᵀ for content, and
+    the best rank-k approximation of W − I for update.
 
     Reference: Schönemann (1966), A generalized solution of the orthogonal Procrustes problem.
     """
-    return _turn(p, family, torch.ones_like(p.sx), torch.ones_like(p.sy), rescale=scale == "fitted")
+    return _turn(p, family, torch.ones_like(p.sx), torch.ones_like(p.sy), rescale=False)
 
 
 def _turn(p: PairedSpectrum, family: Family, std_x: Tensor, std_y: Tensor, *, rescale: bool) -> Factors:
@@ -83,8 +73,9 @@ def _turn(p: PairedSpectrum, family: Family, std_x: Tensor, std_y: Tensor, *, re
         s[:shared] = s[:shared].mean()
     # Axes that do not covary are turned in no particular way, and not in LAPACK's: they are left out.
     top = leading(u, s, max(p.cross.shape))
-    u, s, vh = top.vectors, s[: top.r], vh[: top.r]
-    scales = s.new_ones(top.r + 1)
+    r = top.vectors.shape[1]
+    u, s, vh = top.vectors, s[:r], vh[:r]
+    scales = s.new_ones(r + 1)
     if rescale:
         explained = ((xw[:, None] * u) ** 2).sum(0).cumsum(0)  # ‖Xw·U_k‖²
         scales[1:] = s.cumsum(0) / explained

@@ -1,8 +1,8 @@
 """Least-squares maps: ridge to 0 or to the identity, and their reduced-rank forms.
 
 Notation, here and in the code: T = Yc − Xc·W₀ is what is left to explain, W₀ = 0 for content and I for
-update; p = λ·tr(XcᵀXc)/d the penalty; D = (XcᵀXc + p·I)⁻¹·XcᵀT and W = W₀ + D. With Xc = U·diag(s)·Vᵀ,
-D = V·diag(1/√(s²+p))·F for F = diag(s/√(s²+p))·UᵀT, zero off the span of Xc.
+update; p = λ·tr(XcᵀXc)/d the penalty, where λ is called `ridge`; D = (XcᵀXc + p·I)⁻¹·XcᵀT and W = W₀ + D.
+With Xc = U·diag(s)·Vᵀ, D = V·diag(1/√(s²+p))·F for F = diag(s/√(s²+p))·UᵀT, zero off the span of Xc.
 """
 
 from __future__ import annotations
@@ -21,11 +21,6 @@ from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 
 def ridge(p: PairedSpectrum, family: Family, *, ridge: float) -> Factors:
     """Least squares with the penalty p·‖W − W₀‖²; of rank k, the best approximation of D in Frobenius norm.
-
-    Args:
-        p: The site's rows.
-        family: Which W₀ the penalty pulls to: 0 for content, I for update.
-        ridge: λ, the penalty as a fraction of the mean variance of x; no unit.
 
     Reference: Hoerl & Kennard (1970), Ridge regression: biased estimation for nonorthogonal problems.
     """
@@ -46,15 +41,8 @@ def reduced_rank(
 
     D_k = V·diag(1/√(s²+p))·L_k·L_kᵀ·F with L the left singular vectors of F·G^½. G is I, the inverse of the
     shrunk covariance of y (errors count in standard deviations), or the Fisher information (errors count
-    as they move the output). Directions in which G sees nothing come last, by falling size in F.
-
-    Args:
-        p: The site's rows.
-        family: Which W₀: 0 for content, I for update.
-        ridge: λ, the penalty as a fraction of the mean variance of x; no unit.
-        output_metric: "identity", "tuned_covariance" or "fisher".
-        shrink: γ in [0, 1] of the covariance of y, for "tuned_covariance".
-        fisher: Gradients g [m, d_out] of sampled log-probabilities in y, for "fisher": G = gᵀg.
+    as they move the output): G = gᵀg for the gradients g = `fisher` [m, d_out] of sampled log-probabilities
+    in y. Directions in which G sees nothing come last, by falling size in F.
 
     Raises:
         MechdiffError: The metric lacks its gradients, or needs a shrunk covariance.
@@ -77,14 +65,9 @@ def reduced_rank(
 def logit_subspace(
     p: PairedSpectrum, family: Family, *, ridge: float, basis: Tensor | None = None
 ) -> Factors:
-    """Reduced rank towards the target's part within given output directions: T·B·Bᵀ in place of T.
+    """Reduced rank towards the target's part within some output directions: T·B·Bᵀ in place of T.
 
-    Args:
-        p: The site's rows.
-        family: Which W₀: 0 for content, I for update.
-        ridge: λ, the penalty as a fraction of the mean variance of x; no unit.
-        basis: Directions of the output, one a row, independent, [q, d_out]; their orthonormal basis is B.
-            `unembedding_directions` makes them.
+    B is an orthonormal basis of the rows of `basis` [q, d_out], as `unembedding_directions` makes them.
 
     Raises:
         MechdiffError: There is no basis, or its rows are not independent.
@@ -103,12 +86,7 @@ def logit_subspace(
 
 
 def unembedding_directions(unembedding: Tensor, q: int, *others: Tensor) -> Tensor:
-    """The q directions of the residual stream that move the logits most, [q, d].
-
-    Args:
-        unembedding: [vocabulary, d], the tuned model's.
-        q: How many directions.
-        others: Further unembeddings of the same width, e.g. the base model's, for joint directions.
+    """The q directions of the residual stream that move the logits of unembeddings [vocabulary, d] most.
 
     Raises:
         MechdiffError: q is not in 1 … d.
@@ -123,17 +101,13 @@ def unembedding_directions(unembedding: Tensor, q: int, *others: Tensor) -> Tens
     return vectors[:, -q:].flip(1).mT
 
 
-def identity_scale(p: PairedSpectrum, *, ridge: float = 1e-9) -> float:
+def identity_scale(p: PairedSpectrum) -> float:
     """The α for which W is α·I in most directions: the scale of a change that is low rank but for it.
 
     W = α·(I + low rank) has α as the eigenvalue of every direction that the update leaves alone, so α is the
     median eigenvalue of the symmetric part of W, within the span of Xc. It is exact while the update has
     less than a quarter of the span's rank. Then `fit_spectrum(solver, p.scaled(1 / α)).map(k).with_alpha(α)`
     has an update of the rank that was planted; with alpha 1 its update would be full.
-
-    Args:
-        p: The site's rows, of equal widths.
-        ridge: λ as in `ridge`, small.
 
     Raises:
         MechdiffError: The widths differ.
@@ -142,7 +116,7 @@ def identity_scale(p: PairedSpectrum, *, ridge: float = 1e-9) -> float:
         raise MechdiffError(
             f"A multiple of the identity needs equal widths, not {p.d_in} -> {p.d_out}; leave alpha as it is."
         )
-    h, f = _penalised(p, Family.CONTENT, ridge)
+    h, f = _penalised(p, Family.CONTENT, 1e-9)
     within = h[:, None] * (f @ p.vx)  # VᵀWV
     return float(torch.linalg.eigvalsh((within + within.mT) / 2).quantile(0.5))
 
@@ -178,5 +152,6 @@ def _completed(top: Directions, f: Tensor) -> Directions:
     left = f - top.vectors @ (top.vectors.mT @ f)
     rest = left_directions(left, size=torch.linalg.matrix_norm(f))
     return Directions(
-        torch.cat([top.vectors, rest.vectors], dim=1), top.cuts + tuple(top.r + k for k in rest.cuts[1:])
+        torch.cat([top.vectors, rest.vectors], dim=1),
+        top.cuts + tuple(top.vectors.shape[1] + k for k in rest.cuts[1:]),
     )

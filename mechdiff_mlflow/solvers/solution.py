@@ -35,25 +35,15 @@ class OffSpan(Choice):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Solution:
-    """What one call of a solver found at a site.
+    """What one call of a solver found at a site."""
 
-    Args:
-        mean_in: [d_in].
-        mean_out: [d_out].
-        span: Orthonormal axes of the base training rows, [d_in, r_x].
-        factors: Of the weight (content) or of its update W − I (update), zero off the span.
-        family: What a rank counts.
-        ranked: Whether the solver has maps of rank k at all.
-        meta: Solver, settings and number of rows, for the maps.
-    """
-
-    mean_in: Tensor
-    mean_out: Tensor
-    span: Tensor
-    factors: Factors
-    family: Family
-    ranked: bool
-    meta: Mapping[str, JSON]
+    mean_in: Tensor  # [d_in]
+    mean_out: Tensor  # [d_out]
+    span: Tensor  # orthonormal axes of the base training rows, [d_in, r_x]
+    factors: Factors  # of the weight (content) or of its update W − I (update), zero off the span
+    family: Family  # what a rank counts
+    ranked: bool  # whether the solver has maps of rank k at all
+    meta: Mapping[str, JSON]  # solver, settings and number of rows, for the maps
 
     @property
     def max_rank(self) -> int:
@@ -68,13 +58,11 @@ class Solution:
     def map(self, rank: int | None = None, off_span: OffSpan | str | None = None) -> AffineMap:
         """The map of rank at most `rank` (less where that would split equal singular values), with alpha 1.
 
-        Args:
-            rank: k of the solution's family, from 0 to the width; None is the full fit.
-            off_span: The rule for directions the training rows do not span; None is the family's own, the
-                only one that a map of rank k can follow.
+        Without a rank it is the full fit. Without a rule for directions that the training rows do not span
+        it follows the family's own, the only one that a map of rank k can follow.
 
         Raises:
-            MechdiffError: `rank` is out of range or the solver has none, or the rule does not go with it.
+            MechdiffError: The rank is out of range or the solver has none, or the rule does not go with it.
         """
         natural = OffSpan.natural(self.family)
         rule = natural if off_span is None else OffSpan.parse(off_span)

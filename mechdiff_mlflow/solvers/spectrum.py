@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.measures.moments import PairedMoments, paired_rows
+from mechdiff_mlflow.measures.similarity import paired_rows
 from mechdiff_mlflow.solvers.factors import n_above_rounding
 
 
@@ -19,67 +19,48 @@ class PairedSpectrum:
 
     Only the axes that the rows span are kept: r_x ≤ min(n−1, d_in) of x and r_y of y. Every solver, rank,
     shrinkage and ridge of a site follows from this, and from nothing wider than r when n < d.
-
-    Args:
-        n: Number of rows.
-        mean_x: [d_in].
-        mean_y: [d_out].
-        sx: Singular values of Xc, falling, [r_x].
-        vx: Orthonormal axes of x, [d_in, r_x].
-        sy: Singular values of Yc, [r_y].
-        vy: Orthonormal axes of y, [d_out, r_y].
-        cross: UxᵀUy, the correlations between the axes, [r_x, r_y].
-        ux: [n, r_x], or None when only the moments were known.
-        uy: [n, r_y], or None.
     """
 
-    n: int
-    mean_x: Tensor
-    mean_y: Tensor
-    sx: Tensor
-    vx: Tensor
-    sy: Tensor
-    vy: Tensor
-    cross: Tensor
-    ux: Tensor | None = None
-    uy: Tensor | None = None
+    n: int  # number of rows
+    mean_x: Tensor  # [d_in]
+    mean_y: Tensor  # [d_out]
+    sx: Tensor  # singular values of Xc, falling, [r_x]
+    vx: Tensor  # orthonormal axes of x, [d_in, r_x]
+    sy: Tensor  # singular values of Yc, [r_y]
+    vy: Tensor  # orthonormal axes of y, [d_out, r_y]
+    cross: Tensor  # UxᵀUy, the correlations between the axes, [r_x, r_y]
+    ux: Tensor  # [n, r_x]
+    uy: Tensor  # [n, r_y]
 
     @classmethod
     def from_rows(cls, x: Tensor, y: Tensor) -> PairedSpectrum:
-        """Of paired rows x [n, d_in], y [n, d_out] of any dtype.
+        """The spectrum of paired rows x [n, d_in], y [n, d_out] of any dtype.
 
         Up to n = d_in + d_out, where base and tuned rows must share axes, and n < 1.5·d by thin SVDs (no
-        d×d matrix is formed), otherwise by way of the moments, which square what rounding costs.
+        d×d matrix is formed), otherwise by way of the covariances, which square what rounding costs.
 
         Raises:
             MechdiffError: The rows are not paired, not finite, fewer than two, or do not vary.
         """
         x, y = paired_rows(x, y)
         d_in, d_out = x.shape[1], y.shape[1]
-        if len(x) > d_in + d_out and len(x) >= 1.5 * max(d_in, d_out):
-            found = cls.from_moments(PairedMoments.from_rows(x, y))
-            ux, uy = (x - found.mean_x) @ found.vx / found.sx, (y - found.mean_y) @ found.vy / found.sy
-            return replace(found, ux=ux, uy=uy)
         mean_x, mean_y = x.mean(0), y.mean(0)
-        ux, sx, vx = _thin_svd(x - mean_x)
-        uy, sy, vy = _thin_svd(y - mean_y)
+        xc, yc = x - mean_x, y - mean_y
+        by_covariances = len(x) > d_in + d_out and len(x) >= 1.5 * max(d_in, d_out)
+        if by_covariances:
+            sx, vx = _principal_axes(xc.mT @ xc)
+            sy, vy = _principal_axes(yc.mT @ yc)
+        else:
+            ux, sx, vx = _thin_svd(xc)
+            uy, sy, vy = _thin_svd(yc)
         _check_variation(len(x), "base", mean_x, sx)
         _check_variation(len(x), "tuned", mean_y, sy)
-        return cls(len(x), mean_x, mean_y, sx, vx, sy, vy, ux.mT @ uy, ux, uy)
-
-    @classmethod
-    def from_moments(cls, m: PairedMoments) -> PairedSpectrum:
-        """Of streamed moments, which resolve axes down to about 1e-7 of the widest.
-
-        Raises:
-            MechdiffError: Fewer than two rows, or rows that do not vary.
-        """
-        sx, vx = _principal_axes(m.sxx)
-        sy, vy = _principal_axes(m.syy)
-        _check_variation(m.n, "base", m.mean_x, sx)
-        _check_variation(m.n, "tuned", m.mean_y, sy)
-        cross = (vx.mT @ m.sxy @ vy) / (sx[:, None] * sy)
-        return cls(m.n, m.mean_x, m.mean_y, sx, vx, sy, vy, cross)
+        if by_covariances:
+            cross = (vx.mT @ (xc.mT @ yc) @ vy) / (sx[:, None] * sy)
+            ux, uy = xc @ vx / sx, yc @ vy / sy
+        else:
+            cross = ux.mT @ uy
+        return cls(len(x), mean_x, mean_y, sx, vx, sy, vy, cross, ux, uy)
 
     @property
     def d_in(self) -> int:
@@ -92,13 +73,7 @@ class PairedSpectrum:
         return len(self.mean_y)
 
     def permuted(self, order: Tensor) -> PairedSpectrum:
-        """The spectrum of x paired with y[order], at the cost of one product.
-
-        Raises:
-            MechdiffError: The rows are gone, because the spectrum was made from moments.
-        """
-        if self.ux is None or self.uy is None:
-            raise MechdiffError("Pairs cannot be shuffled when only their moments are known; fit from rows.")
+        """The spectrum of x paired with y[order], at the cost of one product."""
         uy = self.uy[order]
         return replace(self, uy=uy, cross=self.ux.mT @ uy)
 

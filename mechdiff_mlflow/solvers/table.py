@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,64 +11,27 @@ from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import JSON, Family
-from mechdiff_mlflow.measures.moments import PairedMoments
 from mechdiff_mlflow.solvers.factors import Factors
 from mechdiff_mlflow.solvers.procrustes import procrustes, procrustes_scaled
 from mechdiff_mlflow.solvers.regression import logit_subspace, reduced_rank, ridge
-from mechdiff_mlflow.solvers.solution import Solution, check_rank
+from mechdiff_mlflow.solvers.settings import Setting
+from mechdiff_mlflow.solvers.solution import OffSpan, Solution, check_rank
 from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """One hyperparameter of a solver: a number in [low, high], or one of `choices`."""
-
-    name: str
-    default: float | str
-    help: str
-    low: float = 0.0
-    high: float = math.inf
-    choices: tuple[str, ...] = ()
-
-    def checked(self, value: object) -> float | str:
-        """`value`, once it is sure that it is allowed.
-
-        Raises:
-            MechdiffError: It is not.
-        """
-        if self.choices:
-            if value not in self.choices:
-                raise MechdiffError(f"{self.name} is {value!r}; use one of {', '.join(self.choices)}.")
-            return str(value)
-        if not isinstance(value, (int, float)) or not self.low <= value <= self.high or value == math.inf:
-            high = f"to {self.high:g}" if self.high < math.inf else "up"
-            raise MechdiffError(f"{self.name} is {value!r}; give a number from {self.low:g} {high}.")
-        return float(value)
-
-
-@dataclass(frozen=True, slots=True)
 class Solver:
-    """One row of the table.
+    """One row of the table."""
 
-    Args:
-        name: What users type.
-        help: One line.
-        solve: `(spectrum, family, **settings, **tensors) -> Factors`.
-        families: Those it supports; `update` always needs d_in = d_out.
-        settings: Its hyperparameters.
-        tensors: Names of further inputs, each with rows as wide as y; all optional in the signature.
-        ranked: Whether rank k means anything.
-        centred: Whether the means of x and y take part; they are 0 otherwise.
-    """
-
-    name: str
-    help: str
-    solve: Callable[..., Factors]
-    families: tuple[Family, ...] = tuple(Family)
-    settings: tuple[Setting, ...] = ()
-    tensors: tuple[str, ...] = ()
-    ranked: bool = True
-    centred: bool = True
+    name: str  # what users type
+    help: str  # one line
+    solve: Callable[..., Factors]  # `(spectrum, family, **settings, **tensors) -> Factors`
+    families: tuple[Family, ...] = tuple(Family)  # those it supports; `update` always needs d_in = d_out
+    settings: tuple[Setting, ...] = ()  # its hyperparameters, which `solve` takes
+    tensors: tuple[str, ...] = ()  # further inputs, with rows as wide as y; optional in the signature
+    tensor_settings: tuple[Setting, ...] = ()  # what whoever makes these from the models reads of the user
+    ranked: bool = True  # whether rank k means anything
+    centred: bool = True  # whether the means of x and y take part; they are 0 otherwise
 
 
 def _no_update(p: PairedSpectrum, family: Family) -> Factors:
@@ -77,72 +39,83 @@ def _no_update(p: PairedSpectrum, family: Family) -> Factors:
     return Factors(p.vx.new_zeros(p.d_in, 0), p.vx.new_zeros(0, p.d_out), (0,))
 
 
-RIDGE = Setting("ridge", 1e-2, "penalty λ as a fraction of the mean variance of x")
-SHRINK = Setting("shrink", 0.05, "shrinkage γ of the covariances towards a multiple of I", high=1.0)
-
-SOLVERS: Mapping[str, Solver] = MappingProxyType(
-    {
-        row.name: row
-        for row in (
-            Solver(
-                "procrustes_scaled",
-                "whiten with shrunk covariances, rotate, stretch, colour again",
-                procrustes_scaled,
-                settings=(SHRINK,),
-            ),
-            Solver(
-                "reduced_rank",
-                "least squares of rank k: the optimal map of each rank",
-                reduced_rank,
-                settings=(
-                    RIDGE,
-                    Setting(
-                        "output_metric",
-                        "identity",
-                        "what an error counts",
-                        choices=("identity", "tuned_covariance", "fisher"),
-                    ),
-                    SHRINK,
-                ),
-                tensors=("fisher",),
-            ),
-            Solver(
-                "ridge",
-                "least squares pulled to 0 (content) or to the identity (update)",
-                ridge,
-                settings=(RIDGE,),
-            ),
-            Solver(
-                "procrustes",
-                "the rotation nearest to the rows",
-                procrustes,
-                settings=(Setting("scale", "unit", "stretch the rotation?", choices=("unit", "fitted")),),
-            ),
-            Solver(
-                "logit_subspace",
-                "reduced rank towards the part of y in given output directions",
-                logit_subspace,
-                settings=(RIDGE,),
-                tensors=("basis",),
-            ),
-            Solver(
-                "mean_shift",
-                "add the difference of the means",
-                _no_update,
-                families=(Family.UPDATE,),
-                ranked=False,
-            ),
-            Solver(
-                "identity",
-                "the base activation as it is",
-                _no_update,
-                families=(Family.UPDATE,),
-                ranked=False,
-                centred=False,
-            ),
-        )
-    }
+SHRINK = Setting("shrink", 0.05, "Covariance shrinkage, 0 to 1.", high=1.0)
+RIDGE = Setting("ridge", 0.01, "Penalty as a fraction of the mean variance, at least 0.")
+OUTPUT_METRIC = Setting(
+    "output_metric",
+    "identity",
+    "How reduced_rank counts errors: as they are, in deviations, or as they move the output.",
+    choices=("identity", "tuned_covariance", "fisher"),
 )
+DIRECTIONS = Setting(
+    "directions", 16, "Output directions that logit_subspace is restricted to.", low=1, high=100_000
+)
+UNEMBEDDING = Setting(
+    "unembedding",
+    "tuned",
+    "Whose top directions those are: tuned, or joint of base and tuned.",
+    choices=("tuned", "joint"),
+)
+OFF_SPAN = Setting(
+    "off_span",
+    None,
+    "Outside the span of the training rows: zero, nearest_identity, or auto (val chooses).",
+    choices=tuple(OffSpan),
+    none="auto",
+)
+ALPHA_FIT = Setting(
+    "alpha_fit",
+    "after",
+    "Where alpha enters: after a fit to y, or inside: a fit to y/alpha, then times alpha.",
+    choices=("after", "inside"),
+)
+
+_ROWS = (
+    Solver(
+        "procrustes_scaled",
+        "whiten with shrunk covariances, rotate, stretch, colour again",
+        procrustes_scaled,
+        settings=(SHRINK,),
+    ),
+    Solver(
+        "reduced_rank",
+        "least squares of rank k: the optimal map of each rank",
+        reduced_rank,
+        settings=(RIDGE, OUTPUT_METRIC, SHRINK),
+        tensors=("fisher",),
+    ),
+    Solver(
+        "ridge", "least squares pulled to 0 (content) or to the identity (update)", ridge, settings=(RIDGE,)
+    ),
+    Solver("procrustes", "the rotation nearest to the rows", procrustes),
+    Solver(
+        "logit_subspace",
+        "reduced rank towards the part of y in given output directions",
+        logit_subspace,
+        settings=(RIDGE,),
+        tensors=("basis",),
+        tensor_settings=(DIRECTIONS, UNEMBEDDING),
+    ),
+    Solver(
+        "mean_shift", "add the difference of the means", _no_update, families=(Family.UPDATE,), ranked=False
+    ),
+    Solver(
+        "identity",
+        "the base activation as it is",
+        _no_update,
+        families=(Family.UPDATE,),
+        ranked=False,
+        centred=False,
+    ),
+)
+SOLVERS: Mapping[str, Solver] = MappingProxyType({row.name: row for row in _ROWS})
+
+SETTINGS: tuple[Setting, ...] = (
+    *dict.fromkeys(s for row in SOLVERS.values() for s in (*row.settings, *row.tensor_settings)),
+    OFF_SPAN,
+    ALPHA_FIT,
+)
+"""All that a user can set of a fit, once each, and last what every solver has."""
 
 
 def solver_named(name: str) -> Solver:
@@ -170,9 +143,10 @@ def check_possible(
             f"The solver {solver} has no {family} family; use {' or '.join(map(str, row.families))}."
         )
     if family is Family.UPDATE and d_in != d_out:
+        others = [row.name for row in SOLVERS.values() if Family.CONTENT in row.families]
         raise MechdiffError(
             f"The update family compares the map with the identity and needs equal widths, not {d_in} -> "
-            f"{d_out}; use family content with one of {', '.join(_of_content())}."
+            f"{d_out}; use family content with one of {', '.join(others)}."
         )
     check_rank(solver, row.ranked, rank, min(d_in, d_out))
     return row, family
@@ -181,13 +155,7 @@ def check_possible(
 def fit_spectrum(
     solver: str, p: PairedSpectrum, family: Family | str = Family.UPDATE, **settings: object
 ) -> Solution:
-    """Solve one site, for every rank at once.
-
-    Args:
-        solver: A name of `SOLVERS`.
-        p: The site's rows; make it once and use it for every solver and setting.
-        family: What ranks count.
-        settings: Hyperparameters and tensors of the solver; the table has their defaults.
+    """Solve one site, for every rank at once, with settings and tensors of the solver.
 
     Raises:
         MechdiffError: The solver, the family, a setting or the widths are not allowed.
@@ -206,34 +174,6 @@ def fit_spectrum(
     meta.update({f"{name}_rows": len(rows) for name, rows in tensors.items()})
     mean_x, mean_y = (p.mean_x, p.mean_y) if row.centred else (0 * p.mean_x, 0 * p.mean_y)
     return Solution(mean_x, mean_y, p.vx, factors, family, row.ranked, meta)
-
-
-def fit(
-    solver: str, x: Tensor, y: Tensor, family: Family | str = Family.UPDATE, **settings: object
-) -> Solution:
-    """`fit_spectrum` of paired rows x [n, d_in], y [n, d_out].
-
-    Raises:
-        MechdiffError: As there; or the rows are not paired, not finite, fewer than two, or do not vary.
-    """
-    solver_named(solver)  # before the expensive part
-    return fit_spectrum(solver, PairedSpectrum.from_rows(x, y), family, **settings)
-
-
-def fit_moments(
-    solver: str, moments: PairedMoments, family: Family | str = Family.UPDATE, **settings: object
-) -> Solution:
-    """`fit_spectrum` of streamed moments.
-
-    Raises:
-        MechdiffError: As there; or fewer than two rows, or rows that do not vary.
-    """
-    solver_named(solver)
-    return fit_spectrum(solver, PairedSpectrum.from_moments(moments), family, **settings)
-
-
-def _of_content() -> list[str]:
-    return [row.name for row in SOLVERS.values() if Family.CONTENT in row.families]
 
 
 def _as_rows(name: str, rows: object, p: PairedSpectrum) -> Tensor:

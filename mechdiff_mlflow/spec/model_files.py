@@ -18,6 +18,7 @@ _MAX_HEADER = 16 << 20
 _MAX_WEIGHTS = 4 << 40
 # Half a byte an item (4 bits), and a factor for tables of embeddings that are kept factored.
 _MAX_ITEMS_PER_BYTE = 16
+_WHOLE = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
 def check_folder(folder: Path) -> None:
@@ -27,24 +28,43 @@ def check_folder(folder: Path) -> None:
         MechdiffError: A header or size does not fit its file, the configuration claims a model that the
             weights cannot hold, the index names files elsewhere, or an adapter is a pickle or names code.
     """
+    shards: frozenset[str] = frozenset()
     for path in sorted(folder.glob("*.json")):
         content = _json(path)
         if path.name == "config.json":
             _check_size(path, content)
         elif path.name.endswith(".index.json"):
             _check_index(path, content)
+            shards |= frozenset(content["weight_map"].values())
         elif path.name == "adapter_config.json":
             _check_adapter(path, content)
+    configured = folder / "config.json"
+    quantized = configured.is_file() and "quantization_config" in _json(configured)
+    homes: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             size = untrusted.size_of(path, _MAX_WEIGHTS)
             with path.open("rb") as file:
-                untrusted.safetensors_header(file, size, _MAX_HEADER)
+                tensors = untrusted.safetensors_header(file, size, _MAX_HEADER)
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise MechdiffError(
                 f"{path} is damaged, truncated or no safetensors file ({reason}); download it again."
             ) from error
+        cut = [n for n, tensor in tensors.items() if n.endswith(".weight") and tensor["dtype"] in _WHOLE]
+        if cut and not quantized:
+            raise MechdiffError(
+                f"{path} holds {len(cut)} weights as whole numbers ({cut[0][:80]} as "
+                f"{tensors[cut[0]]['dtype']}) and nothing says their scales; save it again in float32 or "
+                "bfloat16, or put the config.json with its quantization_config beside it."
+            )
+        twice = next((name for name in tensors if name in homes), None) if path.name in shards else None
+        if twice is not None:
+            raise MechdiffError(
+                f"{path} and {homes[twice]} both hold {twice[:80]}, so it is not known which is meant; copy "
+                "the shards again from where they were made."
+            )
+        homes |= {name: path.name for name in tensors if path.name in shards and name != "__metadata__"}
 
 
 def check_model(folder: Path) -> None:

@@ -168,6 +168,8 @@ def _lines(file: BinaryIO, size: int) -> Iterator[tuple[int, str]]:
                 raise ValueError
             yield number, line.decode("utf-8").strip().strip("\ufeff").strip()
         except ValueError:
+            if 0 < line.count(b"\0") <= len(line) // 4:
+                raise ValueError(f"line {number} holds NUL bytes; remove them") from None
             utf16 = b"\0" in line or line[:2] in (b"\xff\xfe", b"\xfe\xff")
             kind = "UTF-16" if utf16 else "another encoding"
             raise ValueError(f"line {number} is {kind}, not UTF-8; save the file as UTF-8") from None
@@ -196,14 +198,23 @@ def _prompt(line: str, where: str, system: str | None) -> Prompt:
         raise MechdiffError(
             f"{where} ends with the {messages[-1]['role']}; end messages with the user's turn."
         )
-    raise MechdiffError(
-        f'{where} has neither a "text" nor a list of "messages" with role and content, as plain text; '
-        'write {"text": "…"}.'
-    )
+    what, remedy = 'neither a "text" nor a list of "messages"', 'write {"text": "…"}'
+    if text is not None and messages is not None:
+        what, remedy = 'both a "text" and "messages"', "leave one of them out"
+    elif isinstance(text, str):
+        what, remedy = (
+            "a text that is blank, or holds NUL or half a character",
+            "correct it or remove the line",
+        )
+    elif isinstance(messages, list) and messages:
+        what = "a message of no role system, user or assistant, or without a plain text as its content"
+        remedy = "correct it or remove the line"
+    raise MechdiffError(f"{where} has {what}; {remedy}.")
 
 
 _MISTAKES = {
     r".* is not a number$": "write null instead",
+    r"Exceeds the limit": "write such a number as a text, in double quotes",
     r".* stands there twice$": "remove one of them",
     r"Invalid control character": "write a tab within a text as \\t and a line break as \\n",
     r"\[|\]$": "write each object of an array on a line of its own, no [ ] or commas (jq -c '.[]' FILE)",

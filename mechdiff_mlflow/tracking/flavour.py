@@ -40,14 +40,13 @@ from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.digests import file_sha256
 from mechdiff_mlflow.spec.version import __version__
-from mechdiff_mlflow.tracking.content.artifact_digests import Sent, sent_digest
-from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.artifact_files import Sent, StoredFiles, sent_digest
 from mechdiff_mlflow.tracking.content.card import model_card
 from mechdiff_mlflow.tracking.content.environment import environment
 from mechdiff_mlflow.tracking.content.names import logged_model_name
 from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, ParamValue, param_text
 from mechdiff_mlflow.tracking.content.tag_names import SHA256_TAG
-from mechdiff_mlflow.tracking.store.store import LeaseLost, Store, open_store
+from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store, open_store
 
 FLAVOR_NAME = "mechdiff"
 MAP_FILE = "map.pt"
@@ -176,7 +175,7 @@ def log_model(
     params: Mapping[str, ParamValue] | None = None,
     metrics: Mapping[str, float] | None = None,
     again: bool = False,
-    demand: Callable[[], None] = lambda: None,
+    require_owner: Callable[[], None] = lambda: None,
 ) -> LoggedMap:
     """Log `the_map` as a model of a run; it becomes READY only when its files read back right.
 
@@ -193,7 +192,7 @@ def log_model(
         params: Shown on the model's page.
         metrics: For the model card; link them to the model by logging them with `model_id`.
         again: Whether a killed process may have begun this; what it made is then gone on with.
-        demand: Called before it is made and before it is READY; raises if another process does that by now.
+        require_owner: Called before each step; raises if another process does that by now.
 
     Raises:
         MechdiffError: No run is active or named, the store refuses, or it gives back other bytes than were
@@ -207,10 +206,10 @@ def log_model(
     card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params, sha256=sha256)
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
-        store.demand_place(experiment_id)
+        store.require_place(experiment_id)
 
         def create() -> LoggedModel:
-            demand()
+            require_owner()
             return client.create_logged_model(
                 experiment_id,
                 name=logged_model_name(name),
@@ -224,8 +223,8 @@ def log_model(
         begun = find() if again else None
         logged = begun or store.patience.once(create, find)
         try:
-            demand()
-        except LeaseLost:  # the other process goes on with this one, unless it has its own
+            require_owner()
+        except RunTakenOver:  # the other process goes on with this one, unless it has its own
             if len(_made(store, experiment_id, run_id, sha256)) > 1:
                 client.delete_logged_model(logged.model_id)
             raise
@@ -246,14 +245,14 @@ def log_model(
                 digests = _write(sent, the_map, encoded, record, card)
                 files = StoredFiles(store, logged.artifact_location)
                 files.send(sent, again=begun is not None)
-                back = files.demand(digests, Path(folder, "back"))
+                back = files.require_same(digests, Path(folder, "back"))
                 _load_map(back)
-            demand()
+            require_owner()
             client.finalize_logged_model(logged.model_id, "READY")
             add = partial(client.log_outputs, run_id, [LoggedModelOutput(logged.model_id, step=0)])
             store.patience.once(add, lambda: True if logged.model_id in _outputs(store, run_id) else None)
         except BaseException:
-            demand()  # or another process may be going on with it
+            require_owner()  # or another process may be going on with it
             client.finalize_logged_model(logged.model_id, "FAILED")
             raise
     return LoggedMap(logged.model_id, logged.artifact_location, sha256, run_id)
@@ -268,7 +267,7 @@ def send_map(store: Store, location: str, the_map: AffineMap, *, again: bool) ->
         (sent / MAP_FILE).write_bytes(encoded.content)
         files = StoredFiles(store, location)
         files.send(sent, again=again)
-        files.demand({MAP_FILE: encoded.sha256}, Path(folder, "back"))
+        files.require_same({MAP_FILE: encoded.sha256}, Path(folder, "back"))
     return {MAP_FILE: Sent(encoded.sha256, len(encoded.content))}
 
 

@@ -13,7 +13,7 @@ from cli.test_run import SITE, artifacts, runs_of
 from mechdiff_mlflow import load_map
 from mechdiff_mlflow.cli.reports import evidence_of
 from mechdiff_mlflow.measures import stats
-from mechdiff_mlflow.report.atlas import first_difference
+from mechdiff_mlflow.report.profiles import first_difference
 from mechdiff_mlflow.tracking.store.store import open_store
 
 

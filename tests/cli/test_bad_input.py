@@ -143,6 +143,16 @@ def test_damaged_pairs(
     assert "RUNNING" not in statuses(client)
 
 
+def test_one_prompt_gives_no_interval_which_is_said_before_any_work(
+    toy: Path, mechdiff: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "load", lambda self: pytest.fail("loaded weights"))
+        line = refused(mechdiff("run", "--pair", str(toy), *SITE, "--n", "1", code=1).output)
+    assert "1 test prompts, 1 of them independent, give no interval; pass a larger --n" in line
+    mechdiff("run", "--pair", str(toy), *SITE, "--n", "2")
+
+
 def test_broken_plumbing_stops_a_run_before_any_number(
     toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from cli.test_bad_input import refused
 from cli.test_run import SITE
 from mlflow.projects._project_spec import load_project
 
+from mechdiff_mlflow import load_map
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 
@@ -52,6 +53,7 @@ MORE = {
     "alpha": "auto",
     "split": "test",  # what is chosen on the prompts of val that it reports may not be promoted
     "promote": "best",
+    "force": "yes",
     "targets": "30.0,12.0",
     "sites": "L26/attn_out:0.30,L24/resid_post:.7",
     "k": "08",
@@ -143,6 +145,29 @@ def test_another_value_is_refused_with_the_parameter_to_give(
         line = refused(mechdiff(*words, option, text, code=1).output)
         assert remedy in line
         assert STOPPED not in line
+
+
+@pytest.mark.parametrize("entry", ["main", "promote"])
+def test_a_refused_promotion_is_done_with_the_parameter(
+    toy: Path,
+    here: Path,
+    mechdiff: Invoke,
+    client: mlflow.MlflowClient,
+    monkeypatch: pytest.MonkeyPatch,
+    entry: str,
+) -> None:
+    """One that does harm."""
+    given = {"pair": str(toy), "layer": "3", "alpha": "30", "promote": "champion"}
+    shown = mechdiff(*begun(client, here, monkeypatch, "main", given), code=1).output
+    if entry == "promote":
+        given = {"run": shown.rsplit("waive it: mechdiff promote ", 1)[1].split()[0]}
+        mechdiff(*begun(client, here, monkeypatch, entry, given), code=1)
+    mechdiff(*begun(client, here, monkeypatch, entry, {**given, "force": "yes"}))
+    assert load_map("toy-L3-attn_out@champion").alpha == 30
+    assert (
+        "unknown; use one of no, yes"
+        in mechdiff(*begun(client, here, monkeypatch, entry, {**given, "force": "1"}), code=1).output
+    )
 
 
 def test_a_report_is_of_the_experiment_that_was_chosen(

@@ -17,9 +17,9 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mechdiff_mlflow.cli import cli, computing, recovery
 from mechdiff_mlflow.cli.session import NOT_RESUMED, words_of
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.content.keys import ROOT_TAG
+from mechdiff_mlflow.tracking.content.tag_names import ROOT_TAG
+from mechdiff_mlflow.tracking.runs.commands import RESUME_TAG, Command, user_of
 from mechdiff_mlflow.tracking.runs.provenance import code_version
-from mechdiff_mlflow.tracking.runs.recovery import RESUME_TAG, Command, user_of
 from mechdiff_mlflow.tracking.runs.runs import OpenRun
 from mechdiff_mlflow.tracking.store import store as stores
 from mechdiff_mlflow.tracking.store.store import open_store

@@ -101,7 +101,9 @@ def test_a_worse_map_does_not_replace_a_better_one_and_the_work_stays(
     assert "toy-L3-attn_out@champion: version 1 with drop" in said
     assert "gives way to version 2 with drop" in said
     assert load_map("toy-L3-attn_out@champion").alpha == 0.6
-    again = mechdiff(*words).output
+    assert words[-1] == "--force"
+    mechdiff(*words[:-1], "--forced", "no")  # as `mlflow run -e promote` says it; the map has the alias
+    again = mechdiff(*words[:-1], "--forced", "yes").output
     assert "is this very map already, version 2; nothing moves" in again
 
 

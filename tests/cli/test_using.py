@@ -13,10 +13,12 @@ from cli.conftest import Invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechdiff_mlflow import load_map
+from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models.map_adapters import HOOK_FILES
 from mechdiff_mlflow.models.planted import plant_in
 from mechdiff_mlflow.spec.plant import Plant
+from mechdiff_mlflow.spec.prompts import PromptSet, read_prompts
 
 PROMPTS = ("does subject3 verb2 subject5", "does subject1 verb7 subject2 well well")
 STEER = ("steer", "--max-new-tokens", "4", *(word for text in PROMPTS for word in ("--prompt", text)))
@@ -150,12 +152,25 @@ def test_a_pair_whose_tuned_side_is_a_peft_adapter_itself(toy: Path, here: Path,
     assert kls["the adapter, at every token"] != kls["nothing"]
 
 
+def val_of(toy: Path) -> PromptSet:
+    return read_prompts(toy.parent / "val.jsonl", "val")
+
+
 def test_adapters_of_other_forms(toy: Path, here: Path, mechdiff: Invoke, map_file: Path) -> None:
     words = ("adapter", "--map", "map.pt", "--pair", str(toy), "--n", "8")
     mechdiff(*words, "--to", "a")
     hooked = mechdiff(*words, "--to", "b", "--form", "hook", "--split", "val").output
     assert "a hook module on model.layers.3.self_attn" in hooked
     assert "8 val prompts" in (here / "b" / "README.md").read_text()
+    chosen = selection.recorded(load_map(map_file), selection.entry("alpha", val_of(toy)))
+    chosen.save("chosen.pt")
+    for split, leaks in (("val", True), ("test", False)):
+        told = ("adapter", "--map", "chosen.pt", "--pair", str(toy), "--n", "8", "--split", split)
+        shown = " ".join(mechdiff(*told, "--to", split).output.split())
+        card = (here / split / "README.md").read_text()
+        for text in (shown, card):
+            assert ("Leak: alpha chosen on the reported prompts" in text) == leaks
+            assert ("name a file of other prompts as `test`" in text) == leaks
     same = [row for row in (here / "a" / "README.md").read_text().splitlines() if row.startswith("| nothing")]
     assert same
     assert {path.name for path in (here / "b").iterdir()} == {*HOOK_FILES, "README.md"}

@@ -30,10 +30,15 @@ def test_llama_is_found() -> None:
 
 
 def test_unknown_models_name_the_override_and_what_there_is() -> None:
+    odd = Odd(tiny.llama())
+    assert Decoder.of(odd).blocks[3].module is odd.stack[3], "the only list of that length"
+    with pytest.raises(MechdiffError, match=r"L0/attn_out .* hook resid_pre or resid_post, or set modules"):
+        Decoder.of(odd).check(Site(0, Hook.ATTN_OUT))
+    odd.stack.pop(3)
     with pytest.raises(
-        MechdiffError, match=r"none of stack \(4\) fits; set modules\.layers in the pair's spec"
+        MechdiffError, match=r"none of stack \(3\) fits; set modules\.layers in the pair's spec"
     ):
-        Decoder.of(Odd(tiny.llama()))
+        Decoder.of(odd)
 
 
 def test_overrides_find_what_names_do_not() -> None:

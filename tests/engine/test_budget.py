@@ -19,12 +19,12 @@ from test_elastic import assert_equal_scores
 from test_safety import groups
 
 from mechdiff_mlflow.engine import MemoryBudget, PatchEngine
-from mechdiff_mlflow.engine.memory.budget import Load, Shape, bounds_within, needed, parse_bytes, size
-from mechdiff_mlflow.engine.memory.oom_retry import Bounds
+from mechdiff_mlflow.engine.memory.budget import Load, ModelShape, limits_within, needed, parse_bytes, size
+from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-LLAMA_8B = Shape(
+LLAMA_8B = ModelShape(
     n_layers=32,
     width=4096,
     inner=14336,
@@ -43,38 +43,40 @@ powers = st.integers(0, 14).map(lambda n: 2**n)
 
 @given(
     budget=st.integers(2**20, 2**40),
-    most=st.builds(Bounds, powers, powers, powers),
+    most=st.builds(ChunkLimits, powers, powers, powers),
     load=st.builds(Load, st.integers(1, 8192), n_columns=st.integers(0, 5000), tree=st.booleans()),
 )
-def test_bounds_fit_the_budget_and_none_is_larger_than_asked(budget: int, most: Bounds, load: Load) -> None:
+def test_bounds_fit_the_budget_and_none_is_larger_than_asked(
+    budget: int, most: ChunkLimits, load: Load
+) -> None:
     try:
-        bounds = bounds_within(budget, most, LLAMA_8B, load)
+        limits = limits_within(budget, most, LLAMA_8B, load)
     except MechdiffError:
-        assert needed(Bounds(1, 1, 1), LLAMA_8B, load).total > budget
+        assert needed(ChunkLimits(1, 1, 1), LLAMA_8B, load).total > budget
         return
-    assert needed(bounds, LLAMA_8B, load).total <= budget
-    assert bounds == bounds.within(most)
+    assert needed(limits, LLAMA_8B, load).total <= budget
+    assert limits == limits.within(most)
     if needed(most, LLAMA_8B, load).total <= budget:
-        assert bounds == most
+        assert limits == most
 
 
 def test_what_an_8b_model_needs() -> None:
     """128 tokens: the recorded keys and values alone are 2 · 2 · 32 · 1024 bytes a token, 16 MiB a prompt."""
-    one = needed(Bounds(1, 1, 1), LLAMA_8B, Load(128, n_columns=1))
+    one = needed(ChunkLimits(1, 1, 1), LLAMA_8B, Load(128, n_columns=1))
     assert one.chunk > 128 * 32 * 2 * 1024 * 2
     assert one.head == 128_256 * 6 + 4096 * 2
-    assert needed(Bounds(32, 8192, 2048), LLAMA_8B, Load(128, n_columns=384)).total < 8 * 2**30
+    assert needed(ChunkLimits(32, 8192, 2048), LLAMA_8B, Load(128, n_columns=384)).total < 8 * 2**30
     with pytest.raises(
         MechdiffError, match=r"One prompt of 128 tokens needs more than .*--memory-budget \d+"
     ):
-        bounds_within(2**20, Bounds(), LLAMA_8B, Load(128, n_columns=384))
+        limits_within(2**20, ChunkLimits(), LLAMA_8B, Load(128, n_columns=384))
 
 
 def test_the_least_budget_that_is_named_is_enough() -> None:
     with pytest.raises(MechdiffError) as refused:
-        bounds_within(1, Bounds(), LLAMA_8B, Load(128))
+        limits_within(1, ChunkLimits(), LLAMA_8B, Load(128))
     named = str(refused.value).split("--memory-budget ")[1].split()[0]
-    assert bounds_within(MemoryBudget(parse_bytes(named)).working, Bounds(), LLAMA_8B, Load(128))
+    assert limits_within(MemoryBudget(parse_bytes(named)).working, ChunkLimits(), LLAMA_8B, Load(128))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_results_are_the_same_under_any_budget(mode: str) -> None:
     for kib in (300, 1000, 10_000):
         engine = PatchEngine(model, mode=mode, budget=MemoryBudget(kib * 1024))
         assert_equal_scores(engine.score(PROMPTS, groups(5)), expected)
-        assert engine.bounds == Bounds(), "a budget bounds each call, not what memory allows"
+        assert engine.limits == ChunkLimits(), "a budget limits each call, not what memory allows"
 
 
 def spilled_folders() -> set[Path]:

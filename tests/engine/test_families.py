@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechdiff_mlflow.engine import PatchEngine, VariantGroup
 from mechdiff_mlflow.engine.model.chunks import in_chunks
-from mechdiff_mlflow.engine.paths.scoreboard import ScoreBoard
+from mechdiff_mlflow.engine.paths.variants import ScoreBoard
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
 
@@ -28,8 +28,8 @@ COPIES = 20
 def engine_logits(engine: PatchEngine, prompts: TokenizedPrompts, groups: list[VariantGroup]) -> Tensor:
     """Patched logits [N, variants, vocabulary] from which the engine scores."""
     n_variants = sum(group.count(len(prompts), engine.width) for group in groups)
-    path, found = engine._path(engine.bounds, spans=False), None
-    for chunk in in_chunks(prompts, engine.bounds.batch_size, engine.forward.device):
+    path, found = engine._path(engine.limits, spans=False), None
+    for chunk in in_chunks(prompts, engine.limits.batch_size, engine.forward.device):
         recording = path.record(chunk, [group.site for group in groups])
         variants, _ = ScoreBoard(groups, len(prompts), engine.width).variants(recording)
         for rows in path.run(recording, variants):

@@ -68,7 +68,7 @@ def test_capture_depends_on_neither_padding_nor_batch_size() -> None:
 
 @pytest.mark.parametrize("from_end", [1, 3])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("mode", ["sweep", "concat", "masked", "naive"])
+@pytest.mark.parametrize("mode", ["sweep", "masked", "naive"])
 def test_score_is_patching_by_definition(mode: str, attention: str, from_end: int) -> None:
     model, prompts = tiny.llama(attention=attention), tiny.prompts(*LENGTHS, from_end=from_end)
     engine = PatchEngine(model, mode=mode, batch_size=3)
@@ -90,10 +90,9 @@ def test_score_is_patching_by_definition(mode: str, attention: str, from_end: in
             assert found.kl_patched_clean.min() > 1e-4
     captured = engine.capture(prompts, ALL_SITES)
     assert all(torch.equal(result.clean[site], captured[site]) for site in ALL_SITES)
-    assert torch.equal(result.clean_top, clean.argmax(-1))
 
 
-@pytest.mark.parametrize("mode", ["sweep", "concat", "masked"])
+@pytest.mark.parametrize("mode", ["sweep", "masked"])
 @pytest.mark.parametrize(
     ("max_rows", "head_rows", "batch_size"), [(1, 1, 1), (7, 5, 3), (40, 3, 7), (9999, 9999, 7)]
 )

@@ -18,8 +18,15 @@ from families import FAMILIES
 from test_elastic import SmallMemory, assert_equal_scores, out_of_device_memory
 from test_safety import Bomb, assert_same, groups, state
 
-from mechdiff_mlflow.engine import MemoryBudget, PatchEngine, Recorded, ScoreResult, Shelf, VariantGroup
-from mechdiff_mlflow.engine.memory import free_memory as free
+from mechdiff_mlflow.engine import (
+    CleanRunCache,
+    CleanRuns,
+    MemoryBudget,
+    PatchEngine,
+    ScoreResult,
+    VariantGroup,
+)
+from mechdiff_mlflow.engine.memory import clean_runs as free
 from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import Divergences, compare_rows
@@ -29,19 +36,18 @@ from mechdiff_mlflow.spec.sites import Hook, Site
 SITES = [Site(layer, hook) for layer in range(2) for hook in Hook]
 PROMPTS = tiny.prompts(9, 5, 12, 5, 7, 3, 9)
 N = len(PROMPTS)
-MODES = ["sweep", "concat", "masked", "naive"]
+MODES = ["sweep", "masked", "naive"]
 
 
 def assert_bits(a: ScoreResult, b: ScoreResult) -> None:
     for x, y in zip(a.divergences, b.divergences, strict=True):
         for field in fields(Divergences):
             assert torch.equal(getattr(x, field.name), getattr(y, field.name)), field.name
-    assert torch.equal(a.clean_top, b.clean_top)
     assert list(a.clean) == list(b.clean)
     assert all(torch.equal(x, b.clean[site]) for site, x in a.clean.items())
 
 
-def assert_kept_and_the_same(engine: PatchEngine, prompts: TokenizedPrompts, sites: list[Site]) -> Recorded:
+def assert_kept_and_the_same(engine: PatchEngine, prompts: TokenizedPrompts, sites: list[Site]) -> CleanRuns:
     """Several scores of what is recorded once."""
     few = [VariantGroup.identity(sites[-1]), *groups(3)[1:2]]
     expected = [engine.score(prompts, wanted) for wanted in (groups(2), few)]
@@ -216,10 +222,10 @@ def test_without_a_budget_a_share_of_what_is_free_is_kept(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("mode", MODES)
 def test_when_memory_runs_out_the_kept_goes_first(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llama(n_layers=2)
-    shelf = Shelf()
-    engine = PatchEngine(model, mode=mode, batch_size=3, shelf=shelf)
-    others = PatchEngine(tiny.llama(n_layers=2), batch_size=3, shelf=shelf).record(PROMPTS, SITES)
-    expected, bounds = engine.score(PROMPTS, groups()), engine.bounds
+    cache = CleanRunCache()
+    engine = PatchEngine(model, mode=mode, batch_size=3, cache=cache)
+    others = PatchEngine(tiny.llama(n_layers=2), batch_size=3, cache=cache).record(PROMPTS, SITES)
+    expected, limits = engine.score(PROMPTS, groups()), engine.limits
     recorded, calls = engine.record(PROMPTS, SITES), [0]
     before = state(model)
 
@@ -234,7 +240,7 @@ def test_when_memory_runs_out_the_kept_goes_first(mode: str, monkeypatch: pytest
         found = engine.score(recorded, groups())
     assert_bits(found, expected)
     assert_same(before, state(model))
-    assert engine.bounds == bounds, "chunks stay as they are"
+    assert engine.limits == limits, "chunks stay as they are"
     assert recorded.n_kept == others.n_kept == 0
     n_forwards = engine.n_forwards
     assert_bits(engine.score(recorded, groups()), expected)
@@ -254,12 +260,12 @@ def test_kept_chunks_are_scored_in_parts_once_chunks_are_smaller(mode: str, from
     memory.room = 40
     with pytest.warns(UserWarning, match="Memory ran out"):
         engine.score(tiny.prompts(*[12] * 7), groups(3))
-    assert engine.bounds.batch_size < 7
+    assert engine.limits.batch_size < 7
     assert recorded.n_kept == 0, "everybody's"
     memory.room = 10**9
     engine = PatchEngine(model, mode=mode, batch_size=7)
     recorded = engine.record(prompts, SITES)
-    engine._elastic.bounds = engine.bounds.less(4, patched=True) or engine.bounds
+    engine._runner.limits = engine.limits.less(4, patched=True) or engine.limits
     before, seen = engine.n_forwards, list[int]()
     assert_equal_scores(engine.score(recorded, groups(3), seen.append), expected)
     assert seen == [2, 4, 6, 7]

@@ -20,13 +20,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mechdiff_mlflow.engine import PatchEngine, ScoreResult, VariantGroup
 from mechdiff_mlflow.engine.kernels.attention import Prefix
 from mechdiff_mlflow.engine.model.forward import Recording
-from mechdiff_mlflow.engine.paths.sweep_recording import TapeRecorder
+from mechdiff_mlflow.engine.paths.sweep_recording import SweepRecorder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
 
 SITES = [Site(layer, hook) for layer in range(2) for hook in Hook]
-MODES = ["sweep", "concat", "masked", "naive"]
+MODES = ["sweep", "masked", "naive"]
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def steered() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("mode", ["sweep", "concat", "masked"])
+@pytest.mark.parametrize("mode", ["sweep", "masked"])
 def test_hooks_of_the_user_are_part_of_the_model(steered: nn.Module, mode: str) -> None:
     prompts = tiny.prompts(4, 6, 5)
     expected = PatchEngine(steered, mode="naive").score(prompts, groups())
@@ -236,8 +236,8 @@ def test_slower_ways_are_announced_and_forced_ones_refused() -> None:
 
 def test_a_way_that_would_be_wrong_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mechdiff_mlflow.engine.paths.sweep.split_attention", _forgets_itself)
-    with pytest.warns(UserWarning, match=r"slower way 'concat': Its logits are off by"):
-        assert PatchEngine(tiny.llama(n_layers=2)).mode == "concat"
+    with pytest.warns(UserWarning, match=r"slower way 'masked': Its logits are off by"):
+        assert PatchEngine(tiny.llama(n_layers=2)).mode == "masked"
 
 
 def _forgets_itself(query: Tensor, key: Tensor, value: Tensor, prefix: Any, **kwargs: Any) -> Tensor:
@@ -351,7 +351,7 @@ def test_a_model_in_training_mode_is_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "fast"}, "Mode 'fast' is unknown; use one of auto, sweep, concat, masked, naive"),
+        ({"mode": "fast"}, "Mode 'fast' is unknown; use one of auto, sweep, masked, naive"),
         ({"batch_size": 0}, "batch_size is 0; give at least 1"),
         ({"max_rows": -1}, "max_rows is -1"),
         ({"head_rows": 0}, "head_rows is 0"),
@@ -371,7 +371,7 @@ def test_what_a_chunk_left_is_gone_before_the_garbage_is_collected(mode: str) ->
     gc.disable()
     try:
         engine.score(prompts, groups)
-        kinds = (Recording, TapeRecorder, Prefix)
+        kinds = (Recording, SweepRecorder, Prefix)
         assert [x for x in gc.get_objects() if issubclass(type(x), kinds)] == []
     finally:
         gc.enable()

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import toy as toys
 from transformers import AutoModelForCausalLM, Lfm2Config
 
+from mechdiff_mlflow.engine import PatchEngine
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.doctor import Check, examine
+from mechdiff_mlflow.experiments.fitting import wrong_layer_site
+from mechdiff_mlflow.experiments.possible import check_cells
 from mechdiff_mlflow.models.pairs import Pair, load_pair
-from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
 
@@ -55,9 +60,17 @@ def test_a_hybrid_is_sound_and_says_where_it_has_attention(tmp_path: Path) -> No
     pair = load(tmp_path / "toy.yaml")
     assert not failed(pair)
     with pair.tuned.engine() as engine:
-        with pytest.raises(MechdiffError, match="take one of layers 1, 3 or another hook"):
+        with pytest.raises(MechdiffError, match="take one of layers 1, 3, or hook resid_pre or resid_post"):
             engine.forward.decoder.check(Site(2, Hook.ATTN_OUT))
         engine.forward.decoder.check(Site(1, Hook.ATTN_OUT))
+    # The wrong-layer control is where there is such a site too.
+    asked = [Site(1, Hook.ATTN_OUT), Site(3, Hook.ATTN_OUT)]
+    assert [wrong_layer_site(site, pair).layer for site in asked] == [3, 1]
+    cells = [Cell(site, "ridge", "update", Rank(None), Alpha((1.0,))) for site in asked]
+    check_cells(cells, Protocol(), pair)
+    study = Study(pair, Protocol(n_resamples=20))
+    records = study.patch([(fit.cell, fit.map) for fit in study.fit(cells)])
+    assert all("wrong_layer" in record.controls for record in records)
 
 
 def test_two_copies_of_one_model_are_noticed(toy: Path, tmp_path: Path) -> None:
@@ -79,6 +92,25 @@ def test_a_model_that_ignores_its_mask_is_noticed(toy: Path, monkeypatch: pytest
         ),
     )
     assert "--batch-size 1" in failed(pair)["capture invariant to padding and batch"]
+
+
+@pytest.mark.parametrize(("dtype", "part"), [("float64", 1e-10), ("float32", 1e-4), ("bfloat16", 0.2)])
+def test_how_far_another_batch_may_move_an_activation(
+    dtype: str, part: float, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = load_pair(PairSpec.load(str(toy)), dtype=dtype)
+    name = "capture invariant to padding and batch"
+    capture = PatchEngine.capture
+
+    def off_when_alone(self: PatchEngine, prompts: TokenizedPrompts, *args: Any, **options: Any) -> Any:
+        found = capture(self, prompts, *args, **options)
+        return {site: x * (1 + factor * part * (len(prompts) == 1)) for site, x in found.items()}
+
+    monkeypatch.setattr(PatchEngine, "capture", off_when_alone)
+    for times, passes in ((0.5, True), (2.0, False)):
+        factor = times
+        (check,) = [check for check in examine(pair) if check.name == name]
+        assert check.passed == passes, check.seen
 
 
 def test_layers_that_should_agree_and_do_not_are_noticed(toy: Path) -> None:

@@ -15,11 +15,10 @@ from scipy import stats as scipy_stats
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
 from mechdiff_mlflow.experiments.atlas import AtlasRecord, atlas
-from mechdiff_mlflow.experiments.heads import heads_of
-from mechdiff_mlflow.experiments.layers import layer_profile
-from mechdiff_mlflow.experiments.progress import silent
-from mechdiff_mlflow.experiments.rows import capture, score
+from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
+from mechdiff_mlflow.experiments.rows import capture
 from mechdiff_mlflow.experiments.summary import SHUFFLED
+from mechdiff_mlflow.experiments.workers import LocalWorkers
 from mechdiff_mlflow.measures import similarity, stats
 from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Alpha, Cell, PairSpec, Position, Rank
@@ -179,8 +178,8 @@ def test_every_output_metric_of_reduced_rank_can_be_asked_for(pair: Pair) -> Non
     ("settings", "says"),
     [
         ({"split": "train"}, "cannot be reported"),
-        ({"alpha_fit": "before"}, "use after or inside"),
-        ({"unembedding": "base"}, "use tuned or joint"),
+        ({"alpha_fit": "before"}, "use one of after, inside"),
+        ({"unembedding": "base"}, "use one of tuned, joint"),
         ({"permutations": -1}, "give 0 to 100000"),
     ],
 )
@@ -273,7 +272,7 @@ def test_other_sites_of_the_same_prompts_are_recorded_beside_those_known(pair: P
     assert torch.equal(both[SITE], first[SITE])
     assert capture(pair, "base", prompts, Position.DECISION, [others[0]])[others[0]] is not None
     for sites in ([SITE], [SITE, others[0]], others, [SITE, *others]):
-        found = score(pair, prompts, Position.DECISION, {site: {} for site in sites}, silent)
+        found = LocalWorkers(pair).score(prompts, Position.DECISION, {site: {} for site in sites})
         assert list(found) == sites
     assert forwards(pair) == {"base": 3 * N_TEST, "tuned": 3 * N_TEST}
     assert torch.equal(

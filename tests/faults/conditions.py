@@ -1,4 +1,4 @@
-"""What a process meets from its start: little disk, no rights, little memory, odd clocks, a short lease.
+"""What a process meets from its start: little disk, no rights, little memory, odd clocks, little patience.
 
 Each is called in the new process before the command line, by its name.
 """
@@ -73,19 +73,19 @@ def own_machine() -> None:
     tempfile.tempdir = None  # the process that this was forked from knew another
 
 
-def short_lease() -> None:
+def short_timeout() -> None:
     """The same, and an owner on another machine counts as dead after four seconds."""
-    from mechdiff_mlflow.tracking.runs import run_lock as lease
+    from mechdiff_mlflow.tracking.runs import run_lock
 
     own_machine()
-    lease.LEASE_S = 4.0
+    run_lock.OWNER_TIMEOUT_S = 4.0
 
 
 def slow_start() -> None:
     """The same, and loading a model takes five seconds more."""
     from transformers import PreTrainedModel
 
-    short_lease()
+    short_timeout()
     load = PreTrainedModel.from_pretrained.__func__
 
     def slowly(cls: Any, *arguments: Any, **options: Any) -> Any:

@@ -29,11 +29,11 @@ def test_who_stood_still_does_not_touch_what_another_has_finished(
     world: World, right: Snapshot, machines: list[Place], experiment: str
 ) -> None:
     here, there = machines
-    still = Command(here, *world.words(CELLS, experiment), before=conditions.short_lease)
+    still = Command(here, *world.words(CELLS, experiment), before=conditions.short_timeout)
     still.wait_for(has_children(here.uri, 1, experiment))
     still.kill(signal.SIGSTOP)
     run_id = only_parent(here.uri, experiment).info.run_id
-    other = Command(there, "resume", run_id, before=conditions.short_lease)
+    other = Command(there, "resume", run_id, before=conditions.short_timeout)
     assert other.wait() == 0, other.output
     assert snapshot(there.uri, experiment).differences(right) == []
     assert still.is_alive, "it was over too soon to show anything"
@@ -52,7 +52,7 @@ def test_an_owner_on_another_machine_that_works_is_left_alone(
     run_id = only_parent(here.uri, experiment).info.run_id
     # Nothing in the temporary files tells machines apart, or a copy of them would be taken for the first.
     shutil.copytree(here.folder / "tmp", there.folder / "tmp", dirs_exist_ok=True)
-    other = Command(there, "resume", run_id, before=conditions.short_lease)
+    other = Command(there, "resume", run_id, before=conditions.short_timeout)
     assert other.wait() == 1, other.output
     assert f"process {slow.pid}" in error_of(other.output)
     assert slow.wait() == 0, slow.output

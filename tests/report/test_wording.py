@@ -8,7 +8,7 @@ import pytest
 
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.evidence import Conditions, Measured, Quoted
+from mechdiff_mlflow.report.evidence import Conditions, Measured
 from mechdiff_mlflow.spec.sites import Site
 
 PATCH = Measured(
@@ -50,7 +50,7 @@ PATCH = Measured(
     ],
 )
 def test_transport(changes: dict[str, object], says: str) -> None:
-    sentence = wording.transport(Quoted(replace(PATCH, **changes), 1))  # type: ignore[arg-type]
+    sentence = wording.transport(replace(PATCH, **changes))  # type: ignore[arg-type]
     assert says in sentence
     assert ("yields" in sentence) == (says.startswith(("yields", "the control")))
 

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fitted import fit
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.solvers import PairedSpectrum, fit, fit_spectrum, identity_scale, unembedding_directions
+from mechdiff_mlflow.solvers import PairedSpectrum, fit_spectrum, identity_scale, unembedding_directions
 
 Normal = Callable[..., Tensor]
 Rows = Callable[..., tuple[Tensor, Tensor]]

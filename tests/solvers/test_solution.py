@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fitted import fit
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.solvers import SOLVERS, OffSpan, fit
+from mechdiff_mlflow.solvers import SOLVERS, OffSpan
 
 Rows = Callable[..., tuple[Tensor, Tensor]]
 RANKED = [row.name for row in SOLVERS.values() if row.ranked and not row.tensors] + ["reduced_rank"]

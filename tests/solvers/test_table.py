@@ -6,20 +6,21 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fitted import fit
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks.dense_reference import dense_weight
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.maps.affine import Family
-from mechdiff_mlflow.measures.moments import PairedMoments
-from mechdiff_mlflow.solvers import SOLVERS, PairedSpectrum, fit, fit_moments, fit_spectrum
+from mechdiff_mlflow.solvers import SETTINGS, SOLVERS, PairedSpectrum, Setting, fit_spectrum
 
 G = torch.Generator().manual_seed(7)
 VARIANTS: dict[str, list[dict[str, object]]] = {
     "procrustes_scaled": [{}, {"shrink": 1.0}],
-    "procrustes": [{}, {"scale": "fitted"}],
+    "procrustes": [{}],
     "reduced_rank": [
         {},
         {"ridge": 0.3},
@@ -80,24 +81,6 @@ def test_maps_claim_their_rank_truly_and_say_where_they_come_from(
     assert (meta["solver"], meta["family"], meta["n_rows"], meta["span_rank"]) == (solver, family, 15, 14)
     for setting in SOLVERS[solver].settings:
         assert meta[setting.name] == settings.get(setting.name, setting.default)
-
-
-@pytest.mark.parametrize(("solver", "family", "settings"), CASES)
-@pytest.mark.parametrize("n", [30, 60])
-def test_rows_and_moments_agree(
-    rows: Callable[..., tuple[Tensor, Tensor]],
-    solver: str,
-    family: Family,
-    settings: dict[str, object],
-    n: int,
-) -> None:
-    x, y = rows(n, 24)
-    moments = PairedMoments.from_rows(x[:11], y[:11]) + PairedMoments.from_rows(x[11:], y[11:])
-    one, other = fit(solver, x, y, family, **settings), fit_moments(solver, moments, family, **settings)
-    for rank in (None, 1, 4, 20) if SOLVERS[solver].ranked else (None,):
-        a, b = one.map(rank), other.map(rank)
-        assert torch.linalg.norm(a.dense() - b.dense()) <= 1e-10 * torch.linalg.norm(a.dense())
-        torch.testing.assert_close(a.mean_out, b.mean_out, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("solver", "family", "settings"), CASES)
@@ -168,7 +151,6 @@ def test_one_spectrum_serves_every_solver(rows: Callable[..., tuple[Tensor, Tens
         ("ridge", {"ridge": float("nan")}, "ridge is nan; give a number"),
         ("ridge", {"ridge": "big"}, "ridge is 'big'; give a number"),
         ("procrustes_scaled", {"shrink": 1.1}, "shrink is 1.1; give a number from 0 to 1"),
-        ("procrustes", {"scale": "big"}, "scale is 'big'; use one of unit, fitted"),
         ("reduced_rank", {"output_metric": "l1"}, "output_metric is 'l1'; use one of identity, tuned_cov"),
         ("reduced_rank", {"output_metric": "fisher"}, r"needs gradients; give fisher=\[m, d_out\]"),
         ("reduced_rank", {"fisher": torch.ones(2, 7)}, r"fisher is \[2, 7\]; give .* of width 6"),
@@ -196,3 +178,48 @@ def test_update_of_another_width_names_the_solvers_that_can(
 ) -> None:
     with pytest.raises(MechdiffError, match="not 6 -> 5; use family content with one of procrustes_scaled"):
         fit("ridge", *rows(9, 6, 5))
+
+
+def test_the_settings_of_all_solvers_are_listed_once_with_their_defaults() -> None:
+    assert {s.option: s.text(s.default) for s in SETTINGS} == {
+        "--shrink": "0.05",
+        "--ridge": "0.01",
+        "--output-metric": "identity",
+        "--directions": "16",
+        "--unembedding": "tuned",
+        "--off-span": "auto",
+        "--alpha-fit": "after",
+    }
+    assert Protocol() == Protocol(**{s.name: s.default for s in SETTINGS})
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
+def test_the_text_of_a_setting_reads_as_its_value(setting: Setting) -> None:
+    typed = setting.words or [str(setting.default), "1"]
+    assert all(setting.text(setting.parse(text)) == text for text in typed)
+    assert all(setting.checked(setting.parse(text)) == setting.parse(text) for text in typed)
+    assert setting.parse(setting.text(setting.default)) == setting.default
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("shrink", "much", "--shrink 'much' is not a number; pass e.g. 0.05."),
+        ("shrink", "nan", "--shrink 'nan' is not a number; pass e.g. 0.05."),
+        ("shrink", "1.5", "shrink is 1.5; give a number from 0 to 1."),
+        ("ridge", "-1", "ridge is -1.0; give a number from 0 up."),
+        ("directions", "1.5", "directions is 1.5; give a whole number from 1 to 100000."),
+        ("directions", "0", "directions is 0; give a whole number from 1 to 100000."),
+        (
+            "output_metric",
+            "l1",
+            "--output-metric 'l1' is unknown; use one of identity, tuned_covariance, fisher.",
+        ),
+        ("off_span", "random", "--off-span 'random' is unknown; use one of auto, zero, nearest_identity."),
+    ],
+)
+def test_a_text_that_is_no_value_of_a_setting_says_what_is(name: str, text: str, message: str) -> None:
+    setting = next(s for s in SETTINGS if s.name == name)
+    with pytest.raises(MechdiffError) as refused:
+        setting.parse(text)
+    assert str(refused.value) == message

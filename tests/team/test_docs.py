@@ -12,7 +12,7 @@ from mlflow.server.auth.client import AuthServiceClient
 from mlflow.tracking import MlflowClient
 from team.server import ADMIN, Server
 
-from mechdiff_mlflow.tracking.store.http_check import check_http
+from mechdiff_mlflow.tracking.store.server_check import check_store
 
 PAGE = (Path(__file__).parents[2] / "docs" / "team-server.md").read_text(encoding="utf-8")
 ADDRESS = "https://mlflow.example.org"
@@ -49,7 +49,7 @@ def test_the_snippets_change_the_password_and_make_users(
     old, new = team.passwords[ADMIN], "pw-a-new-one-of-the-page"
 
     exec(change.replace("THE-NEW-ONE", new).replace("THE-FIRST-ONE", old), {})
-    assert {f.check: f.level.value for f in check_http(team.uri)}["login"] == "FAIL"
+    assert {f.check: f.level.value for f in check_store(team.uri)}["login"] == "FAIL"
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", new)
     exec(people.replace('"experiment", "1"', '"experiment", "0"'), {})
     auth = AuthServiceClient(team.uri)

@@ -15,7 +15,8 @@ from team.server import ADMIN, Server
 from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.tracking.registry.moves import history
 from mechdiff_mlflow.tracking.runs.runs import Tracker
-from mechdiff_mlflow.tracking.store.store import login_name, open_store
+from mechdiff_mlflow.tracking.store.server import login_name
+from mechdiff_mlflow.tracking.store.store import open_store
 
 PAGE = Path(__file__).parents[2] / "docs" / "team-server.md"
 NAME = "toy-L2-mlp_out"

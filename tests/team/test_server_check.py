@@ -8,11 +8,9 @@ import socket
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from email.utils import formatdate
 from pathlib import Path
 
 import pytest
-import requests
 from alembic import command
 from click.testing import CliRunner
 from mlflow.entities import ViewType
@@ -23,10 +21,9 @@ from team.server import NAME, Server, serve
 from team.tls_proxy import tls_proxy
 
 from mechdiff_mlflow.cli import cli
-from mechdiff_mlflow.tracking.store import http_check
-from mechdiff_mlflow.tracking.store.check_result import Finding, Level
+from mechdiff_mlflow.tracking.store import server_check
 from mechdiff_mlflow.tracking.store.scratch import PREFIX
-from mechdiff_mlflow.tracking.store.server_check import check_store
+from mechdiff_mlflow.tracking.store.server_check import Finding, Level, check_store
 from mechdiff_mlflow.tracking.store.store import open_store
 
 
@@ -76,8 +73,8 @@ def test_a_good_server_passes_and_is_left_as_it_was(team: Server, here: Path) ->
     found = checked()
     assert failed(found) == []
     assert found.keys() == {
-        *("reachable", "login", "version", "authentication", "encryption", "clock", "store migrations"),
-        *("permissions", "artifact proxy", "registry", "aliases", "cleaned up"),
+        *("reachable", "login", "version", "authentication", "encryption", "store migrations"),
+        *("permissions", "artifact proxy", "registry", "cleaned up"),
     }
     passed = {check for check, finding in found.items() if finding.level is Level.OK}
     assert passed >= found.keys() - {"reachable", "store migrations"}  # a busy machine is slow to answer
@@ -158,14 +155,14 @@ def test_a_loopback_address_of_a_server_that_others_reach_too_fails(
     with closing(socket.socket()) as other:
         other.bind(("127.0.0.2", port))
         other.listen()
-        monkeypatch.setattr(http_check, "own_addresses", lambda: ["127.0.0.2"])
+        monkeypatch.setattr(server_check, "own_addresses", lambda: ["127.0.0.2"])
         found = checked(careless)["authentication"]
     assert found.level is Level.FAIL
     assert f"port {port} is also open on 127.0.0.2" in found.seen
 
 
 def test_own_addresses_are_not_loopback() -> None:
-    assert not any(http_check.is_loopback(address) for address in http_check.own_addresses())
+    assert not any(server_check.is_loopback(address) for address in server_check.own_addresses())
 
 
 @pytest.mark.usefixtures("as_ann")
@@ -198,25 +195,15 @@ def test_a_server_that_is_down_is_the_only_line() -> None:
     [("3.17.0", "ok"), ("9.1.0", "FAIL"), ("3.2.1", "warn"), ("3.999.0", "ok"), ("", "warn")],
 )
 def test_versions_are_compared(server: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_check.mlflow, "__version__", "3.17.2")
-    answer = requests.Response()
-    answer.status_code, answer._content = 200, server.encode()
-    monkeypatch.setattr(http_check, "_ask", lambda *_: answer)
-    assert http_check._version("http://127.0.0.1").level.value == level
-
-
-@pytest.mark.parametrize(("off_s", "level"), [(0, "ok"), (20, "warn"), (-20, "warn"), (4000, "FAIL")])
-def test_the_clock_is_compared(off_s: float, level: str) -> None:
-    answer = requests.Response()
-    answer.headers["Date"] = formatdate(http_check.time.time() - off_s, usegmt=True)
-    assert http_check._clock(answer).level.value == level
+    monkeypatch.setattr(server_check.mlflow, "__version__", "3.17.2")
+    assert server_check._version(server).level.value == level
 
 
 def test_a_sqlite_store_is_checked_and_left_as_it_was(here: Path) -> None:
     store = open_store(f"sqlite:///{here}/mlflow.db")
     found = checked()
     assert {finding.level for finding in found.values()} == {Level.OK}
-    assert found.keys() >= {"store migrations", "permissions", "artifacts", "registry", "aliases"}
+    assert found.keys() >= {"store migrations", "permissions", "artifacts", "registry"}
     assert [e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)] == ["Default"]
     assert {file.name for file in here.iterdir() if not file.name.endswith(".lock")} == {"mlflow.db"}
 
@@ -274,8 +261,6 @@ def test_a_database_is_checked_directly(database: Postgres, team: Server, here: 
     found = checked(database.uri("mlflow"))
     assert failed(found) == []
     assert found["store migrations"].level is Level.OK
-    assert found["clock"].level is Level.OK
-    assert found["authentication"].level is Level.WARN
     assert "which only this machine sees" in found["artifacts"].seen
     assert not list(here.iterdir())
     assert failed(checked(database.uri("no-such"))) == ["reachable"]

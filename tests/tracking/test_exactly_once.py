@@ -22,26 +22,26 @@ from mlflow.entities import Run, ViewType
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
 from mechdiff_mlflow.tracking.content.cells import CELLS
-from mechdiff_mlflow.tracking.content.keys import ARTIFACTS_TAG, KEY_TAG, ROOT_TAG, key_of
+from mechdiff_mlflow.tracking.content.keys import key_of
 from mechdiff_mlflow.tracking.content.records import RunRecord
-from mechdiff_mlflow.tracking.runs import run_lock as leases
+from mechdiff_mlflow.tracking.content.tag_names import ARTIFACTS_TAG, KEY_TAG, ROOT_TAG
+from mechdiff_mlflow.tracking.runs import run_lock
+from mechdiff_mlflow.tracking.runs.commands import newest_of_mine
 from mechdiff_mlflow.tracking.runs.open_run import EPOCH_TAG
-from mechdiff_mlflow.tracking.runs.provenance import code_version
-from mechdiff_mlflow.tracking.runs.recovery import end_stuck, newest_of_mine, stuck_runs
 from mechdiff_mlflow.tracking.runs.results import tables_of
 from mechdiff_mlflow.tracking.runs.run_lock import (
-    LEASE_TAG,
-    Holder,
-    Lease,
-    LeaseLost,
-    holder_in,
+    OWNER_TAG,
+    Owner,
+    RunLock,
     is_alive,
+    owner_in,
     taken_over,
 )
 from mechdiff_mlflow.tracking.runs.runs import OpenRun, Tracker
+from mechdiff_mlflow.tracking.runs.stuck import end_stuck, stuck_runs
 from mechdiff_mlflow.tracking.runs.writing import RecordWriter
 from mechdiff_mlflow.tracking.store.file_locks import lock_file, process_start
-from mechdiff_mlflow.tracking.store.store import Store
+from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store
 
 from .conftest import flip_byte, make_map
 
@@ -211,8 +211,8 @@ def test_of_two_resumers_one_goes_on(store: Store, tracker: Tracker, crash: Any)
 
     def resume() -> None:
         try:
-            with taken_over(store, run) as lease:
-                inside.append(lease.holder.epoch)
+            with taken_over(store, run) as lock:
+                inside.append(lock.owner.epoch)
                 time.sleep(0.5)
         except MechdiffError as error:
             refused.append(str(error))
@@ -231,21 +231,21 @@ def test_a_process_that_was_taken_for_dead_writes_nothing_more(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr(leases, "now_s", lambda: clock[0])
+    monkeypatch.setattr(run_lock, "now_s", lambda: clock[0])
     words = "was taken over by process 7 on elsewhere"
-    with pytest.raises(LeaseLost, match=words), tracker.run("run", "r") as run:  # noqa: PT012
+    with pytest.raises(RunTakenOver, match=words), tracker.run("run", "r") as run:  # noqa: PT012
         run.log(cell(1))
-        mine = holder_in(store.client.get_run(run.run_id).data.tags)
+        mine = owner_in(store.client.get_run(run.run_id).data.tags)
         assert mine is not None
         theirs = replace(mine, epoch=2, token="t", host="elsewhere", pid=7)
         ((key, text),) = theirs.tag.items()
         store.client.set_tag(run.run_id, key, text)
-        clock[0] += leases.LEASE_S  # as after SIGSTOP, or a laptop's sleep
+        clock[0] += run_lock.OWNER_TIMEOUT_S  # as after SIGSTOP, or a laptop's sleep
         run.log(cell(2))
     assert "k=2" not in statuses(store)
 
 
-def theirs(mine: Holder) -> dict[str, str]:
+def theirs(mine: Owner) -> dict[str, str]:
     return replace(mine, epoch=mine.epoch + 1, token="t", host="elsewhere", pid=7).tag
 
 
@@ -254,19 +254,19 @@ def set_tags(store: Store, run_id: str, tags: dict[str, str]) -> None:
         store.client.set_tag(run_id, key, text)
 
 
-@pytest.mark.parametrize("path", ["prepare", "log_soon", "log"])
+@pytest.mark.parametrize("path", ["begin_soon", "log_soon", "log"])
 def test_nothing_is_made_after_a_take_over(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     """As the owner stood still for a minute; the one in the background, too."""
     clock = [0.0]
-    monkeypatch.setattr(leases, "now_s", lambda: clock[0])
-    with pytest.raises(LeaseLost, match="elsewhere"), tracker.run("sweep", "ranks") as run:  # noqa: PT012
-        set_tags(store, run.run_id, theirs(run._lease.holder))
-        clock[0] += leases.LEASE_S
-        if path == "prepare":
-            run.prepare([replace(cell(k), metrics={}) for k in (1, 2)])
-            wait(run._prepared.values())
+    monkeypatch.setattr(run_lock, "now_s", lambda: clock[0])
+    with pytest.raises(RunTakenOver, match="elsewhere"), tracker.run("sweep", "ranks") as run:  # noqa: PT012
+        set_tags(store, run.run_id, theirs(run._lock.owner))
+        clock[0] += run_lock.OWNER_TIMEOUT_S
+        if path == "begin_soon":
+            run.begin_soon([replace(cell(k), metrics={}) for k in (1, 2)])
+            wait(run._begun.values())
         if path == "log_soon":
             run.log_soon(lambda: cell(1))
         run.log_all([cell(2)]) if path != "log" else run.log(cell(2))
@@ -279,24 +279,24 @@ def test_a_run_that_was_under_way_at_a_take_over_is_deleted_unless_the_other_nee
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch, has_its_own: bool
 ) -> None:
     clock, create, made = [0.0], store.client._client.create_run, []
-    monkeypatch.setattr(leases, "now_s", lambda: clock[0])
+    monkeypatch.setattr(run_lock, "now_s", lambda: clock[0])
 
     def late(experiment: str, started: int, tags: dict[str, str], name: str) -> Run:
         if (
             name == "k=1"
         ):  # stopped with the request in its hands; the other takes over, and has a k=1 of its own
             root = tags[ROOT_TAG]
-            set_tags(store, root, theirs(holder_in(store.client.get_run(root).data.tags)))
+            set_tags(store, root, theirs(owner_in(store.client.get_run(root).data.tags)))
             if has_its_own:
                 made.append(create(experiment, started, {**tags, EPOCH_TAG: "2"}, name).info.run_id)
-            clock[0] += leases.LEASE_S
+            clock[0] += run_lock.OWNER_TIMEOUT_S
         run = create(experiment, started, tags, name)
         if name == "k=1" and not has_its_own:
             made.append(run.info.run_id)
         return run
 
     monkeypatch.setattr(store.client._client, "create_run", late)
-    with pytest.raises(LeaseLost), tracker.run("sweep", "ranks") as run:
+    with pytest.raises(RunTakenOver), tracker.run("sweep", "ranks") as run:
         run.log(cell(1))
     assert [r.info.run_id for r in active(store) if r.info.run_name == "k=1"] == made
 
@@ -305,18 +305,18 @@ def test_a_map_that_was_under_way_at_a_take_over_is_deleted(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, create = [0.0], store.client._client.create_logged_model
-    monkeypatch.setattr(leases, "now_s", lambda: clock[0])
+    monkeypatch.setattr(run_lock, "now_s", lambda: clock[0])
     others: list[str] = []
 
     def late(*args: Any, **more: Any) -> Any:
         root = store.client.get_run(more["source_run_id"]).data.tags[ROOT_TAG]
-        set_tags(store, root, theirs(holder_in(store.client.get_run(root).data.tags)))
+        set_tags(store, root, theirs(owner_in(store.client.get_run(root).data.tags)))
         others.append(create(*args, **more).model_id)
-        clock[0] += leases.LEASE_S
+        clock[0] += run_lock.OWNER_TIMEOUT_S
         return create(*args, **more)
 
     monkeypatch.setattr(store.client._client, "create_logged_model", late)
-    with pytest.raises(LeaseLost), tracker.run("sweep", "ranks") as run:
+    with pytest.raises(RunTakenOver), tracker.run("sweep", "ranks") as run:
         run.log(cell(1))
     assert [m.model_id for m in store.client.search_logged_models([store.experiment("demo")])] == others
 
@@ -324,60 +324,46 @@ def test_a_map_that_was_under_way_at_a_take_over_is_deleted(
 def test_what_a_former_owner_made_too_late_is_deleted_at_the_end(
     store: Store, tracker: Tracker, crash: Any
 ) -> None:
-    """A run, and a map of a run that was taken over, both after the new owner had looked what there was."""
-
-    def half(run: OpenRun) -> None:
-        run.prepare([replace(cell(2), metrics={})])
-        wait(run._prepared.values())
-        sys.setswitchinterval(run._switch_s)
-
-    run_id = crash(tracker, half)
-    [left] = [r for r in active(store) if r.info.run_name == "k=2"]
-    [model] = store.client.search_logged_models([store.experiment("demo")])
+    """A run, made after the new owner had looked what there was."""
+    run_id = crash(tracker, lambda run: None)
     with Tracker(store, "demo", resume=run_id).run("sweep", "ranks") as run:
         first = store.client.get_run(run.log(cell(1)))
         late = {key: first.data.tags[key] for key in (KEY_TAG, ROOT_TAG)} | {EPOCH_TAG: "1"}
         store.client.create_run(first.info.experiment_id, tags=late, run_name="k=1")
-        again = {
-            "source_run_id": left.info.run_id,
-            "tags": {"mechdiff.sha256": model.tags["mechdiff.sha256"]},
-        }
-        store.client._client.create_logged_model(first.info.experiment_id, name="late", **again)
         run.log(cell(2))
     assert sorted(r.info.run_name for r in active(store)) == ["k=1", "k=2", "ranks"]
-    models = store.client.search_logged_models([store.experiment("demo")])
-    assert sorted(m.status for m in models) == ["READY", "READY"]
+    assert first.info.run_id in [r.info.run_id for r in active(store)]
 
 
 def test_of_several_machines_that_take_over_at_once_one_owns_the_run(
     store: Store, tracker: Tracker, crash: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "LEASE_S", 9.0)
+    monkeypatch.setattr(run_lock, "OWNER_TIMEOUT_S", 9.0)
     run_id = crash(tracker, lambda run: None)
-    last = holder_in(store.client.get_run(run_id).data.tags)
+    last = owner_in(store.client.get_run(run_id).data.tags)
     far = replace(store, sqlite_path=None)  # no lock between them
-    claimed: list[Lease] = []
+    claimed: list[RunLock] = []
 
     def claim() -> None:
-        lease = Lease(far)
+        lock = RunLock(far)
         with suppress(MechdiffError):
-            lease.claim(run_id, last)
-            claimed.append(lease)
+            lock.claim(run_id, last)
+            claimed.append(lock)
 
     threads = [threading.Thread(target=claim) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    time.sleep(2 * leases._trusted_s())
-    assert [lease.loss() is None for lease in claimed].count(True) == 1
+    time.sleep(2 * run_lock._trusted_s())
+    assert [lock.loss() is None for lock in claimed].count(True) == 1
 
 
 def test_a_process_that_lives_is_no_dead_owner_though_its_lock_file_is_gone(
     store: Store, tracker: Tracker, crash: Any
 ) -> None:
     run_id = crash(tracker, lambda run: None)
-    mine = holder_in(store.client.get_run(run_id).data.tags)
+    mine = owner_in(store.client.get_run(run_id).data.tags)
     assert mine is not None
     for start, lives in (
         (process_start(os.getppid()), True),
@@ -389,8 +375,8 @@ def test_a_process_that_lives_is_no_dead_owner_though_its_lock_file_is_gone(
     with pytest.raises(MechdiffError, match=f"by process {os.getppid()} on"):
         taken_over(store, store.client.get_run(run_id)).__enter__()
     store.client.set_terminated(run_id, "FAILED")  # it ended its run and went on to something else
-    with taken_over(store, store.client.get_run(run_id)) as lease:
-        assert lease.holder.epoch == 2
+    with taken_over(store, store.client.get_run(run_id)) as lock:
+        assert lock.owner.epoch == 2
 
 
 @pytest.mark.parametrize(
@@ -398,20 +384,20 @@ def test_a_process_that_lives_is_no_dead_owner_though_its_lock_file_is_gone(
     ["[" * 5000, "{", '{"epoch": Infinity}', '{"epoch": 1e400}', '{"epoch": "x", "token": []}', "7" * 5000],
 )
 def test_what_is_no_owner_is_passed_over(text: str) -> None:
-    assert holder_in({f"{LEASE_TAG}9": text}) is None
+    assert owner_in({f"{OWNER_TAG}9": text}) is None
 
 
 def test_owners_of_other_machines_are_watched(
     store: Store, tracker: Tracker, crash: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "LEASE_S", 1.0)
-    monkeypatch.setattr(leases, "_POLL_S", 0.1)
+    monkeypatch.setattr(run_lock, "OWNER_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(run_lock, "_POLL_S", 0.1)
     run_id = crash(tracker, lambda run: None)
     for thread in threading.enumerate():  # a beat that is under way would write over what is written below
-        if thread.name == "mechdiff-lease":
+        if thread.name == "mechdiff-run-lock":
             thread.join()
     store = replace(store, sqlite_path=None)  # as behind a server: the lock file of its folder tells nothing
-    mine = holder_in(store.client.get_run(run_id).data.tags)
+    mine = owner_in(store.client.get_run(run_id).data.tags)
     assert mine is not None
     far = replace(mine, machine="f" * 32, host="far")
     store.client.set_tag(run_id, *next(iter(far.tag.items())))
@@ -420,10 +406,10 @@ def test_owners_of_other_machines_are_watched(
     done = threading.Event()
 
     def beat() -> None:
-        holder = far
+        owner = far
         while not done.wait(0.2):
-            holder = replace(holder, beat=holder.beat + 1)
-            store.client.set_tag(run_id, *next(iter(holder.tag.items())))
+            owner = replace(owner, beat=owner.beat + 1)
+            store.client.set_tag(run_id, *next(iter(owner.tag.items())))
 
     beating = threading.Thread(target=beat)
     beating.start()
@@ -431,8 +417,8 @@ def test_owners_of_other_machines_are_watched(
         pytest.fail("both wrote")
     done.set()
     beating.join()
-    with taken_over(store, store.client.get_run(run_id)) as lease:
-        assert lease.holder.epoch == 2
+    with taken_over(store, store.client.get_run(run_id)) as lock:
+        assert lock.owner.epoch == 2
 
 
 def test_stuck_runs_are_found_and_ended(store: Store, tracker: Tracker, crash: Any) -> None:
@@ -450,12 +436,12 @@ def test_stuck_runs_are_found_and_ended(store: Store, tracker: Tracker, crash: A
 def test_a_lease_beats_while_it_is_kept(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "LEASE_S", 0.2)
+    monkeypatch.setattr(run_lock, "OWNER_TIMEOUT_S", 0.2)
     with tracker.run("run", "r") as run:
         until = time.monotonic() + 30
         while time.monotonic() < until:
-            holder = holder_in(store.client.get_run(run.run_id).data.tags)
-            if holder is not None and holder.beat >= 2:
+            owner = owner_in(store.client.get_run(run.run_id).data.tags)
+            if owner is not None and owner.beat >= 2:
                 break
             time.sleep(0.05)
         else:
@@ -501,15 +487,15 @@ def test_every_child_has_its_key_and_the_parent_its_lease(store: Store, tracker:
     with tracker.run("run", "r") as run:
         child = run.log(cell(1))
     assert len(store.client.get_run(child).data.tags[KEY_TAG]) == 32
-    assert f"{LEASE_TAG}1" in store.client.get_run(run.run_id).data.tags
+    assert f"{OWNER_TAG}1" in store.client.get_run(run.run_id).data.tags
     assert not lock_file(store.uri, "promotion").exists()
 
 
-def test_what_is_prepared_in_the_background_is_finished_once(store: Store, tracker: Tracker) -> None:
+def test_what_is_begun_in_the_background_is_finished_once(store: Store, tracker: Tracker) -> None:
     """The map first, then the numbers: each is sent once, in one run."""
     with tracker.run("sweep", "ranks") as run:
         whole = {k: cell(k, metrics={"drop_pct": 10.0 * k}) for k in (1, 2)}
-        run.prepare(replace(record, metrics={}, tables={}) for record in whole.values())
+        run.begin_soon(replace(record, metrics={}, tables={}) for record in whole.values())
         for record in whole.values():
             run.log_soon(lambda record=record: record)  # type: ignore[misc]
         ids = run.wait()
@@ -525,28 +511,28 @@ def test_what_is_prepared_in_the_background_is_finished_once(store: Store, track
         assert list(json.loads(child.data.tags[ARTIFACTS_TAG])) == ["per_prompt.json"]
 
 
-def test_what_is_prepared_and_not_finished_ends_with_its_parent(store: Store, tracker: Tracker) -> None:
+def test_what_is_begun_and_not_finished_ends_with_its_parent(store: Store, tracker: Tracker) -> None:
     with pytest.raises(ZeroDivisionError), tracker.run("sweep", "ranks") as run:  # noqa: PT012
-        run.prepare([replace(cell(1), metrics={})])
-        run._prepared[key_of(replace(cell(1), metrics={}), code_version())].result()
+        run.begin_soon([replace(cell(1), metrics={})])
+        wait(run._begun.values())
         _ = 1 / 0
     assert statuses(store) == {"ranks": "FAILED", "k=1": "FAILED"}
 
 
-def test_a_preparation_that_failed_is_done_again(
+def test_what_could_not_be_begun_is_begun_again(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin, failed = RecordWriter.begin, []
+    send, failed = RecordWriter.send_map, []
 
-    def begin_late(self: RecordWriter, *arguments: Any, **more: Any) -> None:
-        begin(self, *arguments, **more)
+    def send_late(self: RecordWriter, *arguments: Any, **more: Any) -> None:
+        send(self, *arguments, **more)
         if not failed:
             failed.append(True)
             raise MechdiffError("The server stopped answering for hours.")
 
-    monkeypatch.setattr(RecordWriter, "begin", begin_late)
+    monkeypatch.setattr(RecordWriter, "send_map", send_late)
     with tracker.run("sweep", "ranks") as run:
-        run.prepare([replace(cell(1), metrics={})])
+        run.begin_soon([replace(cell(1), metrics={})])
         run.log_all([cell(1)])
     assert failed == [True]
     assert statuses(store) == {"ranks": "FINISHED", "k=1": "FINISHED"}
@@ -559,11 +545,12 @@ def test_what_failed_in_the_background_is_logged_in_the_end(
 ) -> None:
     write, failed = RecordWriter.write, []
 
-    def write_late(self: RecordWriter, run: Run, record: RunRecord, **more: Any) -> None:
-        write(self, run, record, **more)
+    def write_late(self: RecordWriter, run: Run, record: RunRecord, **more: Any) -> Run:
+        whole = write(self, run, record, **more)
         if record.name == "k=1" and not failed:
             failed.append(True)
             raise MechdiffError("The server stopped answering for hours.")
+        return whole
 
     monkeypatch.setattr(RecordWriter, "write", write_late)
     interval = sys.getswitchinterval()

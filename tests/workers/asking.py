@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.experiments.progress import silent
 from mechdiff_mlflow.experiments.workers import Workers
+from mechdiff_mlflow.experiments.workers.tasks import Gradients, HeadPatches, Swap
 from mechdiff_mlflow.maps.affine import AffineMap, Weight
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.sites import Hook, Site
@@ -44,9 +44,13 @@ def answers(workers: Workers, split: str = "val", position: Position = Position.
         found |= {f"scored base {site}": rows.base, f"scored tuned {site}": rows.tuned}
         for label, patched in rows.patched.items():
             found |= {f"{site} {label} {name}": value for name, value in vars(patched).items()}
-    found |= {f"swap {k}": v for k, v in workers.swap("base", prompts, position, SITES, silent).items()}
-    found |= {f"fisher {k}": v for k, v in workers.gradients(prompts, position, SITES, seed=3).items()}
-    found["heads"] = np.stack(workers.head_patches(2, prompts, position, [(0,), (1,), (0, 1), ()]))
+    for task in (
+        Swap(prompts, position, "base", SITES),
+        Gradients(prompts, position, SITES, seed=3),
+        HeadPatches(prompts, position, 2, ((0,), (1,), (0, 1), ())),
+    ):
+        whole = workers.whole(task)
+        found |= {f"{type(task).__name__} {name}": rows for name, rows in whole.items()}
     return found
 
 

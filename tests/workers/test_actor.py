@@ -33,21 +33,23 @@ def lazy(toy: Path) -> Pair:
 @pytest.fixture
 def recipe(lazy: Pair, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    return Recipe(lazy.spec, "cpu", lazy.options, lazy.fingerprint, source_sha256(), asks_for_token=True)
+    return Recipe(lazy.spec, "cpu", lazy.options, lazy.fingerprint, source_sha256(), needs_token=True)
 
 
 def test_a_worker_gives_what_the_task_gives(recipe: Recipe, lazy: Pair, small_batches: Pair) -> None:
     worker = PairWorker()
-    loaded = worker.load(recipe).value
+    loaded = worker.load(recipe)
     assert loaded.device == "cpu"
-    assert loaded.setting.engine == "sweep"
+    assert loaded.environment.engine_mode == "sweep"
     task = Score(lazy.prompts_of("val"), Position.DECISION, replacements())
-    found = worker.run(task.with_maps({}), replacements())
+    found = worker.call("run", task, range(len(task.prompts)))
     expected = task.run(small_batches)
     assert found.error is None
-    assert found.value.keys() == set(task.names) == set(expected)
-    assert all(torch.equal(found.value[name], expected[name]) for name in task.names)
-    assert worker.ask("n_heads", 1).value == 2
+    assert found.value.keys() == set(expected)
+    assert all(torch.equal(found.value[name], expected[name]) for name in expected)
+    some = worker.run(task, [3, 5])
+    assert all(torch.equal(some[name], expected[name][[3, 5]]) for name in expected if "patched" not in name)
+    assert worker.ask(Pair.prompts_of, "val") == lazy.prompts_of("val")
     assert not lazy.base.residence._models, "asking for prompts and digests loads no model"
 
 
@@ -55,7 +57,7 @@ def test_a_worker_says_what_is_wrong_instead_of_dying(recipe: Recipe, lazy: Pair
     worker = PairWorker()
     worker.load(recipe)
     task = Capture(lazy.prompts_of("val"), Position.DECISION, "base", (Site(99, Hook.ATTN_OUT),))
-    found = worker.run(task, {})
+    found = worker.call("run", task, range(len(task.prompts)))
     assert found.value is None
     assert found.error is not None
     assert "99" in found.error
@@ -73,7 +75,7 @@ def test_a_worker_that_is_not_like_the_driver_is_not_let_in(
     recipe: Recipe, change: dict[str, str], error: str
 ) -> None:
     with pytest.raises(MechdiffError, match=error):
-        raise MechdiffError(PairWorker().load(replace(recipe, **change)).error)
+        PairWorker().load(replace(recipe, **change))
 
 
 def test_a_cluster_that_everybody_can_use_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +83,10 @@ def test_a_cluster_that_everybody_can_use_is_refused(recipe: Recipe, monkeypatch
         monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
         if mode:
             monkeypatch.setenv("RAY_AUTH_MODE", mode)
-        found = PairWorker().load(recipe)
+        found = PairWorker().call("load", recipe)
         assert found.error is not None
         assert "asks for no token" in found.error
-        assert PairWorker().load(replace(recipe, asks_for_token=False)).error is None
+        assert PairWorker().call("load", replace(recipe, needs_token=False)).error is None
 
 
 @pytest.mark.parametrize("address", ["a b:1", "ray://x:1", "10.0.0.1", "x:123456", "x:1\n", "$(id):1", ""])

@@ -25,6 +25,7 @@ from mechdiff_mlflow.experiments.progress import Advance, Stage
 from mechdiff_mlflow.experiments.workers import LocalWorkers, Workers
 from mechdiff_mlflow.experiments.workers.cluster import _of_our_own
 from mechdiff_mlflow.experiments.workers.tasks import Capture, Task, Tensors
+from mechdiff_mlflow.experiments.workers.workers import model_sizes, n_heads_of, unembedding
 from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.spec.sites import Hook, Site
@@ -91,14 +92,6 @@ class HasModule(Task):
 
     module: str
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return ("found",)
-
-    @property
-    def about(self) -> str:
-        return self.module
-
     def run(self, pair: Pair) -> Tensors:
         return {"found": torch.full((len(self.prompts),), float(self.module in sys.modules))}
 
@@ -115,9 +108,9 @@ class Deadly(HasModule):
 def test_numbers_are_those_of_one_process_to_the_bit(workers: Any, local: Pair) -> None:
     assert_same(answers(workers), answers(LocalWorkers(local)))
     assert_same_tables(study(workers.pair, workers), study(local))
-    assert workers.shapes() == LocalWorkers(local).shapes()
-    assert workers.n_heads(1) == 2
-    assert torch.equal(workers.unembedding("base"), local.base.unembedding())
+    assert workers.ask(model_sizes) == LocalWorkers(local).ask(model_sizes)
+    assert workers.ask(n_heads_of, 1) == 2
+    assert torch.equal(workers.ask(unembedding, "base"), local.base.unembedding())
     assert not workers.pair.base.residence._models, "the driver holds no model"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from hypothesis import strategies as st
 
 from mechdiff_mlflow.engine.model.chunks import in_chunks
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.workers import LocalWorkers, Workers
-from mechdiff_mlflow.experiments.workers.shards import Merged, chunks_of, part_of, shards_of
+from mechdiff_mlflow.experiments.workers import LocalWorkers
+from mechdiff_mlflow.experiments.workers.shards import chunks_of, merged, shards_of
 from mechdiff_mlflow.experiments.workers.tasks import Capture, Gradients, Score
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
@@ -24,18 +23,12 @@ from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts
 class Cut(LocalWorkers):
     """This process, asked shard by shard."""
 
-    def capture(self, *asked: Any, **more: Any) -> Any:
-        return Workers.capture(self, *asked, **more)
-
-    def score(self, *asked: Any, **more: Any) -> Any:
-        return Workers.score(self, *asked, **more)
-
     def __init__(self, pair: Pair, at_most: int) -> None:
         super().__init__(pair)
         self._at_most = at_most
 
     @property
-    def most_shards(self) -> int:
+    def max_shards(self) -> int:
         return self._at_most
 
 
@@ -83,7 +76,7 @@ def test_every_prompt_is_in_one_shard(small_batches: Pair) -> None:
     shards = shards_of(task, small_batches, 3)
     assert len(shards) == 3
     assert sorted(itertools.chain.from_iterable(shards)) == list(range(len(prompts)))
-    parts = [part_of(task, rows) for rows in shards]
+    parts = [task.part(rows) for rows in shards]
     assert [prompt for part in parts for prompt in part.prompts.prompts] != list(prompts.prompts)
     assert {p for part in parts for p in (q.text for q in part.prompts.prompts)} == {
         p.text for p in prompts.prompts
@@ -95,7 +88,7 @@ def test_what_cannot_be_cut_stays_whole(small_batches: Pair, monkeypatch: pytest
     assert len(shards_of(Gradients(prompts, Position.DECISION, SITES, 0), small_batches)) == 1
     capture = Capture(prompts, Position.DECISION, "base", SITES)
     assert len(shards_of(capture, small_batches)) > 1
-    assert part_of(capture, range(len(prompts))) is capture
+    assert capture.part(range(len(prompts))) is capture
     # Of models that cut a prompt into other tokens, no part of the prompts is whole chunks of both.
     own = Pair.tokens
 
@@ -109,10 +102,10 @@ def test_what_cannot_be_cut_stays_whole(small_batches: Pair, monkeypatch: pytest
 
 
 def test_rows_go_back_to_their_prompts() -> None:
-    merged = Merged([([2, 0], {"x": torch.tensor([2.0, 0.0])}), ([1], {"x": torch.tensor([1.0])})])
-    assert merged["x"].tolist() == [0.0, 1.0, 2.0]
+    whole = merged([([2, 0], {"x": torch.tensor([2.0, 0.0])}), ([1], {"x": torch.tensor([1.0])})])
+    assert whole["x"].tolist() == [0.0, 1.0, 2.0]
     with pytest.raises(KeyError):
-        merged["y"]
+        whole["y"]
 
 
 def test_errors_number_prompts_as_the_whole_does(

@@ -14,28 +14,23 @@ from mechdiff_mlflow.engine.kernels.fusion import gpu_kernels
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What patched tokens of one block can see of n prompts.
+    """What patched tokens of one block can see of n prompts."""
 
-    Args:
-        keys: [n, key heads, prefix, head width], rotated.
-        values: [n, key heads, prefix, value width].
-        mask: What each of the S suffix positions sees of prefix and suffix [n or 1, 1, S, prefix + S],
-            boolean or added to the scores; None when that is the prefix and the suffix up to itself.
-    """
-
-    keys: Tensor
-    values: Tensor
+    keys: Tensor  # [n, key heads, prefix, head width], rotated
+    values: Tensor  # [n, key heads, prefix, value width]
+    # What each of the S suffix positions sees of prefix and suffix [n or 1, 1, S, prefix + S], boolean or
+    # added to the scores; None when that is the prefix and the suffix up to itself.
     mask: Tensor | None
 
     def of(self, prompts: slice) -> Prefix:
-        """For some of the prompts."""
+        """The prefix of some of the prompts."""
         mask = self.mask
         if mask is not None and mask.shape[0] > 1:
             mask = mask[prompts]
         return Prefix(self.keys[prompts], self.values[prompts], mask)
 
     def first(self) -> Prefix:
-        """For the first suffix position alone."""
+        """The prefix of the first suffix position alone."""
         mask = None if self.mask is None else self.mask[:, :, :1, : self.keys.shape[2] + 1]
         return Prefix(self.keys, self.values, mask)
 
@@ -68,20 +63,10 @@ def split_attention(
     """Attention of V variants of `suffix` tokens each, as if each variant followed the prefix alone.
 
     Softmax over the prefix and softmax over a variant's own tokens are merged by their log-sum-exp, so no
-    score between two variants is computed.
-
-    Args:
-        query: [n, heads, V * suffix, head width], variant by variant.
-        key: [n, key heads, V * suffix, head width].
-        value: [n, key heads, V * suffix, value width].
-        prefix: Of the same n prompts.
-        suffix: Tokens of each variant.
-        scale: Multiplies the scores.
-        softcap: Scores become softcap * tanh(score / softcap).
-        sinks: Per head a score that takes its share of the softmax and adds nothing [heads].
-
-    Returns:
-        [n, V * suffix, heads, value width]
+    score between two variants is computed. Rows of query [n, heads, V * suffix, head width], key and value
+    [n, key heads, V * suffix, head or value width] lie variant by variant, and so does what is returned,
+    [n, V * suffix, heads, value width]. Scores are scaled, then become softcap * tanh(score / softcap);
+    `sinks` [heads] are scores that take their share of the softmax and add nothing.
     """
     n, heads, tokens, _ = query.shape
     kernels = gpu_kernels(query) if suffix == 1 and softcap is None and sinks is None else None
@@ -167,17 +152,3 @@ def _fused_attention(
     bias = bias.expand(rows.shape[0], rows.shape[1], n_rows, n_prefix)
     out = kernels._scaled_dot_product_efficient_attention(*arguments, bias, True, 0.0, False, scale=scale)
     return out[0], out[1][..., :n_rows]
-
-
-def concat_mask(prefix: Prefix, *, suffix: int, variants: int, dtype: torch.dtype) -> Tensor:
-    """A tree of variants on the prefix: [n or 1, 1, V * suffix, prefix + V * suffix], added to scores."""
-    one = prefix.added_mask(suffix, dtype)
-    n_prefix, tokens = prefix.keys.shape[2], variants * suffix
-    hidden = torch.finfo(dtype).min / 2
-    own = torch.full(
-        (one.shape[0], 1, variants, suffix, variants, suffix), hidden, dtype=dtype, device=one.device
-    )
-    each = torch.arange(variants, device=one.device)
-    own[:, :, each, :, each] = one[..., n_prefix:].unsqueeze(0)
-    before = one[..., :n_prefix].repeat(1, 1, variants, 1)
-    return torch.cat([before, own.view(one.shape[0], 1, tokens, tokens)], -1)

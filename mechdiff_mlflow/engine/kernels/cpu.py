@@ -16,10 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, late: bool
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of halves: x · cos + (−x₂, x₁) · sin.
 
-    Args:
-        x: [n, heads, tokens, head width].
-        cos: [n or 1, tokens, head width].
-        sin: The same.
+    x is [n, heads, tokens, head width], cos and sin [n or 1, tokens, head width].
     """
     half = x.shape[-1] // 2
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)

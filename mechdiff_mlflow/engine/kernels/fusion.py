@@ -1,8 +1,7 @@
 """A model's norms, rotations and gated MLPs in fewer passes over memory, while the engine runs it.
 
-Between its matrix products a model reads and writes every number a dozen times. Where there are kernels for
-the device, a module whose output they reproduce is computed by them; any other is left as it is, so an
-architecture that we do not know runs at its own speed. What is swapped is put back in the end.
+Where there are kernels for the device, a module whose output they reproduce is computed by them; any other is
+left as it is, so an architecture that we do not know runs at its own speed. What is swapped is put back.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
-from importlib import import_module
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.kernels import cpu as kernels_cpu
 from mechdiff_mlflow.engine.model.architecture import Decoder
+from mechdiff_mlflow.measures.metrics import triton_kernels
 
 _ROTARY = "apply_rotary_pos_emb"
 _NORMS = ({"offset": 0.0, "late": False}, {"offset": 0.0, "late": True}, {"offset": 1.0, "late": True})
@@ -32,32 +31,20 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def gpu_kernels(x: Tensor) -> ModuleType | None:
     """Kernels for tensors like `x` on a GPU, where there are any."""
-    return _import_kernels() if x.is_cuda and x.dtype in _HALF else None
+    half = x.is_cuda and x.dtype in _HALF
+    return triton_kernels("mechdiff_mlflow.engine.kernels.triton") if half else None
 
 
 def _kernels(x: Tensor) -> ModuleType | None:
     return kernels_cpu if x.device.type == "cpu" and x.dtype == torch.float32 else gpu_kernels(x)
 
 
-@cache
-def _import_kernels() -> ModuleType | None:
-    try:
-        return import_module("mechdiff_mlflow.engine.kernels.triton")
-    except ImportError:  # Triton comes with torch for CUDA, but not everywhere
-        return None
-
-
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """What is computed differently while a model runs.
+    """What is computed differently while a model runs."""
 
-    Args:
-        forwards: Modules, each with what replaces its `forward`.
-        rotations: Python modules whose rotation of queries and keys is replaced.
-    """
-
-    forwards: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]] = ()
-    rotations: Sequence[ModuleType] = ()
+    forwards: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]] = ()  # modules and their new `forward`
+    rotations: Sequence[ModuleType] = ()  # Python modules whose rotation of queries and keys is replaced
 
     @classmethod
     @torch.no_grad()
@@ -92,8 +79,10 @@ def _fused(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """Another `forward` for a module, if there is one that gives the same."""
     if "forward" in module.__dict__:  # somebody else's, such as accelerate's
         return None
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return None
     for forward, width in _candidates(module):
-        weight = next(module.parameters())
         x = torch.randn(4, width, device=weight.device, generator=_generator(weight.device)).to(weight.dtype)
         try:
             if _agree(forward(x), module(x)):

@@ -127,14 +127,9 @@ def _split_attention_kernel(  # type: ignore[no-untyped-def]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, late: bool) -> Tensor:
-    """Scale x to x / √(mean x² + eps) · (weight + offset) over the last dimension.
+    """Scale x [..., width] to x / √(mean x² + eps) · (weight + offset).
 
-    Args:
-        x: [..., width].
-        weight: [width].
-        eps: Added to the mean square.
-        offset: Added to the weight.
-        late: Round to the dtype of `x` after the product with the weight only, not before it too.
+    If `late`, it is rounded to the dtype of x after the product with the weight only, not before it too.
     """
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -161,10 +156,8 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding of halves: x · cos + (−x₂, x₁) · sin.
 
-    Args:
-        x: [n, heads, tokens, head width].
-        cos: [n or 1, tokens, head width]; strides other than the last are free.
-        sin: With the strides of `cos`.
+    x is [n, heads, tokens, head width]; cos and sin [n or 1, tokens, head width] have the same strides, of
+    which only the last must be 1.
     """
     n, heads, tokens, width = x.shape
     out = torch.empty(n, tokens, heads, width, dtype=x.dtype, device=x.device)
@@ -181,28 +174,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def split_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    mask: Tensor | None,
-    *,
-    scale: float,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, prefix_keys: Tensor, prefix_values: Tensor,
+    mask: Tensor | None, *, scale: float,
+) -> Tensor:  # fmt: skip
     """Attention of V variants of one token each, that see a prefix and themselves.
 
-    Args:
-        query: [n, heads, V, head width].
-        key: [n, key heads, V, head width].
-        value: [n, key heads, V, value width].
-        prefix_keys: [n, key heads, prefix, head width].
-        prefix_values: [n, key heads, prefix, value width].
-        mask: Added to the scores of the prefix [n or 1, prefix], float32 and contiguous; or None.
-        scale: Multiplies the scores.
-
-    Returns:
-        [n, V, heads, value width], laid out variant by variant.
+    Shapes are those of the `split_attention` in plain torch; the mask, if any, is added to the scores of the
+    prefix [n or 1, prefix], float32 and contiguous. What is returned [n, V, heads, value width] is laid out
+    variant by variant.
     """
     n, heads, variants, width = query.shape
     key_heads, n_prefix, value_width = key.shape[1], prefix_keys.shape[2], value.shape[3]

@@ -20,16 +20,10 @@ from mechdiff_mlflow.spec.sites import Site
 
 
 class Activations(Mapping[Site, Tensor]):
-    """Rows [N, width] of some sites, filled chunk by chunk.
+    """Rows [N, width] of some sites, filled chunk by chunk; without a budget all are kept in memory.
 
     Spilled rows lie in a temporary folder that goes with this object, and at exit at the latest, also after
     errors. Only what is asked for is then in memory: keep the mapping, not its tensors.
-
-    Args:
-        n_prompts: N.
-        sites: Which sites, in this order.
-        device: Where rows are given.
-        budget: Shared with others; None keeps everything in memory.
     """
 
     def __init__(
@@ -96,8 +90,8 @@ class Activations(Mapping[Site, Tensor]):
         return len(self._sites)
 
     def of(self, sites: Sequence[Site]) -> Mapping[Site, Tensor]:
-        """Of some sites, on the CPU."""
-        return _Some(self, sites)
+        """The rows of some sites, on the CPU."""
+        return _SomeSites(self, sites)
 
     def _make_room(self, rows: Tensor) -> None:
         shape = (self._n_prompts, *rows.shape[1:])
@@ -129,7 +123,7 @@ class Activations(Mapping[Site, Tensor]):
         self._n_files += 1
 
 
-class _Some(Mapping[Site, Tensor]):
+class _SomeSites(Mapping[Site, Tensor]):
     def __init__(self, rows: Activations, sites: Sequence[Site]) -> None:
         self._all, self._sites = rows, sites
 

@@ -1,11 +1,11 @@
-"""What may be held in memory beside the weights, and what follows for the engine's bounds."""
+"""What may be held in memory beside the weights, and what follows for the engine's limits."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
 
-from mechdiff_mlflow.engine.memory.oom_retry import Bounds
+from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits
 from mechdiff_mlflow.engine.model.architecture import Decoder, text_config
 from mechdiff_mlflow.errors import MechdiffError
 
@@ -21,11 +21,8 @@ class MemoryBudget:
 
     Both models of a pair share one budget: they work in turns, and what is kept is counted together.
 
-    Args:
-        total: Bytes.
-
     Raises:
-        MechdiffError: It is not positive.
+        MechdiffError: The total is not positive.
     """
 
     def __init__(self, total: int) -> None:
@@ -44,9 +41,7 @@ class MemoryBudget:
     def reserve(self, n_bytes: int, *, sparing: bool = False) -> bool:
         """Whether so many bytes may be kept; they then count until released.
 
-        Args:
-            n_bytes: How many.
-            sparing: Leave half of all that may be kept to others, to whom it matters more.
+        `sparing` leaves half of all that may be kept to others, to whom it matters more.
         """
         if n_bytes > self._left - (self._spared if sparing else 0):
             return False
@@ -59,33 +54,21 @@ class MemoryBudget:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Of a model, what its memory follows from.
-
-    Args:
-        n_layers: Decoder blocks.
-        width: Of the residual stream.
-        inner: Of the MLPs.
-        heads_width: Query heads times their width.
-        kv_width: Key heads times their width.
-        n_heads: Query heads.
-        vocabulary: Tokens.
-        number: Bytes of a number.
-        keeps_scores: Whether attention scores of a forward exist as a matrix (eager attention).
-    """
+class ModelShape:
+    """The dimensions of a model from which its need of memory follows."""
 
     n_layers: int
-    width: int
-    inner: int
-    heads_width: int
-    kv_width: int
-    n_heads: int
+    width: int  # of the residual stream
+    inner: int  # width of the MLPs
+    heads_width: int  # query heads times their width
+    kv_width: int  # key heads times their width
+    n_heads: int  # query heads
     vocabulary: int
-    number: int
-    keeps_scores: bool
+    number: int  # bytes of a number
+    keeps_scores: bool  # whether attention scores of a forward exist as a matrix (eager attention)
 
     @classmethod
-    def of(cls, decoder: Decoder, vocabulary: int, *, keeps_scores: bool) -> Shape:
+    def of(cls, decoder: Decoder, vocabulary: int, *, keeps_scores: bool) -> ModelShape:
         """From a model's configuration; what is not there is guessed as for Llama and GPT-2."""
         config = text_config(decoder.model)
         n_heads = int(config.num_attention_heads)
@@ -110,21 +93,13 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a call asks of the model.
+    """What a call asks of the model."""
 
-    Args:
-        n_tokens: Of the longest prompt.
-        suffix: Tokens from the patched position to the end, at most.
-        n_sites: Sites that are read.
-        n_columns: Patched runs of each prompt; 0 for a capture.
-        tree: Whether variants stand side by side behind a mask (the paths concat and masked).
-    """
-
-    n_tokens: int
-    suffix: int = 1
-    n_sites: int = 1
-    n_columns: int = 0
-    tree: bool = False
+    n_tokens: int  # of the longest prompt
+    suffix: int = 1  # tokens from the patched position to the end, at most
+    n_sites: int = 1  # sites that are read
+    n_columns: int = 0  # patched runs of each prompt; 0 for a capture
+    tree: bool = False  # whether variants stand side by side behind a mask (the path masked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +112,11 @@ class Need:
 
     @property
     def total(self) -> int:
-        """Of all three."""
+        """All three."""
         return self.chunk + self.rows + self.head
 
 
-def needed(bounds: Bounds, shape: Shape, load: Load) -> Need:
+def needed(limits: ChunkLimits, shape: ModelShape, load: Load) -> Need:
     """What a call takes at most beside the weights and the activations it returns.
 
     With e bytes a number, T tokens a prompt, S of them re-run, w the width, i of the MLP, a of the query and
@@ -160,31 +135,31 @@ def needed(bounds: Bounds, shape: Shape, load: Load) -> Need:
     logits = shape.vocabulary * (2 * e + 8)
     replacements = (load.n_sites + load.n_columns) * w * (2 * e + 8)
     # No more rows than there are.
-    n_rows = min(bounds.max_rows, bounds.batch_size * load.n_columns * load.suffix)
+    n_rows = min(limits.max_rows, limits.batch_size * load.n_columns * load.suffix)
     row = (10 * w + 4 * shape.inner) * e + 4 * (6 * shape.heads_width + 4 * shape.kv_width)
     if load.tree:
         in_tree = min(n_rows, load.n_columns * load.suffix)
         row += 2 * e * shape.n_layers * shape.kv_width + (2 * e + 4 * shape.n_heads) * (t + in_tree)
-    n_head = min(bounds.head_rows, bounds.batch_size * max(1, load.n_columns))
+    n_head = min(limits.head_rows, limits.batch_size * max(1, load.n_columns))
     return Need(
-        chunk=bounds.batch_size * (recorded + block + scores + logits + replacements),
+        chunk=limits.batch_size * (recorded + block + scores + logits + replacements),
         rows=n_rows * row,
         head=n_head * (shape.vocabulary * (e + 4) + w * e),
     )
 
 
-def bounds_within(n_bytes: int, most: Bounds, shape: Shape, load: Load) -> Bounds:
-    """The largest bounds, found by halving what takes most, whose need is at most `n_bytes`.
+def limits_within(n_bytes: int, most: ChunkLimits, shape: ModelShape, load: Load) -> ChunkLimits:
+    """The largest limits, found by halving what takes most, whose need is at most `n_bytes`.
 
     Raises:
         MechdiffError: Not even one prompt and one row fit.
     """
-    bounds = most
-    while (need := needed(bounds, shape, load)).total > n_bytes:
+    limits = most
+    while (need := needed(limits, shape, load)).total > n_bytes:
         halves = {
-            "batch_size": need.chunk if bounds.batch_size > 1 else 0,
-            "max_rows": need.rows if bounds.max_rows > 1 else 0,
-            "head_rows": need.head if bounds.head_rows > 1 else 0,
+            "batch_size": need.chunk if limits.batch_size > 1 else 0,
+            "max_rows": need.rows if limits.max_rows > 1 else 0,
+            "head_rows": need.head if limits.head_rows > 1 else 0,
         }
         name = max(halves, key=lambda name: halves[name])
         if not halves[name]:
@@ -193,8 +168,8 @@ def bounds_within(n_bytes: int, most: Bounds, shape: Shape, load: Load) -> Bound
                 f"One prompt of {load.n_tokens} tokens needs more than the memory budget leaves for it "
                 f"({size(n_bytes)}); give --memory-budget {least} or more."
             )
-        bounds = replace(bounds, **{name: getattr(bounds, name) // 2})
-    return bounds
+        limits = replace(limits, **{name: getattr(limits, name) // 2})
+    return limits
 
 
 def parse_bytes(text: str) -> int:

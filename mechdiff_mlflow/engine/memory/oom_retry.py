@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 
 T = TypeVar("T", bound=Sized)
 T_co = TypeVar("T_co", bound=Sized, covariant=True)
@@ -20,21 +21,16 @@ _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory",
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class ChunkLimits:
     """How much an engine holds at a time.
-
-    Args:
-        batch_size: Prompts in one forward.
-        max_rows: Patched tokens that go up the layers together.
-        head_rows: Rows of logits in memory together.
 
     Raises:
         MechdiffError: One is under 1.
     """
 
-    batch_size: int = 16
-    max_rows: int = 8192
-    head_rows: int = 2048
+    batch_size: int = 16  # prompts in one forward
+    max_rows: int = 8192  # patched tokens that go up the layers together
+    head_rows: int = 2048  # rows of logits in memory together
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_rows", "head_rows"):
@@ -46,83 +42,75 @@ class Bounds:
             f"{self.batch_size} prompts, {self.max_rows} patched tokens and {self.head_rows} rows of logits"
         )
 
-    def within(self, other: Bounds) -> Bounds:
+    def within(self, other: ChunkLimits) -> ChunkLimits:
         """The smaller of each."""
-        return Bounds(
+        return ChunkLimits(
             min(self.batch_size, other.batch_size),
             min(self.max_rows, other.max_rows),
             min(self.head_rows, other.head_rows),
         )
 
-    def less(self, n_prompts: int, *, patched: bool) -> Bounds | None:
-        """What to try after these failed on n prompts; None when there is nothing smaller.
+    def less(self, n_prompts: int, *, patched: bool) -> ChunkLimits | None:
+        """What to try after these failed on n prompts together; None when there is nothing smaller.
 
-        Args:
-            n_prompts: How many were run together.
-            patched: Whether patched tokens were run, or the prompts alone.
+        Without patched tokens only the prompts are fewer.
         """
-        smallest = n_prompts == 1 and (not patched or self.max_rows == self.head_rows == 1)
-        if smallest:
+        if n_prompts == 1 and (not patched or self.max_rows == self.head_rows == 1):
             return None
         # One prompt alone: the rest is due to patched tokens, and each attempt costs a forward.
         part = (2 if n_prompts > 1 else 16) if patched else 1
         rows = max(1, self.max_rows // part), max(1, self.head_rows // part)
-        return Bounds(max(1, n_prompts // 2), *rows)
+        return ChunkLimits(max(1, n_prompts // 2), *rows)
 
 
 class Source(Protocol[T_co]):
     """Prompts in some order, a few of which are taken at a time; what is taken has a length."""
 
+    prompts: TokenizedPrompts
+
     def __len__(self) -> int: ...
 
     def n_tokens(self, start: int) -> int:
-        """Of the prompt at a place in the order."""
+        """Length of the prompt at a place in the order."""
 
     def take(self, start: int, size: int) -> T_co:
         """At least one and at most `size` prompts from a place in the order on."""
 
 
-class Elastic:
+class ChunkRunner:
     """Runs prompts in chunks, and takes smaller ones from then on when memory runs out.
 
-    Args:
-        bounds: What to begin with.
-        give_up: Frees what is held for convenience only, and says how many prompts that was of.
+    First it calls `give_up`, which frees what is held for convenience only and says of how many prompts.
     """
 
-    def __init__(self, bounds: Bounds, give_up: Callable[[], int] = int) -> None:
-        self.bounds = bounds
+    def __init__(self, limits: ChunkLimits, give_up: Callable[[], int] = int) -> None:
+        self.limits = limits
         self._give_up = give_up
 
     def run(
         self,
         source: Source[T],
-        work: Callable[[T, Bounds], None],
+        work: Callable[[T, ChunkLimits], None],
         *,
         patched: bool,
-        at_most: Bounds | None = None,
+        at_most: ChunkLimits | None = None,
     ) -> Iterator[int]:
         """How many prompts each chunk had, once `work` is through with it.
 
-        Where memory runs out, what is kept for convenience goes first; then smaller chunks begin again at the
-        same prompt.
-
-        Args:
-            source: All prompts.
-            work: What is done with a chunk within bounds; may be called again on the same prompts.
-            patched: Whether `work` runs patched tokens, whose bounds then shrink too.
-            at_most: Bounds of this run alone.
+        Where memory runs out, smaller chunks begin again at the same prompt: `work` may be called on it
+        again. `patched` says that it runs patched tokens, whose limits then shrink too. The limits `at_most`
+        are of this run alone.
 
         Raises:
             MechdiffError: Not even one prompt fits.
         """
         start, before = 0, None
         while start < len(source):
-            bounds = self.bounds if at_most is None else self.bounds.within(at_most)
-            chunk = source.take(start, bounds.batch_size)
+            limits = self.limits if at_most is None else self.limits.within(at_most)
+            chunk = source.take(start, limits.batch_size)
             n = len(chunk)
             try:
-                work(chunk, bounds)
+                work(chunk, limits)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -130,7 +118,7 @@ class Elastic:
             else:
                 if before is not None:
                     warnings.warn(
-                        f"Memory ran out with chunks of {before}; going on with {self.bounds}.", stacklevel=3
+                        f"Memory ran out with chunks of {before}; going on with {self.limits}.", stacklevel=3
                     )
                     before = None
                 start += n
@@ -147,11 +135,11 @@ class Elastic:
                 )
                 continue
             release_memory()
-            before = before or bounds
-            less = bounds.less(n, patched=patched)
+            before = before or limits
+            less = limits.less(n, patched=patched)
             if less is None:
                 raise does_not_fit(f"One prompt of {source.n_tokens(start)} tokens does", reason)
-            self.bounds = less
+            self.limits = less
 
 
 def does_not_fit(what: str, reason: str) -> MechdiffError:

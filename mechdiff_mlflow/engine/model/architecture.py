@@ -4,7 +4,7 @@
 
 - Most blocks add the sublayer's output itself, in sequence (Llama) or in parallel (Phi, GPT-NeoX, Cohere2).
 - Blocks with a norm after each sublayer (Gemma 2 and 3, OLMo 2, GLM-4, EXAONE 4) add the output of that norm.
-- Sublayers that add the residual stream themselves (Bloom) add the output of their last projection.
+- Sublayers that add the residual stream themselves (Bloom, MPT) add the output of their last projection.
 - OPT has no MLP module; its block adds the output of `fc2`.
 - Granite adds its sublayers' outputs times a constant, `residual_multiplier`; the sites are the outputs.
 """
@@ -21,8 +21,16 @@ from torch import nn
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn")
-_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2")
+_ATTENTION = (
+    "self_attn",
+    "attn",
+    "attention",
+    "self_attention",
+    "linear_attn",
+    "temporal_block",
+    "norm_attn_norm.attn",
+)
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "mlp_block", "fc2")
 _POST_NORMS = (
     ("post_attention_layernorm", "post_feedforward_layernorm"),
     ("post_self_attn_layernorm", "post_mlp_layernorm"),
@@ -32,22 +40,13 @@ _POST_NORMS = (
 
 @dataclass(frozen=True, slots=True)
 class ModuleNames:
-    """Module names of a model that is not recognised; None means found automatically.
+    """Module names of a model that is not recognised; None means found automatically."""
 
-    Args:
-        layers: Path of the list of decoder blocks, e.g. `model.layers`.
-        attention: Name of the attention sublayer in a block, e.g. `self_attn`.
-        mlp: Name of the MLP sublayer in a block, e.g. `mlp`.
-        attn_out: Name in a block of the module whose output the attention sublayer adds to the residual
-            stream, when that is not `attention` itself, e.g. `post_attention_layernorm`.
-        mlp_out: The same for the MLP sublayer.
-    """
-
-    layers: str | None = None
-    attention: str | None = None
-    mlp: str | None = None
-    attn_out: str | None = None
-    mlp_out: str | None = None
+    layers: str | None = None  # path of the list of decoder blocks, e.g. `model.layers`
+    attention: str | None = None  # attention sublayer in a block, e.g. `self_attn`
+    mlp: str | None = None  # MLP sublayer in a block, e.g. `mlp`
+    attn_out: str | None = None  # what gives attn_out, if not `attention`, e.g. `post_attention_layernorm`
+    mlp_out: str | None = None  # the same for the MLP sublayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +62,13 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A causal language model whose blocks have been found.
+    """A causal language model whose blocks have been found."""
 
-    Args:
-        model: What is called: a transformers causal LM, or a PEFT wrapper of one.
-        layers: The list of decoder blocks in it.
-        blocks: The same, resolved, first to last.
-        width: Dimensions of the residual stream.
-    """
-
-    model: nn.Module
-    layers: nn.ModuleList
-    blocks: tuple[Block, ...]
-    width: int
+    model: nn.Module  # what is called: a transformers causal LM, or a PEFT wrapper of one
+    layers: nn.ModuleList  # the list of decoder blocks in it
+    blocks: tuple[Block, ...]  # the same, resolved, first to last
+    width: int  # dimensions of the residual stream
+    unlike: str = ""  # why `attn_out` and `mlp_out` are no sites of it; empty if nothing speaks against them
 
     @classmethod
     def of(cls, model: nn.Module, names: ModuleNames | None = None) -> Decoder:
@@ -90,7 +83,7 @@ class Decoder:
         return cls(model, layers, tuple(_resolve(layer, names) for layer in layers), int(config.hidden_size))
 
     def check(self, site: Site) -> None:
-        """Raise unless `site` exists.
+        """Make sure that `site` exists.
 
         Raises:
             MechdiffError: The layer is beyond the last, or its block lacks the sublayer.
@@ -115,11 +108,14 @@ class Decoder:
         if module is None:
             name = "attention" if site.hook is Hook.ATTN_OUT else "mlp"
             others = [str(i) for i, b in enumerate(self.blocks) if getattr(b, str(site.hook)) is not None]
-            remedy = f"take one of layers {', '.join(others)} or another hook, or " if others else ""
+            remedy = f"take one of layers {', '.join(others)}, or " if others else "take "
+            why = self.unlike or (
+                f"was not found in {type(block.module).__name__}, which has "
+                f"{', '.join(n for n, _ in block.module.named_children())}"
+            )
             raise MechdiffError(
-                f"Site {site} was not found in {type(block.module).__name__}, which has "
-                f"{', '.join(n for n, _ in block.module.named_children())}; {remedy}set modules.{name} in "
-                "the pair's spec to the right one."
+                f"Site {site} {why}; {remedy}hook resid_pre or resid_post, or set modules.{name} in the "
+                "pair's spec to the right one."
             )
         return module
 
@@ -149,23 +145,24 @@ def _find_layers(model: nn.Module, n_layers: int, names: ModuleNames) -> nn.Modu
             )
         return layers
     attention = (names.attention,) if names.attention else _ATTENTION
-    found = {
+    fitting = {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == n_layers
-        and any(_submodule(layer, name) is not None for layer in module for name in attention)
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
     }
+    found = {
+        path: module
+        for path, module in fitting.items()
+        if any(_submodule(layer, name) is not None for layer in module for name in attention)
+    } or fitting  # blocks of a state space have no attention
     if len(found) > 1:  # of a multimodal model, the blocks beside the embeddings of tokens are meant
         paths = {module: path for path, module in model.named_modules()}
         home = paths.get(model.get_input_embeddings(), "").rpartition(".")[0]  # type: ignore[operator]
         found = {path: found[path] for path in found if path.rpartition(".")[0] == home} or found
     if len(found) != 1:
-        what = (
-            f"several could be ({', '.join(found)})"
-            if found
-            else f"none of {_module_lists(model) or 'none'} fits"
-        )
+        what = f"none of {_module_lists(model) or 'none'} fits"
+        if found:
+            what = f"several could be ({', '.join(found)})"
         raise MechdiffError(
             f"The {n_layers} decoder blocks of {type(model).__name__} were not recognised: {what}; "
             "set modules.layers in the pair's spec, and modules.attention if its name is unusual."
@@ -187,21 +184,20 @@ def _resolve(layer: nn.Module, names: ModuleNames) -> Block:
                 f"modules.{name} is {getattr(names, name)!r}, which {type(layer).__name__} does not have; "
                 f"its modules are {', '.join(n for n, _ in layer.named_children())}."
             )
-    attn_out, mlp_out = _takes_residual(attention, "dense"), _takes_residual(mlp, "dense_4h_to_h")
+    attn_out = _takes_residual(attention, "dense")
+    mlp_out = _takes_residual(mlp, "dense_4h_to_h", "down_proj")
     for norms in _POST_NORMS:
         if all(_submodule(layer, name) is not None for name in norms):
             attn_out, mlp_out = (_submodule(layer, name) for name in norms)
-    if names.attn_out is not None:
-        attn_out = _required(layer, "attn_out", names.attn_out)
-    if names.mlp_out is not None:
-        mlp_out = _required(layer, "mlp_out", names.mlp_out)
+    attn_out = _required(layer, "attn_out", names.attn_out) if names.attn_out else attn_out
+    mlp_out = _required(layer, "mlp_out", names.mlp_out) if names.mlp_out else mlp_out
     return Block(layer, attention, mlp, attn_out, mlp_out)
 
 
-def _takes_residual(sublayer: nn.Module | None, projection: str) -> nn.Module | None:
+def _takes_residual(sublayer: nn.Module | None, *projections: str) -> nn.Module | None:
     """The projection that ends a sublayer which adds the residual stream itself, else the sublayer."""
     if sublayer is not None and "residual" in inspect.signature(type(sublayer).forward).parameters:
-        return _submodule(sublayer, projection)
+        return _first(sublayer, projections)
     return sublayer
 
 

@@ -1,8 +1,7 @@
 """Whose attention function the model calls.
 
 transformers calls attention by a name in the configuration. While a path runs, that name is one of ours, and
-ours calls whatever function the path has put on the attention module. So no global state says which engine is
-at work, and two engines on two models can take turns.
+ours calls whatever function the path has put on the attention module, so that two engines can take turns.
 """
 
 from __future__ import annotations

@@ -15,25 +15,15 @@ from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """n prompts padded on the left to a common length, all patched the same distance from their end.
+    """n prompts padded on the left to a common length, all patched the same distance from their end."""
 
-    Args:
-        index: Which prompts these are, [n], on the CPU.
-        ids: Token ids [n, length].
-        mask: True where a token is real, [n, length].
-        positions: Position of each token in its own prompt [n, length].
-        suffix: Tokens from the patched position to the end; 1 for the decision token.
-        is_padded: Whether some prompt is shorter than the others.
-        span: Tokens from the patched position on whose mean is the activation.
-    """
-
-    index: Tensor
-    ids: Tensor
-    mask: Tensor
-    positions: Tensor
-    suffix: int
-    is_padded: bool
-    span: int = 1
+    index: Tensor  # which prompts these are, [n], on the CPU
+    ids: Tensor  # token ids [n, length]
+    mask: Tensor  # true where a token is real, [n, length]
+    positions: Tensor  # position of each token in its own prompt [n, length]
+    suffix: int  # tokens from the patched position to the end; 1 for the decision token
+    is_padded: bool  # whether some prompt is shorter than the others
+    span: int = 1  # tokens from the patched position on whose mean is the activation
 
     def __len__(self) -> int:
         return len(self.index)
@@ -61,13 +51,8 @@ class Chunk:
         return hidden[:, start : start + self.span]
 
 
-class Cuts:
-    """Prompts in the order in which chunks take them, short ones first, to be cut anywhere.
-
-    Args:
-        prompts: All prompts.
-        device: Where chunks are put.
-    """
+class ChunkPlan:
+    """Prompts in the order in which chunks take them, short ones first, to be cut anywhere."""
 
     def __init__(self, prompts: TokenizedPrompts, device: torch.device) -> None:
         self.prompts, self._device = prompts, device
@@ -77,7 +62,7 @@ class Cuts:
         return len(self.order)
 
     def n_tokens(self, start: int) -> int:
-        """Of the prompt at a place in the order."""
+        """Length of the prompt at a place in the order."""
         return len(self.prompts.ids[self.order[start]])
 
     def take(self, start: int, size: int) -> Chunk:
@@ -90,7 +75,7 @@ class Cuts:
 
 def in_chunks(prompts: TokenizedPrompts, size: int, device: torch.device) -> Iterator[Chunk]:
     """Chunks of at most `size` prompts that share a suffix length and a span, short prompts first."""
-    cuts, start = Cuts(prompts, device), 0
+    cuts, start = ChunkPlan(prompts, device), 0
     while start < len(cuts):
         chunk = cuts.take(start, size)
         yield chunk
@@ -103,7 +88,7 @@ def _suffix(prompts: TokenizedPrompts, i: int) -> tuple[int, int]:
 
 
 def check_prompts(prompts: TokenizedPrompts, vocabulary: int) -> None:
-    """Raise unless every prompt can be run.
+    """Make sure that every prompt can be run.
 
     Raises:
         MechdiffError: There are no prompts, one is empty, or a token or position does not exist.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,30 +15,24 @@ from torch import Tensor, nn
 from mechdiff_mlflow.engine.model.architecture import Decoder, text_config
 from mechdiff_mlflow.engine.model.attention_routing import plain_attention
 from mechdiff_mlflow.engine.model.chunks import Chunk
-from mechdiff_mlflow.engine.model.hooks import tapped
+from mechdiff_mlflow.engine.model.hooks import activation_hook
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.sites import Site
 
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What a clean run leaves of a chunk of n prompts.
-
-    Args:
-        chunk: The prompts.
-        clean: The model's own activation [n, width] at each site, at the position or mean of its span.
-        logits: Next-token logits [n, vocabulary].
-    """
+    """What a clean run leaves of a chunk of n prompts."""
 
     chunk: Chunk
-    clean: dict[Site, Tensor]
-    logits: Tensor
+    clean: dict[Site, Tensor]  # the model's own activation [n, width], at the position or mean of its span
+    logits: Tensor  # next-token logits [n, vocabulary]
 
     def __len__(self) -> int:
         return len(self.chunk)
 
     def part(self, prompts: slice) -> Recording:
-        """Of some of the prompts; views of the same numbers."""
+        """The recording of some of the prompts; views of the same numbers."""
         clean = {site: x[prompts] for site, x in self.clean.items()}
         return replace(self, chunk=self.chunk.part(prompts), clean=clean, logits=self.logits[prompts])
 
@@ -48,10 +43,7 @@ class Recording:
         return torch.stack([torch.isfinite(x).all(-1).to(device) for x in tensors], 1)
 
     def check_finite(self, finite: Tensor | None = None) -> None:
-        """Raise unless activations and logits are numbers.
-
-        Args:
-            finite: What `finite` said, if it was asked: every answer of a GPU is waited for.
+        """Raise unless activations and logits are numbers; `finite` is what `finite()` said, if it was asked.
 
         Raises:
             MechdiffError: One is NaN or infinite; names it and the prompt.
@@ -86,7 +78,7 @@ class PromptForward:
         return self.logits(chunk, **more)
 
     def logits(self, chunk: Chunk, **more: Any) -> Tensor:
-        """The same with the gradients that are asked for outside."""
+        """Next-token logits with the gradients that are asked for outside."""
         self.n_prompts += len(chunk)
         kwargs: dict[str, Any] = {}
         # Without a mask the model may use a causal kernel, which is faster.
@@ -117,11 +109,52 @@ class PromptForward:
         def keep(site: Site, hidden: Tensor) -> None:
             clean[site] = chunk.read(hidden)
 
-        with ExitStack() as taps:
+        with ExitStack() as hooks:
             for site in set(sites):
-                edit = lambda hidden, site=site: keep(site, hidden)  # noqa: E731
-                taps.enter_context(tapped(self.decoder, site, edit, len(chunk)))
+                hooks.enter_context(activation_hook(self.decoder, site, partial(keep, site), len(chunk)))
             return Recording(chunk, clean, self(chunk, **more))
+
+
+@contextmanager
+def head(forward: PromptForward, output_length: int | None) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function from rows [r, width] that leave the last block to logits [r, vocabulary].
+
+    The model's own final norm, output layer, scaling and soft-capping come from calling the model with every
+    block replaced by one that hands over the rows, in a tuple of `output_length` if the blocks return one.
+    """
+    rows: list[Tensor] = []
+
+    def answer() -> Any:
+        hidden = rows[0].unsqueeze(1)  # [r, 1, width]: as many prompts of one token
+        return hidden if output_length is None else (hidden, *(None,) * (output_length - 1))
+
+    def logits(hidden: Tensor) -> Tensor:
+        rows[:] = [hidden]
+        return forward.tokens(len(hidden))
+
+    layers = forward.decoder.layers
+    own = dict(layers._modules)
+    try:
+        for name, block in own.items():
+            assert block is not None
+            layers._modules[name] = _Stub(block, answer)
+        yield logits
+    finally:
+        layers._modules.update(own)
+
+
+class _Stub(nn.Module):
+    """Stands for a block: returns what it is told, and looks like the block to whoever asks."""
+
+    def __init__(self, block: nn.Module, answer: Callable[[], Any]) -> None:
+        super().__init__()
+        self.__dict__.update(_block=block, _answer=answer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_block"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_answer"]()
 
 
 def _place_of(module: nn.Module) -> torch.device:

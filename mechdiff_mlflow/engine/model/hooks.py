@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.model.architecture import Decoder
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.sites import Hook, Site
 
 Edit = Callable[[Tensor], Tensor | None]
@@ -16,17 +17,20 @@ Edit = Callable[[Tensor], Tensor | None]
 
 
 @contextmanager
-def tapped(decoder: Decoder, site: Site, edit: Edit, n_prompts: int | Callable[[], int]) -> Iterator[None]:
+def activation_hook(
+    decoder: Decoder, site: Site, edit: Edit, n_prompts: int | Callable[[], int]
+) -> Iterator[None]:
     """Call `edit` on the activations at `site` in every forward while the context is open.
 
-    Args:
-        decoder: Of the model.
-        site: Where.
-        edit: Reads or replaces.
-        n_prompts: In every forward, or what says it of the running one.
+    A forward has `n_prompts`; where that differs from one to the next, a function says it of the running one.
     """
 
     def edited(hidden: Tensor) -> Tensor | None:
+        if not 2 <= hidden.dim() <= 3:
+            raise MechdiffError(
+                f"The activation at {site} has the shape {list(hidden.shape)}, where prompts, tokens and "
+                "width were expected; such a stream cannot be patched, so take a model of another family."
+            )
         # OPT flattens prompts and tokens before its MLP.
         n = n_prompts if isinstance(n_prompts, int) else n_prompts()
         new = edit(hidden.view(n, -1, hidden.shape[-1]))

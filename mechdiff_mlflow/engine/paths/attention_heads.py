@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdiff_mlflow.engine.memory.oom_retry import Bounds, Elastic
+from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits, ChunkRunner
 from mechdiff_mlflow.engine.model.architecture import text_config
-from mechdiff_mlflow.engine.model.chunks import Chunk, Cuts, check_prompts
+from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan, check_prompts
 from mechdiff_mlflow.engine.model.forward import PromptForward
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
@@ -26,17 +26,12 @@ _PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 class AttentionHeads:
     """Reads what the heads of a layer give to its output projection, and projects it.
 
-    Args:
-        forward: Runs the model.
-        layer: Which block.
-        elastic: How many prompts go into one forward.
-
     Raises:
         MechdiffError: The layer does not exist, its output projection is not recognised, or what it puts out
             is not what the block adds to the residual stream.
     """
 
-    def __init__(self, forward: PromptForward, layer: int, elastic: Elastic) -> None:
+    def __init__(self, forward: PromptForward, layer: int, runner: ChunkRunner) -> None:
         forward.decoder.check(Site(layer, Hook.ATTN_OUT))
         block = forward.decoder.blocks[layer]
         attention = block.attention
@@ -49,7 +44,7 @@ class AttentionHeads:
         self.n_heads = int(text_config(forward.decoder.model).num_attention_heads)
         self._projection: nn.Module = getattr(attention, found[0])
         self._forward = forward
-        self._elastic = elastic
+        self._runner = runner
 
     def capture(self, prompts: TokenizedPrompts) -> Tensor:
         """The z of every head at `prompts.positions`, [N, H, head width] in the model's dtype, on the CPU.
@@ -61,7 +56,7 @@ class AttentionHeads:
         rows: list[Tensor] = []
         order: list[Tensor] = []
 
-        def record(chunk: Chunk, bounds: Bounds) -> None:
+        def record(chunk: Chunk, limits: ChunkLimits) -> None:
             read: list[Tensor] = []
 
             def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -75,7 +70,7 @@ class AttentionHeads:
             rows.extend(read)
             order.append(chunk.index)
 
-        for _ in self._elastic.run(Cuts(prompts, self._forward.device), record, patched=False):
+        for _ in self._runner.run(ChunkPlan(prompts, self._forward.device), record, patched=False):
             pass
         z = torch.cat(rows)[torch.argsort(torch.cat(order))]
         if z.shape[1] % self.n_heads:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mechdiff_mlflow.engine.kernels.attention import Prefix, concat_mask
+from mechdiff_mlflow.engine.kernels.attention import Prefix
+from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits
 from mechdiff_mlflow.engine.model.architecture import text_config
 from mechdiff_mlflow.engine.model.attention_routing import UnsupportedError
 from mechdiff_mlflow.engine.model.chunks import Chunk
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
-from mechdiff_mlflow.engine.model.hooks import tapped
+from mechdiff_mlflow.engine.model.hooks import activation_hook
 from mechdiff_mlflow.engine.paths.variants import Rows, Variants, in_parts, moved
 from mechdiff_mlflow.spec.sites import Site
 
@@ -32,7 +33,7 @@ class CachedRecording(Recording):
     prefixes: list[tuple[Tensor, Tensor]]
 
     def part(self, prompts: slice) -> CachedRecording:
-        """Of some of the prompts; views of the same numbers."""
+        """The recording of some of the prompts; views of the same numbers."""
         prefixes = [(keys[prompts], values[prompts]) for keys, values in self.prefixes]
         recording = Recording.part(self, prompts)  # `super()` is lost in a dataclass with slots
         assert isinstance(recording, CachedRecording)
@@ -42,9 +43,7 @@ class CachedRecording(Recording):
 class MaskedPath:
     """One forward that fills a cache, then one forward of all variants behind it.
 
-    Args:
-        forward: Of the model.
-        max_rows: Patched tokens in one forward; their logits are in memory together.
+    Logits of all patched tokens of a forward are in memory together.
 
     Raises:
         UnsupportedError: Some blocks see a window of the prompt only, which one mask for all cannot say.
@@ -52,12 +51,12 @@ class MaskedPath:
 
     name = "masked"
 
-    def __init__(self, forward: PromptForward, *, max_rows: int) -> None:
+    def __init__(self, forward: PromptForward, limits: ChunkLimits) -> None:
         config = text_config(forward.decoder.model)
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
             raise UnsupportedError("Some blocks of the model see a window of the prompt only.")
-        self._forward, self._max_rows = forward, max_rows
+        self._forward, self._max_rows = forward, min(limits.max_rows, limits.head_rows)
 
     def record(self, chunk: Chunk, sites: Sequence[Site]) -> CachedRecording:
         """The clean run of a chunk, with its cache."""
@@ -88,7 +87,7 @@ class MaskedPath:
             cache.update(keys[prompts], values[prompts], i)
         keys, values = recording.prefixes[0]
         prefix = Prefix(keys[prompts], values[prompts], _seen(chunk.mask[prompts], suffix))
-        tree = concat_mask(prefix, suffix=suffix, variants=n_variants, dtype=keys.dtype)
+        tree = _tree_mask(prefix, suffix=suffix, variants=n_variants, dtype=keys.dtype)
         with ExitStack() as stack, torch.no_grad():
             first = 0
             for group in part:
@@ -99,7 +98,7 @@ class MaskedPath:
                     clean=recording.clean[group.site][prompts],
                     chunk=chunk,
                 )
-                stack.enter_context(tapped(decoder, group.site, replace, b))
+                stack.enter_context(activation_hook(decoder, group.site, replace, b))
                 first += len(group.columns)
             out = decoder.model(
                 input_ids=chunk.ids[prompts, -suffix:].repeat(1, n_variants),
@@ -110,6 +109,20 @@ class MaskedPath:
             )
         logits: Tensor = out.logits
         return logits.view(b * n_variants, suffix, -1)[:, -1]
+
+
+def _tree_mask(prefix: Prefix, *, suffix: int, variants: int, dtype: torch.dtype) -> Tensor:
+    """A tree of variants on the prefix: [n or 1, 1, V * suffix, prefix + V * suffix], added to scores."""
+    one = prefix.added_mask(suffix, dtype)
+    n_prefix, tokens = prefix.keys.shape[2], variants * suffix
+    hidden = torch.finfo(dtype).min / 2
+    own = torch.full(
+        (one.shape[0], 1, variants, suffix, variants, suffix), hidden, dtype=dtype, device=one.device
+    )
+    each = torch.arange(variants, device=one.device)
+    own[:, :, each, :, each] = one[..., n_prefix:].unsqueeze(0)
+    before = one[..., :n_prefix].repeat(1, 1, variants, 1)
+    return torch.cat([before, own.view(one.shape[0], 1, tokens, tokens)], -1)
 
 
 def _seen(mask: Tensor, suffix: int) -> Tensor:

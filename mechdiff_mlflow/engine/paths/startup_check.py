@@ -1,32 +1,70 @@
-"""What is tried on a model before it is trusted: a few short prompts, padded and not."""
+"""The reference, and what is tried on a model before it is trusted: a few short prompts, padded and not."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from mechdiff_mlflow.engine.kernels.fusion import Fusion
-from mechdiff_mlflow.engine.memory.oom_retry import Bounds, is_out_of_memory
+from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits, is_out_of_memory
 from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.engine.model.chunks import Chunk, in_chunks
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.model.hooks import activation_hook
 from mechdiff_mlflow.engine.paths.masked import MaskedPath
-from mechdiff_mlflow.engine.paths.naive import NaivePath
 from mechdiff_mlflow.engine.paths.sweep import SweepPath
-from mechdiff_mlflow.engine.paths.variants import Path, Rows, Variants
+from mechdiff_mlflow.engine.paths.variants import Rows, Variants, moved
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-MODES = ("auto", "sweep", "concat", "masked", "naive")
+
+class NaivePath:
+    """The reference: a full forward of every prompt for every variant, with one hook.
+
+    Slow, obvious, and right for any model whose sites can be hooked.
+    """
+
+    name = "naive"
+
+    def __init__(self, forward: PromptForward) -> None:
+        self._forward = forward
+
+    def record(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
+        """The clean run of a chunk."""
+        return self._forward.record(chunk, sites)
+
+    def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
+        """Logits of every prompt under every variant, one variant at a time."""
+        chunk = recording.chunk
+        owner = torch.arange(len(chunk))
+        for group in variants:
+            clean = recording.clean[group.site].unsqueeze(1)
+            for i, column in enumerate(group.columns):
+                edit = partial(_replace, chunk, group.values[:, i].unsqueeze(1), clean)
+                with activation_hook(self._forward.decoder, group.site, edit, len(chunk)):
+                    yield Rows(owner, torch.full_like(owner, column), self._forward(chunk))
+
+
+def _replace(chunk: Chunk, value: Tensor, clean: Tensor, hidden: Tensor) -> Tensor:
+    hidden = hidden.clone()
+    span = chunk.spanned(hidden)
+    span.copy_(moved(span, value, clean))
+    return hidden
+
+
+ComputePath: TypeAlias = SweepPath | MaskedPath | NaivePath
+"""A way of computing patched runs."""
+
+MODES = ("auto", "sweep", "masked", "naive")
 
 _WITH_SPANS = ("masked", "naive")
-
 _CROWD = 20
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.3, torch.float16: 0.1}
@@ -72,7 +110,7 @@ class Trial:
                 )
         return cls(recording, variants, torch.stack(rows, 1))  # [n, variants, vocabulary]
 
-    def disagreement(self, path: Path) -> float:
+    def disagreement(self, path: ComputePath) -> float:
         """Largest distance of a row's logits from the reference, relative to what the patch does to them."""
         recording = path.record(self.recording.chunk, [group.site for group in self.variants])
         # Rows that enter among many may be treated differently from rows that enter among few.
@@ -91,44 +129,25 @@ class Trial:
         return float((error / effect).max())
 
 
-def path_named(name: str, forward: PromptForward, bounds: Bounds, fusion: Fusion | None = None) -> Path:
-    """A way of computing patched runs.
-
-    Args:
-        name: Of `MODES`, but "auto".
-        forward: Of the model.
-        bounds: What it may hold at a time.
-        fusion: How the model is computed faster by "sweep" and "concat".
+def path_named(name: str, forward: PromptForward, limits: ChunkLimits, fusion: Fusion) -> ComputePath:
+    """The way of computing patched runs that `MODES` calls so.
 
     Raises:
         UnsupportedError: It cannot do this model.
     """
-    rows, head_rows = bounds.max_rows, bounds.head_rows
-    ways: dict[str, Callable[[], Path]] = {
-        "sweep": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows, fusion=fusion),
-        "concat": lambda: SweepPath(forward, max_rows=rows, head_rows=head_rows, concat=True, fusion=fusion),
-        "masked": lambda: MaskedPath(forward, max_rows=min(rows, head_rows)),
-        "naive": lambda: NaivePath(forward),
-    }
-    return ways[name]()
+    if name == "naive":
+        return NaivePath(forward)
+    if name == "masked":
+        return MaskedPath(forward, limits)
+    return SweepPath(forward, limits, fusion)
 
 
 def choose_path(
-    forward: PromptForward,
-    mode: str,
-    bounds: Bounds,
-    *,
-    fusion: Fusion | None = None,
-    spans: bool = False,
-) -> Path:
-    """The fastest way of computing patched runs that agrees with the reference on this model.
+    forward: PromptForward, mode: str, limits: ChunkLimits, fusion: Fusion, *, spans: bool = False
+) -> ComputePath:
+    """The fastest way of computing patched runs, of `MODES`, that agrees with the reference on this model.
 
-    Args:
-        forward: Of the model.
-        mode: Which way to take, of `MODES`.
-        bounds: What it may hold at a time.
-        fusion: How the model is computed faster by "sweep" and "concat".
-        spans: For prompts of which several tokens are moved together, which the sweep cannot do.
+    With `spans` it is for prompts of which several tokens are moved together, which the sweep cannot do.
 
     Raises:
         MechdiffError: Some hook of the model does not change its logits, or `mode` does not fit the model.
@@ -139,22 +158,22 @@ def choose_path(
     trials = list(_trials(forward, span=2 if spans else 1))
     reasons: list[str] = []
     for name in modes:
-        make = partial(path_named, name, forward, bounds, fusion)
-        reason = _unfit(make, trials)
+        reason = _unfit(partial(path_named, name, forward, limits, fusion), trials)
         if reason is None:
             if mode == "auto" and name != modes[0]:
                 warnings.warn(
                     f"Patches of {_name(forward.decoder)} are computed the slower way {name!r}: {reasons[0]}",
                     stacklevel=4,
                 )
-            return make()
+            return path_named(name, forward, limits, fusion)
         reasons.append(reason)
+    remedy = "take a model of another family" if mode == "auto" else "use mode 'auto'"
     raise MechdiffError(
-        f"Mode {mode!r} does not fit {_name(forward.decoder)} ({reasons[-1].rstrip('.')}); use mode 'auto'."
+        f"Mode {mode!r} does not fit {_name(forward.decoder)} ({reasons[-1].rstrip('.')}); {remedy}."
     )
 
 
-def _unfit(way: Callable[[], Path], trials: Iterable[Trial]) -> str | None:
+def _unfit(way: Callable[[], ComputePath], trials: Iterable[Trial]) -> str | None:
     """Why a way must not be taken, or None."""
     for trial in trials:
         try:

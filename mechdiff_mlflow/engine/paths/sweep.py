@@ -16,21 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mechdiff_mlflow.engine.kernels.attention import concat_mask, split_attention
+from mechdiff_mlflow.engine.kernels.attention import split_attention
 from mechdiff_mlflow.engine.kernels.fusion import Fusion
+from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits
+from mechdiff_mlflow.engine.model import attention_routing as routing
 from mechdiff_mlflow.engine.model.architecture import Decoder
-from mechdiff_mlflow.engine.model.attention_routing import (
-    Attend,
-    UnsupportedError,
-    implementation,
-    own_attention,
-    routed,
-)
+from mechdiff_mlflow.engine.model.attention_routing import UnsupportedError
 from mechdiff_mlflow.engine.model.chunks import Chunk
-from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
-from mechdiff_mlflow.engine.model.head import head
+from mechdiff_mlflow.engine.model.forward import PromptForward, Recording, head
 from mechdiff_mlflow.engine.model.hooks import first_output, with_first_output
-from mechdiff_mlflow.engine.paths.sweep_recording import Tape, TapeRecorder, map_tensors
+from mechdiff_mlflow.engine.paths.sweep_recording import SweepRecorder, SweepRecording, map_tensors
 from mechdiff_mlflow.engine.paths.variants import Rows, Variants, in_parts
 from mechdiff_mlflow.spec.sites import Hook, Site
 
@@ -41,98 +36,76 @@ _UNDERSTOOD = frozenset({"s_aux", "position_ids", "cache_position"})
 class SweepPath:
     """One recording forward, then one pass up the blocks for all variants together.
 
-    Args:
-        forward: Of the model.
-        max_rows: Patched tokens that go up the blocks together.
-        head_rows: Rows of logits in memory together.
-        concat: Use the model's own attention function on prefix and variants side by side, instead of ours
-            that merges the two: slower, but any twist of the function is kept.
-        fusion: How the model is computed faster meanwhile.
-
     Raises:
         UnsupportedError: The model's attention cannot be routed.
     """
 
-    def __init__(
-        self,
-        forward: PromptForward,
-        *,
-        max_rows: int,
-        head_rows: int,
-        concat: bool = False,
-        fusion: Fusion | None = None,
-    ) -> None:
-        self.name = "concat" if concat else "sweep"
-        self._forward, self._decoder = forward, forward.decoder
-        self._max_rows, self._head_rows, self._concat = max_rows, head_rows, concat
-        self._fusion = fusion or Fusion()
-        self._kind = implementation(self._decoder)
-        self._own = [own_attention(block.attention, self._kind) for block in self._decoder.blocks]
+    name = "sweep"
 
-    def record(self, chunk: Chunk, sites: Sequence[Site]) -> Tape:
+    def __init__(self, forward: PromptForward, limits: ChunkLimits, fusion: Fusion) -> None:
+        self._forward, self._decoder = forward, forward.decoder
+        self._limits, self._fusion = limits, fusion
+        self._kind = routing.implementation(self._decoder)
+        self._own = [routing.own_attention(block.attention, self._kind) for block in self._decoder.blocks]
+
+    def record(self, chunk: Chunk, sites: Sequence[Site]) -> SweepRecording:
         """The clean run of a chunk, with what its variants will need."""
         # Rows that enter after the MLP have the clean attention output behind them.
         needed = {*sites, *(Site(site.layer, Hook.ATTN_OUT) for site in sites if site.hook is Hook.MLP_OUT)}
         first = min((site.layer for site in sites), default=len(self._own))
-        recorder = TapeRecorder(chunk, self._own, first)
+        recorder = SweepRecorder(chunk, self._own, first)
         with (
             self._fusion.applied(),
-            routed(self._decoder, recorder.attends()),
+            routing.routed(self._decoder, recorder.attends()),
             recorder.listening(self._decoder.blocks),
         ):
-            return recorder.tape(self._forward.record(chunk, sorted(needed)))
+            return recorder.recording(self._forward.record(chunk, sorted(needed)))
 
     def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
         """Logits of every prompt under every variant, `head_rows` at a time."""
-        assert isinstance(recording, Tape)
+        assert isinstance(recording, SweepRecording)
         chunk = recording.chunk
-        for prompts, part in in_parts(len(chunk), variants, self._max_rows // chunk.suffix):
-            climb = _Climb(self._decoder, recording, prompts, self._own if self._concat else None)
+        for prompts, part in in_parts(len(chunk), variants, self._limits.max_rows // chunk.suffix):
+            ascent = _Ascent(self._decoder, recording, prompts, eager=self._kind == "eager")
             with self._fusion.applied():
-                hidden = climb.to_the_top(part, eager=self._kind == "eager")  # [V, b, width]
+                hidden = ascent.run(part)  # [V, b, width]
             n_variants, n_prompts, width = hidden.shape
             rows = hidden.transpose(0, 1).reshape(-1, width)
             owner = torch.arange(prompts.start, prompts.stop).repeat_interleave(n_variants)
-            column = torch.tensor(climb.columns).repeat(n_prompts)
+            column = torch.tensor(ascent.columns).repeat(n_prompts)
             with self._fusion.applied(), head(self._forward, recording.output_length) as logits:
-                for start in range(0, len(rows), self._head_rows):
-                    some = slice(start, start + self._head_rows)
+                for start in range(0, len(rows), self._limits.head_rows):
+                    some = slice(start, start + self._limits.head_rows)
                     yield Rows(owner[some], column[some], logits(rows[some]))
 
 
-class _Climb:
-    """Rows of some prompts on their way up.
+class _Ascent:
+    """Rows of some prompts, b of them, on their way up.
 
     The blocks see all rows as one prompt of many tokens, variant by variant: what enters last then lies last,
     and is joined and left out without a copy of the rest. Attention alone has to know whose rows they are.
-
-    Args:
-        decoder: The model.
-        tape: Recording of the chunk.
-        prompts: Which of its prompts, b of them.
-        own: The model's own attention functions, to be used instead of ours; or None.
     """
 
-    def __init__(self, decoder: Decoder, tape: Tape, prompts: slice, own: Sequence[Attend] | None) -> None:
-        self._decoder, self._tape, self._prompts, self._own = decoder, tape, prompts, own
+    def __init__(self, decoder: Decoder, recording: SweepRecording, prompts: slice, *, eager: bool) -> None:
+        self._decoder, self._recording, self._prompts, self._eager = decoder, recording, prompts, eager
         self._n_prompts = prompts.stop - prompts.start
         self._rows: list[Tensor] = []  # [v, b, S, width] each, one above the other
-        self._suffix = tape.chunk.suffix
+        self._suffix = recording.chunk.suffix
         self.columns: list[int] = []
 
     @torch.no_grad()
-    def to_the_top(self, variants: Sequence[Variants], *, eager: bool) -> Tensor:
+    def run(self, variants: Sequence[Variants]) -> Tensor:
         """Hidden states [V, b, width] of the last token as they leave the last block, V as in `columns`."""
         by_site: dict[Site, list[Variants]] = {}
         for group in variants:
             by_site.setdefault(group.site, []).append(group)
         n_blocks = len(self._decoder.blocks)
-        with routed(self._decoder, [partial(self._attend, i, eager) for i in range(n_blocks)]):
+        with routing.routed(self._decoder, [partial(self._attend, i) for i in range(n_blocks)]):
             for i in range(min(site.layer for site in by_site), n_blocks):
-                pre, attn, mlp, post = (by_site.get(Site(i, hook), []) for hook in Hook)
-                self._join(pre, self._tape.entering[i])
-                self._block(i, attn, mlp)
-                self._join(post, self._tape.leaving[i])
+                at = {hook: by_site.get(Site(i, hook), []) for hook in Hook}
+                self._join(at[Hook.RESID_PRE], self._recording.entering[i])
+                self._block(i, at[Hook.ATTN_OUT], at[Hook.MLP_OUT])
+                self._join(at[Hook.RESID_POST], self._recording.leaving[i])
         return torch.cat([rows[:, :, -1].to(self._rows[-1].device) for rows in self._rows])
 
     def _join(self, groups: Sequence[Variants], residual: Tensor) -> None:
@@ -154,7 +127,7 @@ class _Climb:
 
     def _block(self, i: int, attn: Sequence[Variants], mlp: Sequence[Variants]) -> None:
         """Take the rows through block i; those that replace a sublayer's output enter amid it."""
-        start = self._tape.entering[i][self._prompts, 0]  # [b, width]
+        start = self._recording.entering[i][self._prompts, 0]  # [b, width]
         entering = [column for group in (*attn, *mlp) for column in group.columns]
         n_variants = sum(len(rows) for rows in self._rows)
         if n_variants + len(entering) == 0:
@@ -162,14 +135,16 @@ class _Climb:
         tokens = [rows.to(start.device).flatten(0, 2) for rows in self._rows]
         if entering:
             tokens.append(start.expand(len(entering), -1, -1).flatten(0, 1))
-        arguments = map_tensors(self._tape.arguments[i], partial(self._a_row_each, n_variants, len(entering)))
+        arguments = map_tensors(
+            self._recording.arguments[i], partial(self._a_row_each, n_variants, len(entering))
+        )
         n_live = n_variants * self._n_prompts * self._suffix
         with self._entering_rows(i, n_live, attn, mlp):
             out = first_output(self._decoder.blocks[i].module(torch.cat(tokens).unsqueeze(0), **arguments))[0]
         width = out.shape[-1]
         self._rows = [out[:n_live].view(n_variants, -1, self._suffix, width)] if n_variants else []
         if entering:
-            self._add(out[n_live:].view(len(entering), -1, width), entering, self._tape.leaving[i])
+            self._add(out[n_live:].view(len(entering), -1, width), entering, self._recording.leaving[i])
 
     def _a_row_each(self, n_variants: int, n_entering: int, x: Tensor) -> Tensor:
         """From one value a suffix token [n or 1, S, ...] to one a row [1, rows, ...]."""
@@ -184,7 +159,6 @@ class _Climb:
     def _attend(
         self,
         i: int,
-        eager: bool,
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -197,28 +171,23 @@ class _Climb:
             raise UnsupportedError(
                 f"{type(module).__name__} has {', '.join(sorted(unknown))} in its attention."
             )
-        prefix = self._tape.prefixes[i].of(self._prompts)
+        prefix = self._recording.prefixes[i].of(self._prompts)
         suffix = self._suffix
         if not self._rows and suffix > 1:  # nothing but entering rows, one token each
             prefix, suffix = prefix.first(), 1
         query, key, value = (self._by_prompt(x, suffix) for x in (query, key, value))
-        if self._own is not None:
-            tree = concat_mask(prefix, suffix=suffix, variants=query.shape[2] // suffix, dtype=query.dtype)
-            keys, values = torch.cat([prefix.keys, key], 2), torch.cat([prefix.values, value], 2)
-            out, _ = self._own[i](module, query, keys, values, tree, **{**kwargs, "is_causal": False})
-        else:
-            scale = kwargs.get("scaling")
-            out = split_attention(
-                query,
-                key,
-                value,
-                prefix,
-                suffix=suffix,
-                scale=query.shape[-1] ** -0.5 if scale is None else scale,
-                # Fused attention has neither.
-                softcap=kwargs.get("softcap") if eager else None,
-                sinks=kwargs.get("s_aux") if eager else None,
-            )
+        scale = kwargs.get("scaling")
+        out = split_attention(
+            query,
+            key,
+            value,
+            prefix,
+            suffix=suffix,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            # Fused attention has neither.
+            softcap=kwargs.get("softcap") if self._eager else None,
+            sinks=kwargs.get("s_aux") if self._eager else None,
+        )
         # [b, V * S, heads, width] to [1, rows, heads, width]
         out = out.reshape(self._n_prompts, -1, suffix, *out.shape[2:])
         return out.transpose(0, 1).flatten(0, 2).unsqueeze(0), None
@@ -236,29 +205,26 @@ class _Climb:
         block = self._decoder.blocks[i]
         into_attn, into_mlp = ([self._values(group) for group in groups] for groups in (attn, mlp))
         if mlp:
-            clean = self._tape.clean[Site(i, Hook.ATTN_OUT)][self._prompts]
+            clean = self._recording.clean[Site(i, Hook.ATTN_OUT)][self._prompts]
             into_attn.append(clean.expand(sum(len(x) for x in into_mlp), -1, -1))
         n_rows = n_live + self._n_prompts * sum(len(x) for x in into_attn)
         with ExitStack() as stack:
             if into_attn:
                 assert block.attn_out is not None
                 # Entering rows have no suffix, so our attention could not tell them from the others.
-                tail = _Tail(torch.cat(into_attn).flatten(0, 1), n_rows, must_cut=self._suffix > 1)
-                stack.enter_context(tail.replaced(block.attention, block.attn_out))
+                last = _LastRows(torch.cat(into_attn).flatten(0, 1), n_rows, must_cut=self._suffix > 1)
+                stack.enter_context(last.replaced(block.attention, block.attn_out))
             if into_mlp:
                 assert block.mlp_out is not None
-                tail = _Tail(torch.cat(into_mlp).flatten(0, 1), n_rows, must_cut=False)
-                stack.enter_context(tail.replaced(block.mlp, block.mlp_out))
+                last = _LastRows(torch.cat(into_mlp).flatten(0, 1), n_rows, must_cut=False)
+                stack.enter_context(last.replaced(block.mlp, block.mlp_out))
             yield
 
 
-class _Tail:
-    """What a sublayer gives for the last rows of a block.
+class _LastRows:
+    """Replacements [e, width] of what a sublayer gives for the last of the rows that a block is called with.
 
-    Args:
-        values: Replacements [e, width].
-        n_rows: Rows that the block is called with.
-        must_cut: Whether the sublayer must not see the rows that are replaced.
+    With `must_cut` the sublayer must not see these rows.
     """
 
     def __init__(self, values: Tensor, n_rows: int, *, must_cut: bool) -> None:
@@ -269,19 +235,13 @@ class _Tail:
 
     @contextmanager
     def replaced(self, sublayer: nn.Module | None, source: nn.Module) -> Iterator[None]:
-        """Have `source` give the replacements.
+        """Have `source` give the replacements: the sublayer, a norm after it, or a part of it.
 
-        Args:
-            sublayer: Called with one token a row; None when it has no module of its own.
-            source: Gives what is added to the residual stream: the sublayer itself, a norm after it, or a
-                part of it, in which case the sublayer sees all rows.
+        A sublayer of which the source is a part sees all rows.
         """
         with ExitStack() as stack:
-            if (
-                self._cut
-                and sublayer is not None
-                and (source is sublayer or source not in set(sublayer.modules()))
-            ):
+            whole = source is sublayer or (sublayer is not None and source not in set(sublayer.modules()))
+            if self._cut and sublayer is not None and whole:
                 stack.callback(sublayer.register_forward_pre_hook(self._cut_rows, with_kwargs=True).remove)
                 if source is not sublayer:
                     stack.callback(sublayer.register_forward_hook(self._pad_rows).remove)

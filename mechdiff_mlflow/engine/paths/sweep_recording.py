@@ -27,28 +27,23 @@ _NOT_KEPT = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Tape(Recording):
-    """A recording with all that patched tokens need; S is the chunk's suffix.
+class SweepRecording(Recording):
+    """A recording with all that patched tokens need; S is the chunk's suffix."""
 
-    Args:
-        prefixes: What the suffix of each prompt sees, for every block from the first patched one up.
-        entering: The suffix's hidden states as they enter each block, [n, S, width].
-        leaving: The same as they leave it.
-        arguments: What else each block was called with, cut to the suffix.
-        output_length: Length of the tuple that a block returns, or None for a plain tensor.
-    """
+    prefixes: dict[int, Prefix]  # what suffixes see, for every block from the first patched one up
+    entering: list[Tensor]  # the suffix's hidden states as they enter each block, [n, S, width]
+    leaving: list[Tensor]  # the same as they leave it
+    arguments: list[dict[str, Any]]  # what else each block was called with, cut to the suffix
+    output_length: int | None  # length of the tuple that a block returns, or None for a plain tensor
 
-    prefixes: dict[int, Prefix]
-    entering: list[Tensor]
-    leaving: list[Tensor]
-    arguments: list[dict[str, Any]]
-    output_length: int | None
+    def part(self, prompts: slice) -> SweepRecording:
+        """The recording of some of the prompts; views of the same numbers."""
 
-    def part(self, prompts: slice) -> Tape:
-        """Of some of the prompts; views of the same numbers."""
-        cut: Callable[[Tensor], Tensor] = lambda x: x[prompts] if x.shape[0] > 1 else x  # noqa: E731
+        def cut(x: Tensor) -> Tensor:
+            return x[prompts] if x.shape[0] > 1 else x
+
         recording = Recording.part(self, prompts)  # `super()` is lost in a dataclass with slots
-        assert isinstance(recording, Tape)
+        assert isinstance(recording, SweepRecording)
         return replace(
             recording,
             prefixes={i: prefix.of(prompts) for i, prefix in self.prefixes.items()},
@@ -58,13 +53,10 @@ class Tape(Recording):
         )
 
 
-class TapeRecorder:
-    """Listens to one forward of a chunk.
+class SweepRecorder:
+    """Listens to one forward of a chunk, from the first block on that a patched token goes through.
 
-    Args:
-        chunk: The prompts.
-        own: The attention function of each block.
-        first: The first block that a patched token goes through.
+    `own` has the attention function of each block.
     """
 
     def __init__(self, chunk: Chunk, own: Sequence[Attend], first: int) -> None:
@@ -76,29 +68,29 @@ class TapeRecorder:
         self._output_length: int | None = None
 
     def attends(self) -> list[Attend]:
-        """What each block's attention is computed with while this listens."""
+        """What computes each block's attention while this listens."""
         # Not kept in the recorder: in a circle of references a whole chunk would outlive its use.
         return [partial(self._attend, i, own) for i, own in enumerate(self._own)]
 
     @contextmanager
     def listening(self, blocks: Sequence[Block]) -> Iterator[None]:
         """Record the hidden states and arguments of every block while the context is open."""
-        with ExitStack() as stack:
+        with ExitStack() as hooks:
             for i, block in enumerate(blocks):
                 before = block.module.register_forward_pre_hook(partial(self._enter, i), with_kwargs=True)
-                stack.callback(before.remove)
-                stack.callback(block.module.register_forward_hook(partial(self._leave, i)).remove)
+                hooks.callback(before.remove)
+                hooks.callback(block.module.register_forward_hook(partial(self._leave, i)).remove)
             yield
 
-    def tape(self, recording: Recording) -> Tape:
-        """All that was heard.
+    def recording(self, recording: Recording) -> SweepRecording:
+        """All that was heard, beside the forward's own recording.
 
         Raises:
             UnsupportedError: Some block's attention was not.
         """
         if self._prefixes.keys() != set(range(self._first, len(self._own))):
             raise UnsupportedError("Some blocks of the model do not use transformers' attention interface.")
-        return Tape(
+        return SweepRecording(
             self._chunk,
             recording.clean,
             recording.logits,

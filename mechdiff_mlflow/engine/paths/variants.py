@@ -1,14 +1,16 @@
-"""What is put in place of the model's own activations, and what comes of it."""
+"""What is put in place of the model's own activations, the rows to run for each chunk, and their scores."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields
+from itertools import accumulate
+from operator import itemgetter
 
+import torch
 from torch import Tensor
 
-from mechdiff_mlflow.engine.model.chunks import Chunk
 from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import Divergences
@@ -20,23 +22,14 @@ Replace = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class VariantGroup:
-    """v replacement vectors at one site for each of N prompts.
-
-    Args:
-        site: Where they go.
-        replacements: A tensor [N, v, width] of any floating dtype and device, cast to the model's when
-            applied; or a function called once for each chunk of n prompts, with their indices [n] and the
-            model's own activations [n, width] at the site, that returns [n, v, width]. N prompts of v
-            variants are then never in memory together.
-        n_variants: v; needed for a function only.
-        always_run: Compute variants even where they equal the model's own activation bit for bit. Otherwise
-            those are answered with an exact 0.
-    """
+    """v replacement vectors at one site for each of N prompts."""
 
     site: Site
+    # [N, v, width] of any floating dtype and device, cast to the model's when applied; or a function called
+    # for one chunk at a time, so that N prompts of v variants are never in memory together
     replacements: Tensor | Replace
-    n_variants: int | None = None
-    always_run: bool = False
+    n_variants: int | None = None  # v; needed for a function only
+    always_run: bool = False  # also what equals the model's own activation, which else gets an exact 0
 
     @classmethod
     def identity(cls, site: Site) -> VariantGroup:
@@ -67,28 +60,18 @@ class VariantGroup:
 
 @dataclass(frozen=True, slots=True)
 class Variants:
-    """The vectors of one group that are run for one chunk.
-
-    Args:
-        site: Where they go.
-        values: [n, v, width] in the model's dtype, on the site's device.
-        columns: For each of the v the column of the score that it fills.
-    """
+    """The vectors of one group that are run for one chunk."""
 
     site: Site
-    values: Tensor
-    columns: Sequence[int]
+    values: Tensor  # [n, v, width] in the model's dtype, on the site's device
+    columns: Sequence[int]  # for each of the v the column of the score that it fills
 
 
 def moved(span: Tensor, value: Tensor, clean: Tensor) -> Tensor:
-    """A span's tokens when their mean is replaced: one token is; several all move by the same vector.
+    """A span's tokens [..., span, width] with the mean `value` in place of `clean`, [..., 1, width] each.
 
-    Of all changes that give the span a certain mean that is the smallest, and tokens keep their differences.
-
-    Args:
-        span: The tokens' own activations [..., span, width].
-        value: The replacement [..., 1, width].
-        clean: Their own mean [..., 1, width].
+    One token is replaced; several all move by the same vector. Of all changes that give the span a certain
+    mean that is the smallest, and tokens keep their differences.
     """
     if span.shape[-2] == 1:
         return value.to(span.device)
@@ -97,44 +80,19 @@ def moved(span: Tensor, value: Tensor, clean: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Logits of patched runs.
+    """Logits of patched runs."""
 
-    Args:
-        owner: Which prompt of the chunk each row belongs to [r], ascending, on the CPU.
-        column: Which column of the score it fills [r], on the CPU.
-        logits: [r, vocabulary].
-    """
-
-    owner: Tensor
-    column: Tensor
-    logits: Tensor
+    owner: Tensor  # which prompt of the chunk each row belongs to [r], ascending, on the CPU
+    column: Tensor  # which column of the score it fills [r], on the CPU
+    logits: Tensor  # [r, vocabulary]
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreResult:
-    """What became of N prompts under every variant.
+    """What became of N prompts under every variant."""
 
-    Args:
-        divergences: One for each group, in order; fields [N, v] in float64 on the CPU.
-        clean: The model's own activation at each group's site [N, width], in the model's dtype, on the CPU.
-        clean_top: The clean run's top token of each prompt [N].
-    """
-
-    divergences: tuple[Divergences, ...]
-    clean: Mapping[Site, Tensor]
-    clean_top: Tensor
-
-
-class Path(Protocol):
-    """A way of computing patched runs."""
-
-    name: str
-
-    def record(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
-        """The clean run of a chunk, with its activations at `sites` and all that `run` needs."""
-
-    def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
-        """Logits of every prompt of the chunk under every variant."""
+    divergences: tuple[Divergences, ...]  # one for each group, in order; fields [N, v] in float64 on the CPU
+    clean: Mapping[Site, Tensor]  # own activations [N, width] at the groups' sites, on the CPU
 
 
 def in_parts(
@@ -158,3 +116,110 @@ def in_parts(
         step = max(1, at_once // sum(len(group.columns) for group in part))
         for start in range(0, n_prompts, step):
             yield slice(start, min(start + step, n_prompts)), part
+
+
+class ScoreBoard:
+    """Scores of N prompts under all variants: every group owns a range of columns.
+
+    Raises:
+        MechdiffError: The replacements of a group have the wrong shape.
+    """
+
+    def __init__(self, groups: Sequence[VariantGroup], n_prompts: int, width: int) -> None:
+        self._groups = groups
+        self._ends = list(accumulate(group.count(n_prompts, width) for group in groups))
+        self._starts = [0, *self._ends[:-1]] if groups else []
+        self._scores = Divergences.zeros(n_prompts, self._ends[-1] if groups else 0)
+
+    @property
+    def n_columns(self) -> int:
+        """Patched runs of each prompt."""
+        return self._ends[-1] if self._ends else 0
+
+    def variants(self, recording: Recording) -> tuple[list[Variants], Tensor]:
+        """The vectors to run for a chunk, and which of [n, columns] are clean activations and need no run.
+
+        Raises:
+            MechdiffError: The recording is not finite, or replacements have the wrong shape or are not.
+        """
+        index = recording.chunk.index
+        values = [self._values(group, recording) for group in self._groups]
+        clean = [recording.clean[group.site].unsqueeze(1) for group in self._groups]
+        device = recording.logits.device
+        finite = [torch.isfinite(x).all(-1).to(device) for x in values]
+        same = [(x == y).all(-1).to(device) for x, y in zip(values, clean, strict=True)]
+        recorded = recording.finite()
+        # Asked once: every answer of a GPU is waited for.
+        answers = torch.cat([recorded, *finite, *same], 1).cpu()
+        n = self.n_columns
+        recorded, finite_values, same_as_clean = torch.split(answers, [recorded.shape[1], n, n], 1)
+        recording.check_finite(recorded)
+        if not finite_values.all():
+            row, column = (int(i) for i in (~finite_values).nonzero()[0])
+            name, site = self._name(column)
+            raise MechdiffError(
+                f"{name} of prompt {int(index[row])} at {site} is NaN or beyond the range of "
+                f"{recording.clean[site].dtype}; look at the map that made it."
+            )
+        variants = []
+        for group, x, start, end in zip(self._groups, values, self._starts, self._ends, strict=True):
+            if group.always_run:
+                same_as_clean[:, start:end] = False
+            run = (~same_as_clean[:, start:end]).any(0).nonzero().flatten().tolist()
+            if run:
+                x = x[:, run] if len(run) < end - start else x
+                variants.append(Variants(group.site, x, [start + i for i in run]))
+        return variants, same_as_clean
+
+    def add(
+        self, recording: Recording, same: Tensor, scored: Sequence[tuple[Tensor, Tensor, Divergences]]
+    ) -> None:
+        """Put a chunk's scored rows (owner, column, divergences) in their places.
+
+        Raises:
+            MechdiffError: The logits of a row were not finite.
+        """
+        index = recording.chunk.index
+        chunk = Divergences.zeros(len(index), self._scores.top1_agrees.shape[1])
+        exact = Divergences.zeros(1)
+        for field in fields(Divergences):
+            values = getattr(chunk, field.name)
+            for owner, column, found in scored:
+                values[owner, column] = getattr(found, field.name).cpu().double()
+            values[same] = getattr(exact, field.name)
+            self._check_finite(values, index)
+            getattr(self._scores, field.name)[index] = values
+
+    def result(self, clean: Mapping[Site, Tensor]) -> ScoreResult:
+        """Everything, group by group."""
+        ranges = zip(self._starts, self._ends, strict=True)
+        divergences = tuple(self._scores.map(itemgetter((slice(None), slice(*ends)))) for ends in ranges)
+        return ScoreResult(divergences, clean)
+
+    def _check_finite(self, values: Tensor, index: Tensor) -> None:
+        finite = torch.isfinite(values)
+        if not finite.all():
+            row, column = (int(i) for i in (~finite).nonzero()[0])
+            name, site = self._name(column)
+            raise MechdiffError(
+                f"{name} at {site} makes the logits of prompt {int(index[row])} NaN or infinite; load the "
+                "model in bfloat16 or float32, or look at the map that made the replacement."
+            )
+
+    def _name(self, column: int) -> tuple[str, Site]:
+        group = bisect_right(self._ends, column)
+        return f"Replacement {column - self._starts[group]}", self._groups[group].site
+
+    def _values(self, group: VariantGroup, recording: Recording) -> Tensor:
+        clean, index = recording.clean[group.site], recording.chunk.index
+        if isinstance(group.replacements, Tensor):
+            values = group.replacements[index.to(group.replacements.device)]
+        else:
+            values = group.replacements(index, clean)
+            expected = (len(index), group.n_variants, clean.shape[-1])
+            if tuple(values.shape) != expected:
+                raise MechdiffError(
+                    f"The function that makes the variants at {group.site} returned the shape "
+                    f"{tuple(values.shape)}, not {expected}; return one vector for each prompt and variant."
+                )
+        return values.to(device=clean.device, dtype=clean.dtype)

@@ -27,21 +27,18 @@ from mechdiff_mlflow.errors import MechdiffError
 
 OWN = "own"
 
-_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
-"""The latter keeps reports of nodes off the driver's output: who died and why, our own errors say."""
-_RETRIES = "RAY_NUM_REDIS_GET_RETRIES"
-_KNOCK_S = 10.0
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}  # no reports of nodes either
+_REACH_S = 10.0
+_SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray takes the address of the machine's network for a node's, on Linux, unless it is to have no cluster."""
 
 
 @contextlib.contextmanager
 def connected(address: str, n_workers: int) -> Iterator[Any]:
-    """The module `ray`, connected; a cluster of our own goes when the context ends.
+    """The module `ray`, connected to `own`, `auto` or `host:port`.
 
-    Args:
-        address: `own`, `auto` or `host:port`.
-        n_workers: CPUs that a cluster of our own has.
+    A cluster of our own has `n_workers` CPUs, and goes when the context ends.
 
     Raises:
         MechdiffError: Ray is not installed, there is no cluster at the address, or it refuses the token.
@@ -59,7 +56,7 @@ def connected(address: str, n_workers: int) -> Iterator[Any]:
         return
     own = address == OWN
     if not own and address != "auto":
-        _knock(address)
+        _check_reachable(address)
     with _environment(_of_our_own() if own else _of_others(address)):
         ray = importlib.import_module("ray")
         try:
@@ -72,7 +69,7 @@ def connected(address: str, n_workers: int) -> Iterator[Any]:
 
 def _start(ray: Any, n_workers: int) -> None:
     # Without an address Ray joins any cluster that runs on this machine, or that RAY_ADDRESS names.
-    context = ray.init("local", num_cpus=n_workers, include_dashboard=False, **_silent())
+    context = ray.init("local", num_cpus=n_workers, include_dashboard=False, **_SILENT)
     node = context.address_info["node_ip_address"]
     if not ipaddress.ip_address(node).is_loopback:
         raise MechdiffError(
@@ -87,7 +84,7 @@ def _join(ray: Any, address: str) -> None:
             "RAY_AUTH_MODE is not token: whoever reaches the cluster can run code on it.", stacklevel=2
         )
     try:
-        ray.init(address=address, **_silent())
+        ray.init(address=address, **_SILENT)
     except Exception as error:  # of several kinds, by what is wrong and by version
         reason = " ".join(str(error).split())[:200]
         raise MechdiffError(
@@ -96,21 +93,15 @@ def _join(ray: Any, address: str) -> None:
         ) from None
 
 
-def _silent() -> dict[str, Any]:
-    return {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
-
-
 def _of_our_own() -> Mapping[str, str]:
-    return {**_QUIET, **_LOOPBACK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
+    return _QUIET | _LOOPBACK | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _token()}
 
 
 def _of_others(address: str) -> Mapping[str, str]:
-    given = {name: os.environ[name] for name in ("RAY_AUTH_MODE", _RETRIES) if name in os.environ}
-    return {
-        **_QUIET,
-        **({} if address == "auto" or not _is_loopback(_host_and_port(address)[0]) else _LOOPBACK),
-        **{"RAY_AUTH_MODE": "token", _RETRIES: "3", **given},
-    }
+    loopback = _LOOPBACK if address != "auto" and _is_loopback(address) else {}
+    defaults = {"RAY_AUTH_MODE": "token", "RAY_NUM_REDIS_GET_RETRIES": "3"}
+    given = {name: os.environ.get(name, default) for name, default in defaults.items()}
+    return _QUIET | loopback | given
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
@@ -118,21 +109,21 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _is_loopback(host: str) -> bool:
-    try:
+def _is_loopback(address: str) -> bool:
+    host, _ = _host_and_port(address)
+    with contextlib.suppress(ValueError):  # a name
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
+    return False
 
 
-def _knock(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Ray itself would try for minutes.
 
     Raises:
         MechdiffError: Nobody listens at the address.
     """
     try:
-        socket.create_connection(_host_and_port(address), timeout=_KNOCK_S).close()
+        socket.create_connection(_host_and_port(address), timeout=_REACH_S).close()
     except (OSError, OverflowError) as error:
         raise MechdiffError(
             f"Nobody listens at {address} ({error}); pass the --address that ray start printed on the head."
@@ -148,16 +139,14 @@ def _token() -> str:
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     """These variables for Ray and its processes, and afterwards what was there."""
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @contextlib.contextmanager

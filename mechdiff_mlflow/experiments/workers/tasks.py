@@ -1,4 +1,4 @@
-"""What is asked of the models, as plain values: a task of some prompts and a pair gives tensors of n rows.
+"""Tasks for the models, as plain values: a task of n prompts and a pair gives tensors of n rows.
 
 A task of a part of the prompts gives that part of the rows, so any task can be cut, done elsewhere, and kept.
 """
@@ -6,46 +6,69 @@ A task of a part of the prompts gives that part of the rows, so any task can be 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import ClassVar, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from mechdiff_mlflow.engine import VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import rows
-from mechdiff_mlflow.experiments.progress import silent
-from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, Replacements, SiteRows
-from mechdiff_mlflow.experiments.substitution import Heads, Substitution
-from mechdiff_mlflow.experiments.unmapped import swap
+from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, Replacements, SiteRows, patchable
+from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import PromptSet
-from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.spec.sites import Hook, Site
 
 Tensors: TypeAlias = Mapping[str, Tensor]
-"""By name; the first dimension of each is the task's prompts, in order."""
+"""Tensors by name, the first dimension of each being the task's prompts, in order."""
 
-_NONE: Replacements = {}
+Heads: TypeAlias = tuple[int, ...]
+
+Key = TypeVar("Key")
+AnyTask = TypeVar("AnyTask", bound="Task")
+
 _PROMPT = re.compile(r"\b([Pp]rompt) ([0-9]{1,9})\b")
 
-AnyTask = TypeVar("AnyTask", bound="Task")
+
+class LazyTensors(Mapping[Key, Tensor]):
+    """Tensors that are read whenever they are asked for: they may lie on disk."""
+
+    def __init__(self, readers: Mapping[Key, Callable[[], Tensor]]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, key: Key) -> Tensor:
+        return self._readers[key]()
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
+def at_sites(found: Tensors, sites: Sequence[Site], prefix: str = "") -> Mapping[Site, Tensor]:
+    """Tensors that are named by a prefix and a site, by site."""
+    return LazyTensors({site: partial(found.__getitem__, f"{prefix}{site}") for site in sites})
+
+
+def named(found: Mapping[Site, Tensor], sites: Sequence[Site], prefix: str = "") -> Tensors:
+    """The tensors of sites, named by a prefix and the site."""
+    return LazyTensors({f"{prefix}{site}": partial(found.__getitem__, site) for site in sites})
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One thing to compute for some prompts.
-
-    Args:
-        prompts: Which.
-        position: Which token is read and replaced.
-        rows: Where the prompts stand in the set that they are a part of; empty for all of it.
-    """
+    """One thing to compute for some prompts."""
 
     prompts: PromptSet
-    position: Position
-    rows: tuple[int, ...] = field(default=(), kw_only=True)
+    position: Position  # which token is read and replaced
+    rows: tuple[int, ...] = field(default=(), kw_only=True)  # of a part: its prompts' places in the whole set
 
     divisible: ClassVar[bool] = True
     """Whether the rows of a prompt depend on that prompt alone."""
@@ -56,19 +79,13 @@ class Task:
         return ("base", "tuned")
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What the result has."""
-        raise NotImplementedError
-
-    @property
-    def maps(self) -> Replacements:
-        """The maps that it needs."""
-        return _NONE
-
-    @property
     def about(self) -> str:
-        """All else that the result depends on, beside the pair."""
-        raise NotImplementedError
+        """All that the result depends on beside the pair."""
+        return " ".join([type(self).__name__, str(self.position), self.prompts.digest, *self._settings()])
+
+    def _settings(self) -> list[str]:
+        known = {field.name for field in fields(Task)}
+        return [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name not in known]
 
     def run(self, pair: Pair) -> Tensors:
         """Do it."""
@@ -91,12 +108,10 @@ class Task:
         row = int(found[2])
         return f"{found[1]} {self.rows[row]}" if row < len(self.rows) else found[0]
 
-    def with_maps(self: AnyTask, maps: Replacements) -> AnyTask:
-        """The same with other maps, where it has any: they may travel apart from it."""
-        return self
-
     def part(self: AnyTask, rows: Sequence[int]) -> AnyTask:
-        """The same for some of the prompts."""
+        """The same for some of the prompts; the task itself for all of them."""
+        if len(rows) == len(self.prompts):
+            return self
         prompts = PromptSet(self.prompts.split, tuple(self.prompts.prompts[i] for i in rows))
         return replace(self, prompts=prompts, rows=tuple(rows))
 
@@ -110,23 +125,13 @@ class Capture(Task):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """One."""
+        """The model whose activations they are."""
         return (self.role,)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The sites."""
-        return tuple(map(str, self.sites))
-
-    @property
-    def about(self) -> str:
-        """Whose activations, and where."""
-        return f"capture {self.role} {' '.join(self.names)}"
 
     def run(self, pair: Pair) -> Tensors:
         """See `rows.capture`."""
         found = rows.capture(pair, self.role, self.prompts, self.position, list(self.sites))
-        return {str(site): found[site] for site in self.sites}
+        return named(found, self.sites)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,43 +144,47 @@ class Score(Task):
 
     replacements: Replacements
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Three a site."""
-        return tuple(f"{what}/{site}" for site in self.replacements for what in ("base", "tuned", "patched"))
-
-    @property
-    def maps(self) -> Replacements:
-        """All that is tried."""
-        return self.replacements
-
-    def with_maps(self, maps: Replacements) -> Score:
-        """These maps scored in place of its own."""
-        return replace(self, replacements=maps)
-
-    @property
-    def about(self) -> str:
-        """That maps are scored; the maps themselves are told apart by their content."""
-        return "score"
+    def _settings(self) -> list[str]:
+        """Maps are told apart by what they compute, whatever they are called."""
+        return [f"{site} {map_.digest}" for site, maps in self.replacements.items() for map_ in maps.values()]
 
     def run(self, pair: Pair) -> Tensors:
-        """See `rows.score`."""
-        found = rows.score(pair, self.prompts, self.position, self.replacements, silent)
-        result = {}
-        for site, at in found.items():
-            result[f"base/{site}"] = at.base_rows[site]
-            result[f"tuned/{site}"] = at.tuned_rows[site]
-            result[f"patched/{site}"] = torch.stack([_stacked(patched) for patched in at.patched.values()], 1)
-        return result
+        """Patch with every map of every site, from one recording of each model.
+
+        Raises:
+            MechdiffError: A site does not exist, a map does not fit it, or an activation is not finite.
+        """
+        sites = list(self.replacements)
+        base = rows.capture(pair, "base", self.prompts, self.position, sites)
+        groups: list[VariantGroup] = []
+        with patchable(pair, "tuned", self.prompts, self.position, sites) as (engine, recorded):
+            for site, maps in self.replacements.items():
+                groups.append(VariantGroup.identity(site))
+                groups += _variants(site, base, list(maps.values()), engine.width)
+            result = engine.score(recorded, groups)
+        patched: dict[Site, list[Tensor]] = {site: [] for site in sites}
+        for group, found in zip(groups, result.divergences, strict=True):
+            columns = found.kl_patched_clean, found.kl_clean_patched, found.top1_agrees, found.delta_logprob
+            patched[group.site].append(torch.stack([column.double() for column in columns], -1))
+        readers: dict[str, Callable[[], Tensor]] = {}
+        for site in sites:
+            readers[f"base/{site}"] = partial(base.__getitem__, site)
+            readers[f"tuned/{site}"] = partial(result.clean.__getitem__, site)
+            readers[f"patched/{site}"] = partial(torch.cat, patched[site], 1)
+        return LazyTensors(readers)
 
     def site_rows(self, found: Tensors) -> dict[Site, SiteRows]:
-        """What `rows.score` gives, from the tensors of `run`."""
+        """The tensors of `run` by site and label."""
+        sites = list(self.replacements)
+        base, tuned = (at_sites(found, sites, f"{role}/") for role in ("base", "tuned"))
         result = {}
         for site, maps in self.replacements.items():
             patched = found[f"patched/{site}"]
             names = [IDENTITY, *([RAW] if patched.shape[1] == len(maps) + 2 else []), *maps]
-            by_name = {name: _unstacked(x) for name, x in zip(names, patched.unbind(1), strict=True)}
-            base, tuned = (AtSites(found, f"{role}/", self.replacements) for role in ("base", "tuned"))
+            by_name = {
+                name: Patched(*(column.contiguous().numpy() for column in one.unbind(-1)))
+                for name, one in zip(names, patched.unbind(1), strict=True)
+            }
             result[site] = SiteRows(site, base, tuned, by_name)
         return result
 
@@ -192,51 +201,20 @@ class Gradients(Task):
 
     divisible: ClassVar[bool] = False
 
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """One."""
-        return ("tuned",)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The sites."""
-        return tuple(map(str, self.sites))
-
-    @property
-    def about(self) -> str:
-        """Where, and which tokens."""
-        return f"gradients {self.seed} {' '.join(self.names)}"
-
     def run(self, pair: Pair) -> Tensors:
         """See `PatchEngine.score_gradients`."""
         tokens = pair.tokens("tuned", self.prompts, self.position)
         with pair.tuned.engine() as engine:
-            found = engine.score_gradients(tokens, self.sites, seed=self.seed)
-        return {str(site): found[site] for site in self.sites}
+            return named(engine.score_gradients(tokens, self.sites, seed=self.seed), self.sites)
 
 
 @dataclass(frozen=True, eq=False)
 class CleanNoise(Task):
-    """How far apart two clean runs of the same prompts are, see `PatchEngine.clean_noise`: [n, 2]."""
+    """Distance between two clean runs of the same prompts, see `PatchEngine.clean_noise`: `KL`, [n, 2]."""
 
     role: str
 
     divisible: ClassVar[bool] = False
-
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """One."""
-        return (self.role,)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """One."""
-        return ("KL",)
-
-    @property
-    def about(self) -> str:
-        """Whose runs."""
-        return f"clean noise {self.role}"
 
     def run(self, pair: Pair) -> Tensors:
         """See `PatchEngine.clean_noise`."""
@@ -247,73 +225,123 @@ class CleanNoise(Task):
 
 @dataclass(frozen=True, eq=False)
 class Swap(Task):
-    """Unmapped patches of one model with the other's activations, see `unmapped.swap`."""
+    """Patches of one model, the taker, with the other's activations as they are, each site by itself.
+
+    `KL` and `floor` are KL(patched ‖ clean) in nats of the patch and of the identity patch, [n, sites];
+    `base/…` and `tuned/…` are the activations at each site, [n, d].
+    """
 
     taker: str
     sites: tuple[Site, ...]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """KL and floor [n, sites], and both models' rows at each site."""
-        return ("KL", "floor", *(f"{role}/{site}" for site in self.sites for role in ("base", "tuned")))
-
-    @property
-    def about(self) -> str:
-        """Who takes, and where."""
-        return f"swap {self.taker} {' '.join(map(str, self.sites))}"
-
     def run(self, pair: Pair) -> Tensors:
-        """See `unmapped.swap`."""
-        return swap(pair, self.taker, self.prompts, self.position, self.sites)
+        """See above.
+
+        Raises:
+            MechdiffError: A site does not exist, or an activation is not finite.
+        """
+        giver, sites = "tuned" if self.taker == "base" else "base", list(self.sites)
+        given = rows.capture(pair, giver, self.prompts, self.position, sites, to_patch=True)
+
+        def replacement(site: Site, index: Tensor, clean: Tensor) -> Tensor:
+            return given[site][index].unsqueeze(1)
+
+        groups = [VariantGroup(site, partial(replacement, site), n_variants=1) for site in sites]
+        groups += [VariantGroup.identity(site) for site in sites]
+        with patchable(pair, self.taker, self.prompts, self.position, sites) as (engine, recorded):
+            scored = engine.score(recorded, groups)
+        kls = torch.cat([found.kl_patched_clean for found in scored.divergences], 1)  # [n, 2 · sites]
+        return {
+            "KL": kls[:, : len(sites)],
+            "floor": kls[:, len(sites) :],
+            **named(given, sites, f"{giver}/"),
+            **named(scored.clean, sites, f"{self.taker}/"),
+        }
 
 
 @dataclass(frozen=True, eq=False)
 class HeadPatches(Task):
-    """KL(patched ‖ clean) of the base's heads in place of the tuned model's, for sets of heads: [n, sets]."""
+    """Base's attention heads in place of the tuned model's before the output projection, for sets of heads.
+
+    `KL` is KL(patched ‖ clean) in nats, [n, sets].
+    """
 
     layer: int
     sets: tuple[Heads, ...]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """One."""
-        return ("KL",)
-
-    @property
-    def about(self) -> str:
-        """Which layer and heads."""
-        return f"heads {self.layer} {self.sets}"
-
     def run(self, pair: Pair) -> Tensors:
-        """See `Substitution`."""
-        at = Substitution.of(pair, self.layer, self.prompts, self.position)
-        return {"KL": at.score(pair, self.sets)}
+        """See above; no heads give the noise floor.
+
+        Raises:
+            MechdiffError: The heads of the two models cannot be told apart or differ in number or width.
+        """
+        site = Site(self.layer, Hook.ATTN_OUT)
+        base, tuned = self._head_outputs(pair)
+        chosen = torch.zeros(len(self.sets), tuned.shape[1], 1, dtype=torch.bool)
+        for row, heads in enumerate(self.sets):
+            chosen[row, list(heads)] = True
+        with patchable(pair, "tuned", self.prompts, self.position, [site]) as (engine, recorded):
+            projection = engine.heads(self.layer)
+
+            def replaced(index: Tensor, clean: Tensor) -> Tensor:
+                mixed = torch.where(chosen, base[index].unsqueeze(1), tuned[index].unsqueeze(1))
+                return projection.project(mixed).to(clean.device)
+
+            group = VariantGroup(site, replaced, n_variants=len(self.sets))
+            (found,) = engine.score(recorded, [group]).divergences
+        return {"KL": found.kl_patched_clean}
+
+    def _head_outputs(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Outputs of each head of base and tuned before the output projection, [n, heads, width]."""
+        known = _HEAD_OUTPUTS.setdefault(pair, {})
+        key = (self.layer, self.prompts.digest, self.position)
+        if key not in known:
+            if any(layer != self.layer for layer, *_ in known):
+                known.clear()
+            found = []
+            for role, side in (("base", pair.base), ("tuned", pair.tuned)):
+                with side.engine() as engine:
+                    tokens = pair.tokens(role, self.prompts, self.position)
+                    found.append(engine.heads(self.layer).capture(tokens))
+            base, tuned = found
+            if base.shape != tuned.shape:
+                raise MechdiffError(
+                    f"Base and tuned have heads of {list(base.shape[1:])} and {list(tuned.shape[1:])} "
+                    f"(number, width) in layer {self.layer}; heads can be substituted only where they "
+                    "correspond."
+                )
+            known[key] = base, tuned
+        return known[key]
 
 
-class AtSites(Mapping[Site, Tensor]):
-    """Those of some tensors whose names are a prefix and a site, looked up when they are asked for."""
-
-    def __init__(self, found: Tensors, prefix: str, sites: Mapping[Site, object] | tuple[Site, ...]) -> None:
-        self._found, self._prefix, self._sites = found, prefix, tuple(sites)
-
-    def __getitem__(self, site: Site) -> Tensor:
-        if site not in self._sites:
-            raise KeyError(site)
-        return self._found[f"{self._prefix}{site}"]
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
+_HEAD_OUTPUTS: WeakKeyDictionary[Pair, dict[tuple[int, str, Position], tuple[Tensor, Tensor]]]
+_HEAD_OUTPUTS = WeakKeyDictionary()
+"""Kept for one layer: a greedy search asks for the same prompts again and again."""
 
 
-_FIELDS = ("kl_patched_clean_nats", "kl_clean_patched_nats", "top1_agrees", "delta_logprob_nats")
+def _variants(
+    site: Site, base: Mapping[Site, Tensor], maps: list[AffineMap], width: int
+) -> list[VariantGroup]:
+    """Raw and mapped replacements, made chunk by chunk: all of them at once would be n · v · d numbers."""
+    d_base = base[site].shape[1]
+    raw = d_base == width
+    for map_ in maps:
+        if (map_.d_in, map_.d_out) != (d_base, width):
+            raise MechdiffError(
+                f"A map takes {map_.d_in} to {map_.d_out} dimensions and {site} of this pair needs "
+                f"{d_base} to {width}; use a map that was fitted on this pair."
+            )
 
+    def replacements(index: Tensor, clean: Tensor) -> Tensor:
+        x = base[site][index]
+        unscaled: dict[tuple[int, ...], Tensor] = {}
+        mapped = []
+        for map_ in maps:  # maps that differ in α alone cost one product
+            key = (id(map_.weight), id(map_.mean_in), id(map_.mean_out))
+            if key not in unscaled:
+                unscaled[key] = map_.with_alpha(1.0)(x.double())
+            mapped.append((map_.alpha * unscaled[key]).to(x.dtype))
+        return torch.stack([x, *mapped] if raw else mapped, dim=1).to(clean.device)  # (n, v, d)
 
-def _stacked(patched: Patched) -> Tensor:
-    return torch.stack([torch.as_tensor(getattr(patched, name)).double() for name in _FIELDS], -1)
-
-
-def _unstacked(x: Tensor) -> Patched:
-    return Patched(*(column.contiguous().numpy() for column in x.unbind(-1)))
+    n_variants = len(maps) + raw
+    return [VariantGroup(site, replacements, n_variants=n_variants)] if n_variants else []

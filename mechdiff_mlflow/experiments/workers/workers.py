@@ -1,114 +1,122 @@
-"""What experiments ask of whoever runs the models."""
+"""The interface of workers that run models, and this process as one of them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
+from functools import cached_property
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mechdiff_mlflow.experiments.progress import Stage, silent
-from mechdiff_mlflow.experiments.rows import Array, Replacements, SiteRows
-from mechdiff_mlflow.experiments.substitution import Heads
-from mechdiff_mlflow.experiments.workers.shards import MOST, Merged, part_of, shards_of
+from mechdiff_mlflow.experiments.rows import Replacements, SiteRows
+from mechdiff_mlflow.experiments.workers.shards import MAX_SHARDS, merged, shards_of
 from mechdiff_mlflow.experiments.workers.tasks import (
-    AtSites,
     Capture,
     CleanNoise,
-    Gradients,
-    HeadPatches,
     Score,
-    Swap,
     Task,
     Tensors,
+    at_sites,
 )
-from mechdiff_mlflow.models.pairs import Pair, Side
+from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Site
 
-_REREAD = 4
+Answer = TypeVar("Answer")
+
+_NOISE_PROMPTS = 4
 """Prompts that are read twice for the noise floor."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Of a model: its decoder blocks and the width of the residual stream."""
+class ModelSize:
+    """Decoder blocks of a model, and the width of its residual stream."""
 
     n_layers: int
     width: int
 
-    @classmethod
-    def of(cls, side: Side) -> Shape:
-        """Ask the engine."""
-        with side.engine() as engine:
-            return cls(engine.n_layers, engine.width)
-
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """What the last digits of numbers depend on beside the pair, and how it is held.
+class ComputeEnvironment:
+    """The conditions beside the pair that the last digits of numbers depend on."""
 
-    Args:
-        engine: Which of the engine's paths patches the tuned model.
-        where: Device and version of torch.
-        one_at_a_time: Whether only the model in use is in memory.
+    engine_mode: str  # which of the engine's paths patches the tuned model
+    hardware: str  # device and version of torch
+    one_at_a_time: bool  # whether only the model in use is in memory
+
+
+def compute_environment(pair: Pair) -> ComputeEnvironment:
+    """The environment that computes the numbers of a loaded pair."""
+    with pair.tuned.engine() as engine:
+        mode = str(engine.mode)
+    name = torch.cuda.get_device_name(pair.device) if pair.device.startswith("cuda") else pair.device
+    return ComputeEnvironment(mode, f"{name}, torch {torch.__version__}", pair.one_at_a_time)
+
+
+def model_sizes(pair: Pair) -> tuple[ModelSize, ModelSize]:
+    """Sizes of base and tuned."""
+    with pair.base.engine() as engine:
+        base = ModelSize(engine.n_layers, engine.width)
+    with pair.tuned.engine() as engine:
+        return base, ModelSize(engine.n_layers, engine.width)
+
+
+def n_heads_of(pair: Pair, layer: int) -> int:
+    """Attention heads of a layer of the tuned model.
+
+    Raises:
+        MechdiffError: The layer does not exist, or its heads cannot be told apart.
     """
+    with pair.tuned.engine() as engine:
+        return engine.heads(layer).n_heads
 
-    engine: str
-    where: str
-    one_at_a_time: bool
 
-    @classmethod
-    def of(cls, pair: Pair) -> Setting:
-        """Ask the engine of the tuned model."""
-        with pair.tuned.engine() as engine:
-            mode = str(engine.mode)
-        name = torch.cuda.get_device_name(pair.device) if pair.device.startswith("cuda") else pair.device
-        return cls(mode, f"{name}, torch {torch.__version__}", pair.one_at_a_time)
+def unembedding(pair: Pair, role: str) -> Tensor:
+    """See `Side.unembedding`."""
+    return (pair.base if role == "base" else pair.tuned).unembedding()
 
 
 class Workers(ABC):
-    """Runs the models of a pair.
-
-    Args:
-        pair: What is asked about; its models need not be in this process.
-    """
+    """Runs the models of a pair, which need not be in this process."""
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
 
     @abstractmethod
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[int, Tensors]]:
-        """Do all tasks; each result with the index of its task, in the order in which they are finished.
+    def run(self, task: Task, shards: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensors]]:
+        """Do a task shard by shard; each result with the index of its shard, as they are finished.
 
         Raises:
-            MechdiffError: What a task raised, or that it could not be done.
+            MechdiffError: What the task raised, or that it could not be done.
         """
 
     @abstractmethod
-    def setting(self) -> Setting:
-        """Where numbers come from."""
+    def ask(self, question: Callable[..., Answer], *arguments: object) -> Answer:
+        """Call a function of this package with the loaded pair and some arguments."""
 
-    @abstractmethod
-    def shapes(self) -> tuple[Shape, Shape]:
-        """Of base and tuned."""
+    def close(self) -> None:  # noqa: B027  # most hold nothing
+        """Let go of what is held."""
 
-    @abstractmethod
-    def n_heads(self, layer: int) -> int:
-        """Attention heads of a layer of the tuned model.
+    def __enter__(self) -> Workers:
+        return self
 
-        Raises:
-            MechdiffError: The layer does not exist, or its heads cannot be told apart.
-        """
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
-    @abstractmethod
-    def unembedding(self, role: str) -> Tensor:
-        """See `Side.unembedding`."""
+    @property
+    def max_shards(self) -> int:
+        """Into how many shards a task is cut at most."""
+        return 1 if self.environment.one_at_a_time else MAX_SHARDS
+
+    @cached_property
+    def environment(self) -> ComputeEnvironment:
+        """The environment that computes numbers."""
+        return self.ask(compute_environment)  # once: where one model is held at a time, it may load one
 
     def prepare(self, prompt_sets: Sequence[PromptSet], position: Position) -> None:
         """Hear which prompts will be asked about, and see that both models read the same.
@@ -118,78 +126,62 @@ class Workers(ABC):
         """
         for prompts in prompt_sets:
             self.pair.check_same_tokens(prompts, position)
-
-    @abstractmethod
-    def close(self) -> None:
-        """Let go of what is held."""
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def most_shards(self) -> int:
-        """Into how many shards a task is cut at most."""
-        return 1 if self.setting().one_at_a_time else MOST
+        if self.pair.one_at_a_time:  # record all of base while it is in memory
+            for prompts in prompt_sets:
+                self.pair.recorded_base(prompts, position)
 
     def capture(
         self, role: str, prompts: PromptSet, position: Position, sites: Sequence[Site]
     ) -> Mapping[Site, Tensor]:
         """See `rows.capture`."""
         sites = tuple(dict.fromkeys(sites))
-        return AtSites(self.whole(Capture(prompts, position, role, sites)), "", sites)
+        return at_sites(self.whole(Capture(prompts, position, role, sites)), sites)
 
     def score(
         self, prompts: PromptSet, position: Position, replacements: Replacements, stage: Stage = silent
     ) -> dict[Site, SiteRows]:
-        """See `rows.score`."""
+        """Patch the tuned model with every map of every site; identity and raw rows come with each site.
+
+        Where base and tuned differ in width there is no raw row.
+        """
         task = Score(prompts, position, replacements)
         return task.site_rows(self.whole(task, stage, "patching tuned"))
 
     def clean_noise(self, role: str, prompts: PromptSet, position: Position) -> float:
-        """How far apart two clean runs of one model are in the mean over a few of the prompts, nats.
+        """Mean distance between two clean runs of one model over a few of the prompts, nats.
 
         The larger of the KL between runs in a batch and alone, and of what rounding alone leaves.
         """
-        few = prompts.prompts[:: -(-len(prompts) // _REREAD)]
+        few = prompts.prompts[:: -(-len(prompts) // _NOISE_PROMPTS)]
         task = CleanNoise(PromptSet(prompts.split, few), position, role)
         return float(self.whole(task)["KL"].mean(0).max())
-
-    def gradients(
-        self, prompts: PromptSet, position: Position, sites: Sequence[Site], seed: int
-    ) -> dict[Site, Tensor]:
-        """See `PatchEngine.score_gradients`."""
-        found = self.whole(Gradients(prompts, position, tuple(sites), seed))
-        return {site: found[str(site)] for site in sites}
-
-    def swap(
-        self, taker: str, prompts: PromptSet, position: Position, sites: Sequence[Site], stage: Stage
-    ) -> Tensors:
-        """See `unmapped.swap`."""
-        giver = "tuned" if taker == "base" else "base"
-        return self.whole(
-            Swap(prompts, position, taker, tuple(sites)), stage, f"patching {taker} from {giver}"
-        )
-
-    def head_patches(
-        self, layer: int, prompts: PromptSet, position: Position, sets: Sequence[Heads]
-    ) -> list[Array]:
-        """KL(patched ‖ clean) in nats of the base's heads in the tuned model, for every set of heads, [n]."""
-        found = self.whole(HeadPatches(prompts, position, layer, tuple(sets)))["KL"]
-        return [np.asarray(column) for column in found.numpy().T]
 
     def whole(self, task: Task, stage: Stage = silent, name: str = "") -> Tensors:
         """The result of a task that was done shard by shard."""
         if not len(task.prompts):
             return task.run(self.pair)  # says what is wrong with that
-        shards = shards_of(task, self.pair, self.most_shards)
+        shards = shards_of(task, self.pair, self.max_shards)
         found: dict[int, Tensors] = {}
         with stage(name, len(task.prompts)) as advance:
-            for index, result in self.run([part_of(task, rows) for rows in shards]):
+            for index, result in self.run(task, shards):
                 found[index] = result
                 advance(len(shards[index]))
-        return Merged([(rows, found[index]) for index, rows in enumerate(shards)])
+        return merged([(rows, found[index]) for index, rows in enumerate(shards)])
+
+
+class LocalWorkers(Workers):
+    """Runs the models in this process, a whole split at a time."""
+
+    @property
+    def max_shards(self) -> int:
+        """One: nothing is gained by cutting."""
+        return 1
+
+    def run(self, task: Task, shards: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensors]]:
+        """One after the other."""
+        for index, rows in enumerate(shards):
+            yield index, task.part(rows).done(self.pair)
+
+    def ask(self, question: Callable[..., Answer], *arguments: object) -> Answer:
+        """Answer from the pair in this process."""
+        return question(self.pair, *arguments)

@@ -302,10 +302,10 @@ def _tags(cell: Cell, study: Study) -> dict[str, str]:
     }
 
 
-def _datasets(study: Study, *sets: PromptSet) -> tuple[records.PromptSet, ...]:
+def _datasets(study: Study, *sets: PromptSet) -> tuple[records.Dataset, ...]:
     spec = study.pair.spec
     return tuple(
-        records.PromptSet(
+        records.Dataset(
             name=f"{spec.name}-{prompts.split}",
             split=prompts.split,
             digest=prompts.digest,

@@ -9,7 +9,7 @@ import pandas as pd
 
 from mechdiff_mlflow.experiments import PatchRecord
 from mechdiff_mlflow.experiments.atlas import AtlasRecord
-from mechdiff_mlflow.experiments.heads import HeadsRecord
+from mechdiff_mlflow.experiments.profiles import HeadsRecord
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import RunRecord
 
@@ -83,7 +83,7 @@ def layers_run(table: pd.DataFrame, sentence: str, files: Mapping[str, Path]) ->
     """A layer profile; its columns are curves over layers (step = layer).
 
     Args:
-        table: `experiments.layers.layer_profile`.
+        table: `experiments.profiles.layer_profile`.
         sentence: What it shows.
         files: Figures by artifact path.
     """

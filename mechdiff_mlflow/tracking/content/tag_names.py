@@ -1,5 +1,11 @@
 """Names of params and tags that several modules write and read."""
 
+KEY_TAG = "mechdiff.key"
+"""Tag of a run below a parent, unique there: what was asked for, and of which code."""
+ROOT_TAG = "mechdiff.root"
+"""Tag of a run below a parent: the id of the top run."""
+ARTIFACTS_TAG = "mechdiff.artifacts"
+"""Tag of a run: SHA-256 of its artifacts by path, as JSON."""
 PAIR_FINGERPRINT = "pair_fingerprint"
 FITTED_ON = "fitted_on_pair"
 """Fingerprint of the pair that a map was fitted on, where it was measured on another."""

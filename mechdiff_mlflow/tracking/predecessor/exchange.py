@@ -15,10 +15,10 @@ from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.text import text_of
-from mechdiff_mlflow.tracking.content.keys import KEY_TAG, ROOT_TAG, key_of
+from mechdiff_mlflow.tracking.content.keys import key_of
 from mechdiff_mlflow.tracking.content.names import check_alias, registered_name
 from mechdiff_mlflow.tracking.content.records import RunRecord
-from mechdiff_mlflow.tracking.content.tag_names import IMPORTED_FROM, PAIR_FINGERPRINT
+from mechdiff_mlflow.tracking.content.tag_names import IMPORTED_FROM, KEY_TAG, PAIR_FINGERPRINT, ROOT_TAG
 from mechdiff_mlflow.tracking.predecessor import bundles
 from mechdiff_mlflow.tracking.predecessor.bundles import Manifest
 from mechdiff_mlflow.tracking.registry.fetch import load_map
@@ -30,10 +30,10 @@ from mechdiff_mlflow.tracking.registry.promotion import (
     require_may_promote,
 )
 from mechdiff_mlflow.tracking.registry.versions import Version, get_version, winners_of
-from mechdiff_mlflow.tracking.runs.enclosing import experiment_of
+from mechdiff_mlflow.tracking.runs.commands import Earlier, earlier
 from mechdiff_mlflow.tracking.runs.lookup import each_run
+from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.provenance import code_version
-from mechdiff_mlflow.tracking.runs.repeats import Earlier, earlier
 from mechdiff_mlflow.tracking.runs.runs import Tracker
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 

@@ -89,7 +89,7 @@ def _finished(store: Store, run_id: str, here: OpenRun | None = None) -> tuple[R
     if run.info.status != "FINISHED" or run.info.lifecycle_stage == "deleted":
         state = "deleted" if run.info.lifecycle_stage == "deleted" else run.info.status
         raise MechdiffError(f"Run {run_id} is {state} and only FINISHED runs can be promoted; run it again.")
-    store.demand_place(run.info.experiment_id)
+    store.require_place(run.info.experiment_id)
     return run, False
 
 
@@ -124,7 +124,7 @@ def modelled(store: Store, measured: Measured, require_owner: Callable[[], None]
         params=run.data.params,
         metrics=run.data.metrics,
         again=again,
-        demand=require_owner,
+        require_owner=require_owner,
     )
     # The same points again, now as the model's too; the run keeps one of each.
     points = [point for point in run.data._metric_objs if point.key in metrics_of(run)]

@@ -31,7 +31,8 @@ from mechdiff_mlflow.tracking.registry.versions import (
     registered,
 )
 from mechdiff_mlflow.tracking.store.file_locks import file_lock, lock_file
-from mechdiff_mlflow.tracking.store.store import A_TOKEN, Store, login_name
+from mechdiff_mlflow.tracking.store.server import A_TOKEN, login_name
+from mechdiff_mlflow.tracking.store.store import Store
 
 _MOVE_TAG = "mechdiff.move."
 _Time = Annotated[int, Field(ge=0, lt=1 << 43)]  # what a calendar can show

@@ -28,7 +28,8 @@ from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy, numbers, n
 from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.runs.provenance import code_version
 from mechdiff_mlflow.tracking.runs.runs import OpenRun
-from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable, login_name
+from mechdiff_mlflow.tracking.store.server import login_name
+from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
 _PROVENANCE = (
     *("pair", "layer", "hook", "solver", "family", "k", "shrink", "ridge", "off_span"),
@@ -78,7 +79,7 @@ def promote(
     """
     check_alias(alias)
     policy = policy or PromotionPolicy()
-    require_owner: Callable[[], None] = (lambda: None) if here is None else here.demand
+    require_owner: Callable[[], None] = (lambda: None) if here is None else here.require_owner
     measured = measured_in(store, run_id, here, read)
     name = check_name(name) if name else name_of(measured)
     require_allowed = partial(_require_allowed, store, policy, name, alias, measured)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from mechdiff_mlflow.errors import MechdiffError
+
 # SIGHUP, the closing of a terminal, does not exist on Windows.
 _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -21,6 +23,21 @@ class Killed(SystemExit):
         self.signal_name = signal.Signals(signum).name
 
 
+def ending(error: BaseException | None) -> tuple[str, str]:
+    """The status and reason that an exception ends a run with."""
+    if error is None:
+        return "FINISHED", ""
+    if isinstance(error, Killed):
+        return "KILLED", f"Ended by {error.signal_name}."
+    if isinstance(error, KeyboardInterrupt):
+        return "KILLED", "Ended by Ctrl-C."
+    if isinstance(error, GeneratorExit):
+        return "KILLED", "The program stopped before the run was over."
+    if isinstance(error, SystemExit):
+        return ("FAILED", f"Exit code {error.code}.") if error.code else ("FINISHED", "")
+    return "FAILED", str(error) if isinstance(error, MechdiffError) else f"{type(error).__name__}: {error}"
+
+
 class Interrupts:
     """Turns signals into exceptions while active, and holds them back inside `deferred()`.
 
@@ -31,10 +48,10 @@ class Interrupts:
         hurry: Set when a signal comes, so that what is deferred does not wait for anything.
     """
 
-    def __init__(self, hurry: threading.Event | None = None) -> None:
+    def __init__(self, hurry: threading.Event) -> None:
         self._depth = 0
         self._pending: int | None = None
-        self._hurry = hurry or threading.Event()
+        self._hurry = hurry
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -76,6 +93,4 @@ class Interrupts:
 
     @staticmethod
     def _raise(signum: int) -> None:
-        if signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise Killed(signum)
+        raise KeyboardInterrupt if signum == signal.SIGINT else Killed(signum)

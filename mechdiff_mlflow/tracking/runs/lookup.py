@@ -1,14 +1,15 @@
-"""Runs that are looked up: all that a filter finds, and a new one only where it finds none."""
+"""Runs that are looked up: all that a filter finds, a new one where it finds none, one to go on with."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from mlflow.entities import Run, ViewType
+from mlflow.entities import Run, RunTag, ViewType
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.runs.provenance import provenance_tags
 from mechdiff_mlflow.tracking.store.store import Store
 
 MOST_VALUES = 40
@@ -20,11 +21,7 @@ _IDS = 100
 def all_runs(
     store: Store, experiment_ids: Sequence[str], where: str = "", *, newest_first: bool = False
 ) -> list[Run]:
-    """Every run of some experiments that MLflow's filter `where` finds, deleted ones left out.
-
-    Raises:
-        MechdiffError: The filter is not valid, or the store cannot be read.
-    """
+    """Every run of some experiments that MLflow's filter `where` finds, deleted ones left out."""
     return list(each_run(store, experiment_ids, where, newest_first=newest_first))
 
 
@@ -38,20 +35,7 @@ def each_run(
     page: int = _PAGE,
     view: int = ViewType.ACTIVE_ONLY,
 ) -> Iterator[Run]:
-    """The same, asked for page by page as they are taken.
-
-    Args:
-        store: Where to look.
-        experiment_ids: In which experiments.
-        where: MLflow's filter.
-        order: MLflow's order.
-        newest_first: Order by their start instead.
-        page: Runs a request.
-        view: Which of active and deleted runs.
-
-    Raises:
-        MechdiffError: The filter is not valid, or the store cannot be read.
-    """
+    """The same in MLflow's `order`, or the newest first, asked for page by page as they are taken."""
     by = ["attributes.start_time DESC"] if newest_first else [*order]
     token = None
     while experiment_ids:
@@ -64,11 +48,7 @@ def each_run(
 
 
 def runs_of(store: Store, run_ids: Iterable[str]) -> list[Run]:
-    """The runs with some ids that are not deleted, in whichever experiment, many at a request.
-
-    Raises:
-        MechdiffError: The store cannot be read.
-    """
+    """The runs with some ids that are not deleted, in whichever experiment, many at a request."""
     ids = list(run_ids)
     with store.errors():
         places = [found.experiment_id for found in store.client.search_experiments(ViewType.ALL)]
@@ -101,33 +81,41 @@ def made_once(
     tags: dict[str, str],
     *,
     look: bool = False,
-    demand: Callable[[], None] = lambda: None,
+    require: Callable[[], None] = lambda: None,
 ) -> Run:
-    """A new run, made exactly once: the one that `where` finds after an answer was lost, or to begin with.
+    """A new run with the name and start of `record` and some tags, made exactly once.
 
     Args:
         store: Where to.
         experiment_id: In which experiment.
-        where: Filter that finds this run and no other, by its tags.
-        record: What it will hold; gives its name and start.
+        where: Filter that finds this run and no other, by its tags; looked up after an answer was lost.
+        record: What it will hold.
         tags: Of the run.
         look: Look before it is made the first time, too.
-        demand: Called right before each request that makes it; raises if another process does that by now.
-
-    Raises:
-        MechdiffError: The store refuses.
+        require: Called right before each request that makes it; raises if another process does that by now.
     """
 
     def find() -> Run | None:
-        return next(iter(all_runs(store, [experiment_id], where)), None)
+        return next(each_run(store, [experiment_id], where), None)
 
     started_ms = record.started_ms or int(time.time() * 1000)
 
     def create() -> Run:
-        demand()
+        require()
         return store.client.create_run(experiment_id, started_ms, tags, record.name)
 
     with store.errors():
         if look and (found := find()) is not None:
             return found
         return store.patience.once(create, find)
+
+
+def reopen(store: Store, left: Run, tags: Mapping[str, str]) -> None:
+    """Have a run that an earlier attempt left unfinished RUNNING again, as this process's, with more tags."""
+    client, run_id = store.client, left.info.run_id
+    with store.errors():
+        every = {**provenance_tags(), **tags}
+        client.log_batch(run_id, tags=[RunTag(key, text) for key, text in every.items()])
+        client.update_run(run_id, status="RUNNING")
+        if "mechdiff.failure" in left.data.tags:
+            client.delete_tag(run_id, "mechdiff.failure")

@@ -22,21 +22,24 @@ def provenance_tags() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _process_tags() -> dict[str, str]:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        user = "unknown"
     tags = {
-        "mlflow.user": _user(),
+        "mlflow.user": user,
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python",
         "mechdiff.version": __version__,
         "mechdiff.host": platform.node() or "unknown",
     }
     # Tracked: an installed copy may lie inside somebody else's repository.
-    if _git(PACKAGE, "ls-files", "--error-unmatch", "__init__.py") is not None:
-        commit = _git(PACKAGE, "rev-parse", "HEAD")
-        branch = _git(PACKAGE, "rev-parse", "--abbrev-ref", "HEAD")
+    if _git("ls-files", "--error-unmatch", "__init__.py") is not None:
+        commit, branch = _git("rev-parse", "HEAD"), _git("rev-parse", "--abbrev-ref", "HEAD")
         if commit and branch:
-            tags["mlflow.source.git.commit"] = commit
-            tags["mlflow.source.git.branch"] = branch
-            tags["mechdiff.git.dirty"] = str(bool(_git(PACKAGE, "status", "--porcelain", "--", "."))).lower()
+            is_dirty = bool(_git("status", "--porcelain", "--", "."))
+            tags |= {"mlflow.source.git.commit": commit, "mlflow.source.git.branch": branch}
+            tags["mechdiff.git.dirty"] = str(is_dirty).lower()
     return tags
 
 
@@ -48,10 +51,10 @@ def code_version() -> str:
     return tags["mechdiff.version"] + local + (".dirty" if tags.get("mechdiff.git.dirty") == "true" else "")
 
 
-def _git(directory: Path, *arguments: str) -> str | None:
+def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(directory), *arguments],
+            ["git", "-C", str(PACKAGE), *arguments],
             capture_output=True,
             text=True,
             timeout=_GIT_WAIT_S,
@@ -60,10 +63,3 @@ def _git(directory: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return "unknown"

@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from mlflow.entities import Run, ViewType
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
-from mechdiff_mlflow.tracking.content.artifact_digests import check_read, sent_digest
-from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles, check_read, sent_digest
 from mechdiff_mlflow.tracking.content.cells import CELLS, read_cells
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.runs.lookup import MOST_VALUES, all_runs, can_quote, each_run, quoted, runs_of
@@ -29,6 +28,7 @@ _MAX_TABLE = 256 << 20
 # Not what Python reads as numbers: 1_000, nan and 007 stay text.
 _INTEGER = r"-?(?:0|[1-9]\d{0,17})"
 _DECIMAL = r"-?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][+-]?\d+)?"
+_PARENT = "mlflow.parentRunId"
 _PATCHES = "tags.`mechdiff.kind` = 'patch'"
 _CHILDLESS = ("report", "compare", "layers", "heads", "import")
 _SAME_AGAIN = ("run", "sweep", "atlas", "layers", "heads")
@@ -42,6 +42,7 @@ _MANY = 50
 _FIRST = ["run_id", "name", "kind", "status", "parent_id", "started"]
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def results_df(store: Store, experiment: str, *, where: str = "", kind: str | None = None) -> pd.DataFrame:
@@ -84,10 +85,10 @@ def summarised(
         The runs, newest first, and by path and run id the tables.
 
     Raises:
-        MechdiffError: There is no such experiment, or the store cannot be read.
+        MechdiffError: There is no such experiment.
     """
-    experiment_id = store.experiment_id(experiment)
-    tops = _newest_of_each(_top_runs(store, experiment_id))
+    ids = [store.experiment_id(experiment)]
+    tops = _newest_of_each(_top_runs(store, ids))
     rows, asked = [_row(run) for run in tops], []
     for run in tops:
         kind = run.data.tags.get("mechdiff.kind")
@@ -99,15 +100,14 @@ def summarised(
         else:
             rows += cells
     if any(row["kind"] == "patch" for row in rows):
-        gone = each_run(store, [experiment_id], _PATCHES, view=ViewType.DELETED_ONLY)
+        gone = each_run(store, ids, _PATCHES, view=ViewType.DELETED_ONLY)
         deleted = {run.info.run_id for run in gone}
         rows = [row for row in rows if row["run_id"] not in deleted]
-    where = [f"tags.`mlflow.parentRunId` = '{run_id}'" for run_id in asked]
     if len(asked) > _MANY:  # one request for all
-        where = [_PATCHES]
-    for one in where:
-        below = each_run(store, [experiment_id], one)
-        rows += [_row(run) for run in below if run.data.tags.get("mlflow.parentRunId") in asked]
+        below = [run for run in all_runs(store, ids, _PATCHES) if run.data.tags.get(_PARENT) in asked]
+    else:
+        below = [run for one in asked for run in all_runs(store, ids, f"tags.`{_PARENT}` = '{one}'")]
+    rows += map(_row, below)
     rows.sort(key=lambda row: (-row["started"].value, row["run_id"]))
     done = [run for run in tops if run.info.status == "FINISHED"]
     found = {
@@ -129,29 +129,33 @@ def tables_of(store: Store, run_ids: Iterable[str], path: str) -> dict[str, pd.D
 def _tables(store: Store, runs: Iterable[Run], path: str) -> dict[str, pd.DataFrame]:
     found: dict[str, pd.DataFrame] = {}
     for run in runs:
-        run_id, tags = run.info.run_id, run.data.tags
-        with store.errors(), tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
-            # A run of ours says which files it has.
-            is_there = sent_digest(tags, path) is not None or any(
-                item.path == path for item in store.client.list_artifacts(run_id)
-            )
-            if is_there:
-                local = StoredFiles(store, run.info.artifact_uri).read_back([path], Path(folder)) / path
-                check_read(local, path, run_id, tags)
-                found[run_id] = _table(local)
+        is_there = sent_digest(run.data.tags, path) is not None  # a run of ours says which files it has
+        if not is_there:
+            with store.errors():
+                is_there = path in [item.path for item in store.client.list_artifacts(run.info.run_id)]
+        if is_there:
+            found[run.info.run_id] = _read(store, run, path, _table)
     return found
 
 
-def _top_runs(store: Store, experiment_id: str) -> list[Run]:
+def _read(store: Store, run: Run, path: str, parse: Callable[[Path], _T]) -> _T:
+    """What `parse` makes of an artifact, if that is what was logged."""
+    with store.errors(), tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+        local = StoredFiles(store, run.info.artifact_uri).read_back([path], Path(folder)) / path
+        check_read(local, path, run.info.run_id, run.data.tags)
+        return parse(local)
+
+
+def _top_runs(store: Store, ids: list[str]) -> list[Run]:
     """Runs that are below no other, newest first; a lone patch is told by what only such runs have.
 
     Of those that say nothing of patches, and that a newer one was the same as, not all are asked for.
     """
     wheres = [f"{_PATCHES} and tags.`{tag}` LIKE '%'" for tag in (_SAME_TAGS[0], "mechdiff.lease.1")]
-    found = {run.info.run_id: run for where in wheres for run in each_run(store, [experiment_id], where)}
+    found = {run.info.run_id: run for where in wheres for run in each_run(store, ids, where)}
     kinds = [f"tags.`mechdiff.kind` != '{kind}'" for kind in ("patch", "fit", *_SAYS_NOTHING)]
-    found |= {run.info.run_id: run for run in _not_all(partial(each_run, store, [experiment_id]), kinds)}
-    tops = [run for run in found.values() if "mlflow.parentRunId" not in run.data.tags]
+    found |= {run.info.run_id: run for run in _not_all(partial(each_run, store, ids), kinds)}
+    tops = [run for run in found.values() if _PARENT not in run.data.tags]
     return sorted(tops, key=lambda run: (-(run.info.start_time or 0), run.info.run_id))
 
 
@@ -200,46 +204,33 @@ def _newest_of_each(runs: Iterable[Run]) -> list[Run]:
     kept = []
     for run in runs:
         tags = run.data.tags
-        code = tuple(tags.get(key) for key in ("mechdiff.version", "mlflow.source.git.commit"))
-        asked = (
-            tags.get("mechdiff.kind"),
-            tags.get(PAIR_FINGERPRINT),
-            code,
-            *sorted(run.data.params.items()),
-        )
-        if asked in seen and asked[0] in _SAME_AGAIN:
-            continue
-        kept.append(run)
-        if run.info.status == "FINISHED":
-            seen.add(asked)
+        kind = tags.get("mechdiff.kind")
+        asked = (kind, *map(tags.get, _SAME_TAGS[1:]), *sorted(run.data.params.items()))
+        if asked not in seen or kind not in _SAME_AGAIN:
+            kept.append(run)
+            if run.info.status == "FINISHED":
+                seen.add(asked)
     return kept
 
 
 def _cells_of(store: Store, run: Run) -> list[dict[str, Any]] | None:
     """Rows of the patch runs below a run; None where they have to be asked for."""
-    tags = run.data.tags
-    if run.info.status != "FINISHED" or sent_digest(tags, CELLS) is None:
+    if run.info.status != "FINISHED" or sent_digest(run.data.tags, CELLS) is None:
         return None
     try:
-        with store.errors(), tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
-            path = StoredFiles(store, run.info.artifact_uri).read_back([CELLS], Path(folder)) / CELLS
-            check_read(path, CELLS, run.info.run_id, tags)
-            cells = read_cells(path)
+        cells = _read(store, run, CELLS, read_cells)
     except StoreUnreachable:
         raise
     except MechdiffError as error:
         _log.warning("%s The runs themselves are read instead.", error)
         return None
     return [
-        {
-            "run_id": cell["run_id"],
-            "name": cell["name"],
-            "kind": "patch",
-            "status": "FINISHED",
-            "parent_id": run.info.run_id,
-            "started": pd.to_datetime(cell["started_ms"], unit="ms", utc=True, errors="coerce"),
-            **_columns(cell["params"], cell["metrics"], cell["tags"]),
-        }
+        _row_of(
+            [cell["run_id"], cell["name"], "patch", "FINISHED", run.info.run_id, cell["started_ms"]],
+            cell["params"],
+            cell["metrics"],
+            cell["tags"],
+        )
         for cell in cells
     ]
 
@@ -260,25 +251,19 @@ def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _row(run: Run) -> dict[str, Any]:
-    tags, params = run.data.tags, run.data.params
-    return {
-        "run_id": run.info.run_id,
-        "name": run.info.run_name,
-        "kind": tags.get("mechdiff.kind"),
-        "status": run.info.status,
-        "parent_id": tags.get("mlflow.parentRunId"),
-        "started": pd.to_datetime(run.info.start_time, unit="ms", utc=True, errors="coerce"),
-        **_columns(params, run.data.metrics, tags),
-    }
+    info, tags = run.info, run.data.tags
+    first = [info.run_id, info.run_name, tags.get("mechdiff.kind"), info.status, tags.get(_PARENT)]
+    return _row_of([*first, info.start_time], run.data.params, run.data.metrics, tags)
 
 
-def _columns(
-    params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapping[str, str]
+def _row_of(
+    first: list[Any], params: Mapping[str, str], metrics: Mapping[str, float], tags: Mapping[str, str]
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        key if key not in _FIRST else f"param.{key}": _value(text) for key, text in params.items()
-    }
-    row |= {key if key not in (*_FIRST, *row) else f"metric.{key}": value for key, value in metrics.items()}
+    """A row with the columns `_FIRST`, of which the last is a Unix time in ms, and what a run holds."""
+    row: dict[str, Any] = dict(zip(_FIRST, first, strict=True))
+    row["started"] = pd.to_datetime(row["started"], unit="ms", utc=True, errors="coerce")
+    row |= {key if key not in _FIRST else f"param.{key}": _value(text) for key, text in params.items()}
+    row |= {key if key not in row else f"metric.{key}": value for key, value in metrics.items()}
     row |= {f"tag.{key}": text for key, text in tags.items() if not key.startswith("mlflow.")}
     return row
 

@@ -2,9 +2,8 @@
 
 Every run below a parent has a key (see `keys`), by which it is looked up before it is made again: after a
 lost answer, and after a killed process when the parent is resumed. What it holds is a function of what was
-computed, and stamped with the time at which it began, so that writing it again changes nothing; FINISHED
-comes last, once the store has been seen to hold what was sent. Who may write is decided by a lease (see
-`lease`).
+computed, so that writing it again changes nothing, and FINISHED comes last, once the store was seen to hold
+what was sent. Who may write is decided by `run_lock`.
 """
 
 from __future__ import annotations
@@ -16,16 +15,15 @@ from contextlib import ExitStack, contextmanager
 
 from mlflow.entities import Run, RunTag
 
-from mechdiff_mlflow.tracking.content.keys import KEY_TAG
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
+from mechdiff_mlflow.tracking.content.tag_names import KEY_TAG
 from mechdiff_mlflow.tracking.content.view import install_view, view_tag
-from mechdiff_mlflow.tracking.runs.enclosing import active_run
-from mechdiff_mlflow.tracking.runs.endings import RUN_ID_VARIABLE, enclosing_run, plain
 from mechdiff_mlflow.tracking.runs.interrupts import Interrupts
-from mechdiff_mlflow.tracking.runs.lookup import made_once
+from mechdiff_mlflow.tracking.runs.lookup import made_once, reopen
+from mechdiff_mlflow.tracking.runs.mlflow_run import RUN_ID_VARIABLE, active_run, plain, tags_to_add
 from mechdiff_mlflow.tracking.runs.open_run import OpenRun
 from mechdiff_mlflow.tracking.runs.provenance import provenance_tags
-from mechdiff_mlflow.tracking.runs.run_lock import Lease, taken_over
+from mechdiff_mlflow.tracking.runs.run_lock import RunLock, taken_over
 from mechdiff_mlflow.tracking.runs.writing import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.store import Store
@@ -72,8 +70,6 @@ class Tracker:
         description: str = "",
     ) -> Iterator[OpenRun]:
         """An open top-level run: the parent of a sweep's runs, or a lone `fit` or `patch`.
-
-        The experiment gets the shared view of `view.py`.
 
         Inside `mlflow run` it is the run that MLflow made (once); else a new one, or the one that is resumed.
         It ends FINISHED; FAILED when the body raises; KILLED on SIGTERM, SIGHUP or Ctrl-C. The reason becomes
@@ -131,26 +127,27 @@ class Tracker:
     @contextmanager
     def _new(self, record: RunRecord) -> Iterator[OpenRun]:
         """A run that was just made, by us or by `mlflow run`."""
-        lease = Lease(self.store)
-        run = self._attach(record, lease) or self._create(record, lease)
-        with lease.kept(run.info.run_id):
-            yield self._open(run, lease)
+        lock = RunLock(self.store)
+        run = self._attach(record, lock) or self._create(record, lock)
+        with lock.kept(run.info.run_id):
+            yield OpenRun(self.store, run, lock, self.interrupts, as_asked=self.as_asked)
 
     @contextmanager
     def _resumed(self, run_id: str) -> Iterator[OpenRun]:
-        """A run that another process left."""
+        """An unfinished run that another process left, RUNNING again."""
         with self.store.errors():
             run = self.store.client.get_run(run_id)
-        self.store.demand_place(run.info.experiment_id)
-        with taken_over(self.store, run) as lease:
-            yield self._open(self._restarted(run, lease), lease, resumed=True)
+        self.store.require_place(run.info.experiment_id)
+        with taken_over(self.store, run) as lock:
+            reopen(self.store, run, {"mechdiff.resumed": str(lock.owner.epoch - 1)})
+            yield OpenRun(self.store, run, lock, self.interrupts, resumed=True, as_asked=self.as_asked)
 
-    def _create(self, record: RunRecord, lease: Lease) -> Run:
+    def _create(self, record: RunRecord, lock: RunLock) -> Run:
         experiment_id, above = self._place()
         key = uuid.uuid4().hex
         # With what resuming needs: a process may be killed before it can add another tag.
         tags = {**_redacted(record), **provenance_tags(), "mechdiff.kind": record.kind, KEY_TAG: key}
-        tags |= lease.holder.tag | above
+        tags |= lock.owner.tag | above
         return made_once(self.store, experiment_id, f"tags.`{KEY_TAG}` = '{key}'", record, tags)
 
     def _place(self) -> tuple[str, dict[str, str]]:
@@ -163,31 +160,17 @@ class Tracker:
                 return str(theirs.experiment_id), {"mlflow.parentRunId": run.info.run_id}
         return self.store.experiment(self.experiment, view_tag()), {}
 
-    def _attach(self, record: RunRecord, lease: Lease) -> Run | None:
+    def _attach(self, record: RunRecord, lock: RunLock) -> Run | None:
         # Taken out of the environment: a second run of this process, or of one it starts, is another run.
         run_id = os.environ.pop(RUN_ID_VARIABLE, None)
         if not run_id:
             return None
         with self.store.errors():
             run = self.store.client.get_run(run_id)
-            self.store.demand_place(run.info.experiment_id)
-            tags = {**_redacted(record), **enclosing_run(run, record, provenance_tags()), **lease.holder.tag}
-            self.store.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            self.store.require_place(run.info.experiment_id)
+            tags = {**_redacted(record), **tags_to_add(run, record, provenance_tags()), **lock.owner.tag}
+            self.store.client.log_batch(run_id, tags=[RunTag(key, text) for key, text in tags.items()])
         return run
-
-    def _restarted(self, run: Run, lease: Lease) -> Run:
-        """An unfinished run, RUNNING again."""
-        client, run_id = self.store.client, run.info.run_id
-        with self.store.errors():
-            tags = {**provenance_tags(), "mechdiff.resumed": str(lease.holder.epoch - 1)}
-            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-            client.update_run(run_id, status="RUNNING")
-            if "mechdiff.failure" in run.data.tags:
-                client.delete_tag(run_id, "mechdiff.failure")
-        return run
-
-    def _open(self, run: Run, lease: Lease, *, resumed: bool = False) -> OpenRun:
-        return OpenRun(self.store, run, lease, self.interrupts, resumed=resumed, as_asked=self.as_asked)
 
 
 def _redacted(record: RunRecord) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, takewhile
@@ -36,10 +36,10 @@ class FoundRun:
         pair: Its name.
         site: Where.
         settings: solver, family, k, alpha, split and n as logged.
-        metric: What was asked for.
-        value: Of that metric.
-        low: End of its 95 % interval, if logged.
-        high: The other end.
+        metric: Name of the metric that was asked for.
+        value: Its value.
+        low: Lower end of its 95 % interval, if logged.
+        high: The upper end.
         leak: Whether something was chosen on prompts that are reported; None where nobody knows.
         prompts: Name, digest and split of each prompt set.
         started_ms: Unix time in ms.
@@ -113,13 +113,7 @@ def find_runs(
 
 
 class _Search:
-    """Runs by a metric, the best first.
-
-    Args:
-        store: Where to look.
-        experiments: Names of the experiments by id.
-        metric: What counts.
-    """
+    """Runs of some experiments, given by id and name, by a metric, the best first."""
 
     def __init__(self, store: Store, experiments: dict[str, str], metric: str) -> None:
         self.sign = 1 if metric.startswith(_LOWER_IS_BETTER) else -1
@@ -127,37 +121,22 @@ class _Search:
         self._each = partial(each_run, store, list(experiments), order=by)
         self._experiments, self._metric = experiments, metric
 
-    def ordered(self, where: Sequence[str], limit: int | None = None) -> Iterator[Run]:
-        """All that have the metric; those without it come last in the store's order."""
-        runs = self._each(" and ".join(where), page=min(limit or _MOST_A_PAGE, _MOST_A_PAGE))
-        return takewhile(lambda run: self._metric in run.data.metrics, runs)
+    def first(self, where: Sequence[str]) -> list[Run]:
+        """Some runs, with the metric or without."""
+        return list(islice(self._each(" and ".join(where), page=_FEW), _FEW))
 
     def readable(self, where: Sequence[str], limit: int | None = None) -> Iterator[FoundRun]:
-        """Those whose fields are what they should be; a warning for each other."""
-        return filter(None, map(self._read, self.ordered(where, limit)))
-
-    def _read(self, run: Run) -> FoundRun | None:
-        try:
-            return _found(run, self._experiments, self._metric)
-        except foreign.Malformed as error:
-            foreign.left_out(f"run {run.info.run_id}", error)
-            return None
-
-    def first(self, where: Sequence[str]) -> list[Run]:
-        """Some, with the metric or without."""
-        return list(islice(self._each(" and ".join(where), page=_FEW), _FEW))
+        """Runs with the metric whose fields are what they should be; a warning for each other."""
+        runs = self._each(" and ".join(where), page=min(limit or _MOST_A_PAGE, _MOST_A_PAGE))
+        return filter(None, map(self._read, self._measured(runs)))
 
     def best_of_each(
         self, where: Sequence[str], keys: Sequence[str], best: Sequence[Run] = ()
     ) -> list[FoundRun]:
-        """The best run of each combination of some params, with no look at most of the others.
+        """The best run of each combination of the params `keys`, with no look at most of the others.
 
-        The next search leaves out the values of the first param that were seen, until nothing is left.
-
-        Args:
-            where: Filters of the runs.
-            keys: The params.
-            best: The best of those runs, if they are known.
+        The next search leaves out the values of the first param that were seen, until nothing is left; `best`
+        are the first runs, if they are known.
         """
         if not keys:
             known = filter(None, map(self._read, best))
@@ -166,7 +145,7 @@ class _Search:
         found: list[FoundRun] = []
         seen: list[str] = []
         left = [*where]
-        runs = [*best] or self._best(left)
+        runs = [*best] or [*self._measured(self.first(left))]
         while runs:
             groups: dict[str, list[Run]] = {}
             for run in runs:
@@ -181,11 +160,19 @@ class _Search:
                 found += self.best_of_each([*where, f"params.{key} = {quoted(value)}"], others, ones)
             seen += groups or [""]  # which leaves out the runs that do not have the param
             left = [*where, *(f"params.{key} != {quoted(value)}" for value in seen)]
-            runs = self._best(left)
+            runs = [*self._measured(self.first(left))]
         return found
 
-    def _best(self, where: Sequence[str]) -> list[Run]:
-        return list(islice(self.ordered(where, _FEW), _FEW))
+    def _measured(self, runs: Iterable[Run]) -> Iterator[Run]:
+        """Those that have the metric; the others come last in the store's order."""
+        return takewhile(lambda run: self._metric in run.data.metrics, runs)
+
+    def _read(self, run: Run) -> FoundRun | None:
+        try:
+            return _found(run, self._experiments, self._metric)
+        except foreign.Malformed as error:
+            foreign.left_out(f"run {run.info.run_id}", error)
+            return None
 
 
 def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:

@@ -7,9 +7,7 @@ keeps one of two equal points. The caller sets the status, last.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunData, RunTag
@@ -17,28 +15,13 @@ from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunData, RunTa
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import flavour
 from mechdiff_mlflow.tracking.content import artifacts, keys
-from mechdiff_mlflow.tracking.content.artifact_digests import Sent, digest_tag, files_of
-from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.artifact_files import Sent, StoredFiles, digest_tag, files_of
 from mechdiff_mlflow.tracking.content.records import RunRecord, param_text
-from mechdiff_mlflow.tracking.flavour import LoggedMap
+from mechdiff_mlflow.tracking.flavour import MAP_FILE, LoggedMap
 from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.store import Store
 
 MAP_RUN_TAG = "mechdiff.map_run"
-
-
-@dataclass
-class _Written:
-    """What this process has written into a run, so that writing more of it sends only that."""
-
-    model: LoggedMap | None = None
-    has_map: bool = False
-    has_inputs: bool = False
-    sources: dict[str, object] = field(default_factory=dict)
-    sent: dict[str, Sent] = field(default_factory=dict)
-    points: dict[tuple[str, int], Metric] = field(default_factory=dict)
-    params: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
 
 
 class RecordWriter:
@@ -46,133 +29,89 @@ class RecordWriter:
 
     Args:
         store: Where to.
-        demand: Called before each request that writes; raises if this process may not write any more.
+        require: Called before each request that writes; raises if this process may not write any more.
     """
 
-    def __init__(self, store: Store, demand: Callable[[], None]) -> None:
-        self._store, self._demand = store, demand
-        self._models: dict[str, LoggedMap] = {}
-        self._written: dict[str, _Written] = {}
-        self._lock = threading.Lock()
+    def __init__(self, store: Store, require: Callable[[], None]) -> None:
+        self._store, self._require = store, require
+        self._sent: dict[str, dict[str, Sent]] = {}
+        self.models: dict[str, LoggedMap] = {}
+        """The logged models of runs that were written or measured, by run."""
 
-    def begin(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
-        """The map of a record alone, which takes longest and is known first.
-
-        Args:
-            run: As it is before.
-            record: What it is to hold.
-            again: Whether some of that may be there from an earlier attempt.
-
-        Raises:
-            MechdiffError: The store refuses, or does not hold what was sent.
-        """
-        done = self._of(run)
+    def send_map(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
+        """Send the map of a record alone, once; see `write`."""
         with self._store.errors():
-            self._map(run, record, again, done)
+            if record.map is not None and record.is_model:
+                self._model_of(run, record, again)
+            elif record.map is not None and MAP_FILE not in self._sent.setdefault(run.info.run_id, {}):
+                self._require()
+                sent = flavour.send_map(self._store, run.info.artifact_uri, record.map, again=again)
+                self._sent[run.info.run_id] |= sent
 
-    def write(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
-        """Everything but the status, the cheap checks before the first request; what is written stays.
+    def write(self, run: Run, record: RunRecord, *, again: bool = False) -> Run:
+        """Write everything but the status, the cheap checks before the first request.
 
         Args:
             run: As it is before; what it holds of durations is kept.
             record: What it is to hold.
             again: Whether some of that may be there from an earlier attempt.
 
+        Returns: The run with what was written.
+
         Raises:
             MechdiffError: The record or the store refuses, or the store does not hold what was sent.
         """
-        run_id, done = run.info.run_id, self._of(run)
-        params = {key: redact(param_text(key, value)) for key, value in record.params.items()}
+        client, run_id = self._store.client, run.info.run_id
+        params = [Param(key, redact(param_text(key, value))) for key, value in record.params.items()]
         metrics, undefined = _finite(record)
         with self._store.errors():
-            is_first = again and not done.sent
-            self._map(run, record, again, done)
-            self._send(run, _unsent(record, done), done, is_first)
-            model_id = done.model.model_id if done.model else None
-            models = [LoggedModelInput(model_id)] if model_id and record.map_run else None
-            if (record.datasets or models) and not done.has_inputs:
-                self._demand()
-                inputs = [artifacts.dataset_input(prompts) for prompts in record.datasets]
-                self._store.client.log_inputs(run_id, inputs, models)
-                done.has_inputs = True
+            self.send_map(run, record, again=again)
+            sent = self._sent.setdefault(run_id, {})
+            sent |= self._send(run, record, again)
+            model = self._model_of(run, record, again)
+            inputs = [LoggedModelInput(model.model_id)] if model and record.map_run else None
+            if record.datasets or inputs:
+                self._require()
+                client.log_inputs(run_id, [artifacts.dataset_input(p) for p in record.datasets], inputs)
             at_ms = record.ended_ms or run.info.start_time
             if again:  # a former owner's last request may have come in since
-                run = self._store.client.get_run(run_id)
+                run = client.get_run(run_id)
             known = keys.fresh({key: value for key, value, _ in metrics}, run.data.metrics)
+            model_id = model.model_id if model else None
             points = [
                 Metric(key, value, at_ms, step, model_id=model_id)
                 for key, value, step in metrics
-                if key in known and not ((at := done.points.get((key, step))) and at.value == value)
+                if key in known
             ]
-            tags = {key: redact(text) for key, text in _tags(record, undefined, done).items()}
-            new_tags = {key: text for key, text in tags.items() if done.tags.get(key) != text}
-            new_params = {key: text for key, text in params.items() if key not in done.params}
-            if points or new_params or new_tags:
-                self._demand()
-                self._store.client.log_batch(
-                    run_id,
-                    points,
-                    [Param(key, text) for key, text in new_params.items()],
-                    [RunTag(key, text) for key, text in new_tags.items()],
-                )
-        done.points |= {(point.key, point.step): point for point in points}
-        done.params |= params
-        done.tags |= tags
+            tags = [RunTag(key, redact(text)) for key, text in _tags(record, undefined, sent).items()]
+            if points or params or tags:
+                self._require()
+                client.log_batch(run_id, points, params, tags)
+        return Run(run.info, RunData(points, params, tags))
 
-    def whole(self, run: Run) -> Run:
-        """A run that is whole: as it was found, or with what this process wrote into it."""
-        if run.info.status == "FINISHED":
-            return run
-        done = self._of(run)
-        data = RunData(
-            list(done.points.values()),
-            [Param(key, text) for key, text in done.params.items()],
-            [RunTag(key, text) for key, text in done.tags.items()],
-        )
-        return Run(run.info, data)
-
-    def model_of(self, run_id: str) -> LoggedMap | None:
-        """The logged model of a run that this process has written or asked for."""
-        with self._lock:
-            return self._models.get(run_id)
-
-    def _of(self, run: Run) -> _Written:
-        with self._lock:
-            return self._written.setdefault(run.info.run_id, _Written())
-
-    def _send(self, run: Run, record: RunRecord, done: _Written, again: bool) -> None:
-        """The files of a record, read back before anything says that they are there."""
+    def _send(self, run: Run, record: RunRecord, again: bool) -> dict[str, Sent]:
+        """Send the files of a record, and make sure that they are there."""
+        sent: dict[str, Sent] = {}
 
         def send(folder: str) -> None:
-            sent = files_of(Path(folder))
+            sent_now = files_of(Path(folder))
             files = StoredFiles(self._store, run.info.artifact_uri)
-            self._demand()
+            self._require()
             files.send(Path(folder), again=again)
-            files.demand_present(sent)
-            done.sent |= sent
+            files.require_present(sent_now)
+            sent.update(sent_now)
 
         artifacts.upload(send, record)
-        done.sources |= {**record.tables, **record.texts}
-
-    def _map(self, run: Run, record: RunRecord, again: bool, done: _Written) -> None:
-        """The map of a record, which is sent once."""
-        if done.has_map:
-            return
-        if record.map is None or record.is_model:
-            done.model = self._model_of(run, record, again)
-        else:
-            self._demand()
-            done.sent |= flavour.send_map(self._store, run.info.artifact_uri, record.map, again=again)
-        done.has_map = done.model is not None or record.map is not None
+        return sent
 
     def _model_of(self, run: Run, record: RunRecord, again: bool) -> LoggedMap | None:
         """The logged model that metrics belong to: of the record's own map, or of the run it measures."""
-        run_id: str = record.map_run if record.map is None and record.map_run else run.info.run_id
-        if record.map is not None:
+        run_id: str = record.map_run or run.info.run_id
+        if record.map is not None and record.is_model and run_id not in self.models:
             there = flavour.maps_of_run(self._store, run_id) if again else []
             wanted = record.map.sha256() if there else ""
-            known = next((model for model in there if model.sha256 == wanted), None)
-            known = known or flavour.log_model(
+            found = next((model for model in there if model.sha256 == wanted), None)
+            self.models[run_id] = found or flavour.log_model(
                 record.map,
                 record.name,
                 store=self._store,
@@ -181,30 +120,17 @@ class RecordWriter:
                 params=record.params,
                 metrics=record.metrics,
                 again=again,
-                demand=self._demand,
+                require_owner=self._require,
             )
-        elif record.map_run is None:
-            return None
-        elif (known := self.model_of(run_id)) is None:
+        elif record.map_run is not None and run_id not in self.models:
             fitted = flavour.maps_of_run(self._store, run_id)
             if not fitted:
                 raise MechdiffError(f"Run {run_id} has no map to evaluate; give the id of a fit run.")
-            known = fitted[-1]
-        with self._lock:
-            self._models[run_id] = known
-        return known
+            self.models[run_id] = fitted[-1]
+        return self.models.get(run_id)
 
 
-def _unsent(record: RunRecord, done: _Written) -> RunRecord:
-    """The record with those tables and texts alone that were not sent as they are."""
-    return replace(
-        record,
-        tables={path: table for path, table in record.tables.items() if done.sources.get(path) is not table},
-        texts={path: text for path, text in record.texts.items() if done.sources.get(path) is not text},
-    )
-
-
-def _tags(record: RunRecord, undefined: Mapping[str, str], done: _Written) -> dict[str, str]:
+def _tags(record: RunRecord, undefined: Mapping[str, str], sent: Mapping[str, Sent]) -> dict[str, str]:
     tags = {**record.tags, **{f"mechdiff.undefined.{key}": why for key, why in undefined.items()}}
     if record.map_run is not None:
         tags[MAP_RUN_TAG] = record.map_run
@@ -212,7 +138,7 @@ def _tags(record: RunRecord, undefined: Mapping[str, str], done: _Written) -> di
         tags["mlflow.note.content"] = record.description
     if record.tables:
         tags["mlflow.loggedArtifacts"] = artifacts.table_tag(record)
-    return tags | digest_tag(done.sent)
+    return tags | digest_tag(sent)
 
 
 def _finite(record: RunRecord) -> tuple[list[tuple[str, float, int]], dict[str, str]]:

@@ -11,7 +11,6 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy
@@ -34,30 +33,14 @@ _OWN = {"alembic_version": "0", "experiments": "name <> 'Default'", "workspaces"
 """Tables that MLflow fills itself, and which of their rows are somebody's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Schema:
-    """How far a store's tables are migrated.
+def schema_of(uri: str, shown: str) -> tuple[str | None, str, bool]:
+    """The migration that the store at `uri` is at, the one this MLflow wants, and whether it knows the first.
 
-    Args:
-        found: The migration it is at; None when it has no tables yet.
-        head: The one that this MLflow wants.
-        known: Whether this MLflow knows `found`.
-        now: The database's clock in Unix seconds, None when it is this machine's.
-    """
-
-    found: str | None
-    head: str
-    known: bool
-    now: float | None = None
-
-
-def schema_of(uri: str, shown: str) -> Schema:
-    """The state of the store at `uri`, which is only read; `shown` is its URI without secrets.
+    The store is only read, and None stands for one without tables; `shown` is its URI without secrets.
 
     Raises:
         MechdiffError: It cannot be opened, or is no store of MLflow.
     """
-    head = str(mlflow_db._get_latest_schema_revision())
     if uri.startswith("sqlite"):
         path = sqlite_path(uri)
         try:
@@ -69,25 +52,18 @@ def schema_of(uri: str, shown: str) -> Schema:
                     raise MechdiffError(f"The store {path} is damaged ({verdict}); restore it from a backup.")
         except sqlite3.Error as error:
             raise MechdiffError(_what_is_wrong(path, str(error))) from error
-        return Schema(found, head, _is_known(found))
-    with _database_errors(uri, shown):
-        engine = mlflow_db.create_sqlalchemy_engine(uri)
-        try:
-            found = mlflow_db._get_schema_version(engine)
-            now = None
-            if engine.dialect.name == "postgresql":
-                with engine.connect() as connection:
-                    clock = sqlalchemy.text("SELECT EXTRACT(EPOCH FROM CURRENT_TIMESTAMP)")
-                    now = float(connection.execute(clock).scalar_one())
-        finally:
-            engine.dispose()
-    return Schema(found, head, _is_known(found), now)
+    else:
+        with _database_errors(uri, shown):
+            engine = mlflow_db.create_sqlalchemy_engine(uri)
+            try:
+                found = mlflow_db._get_schema_version(engine)
+            finally:
+                engine.dispose()
+    return found, str(mlflow_db._get_latest_schema_revision()), found is None or _is_known(found)
 
 
-def _is_known(revision: str | None) -> bool:
+def _is_known(revision: str) -> bool:
     """Whether this MLflow has that migration."""
-    if revision is None:
-        return True
     try:
         ScriptDirectory.from_config(mlflow_db._get_alembic_config("")).get_revision(revision)
     except CommandError:
@@ -164,12 +140,14 @@ def _database_errors(uri: str, shown: str) -> Iterator[None]:
 
 
 def _revision(path: Path) -> str | None:
-    """Which migration the store is at; None for a file to be made, as it holds nothing that would be lost."""
+    """The migration that a store is at; None for one to be made, as it holds nothing that would be lost."""
     if not path.exists():
         return None
     with closing(sqlite3.connect(path)) as database:
         found = _revision_in(database)
-        is_made = found == mlflow_db._get_latest_schema_revision() or not _is_known(found)
+        is_made = found is not None and (
+            found == mlflow_db._get_latest_schema_revision() or not _is_known(found)
+        )
         if not is_made and _holds_nothing(database):
             return None
     if found is None:
@@ -192,12 +170,11 @@ def _tables(database: sqlite3.Connection) -> list[str]:
 def _holds_nothing(database: sqlite3.Connection) -> bool:
     """Whether there are only tables of MLflow's, and in them only what it puts there itself."""
     known = {*Base.metadata.tables, *mlflow_db.InitialBase.metadata.tables, *_OWN}
-    return all(
-        table.removeprefix("_alembic_tmp_") in known
-        and database.execute(f'SELECT 1 FROM "{table}" WHERE {_OWN.get(table, "1")} LIMIT 1').fetchone()
-        is None
-        for table in _tables(database)
-    )
+    for table in _tables(database):
+        rows = f'SELECT 1 FROM "{table}" WHERE {_OWN.get(table, "1")} LIMIT 1'
+        if table.removeprefix("_alembic_tmp_") not in known or database.execute(rows).fetchone():
+            return False
+    return True
 
 
 def _create(path: Path) -> None:
@@ -241,12 +218,9 @@ _PLACES = {
 
 
 def rebase(path: Path, old: Path, place_tag: str) -> None:
-    """Say of all artifacts that the store says are below the folder `old` that they are in its own folder.
+    """Move the places of artifacts that the store `path` has below the folder `old` to its own folder.
 
-    Args:
-        path: The database file; nothing else is written, and that whole or not at all.
-        old: Where the store lay.
-        place_tag: The experiments' tag with the path of the store.
+    Only the database is written, whole or not at all; `place_tag` is the experiments' tag with its path.
     """
     new = path.parent
     with file_lock(lock_file(f"sqlite:///{path}", "open")), _one_transaction(path) as database:
@@ -259,24 +233,20 @@ def rebase(path: Path, old: Path, place_tag: str) -> None:
                         f"OR substr({column}, 1, length(:before) + 1) = :before || '/'",
                         {"before": before, "after": after},
                     )
-        for (noted,) in database.execute(
-            "SELECT DISTINCT value FROM experiment_tags WHERE key = ?", (place_tag,)
-        ).fetchall():
-            if Path(noted).parent == old:
-                database.execute(
-                    "UPDATE experiment_tags SET value = ? WHERE key = ? AND value = ?",
-                    (str(path), place_tag, noted),
-                )
+        tags = database.execute("SELECT DISTINCT value FROM experiment_tags WHERE key = ?", (place_tag,))
+        for noted in [value for (value,) in tags if Path(value).parent == old]:
+            change = "UPDATE experiment_tags SET value = ? WHERE key = ? AND value = ?"
+            database.execute(change, (str(path), place_tag, noted))
 
 
 class _Uncommitted(sqlite3.Connection):
     """A connection on which a migration's own commits and rollbacks do nothing."""
 
     def commit(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def rollback(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @contextmanager

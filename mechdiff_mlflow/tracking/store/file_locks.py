@@ -40,7 +40,7 @@ def file_lock(file: Path) -> Iterator[None]:
 
 
 def lock_file(uri: str, purpose: str) -> Path:
-    """Where the lock of store `uri` lies: beside a SQLite file, else in the temp files, one for each user.
+    """Path of the lock of store `uri`: beside a SQLite file, else in the temp files, one for each user.
 
     Linux does not let one user open another's file there, whatever its mode (fs.protected_regular).
     """
@@ -52,7 +52,7 @@ def lock_file(uri: str, purpose: str) -> Path:
 
 
 def run_lock_file(uri: str, run_id: str) -> Path:
-    """Where the lock lies that a run's owner holds while it is at work."""
+    """Path of the lock that a run's owner holds while it is at work."""
     if uri.startswith("sqlite:///"):
         return Path(f"{uri.removeprefix('sqlite:///')}.running", f"{run_id}.lock")
     return lock_file(uri, f"run-{run_id}")

@@ -1,8 +1,7 @@
-"""Requests that ride out a store which is away for a while, and creations that happen exactly once.
+"""Requests that survive an absence of the store, and creations that happen exactly once.
 
-What sets or reads can be asked again. What creates cannot: MLflow's own retries repeat a creation whose
-answer was lost, and leave two runs. So MLflow retries nothing in here, and a creation is looked up before it
-is repeated.
+Requests that set or read are sent again. MLflow's own retries also repeat a creation whose answer was lost,
+which leaves two runs; so MLflow retries nothing in here, and a creation is looked up before it is repeated.
 """
 
 from __future__ import annotations
@@ -29,18 +28,17 @@ _PATIENCE_S = 120.0
 _BROKEN_S = 15.0
 """For a store that answers, but with an internal error, which may be lasting."""
 _SLOWEST_WAIT_S = 5.0
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 _T = TypeVar("_T")
 
-# Calls that make another thing each time they are repeated.
-_MAKES_ANEW = (
-    *("create_run", "create_experiment", "create_logged_model", "create_registered_model"),
-    *("create_model_version", "log_outputs"),
-)
+_CREATES = re.compile("create_(run|experiment|logged_model|registered_model|model_version)|log_outputs")
+"""Calls that make another thing each time they are repeated."""
 _BUSY = ("database is locked", "deadlock", "could not serialize")
 _DATABASE_AWAY = ("could not connect", "connection", "starting up", "shutting down", "terminating")
 _NO_ANSWER = (
-    *("failed with exception", "failed with timeout exception"),
+    "failed with exception",
+    "failed with timeout exception",
     "was successful but the response body was not in a valid JSON format",  # cut off
 )
 _INTERNAL = ("too many 500 error responses", "failed with error code 500")
@@ -52,35 +50,40 @@ _LATER = (408, 429, 502, 503, 504)
 _LOST = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
-class Patience:
-    """How long is waited for a store.
+class Retries:
+    """How long requests are repeated while a store is away.
 
     Args:
-        seconds: For one that does not answer; None reads the environment.
+        seconds: For a store that does not answer; None reads the environment.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
         self.seconds = _from_environment() if seconds is None else seconds
         self.hurry = threading.Event()
         """Set: nothing is tried again, and what waits stops waiting. For the ending of a program."""
-        self.was_tested = False
+        self.has_retried = False
         """Whether anything had to be tried again, so that a request may still arrive late."""
 
     def run(self, request: Callable[[], _T]) -> _T:
-        """What `request`, which may be repeated, answers; repeated while the store is away."""
-        for attempt in self._attempts():
-            with attempt, _no_blind_retries():
-                return request()
-        raise AssertionError("the last attempt raises")
+        """The answer to `request`, which may be repeated; repeated while the store is away."""
+        return self.once(request, lambda: None)
 
     def once(self, create: Callable[[], _T], find: Callable[[], _T | None]) -> _T:
-        """What `create` makes, exactly once, however often its answer is lost.
+        """The result of `create`, made exactly once, however often its answer is lost.
 
         Args:
             create: Makes it.
-            find: What an earlier attempt made; None if none did.
+            find: Looks up what an earlier attempt made; None if there is nothing.
         """
-        for attempt in self._attempts():
+        attempts = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_passing),
+            stop=self._is_over,
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=_SLOWEST_WAIT_S),
+            sleep=tenacity.sleep_using_event(self.hurry),
+            before_sleep=self._note,
+            reraise=True,
+        )
+        for attempt in attempts:
             with attempt, _no_blind_retries():
                 made = find() if attempt.retry_state.attempt_number > 1 else None
                 return create() if made is None else made
@@ -97,18 +100,8 @@ class Patience:
             if not before:
                 self.hurry.clear()
 
-    def _attempts(self) -> tenacity.Retrying:
-        return tenacity.Retrying(
-            retry=tenacity.retry_if_exception(is_passing),
-            stop=self._is_over,
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=_SLOWEST_WAIT_S),
-            sleep=tenacity.sleep_using_event(self.hurry),
-            before_sleep=self._note,
-            reraise=True,
-        )
-
     def _note(self, state: tenacity.RetryCallState) -> None:
-        self.was_tested = True
+        self.has_retried = True
 
     def _is_over(self, state: tenacity.RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome is not None else None
@@ -117,65 +110,52 @@ class Patience:
 
 
 class DirectClient(MlflowClient):  # type: ignore[misc]
-    """MLflow's client, without the request before each request.
-
-    It looks whether a registered model is a prompt before it does anything with one.
-    """
+    """MLflow's client, without its question before each request whether a registered model is a prompt."""
 
     def _raise_if_prompt(self, name: str) -> None:
-        """Nothing: what we register says what it is."""
+        """Do nothing: what we register says what it is."""
 
     def set_model_versions_tags(self, name: str, number: str, model_id: str) -> None:
         """Tell the page of a logged model that a version was registered of it, as MLflow's server does."""
         self._tracking_client.store.set_model_versions_tags(name, number, model_id)
 
 
-class PatientClient:
-    """An `MlflowClient` that asks again while the store is away, where that is harmless.
+class RetryingClient:
+    """An `MlflowClient` that asks again while the store is away; it sends creations once (`Retries.once`)."""
 
-    What makes something anew is asked once: use `Patience.once`.
-
-    Args:
-        client: MLflow's own.
-        patience: For how long.
-    """
-
-    def __init__(self, client: Any, patience: Patience) -> None:
-        self._client, self._patience = client, patience
+    def __init__(self, client: Any, retries: Retries) -> None:
+        self._client, self._retries = client, retries
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
         if not callable(method):
             return method
-        if name in _MAKES_ANEW:
-            return _without_retries(method)
-        if name.startswith("delete_"):
-            return self._deleting(method)
-        return lambda *args, **kwargs: self._patience.run(lambda: method(*args, **kwargs))
 
-    def _deleting(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """A deletion that finds nothing is done if it was asked for before."""
-
-        def delete(*args: Any, **kwargs: Any) -> Any:
-            asked = False
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            n_sent = 0
 
             def request() -> Any:
-                nonlocal asked
-                before, asked = asked, True
+                nonlocal n_sent
+                n_sent += 1
                 try:
                     return method(*args, **kwargs)
                 except MlflowException as error:
-                    if not (before and error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")):
-                        raise
-                    return None
+                    # A deletion that finds nothing is done if it was asked for before.
+                    is_gone = error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")
+                    if is_gone and n_sent > 1 and name.startswith("delete_"):
+                        return None
+                    raise
 
-            return self._patience.run(request)
+            if _CREATES.fullmatch(name) is None:
+                return self._retries.run(request)
+            with _no_blind_retries():
+                return request()
 
-        return delete
+        return ask
 
 
 def full_disk(error: object) -> str | None:
-    """What an error, or its text, says of a disk without room; None for another error."""
+    """The words in an error, or its text, that say a disk is full; None for another error."""
     found = _FULL.search(str(error).partition("[SQL: ")[0])
     return None if found is None else found[0]
 
@@ -201,15 +181,14 @@ def is_away(error: BaseException) -> bool:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether it may be otherwise when asked again."""
-    return is_away(error) or _is_broken(error) or _is_collision(error)
-
-
-def _is_collision(error: BaseException) -> bool:
-    """Whether two writers made the same row at once; MLflow looks before it makes one, and finds it then."""
-    if not isinstance(error, MlflowException) or error.error_code == "RESOURCE_ALREADY_EXISTS":
-        return False
-    return any(words in str(error) for words in _TWICE)
+    """Whether a request that failed so may succeed when sent again."""
+    # Two writers made the same row at once; MLflow looks before it makes one, and finds it then.
+    is_collision = (
+        isinstance(error, MlflowException)
+        and error.error_code != "RESOURCE_ALREADY_EXISTS"
+        and any(words in str(error) for words in _TWICE)
+    )
+    return is_collision or is_away(error) or _is_broken(error)
 
 
 def _is_broken(error: BaseException) -> bool:
@@ -231,7 +210,6 @@ def _from_environment() -> float:
     return seconds
 
 
-_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 _lock = threading.Lock()
 _inside = 0
 _outside: str | None = None
@@ -239,10 +217,10 @@ _outside: str | None = None
 
 @contextmanager
 def _no_blind_retries() -> Iterator[None]:
-    """MLflow repeats no request in here, whatever it is; other code of the process keeps its setting.
+    """MLflow repeats no request in here; other code of the process keeps its setting.
 
-    The environment is the only place where MLflow looks, and is everybody's: the first of several threads
-    changes it and the last changes it back.
+    MLflow looks only in the environment, which is everybody's: the first of several threads changes it and
+    the last changes it back.
     """
     global _inside, _outside
     with _lock:
@@ -256,15 +234,5 @@ def _no_blind_retries() -> Iterator[None]:
         with _lock:
             _inside -= 1
             if _inside == 0:
-                if _outside is None:
-                    del os.environ[_RETRIES]
-                else:
-                    os.environ[_RETRIES] = _outside
-
-
-def _without_retries(method: Callable[..., _T]) -> Callable[..., _T]:
-    def ask(*args: Any, **kwargs: Any) -> _T:
-        with _no_blind_retries():
-            return method(*args, **kwargs)
-
-    return ask
+                del os.environ[_RETRIES]
+                os.environ |= {} if _outside is None else {_RETRIES: _outside}

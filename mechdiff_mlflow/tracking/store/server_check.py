@@ -1,27 +1,70 @@
-"""What is wrong with a tracking server or store, check by check, and what to do about it."""
+"""Checks of a tracking server or store: what was found, and what to do about it."""
 
 from __future__ import annotations
 
+import ipaddress
 import shlex
-import time
+import socket
+import statistics
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import mlflow
-from mlflow.entities import Experiment, ViewType
+import requests
+from mlflow.environment_variables import MLFLOW_TRACKING_INSECURE_TLS
+from mlflow.exceptions import MlflowException
+from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.store import database, http_check
-from mechdiff_mlflow.tracking.store.check_result import Finding, Level
+from mechdiff_mlflow.tracking.store import database
 from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.scratch import Scratch
+from mechdiff_mlflow.tracking.store.server import (
+    SEARCH,
+    SERVER_ANSWER_S,
+    ask_server,
+    is_answer_of_mlflow,
+    login_name,
+)
 from mechdiff_mlflow.tracking.store.store import PLACE_TAG, Store, open_store, prepare_process, uri_of
 
-_MAX_EXPERIMENTS = 50_000
+_SLOW_MS = 100
+"""A run costs half a dozen requests, a sweep thousands."""
+_REQUESTS = 5
 _PROXY = "mlflow server --serve-artifacts --artifacts-destination PLACE, then new experiments"
+
+
+class Level(str, Enum):
+    """How bad a finding is."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "FAIL"
+    SKIP = "skip"
+    """Cannot be seen from here, or another check failed first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the check.
+
+    Args:
+        check: What was looked at.
+        level: How it is.
+        seen: What was seen, with values and without secrets.
+        remedy: What to do, empty when all is well.
+    """
+
+    check: str
+    level: Level
+    seen: str
+    remedy: str = ""
 
 
 def check_store(tracking_uri: str | None = None) -> list[Finding]:
@@ -46,48 +89,173 @@ def check_store(tracking_uri: str | None = None) -> list[Finding]:
 
 
 def _server(uri: str) -> Iterator[Finding]:
-    found = list(http_check.check_http(uri))
-    yield from found
-    if len(found) == 1:
+    try:
+        answers = [ask_server(uri)]
+        while len(answers) < _REQUESTS and answers[-1].ok:
+            answers.append(ask_server(uri))
+        version = ask_server(uri, "GET", "/version")
+        is_open = is_answer_of_mlflow(_ask_as_nobody(uri))
+    except (MlflowException, requests.RequestException) as error:
+        yield _unreachable(uri, str(error))
         return
+    status = answers[-1].status_code
+    refused = status in (requests.codes.unauthorized, requests.codes.forbidden)
+    if not refused and not is_answer_of_mlflow(answers[-1]):
+        seen = f"what answers at {redact(uri)} (HTTP {status}) is no MLflow server"
+        yield Finding("reachable", Level.FAIL, seen, "check host, port and path of the address")
+        return
+    ms = statistics.median(1000 * answer.elapsed.total_seconds() for answer in answers)
+    seen = f"{redact(uri)} answers a search in {ms:.0f} ms"
+    slow = "with basic-auth set auth_cache_ttl_seconds = 60; one worker, or several with uvloop"
+    is_slow = ms > _SLOW_MS
+    yield Finding("reachable", Level.WARN if is_slow else Level.OK, seen, slow if is_slow else "")
+    name = login_name(uri)
+    if refused:
+        seen = f"user {name!r} is refused" if name else "no user is given and one is needed"
+        remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        yield Finding("login", Level.FAIL, f"{seen} (HTTP {status})", remedy)
+    else:
+        yield Finding("login", Level.OK, f"as {name}" if name else "none given, none needed")
+        yield _version(version.text.strip() if version.ok else "")
+    yield _authentication(uri, is_open)
+    yield _encryption(uri)
     remedy = "on the server's machine: mechdiff server-check --tracking-uri DATABASE"
     yield Finding("store migrations", Level.SKIP, "cannot be seen through HTTP", remedy)
-    if any(one.check == "login" and one.level is Level.FAIL for one in found):
-        yield Finding("permissions, artifacts, aliases", Level.SKIP, "not tried before the login")
+    if refused:
+        yield Finding("permissions, artifacts", Level.SKIP, "not tried before the login")
     else:
         yield from _round_trips(open_store(uri))
 
 
-def _database(uri: str) -> Iterator[Finding]:
+def _unreachable(uri: str, text: str) -> Finding:
+    if "CERTIFICATE_VERIFY_FAILED" in text or "SSLError" in text:
+        remedy = "have it signed by a known authority, or name its file in MLFLOW_TRACKING_SERVER_CERT_PATH"
+        return Finding("reachable", Level.FAIL, f"the certificate of {redact(uri)} is not trusted", remedy)
+    seen = f"nothing answers at {redact(uri)} within {SERVER_ANSWER_S} s"
+    return Finding(
+        "reachable", Level.FAIL, seen, "start the server, and check address, firewall and reverse proxy"
+    )
+
+
+def _ask_as_nobody(uri: str) -> requests.Response:
+    """The answer to a search without credentials from anywhere, .netrc included."""
+    parts = urlsplit(uri)
+    return requests.post(
+        parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() + SEARCH,
+        json={"max_results": 1},
+        timeout=SERVER_ANSWER_S,
+        verify=get_default_host_creds(uri).verify,
+        auth=lambda request: request,
+    )
+
+
+def _version(theirs: str) -> Finding:
+    """Compares major and minor numbers with the server's; servers may be newer than clients."""
+    ours = str(mlflow.__version__)
+    server, client = ([int(n) for n in text.split(".")[:2] if n.isdigit()] for text in (theirs, ours))
+    if len(server) != len(client):
+        seen = f"the server does not say, client {ours}"
+        return Finding("version", Level.WARN, seen, "let the reverse proxy pass /version on")
+    seen = f"server {theirs}, client {ours}"
+    if server[0] != client[0]:
+        return Finding("version", Level.FAIL, seen, "upgrade the older one")
+    if server < client:
+        remedy = f"upgrade the server, or pip install mlflow=={theirs} here"
+        return Finding("version", Level.WARN, seen, remedy)
+    return Finding("version", Level.OK, seen)
+
+
+def _authentication(uri: str, is_open: bool) -> Finding:
+    if not is_open:
+        return Finding("authentication", Level.OK, "who gives no credentials is refused")
+    remedy = "mlflow server --app-name basic-auth, or bind it to 127.0.0.1"
+    parts = urlsplit(uri)
+    if not is_loopback(parts.hostname or ""):
+        seen = f"anybody who reaches {parts.hostname} may read, change and delete everything"
+        return Finding("authentication", Level.FAIL, seen, remedy)
+    others = [address for address in own_addresses() if _listens(address, parts.port or 80)]
+    if others:
+        seen = f"none, and port {parts.port} is also open on {', '.join(others)}: anybody may do everything"
+        return Finding("authentication", Level.FAIL, seen, remedy)
+    seen = "none: whoever is logged in to this machine may do everything"
+    return Finding("authentication", Level.WARN, seen, "for more than one person: --app-name basic-auth")
+
+
+def own_addresses() -> list[str]:
+    """This machine's addresses on its routes to others."""
+    found = []
+    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))  # only looks the route up: UDP sends nothing here
+            found.append(str(probe.getsockname()[0]))
+    return [address for address in found if not is_loopback(address)]
+
+
+def _listens(address: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((address, port), timeout=1):
+        return True
+    return False
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name says that the server is on this machine; other names are not looked up."""
     try:
-        schema = database.schema_of(uri, redact(uri))
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _encryption(uri: str) -> Finding:
+    """Whether others can read what goes to a server or a database."""
+    parts = urlsplit(uri)
+    if is_loopback(parts.hostname or "localhost"):
+        return Finding("encryption", Level.OK, "the connection does not leave this machine")
+    if parts.scheme == "https":
+        if MLFLOW_TRACKING_INSECURE_TLS.get():
+            seen = "https, but MLFLOW_TRACKING_INSECURE_TLS trusts any certificate"
+            return Finding("encryption", Level.WARN, seen, "name the certificate's authority instead")
+        return Finding("encryption", Level.OK, "https, certificate trusted")
+    if parts.scheme != "http":
+        mode = parse_qs(parts.query).get("sslmode", ["prefer"])[0]
+        if mode in ("require", "verify-ca", "verify-full"):
+            return Finding("encryption", Level.OK, f"sslmode={mode}")
+        remedy = "append ?sslmode=verify-full (PostgreSQL) or your driver's equivalent to the URI"
+        return Finding(
+            "encryption", Level.WARN, f"the URI does not insist on TLS to {parts.hostname}", remedy
+        )
+    remedy = "a reverse proxy with TLS before the server, and its https:// address here"
+    if login_name(uri):
+        return Finding("encryption", Level.FAIL, "http: the password crosses the network readable", remedy)
+    return Finding("encryption", Level.WARN, "http: whoever is on the way can read and change all", remedy)
+
+
+def _database(uri: str) -> Iterator[Finding]:
+    shown = redact(uri)
+    try:
+        found, head, is_known = database.schema_of(uri, shown)
     except MechdiffError as error:
         yield Finding("reachable", Level.FAIL, str(error))
         return
-    if schema.found is None:
-        seen = f"{redact(uri)} holds no tables of MLflow yet"
-        yield Finding(
-            "reachable", Level.WARN, seen, "the first command that logs makes them, e.g. mechdiff run"
-        )
+    if found is None:
+        remedy = "the first command that logs makes them, e.g. mechdiff run"
+        yield Finding("reachable", Level.WARN, f"{shown} holds no tables of MLflow yet", remedy)
         return
-    yield Finding("reachable", Level.OK, f"{redact(uri)} opens")
-    if schema.found != schema.head:
-        yield _outdated(schema, redact(uri))
+    yield Finding("reachable", Level.OK, f"{shown} opens")
+    if found != head:
+        if is_known:
+            seen = f"at {found}, MLflow {mlflow.__version__} wants {head}"
+            remedy = f"copy the database, then: mlflow db upgrade {shlex.quote(shown)}"
+        else:
+            seen = f"at {found}, which MLflow {mlflow.__version__} does not know: a newer one made it"
+            remedy = "pip install --upgrade mlflow"
+        yield Finding("store migrations", Level.FAIL, seen, remedy)
         return
-    yield Finding("store migrations", Level.OK, f"at {schema.head}, as MLflow {mlflow.__version__} wants it")
-    if not uri.startswith("sqlite"):
-        yield Finding(
-            "authentication",
-            Level.WARN,
-            "whoever has the database's password may do everything",
-            "for more than one person: an MLflow server with --app-name basic-auth",
-        )
-        yield _database_encryption(uri)
-    if schema.now is not None:
-        yield http_check.skew(time.time() - schema.now)
+    yield Finding("store migrations", Level.OK, f"at {head}, as MLflow {mlflow.__version__} wants it")
     store = open_store(uri)
-    if store.sqlite_path is not None:
-        yield _places(store)
+    if store.sqlite_path is None:
+        yield _encryption(uri)
+    else:
+        yield _places(store, store.sqlite_path.parent)
     yield from _round_trips(store)
 
 
@@ -104,7 +272,7 @@ def rebase(tracking_uri: str | None = None) -> list[Path]:
         raise MechdiffError(
             f"{store.shown} is no SQLite file, and only such a store moves with its artifacts."
         )
-    moved = _moved(store)
+    moved = store.moved(store.experiments())
     for old, experiments in moved.items():
         for experiment in experiments:
             there = Path(local_file_uri_to_path(experiment.artifact_location))
@@ -120,64 +288,32 @@ def rebase(tracking_uri: str | None = None) -> list[Path]:
     return list(moved)
 
 
-def _moved(store: Store) -> dict[Path, list[Experiment]]:
-    """The experiments whose artifacts are where a store lay that was copied or moved, by that folder."""
-    found: dict[Path, list[Experiment]] = {}
-    for experiment in _experiments(store):
-        if (old := store.moved_from(experiment)) is not None:
-            found.setdefault(old, []).append(experiment)
-    return found
-
-
-def _experiments(store: Store) -> list[Experiment]:
-    with store.errors():
-        return list(store.client.search_experiments(ViewType.ALL, max_results=_MAX_EXPERIMENTS))
-
-
-def _places(store: Store) -> Finding:
+def _places(store: Store, folder: Path) -> Finding:
     """Whether a SQLite store's artifacts are in its folder."""
-    assert store.sqlite_path is not None
-    folder = store.sqlite_path.parent
-    if moved := _moved(store):
+    experiments = store.experiments()
+    if moved := store.moved(experiments):
         seen = "; ".join(
-            f"of {', '.join(e.name for e in experiments[:5])}{' …' * (len(experiments) > 5)} in {old}"
-            for old, experiments in moved.items()
+            f"of {_listed([e.name for e in some], ', ')} in {old}" for old, some in moved.items()
         )
         remedy = store.command("server-check", "--rebase")
         return Finding("artifact places", Level.FAIL, f"the store was copied or moved: {seen}", remedy)
     outside = [
         f"{e.name} in {e.artifact_location}"
-        for e in _experiments(store)
-        if e.name != "Default"
-        and not (
-            is_local_uri(e.artifact_location)
-            and Path(local_file_uri_to_path(e.artifact_location)).resolve().is_relative_to(folder.resolve())
-        )
+        for e in experiments
+        if e.name != "Default" and not _is_below(e.artifact_location, folder)
     ]
     if outside:
-        seen = f"outside {folder}: {'; '.join(outside[:5])}{' …' * (len(outside) > 5)}"
+        seen = f"outside {folder}: {_listed(outside, '; ')}"
         return Finding("artifact places", Level.WARN, seen, "copy and back them up beside the store")
     return Finding("artifact places", Level.OK, f"all in {folder}")
 
 
-def _outdated(schema: database.Schema, shown: str) -> Finding:
-    if not schema.known:
-        seen = f"at {schema.found}, which MLflow {mlflow.__version__} does not know: a newer one made it"
-        return Finding("store migrations", Level.FAIL, seen, "pip install --upgrade mlflow")
-    seen = f"at {schema.found}, MLflow {mlflow.__version__} wants {schema.head}"
-    remedy = f"copy the database, then: mlflow db upgrade {shlex.quote(shown)}"
-    return Finding("store migrations", Level.FAIL, seen, remedy)
+def _is_below(uri: str, folder: Path) -> bool:
+    return is_local_uri(uri) and Path(local_file_uri_to_path(uri)).resolve().is_relative_to(folder.resolve())
 
 
-def _database_encryption(uri: str) -> Finding:
-    parts = urlsplit(uri)
-    if http_check.is_loopback(parts.hostname or "localhost"):
-        return Finding("encryption", Level.OK, "the connection does not leave this machine")
-    mode = parse_qs(parts.query).get("sslmode", ["prefer"])[0]
-    if mode in ("require", "verify-ca", "verify-full"):
-        return Finding("encryption", Level.OK, f"sslmode={mode}")
-    remedy = "append ?sslmode=verify-full (PostgreSQL) or your driver's equivalent to the URI"
-    return Finding("encryption", Level.WARN, f"the URI does not insist on TLS to {parts.hostname}", remedy)
+def _listed(words: list[str], between: str) -> str:
+    return between.join(words[:5]) + " …" * (len(words) > 5)
 
 
 def _round_trips(store: Store) -> list[Finding]:
@@ -193,14 +329,9 @@ def _tries(store: Store) -> Iterator[Finding]:
         yield made
         if made.level is Level.OK:
             yield _artifacts(store, scratch)
-            registered = _try("registry", scratch.registry, mine)
-            yield registered
-            if registered.level is Level.OK:
-                yield _try("aliases", scratch.aliases, "upgrade the server: aliases are MLflow 2.3 and later")
-            else:
-                yield Finding("aliases", Level.SKIP, "no version to point at")
+            yield _try("registry", scratch.registry, mine)
         else:
-            yield Finding("artifacts, registry, aliases", Level.SKIP, "no run to try them with")
+            yield Finding("artifacts, registry", Level.SKIP, "no run to try them with")
     finally:
         left = scratch.remove()
     if left:
@@ -210,30 +341,28 @@ def _tries(store: Store) -> Iterator[Finding]:
         yield Finding("cleaned up", Level.OK, seen)
 
 
-def _artifacts(store: Store, scratch: Scratch) -> Finding:
-    name = "artifact proxy" if store.is_server else "artifacts"
-    if store.is_server and scratch.artifact_scheme == "file":
-        # Trying it would write here and prove nothing.
-        return Finding(
-            name,
-            Level.FAIL,
-            f"off: clients are to write to {scratch.artifact_place}, a path of the server's machine",
-            _PROXY,
-        )
-    remedy = "check --artifacts-destination, and the body size that the reverse proxy lets pass"
-    found = _try(name, scratch.artifacts, remedy if store.is_server else "check the folder's permissions")
-    if found.level is Level.OK and store.is_server and scratch.artifact_scheme != "mlflow-artifacts":
-        place = f"{scratch.artifact_scheme}://"
-        seen = f"off: clients reach {place} themselves, and need its credentials; {found.seen}"
-        return Finding(name, Level.WARN, seen, _PROXY)
-    if found.level is Level.OK and not store.is_server and store.sqlite_path is None:
-        seen = f"in {PurePosixPath(scratch.artifact_place).parent.parent}, which only this machine sees"
-        return Finding(name, Level.WARN, seen, "for more than one person: an MLflow server on this database")
-    return found
-
-
 def _try(check: str, attempt: Callable[[], str], remedy: str) -> Finding:
     try:
         return Finding(check, Level.OK, attempt())
     except MechdiffError as error:
         return Finding(check, Level.FAIL, str(error), remedy)
+
+
+def _artifacts(store: Store, scratch: Scratch) -> Finding:
+    if not store.is_server:
+        found = _try("artifacts", scratch.artifacts, "check the folder's permissions")
+        if found.level is Level.OK and store.sqlite_path is None:
+            seen = f"in {scratch.artifact_uri}, which only this machine sees"
+            remedy = "for more than one person: an MLflow server on this database, with --app-name basic-auth"
+            return Finding(found.check, Level.WARN, seen, remedy)
+        return found
+    scheme = urlsplit(scratch.artifact_uri).scheme or "file"
+    if scheme == "file":  # trying it would write here and prove nothing
+        seen = f"off: clients are to write to {scratch.artifact_uri}, a path of the server's machine"
+        return Finding("artifact proxy", Level.FAIL, seen, _PROXY)
+    remedy = "check --artifacts-destination, and the body size that the reverse proxy lets pass"
+    found = _try("artifact proxy", scratch.artifacts, remedy)
+    if found.level is Level.OK and scheme != "mlflow-artifacts":
+        seen = f"off: clients reach {scheme}:// themselves, and need its credentials; {found.seen}"
+        return Finding(found.check, Level.WARN, seen, _PROXY)
+    return found

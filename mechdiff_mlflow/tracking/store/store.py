@@ -7,35 +7,35 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import urlsplit
 
 import requests
 from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
-from mlflow.utils.rest_utils import http_request
 from mlflow.utils.uri import is_local_uri
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.store import database
 from mechdiff_mlflow.tracking.store.redaction import redact
-from mechdiff_mlflow.tracking.store.retries import DirectClient, Patience, PatientClient, full_disk, is_away
+from mechdiff_mlflow.tracking.store.retries import DirectClient, Retries, RetryingClient, full_disk, is_away
+from mechdiff_mlflow.tracking.store.server import (
+    ask_server,
+    is_answer_of_mlflow,
+    not_allowed,
+    with_utf8_login,
+)
 
 PLACE_TAG = "mechdiff.store"
 """Tag of an experiment in a SQLite store: the path of the store when it was first written to."""
-A_TOKEN = "a token"
-"""Who somebody is that has one and no name."""
-
-_SERVER_ANSWER_S = 5
 _log = logging.getLogger(__name__)
+_MAX_EXPERIMENTS = 50_000
 _said: set[str] = set()
 """Stores of which it was said that they were copied."""
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -63,7 +63,7 @@ class StoreFull(MechdiffError):
     """The disk of a store has no room, perhaps not even for the status of a run."""
 
 
-class LeaseLost(MechdiffError):
+class RunTakenOver(MechdiffError):
     """Another process has taken the run over."""
 
 
@@ -77,21 +77,21 @@ class Store:
 
     Args:
         uri: Its absolute URI, secrets included: print `shown` instead.
-        client: The one MLflow client that our code uses on it; asks again while the store is away.
+        client: The one MLflow client that our code uses on it.
         sqlite_path: The database file of a SQLite store.
-        patience: For how long.
+        patience: For how long requests are repeated while it is away.
         seen: Tags of experiments that were asked for by name, by id.
     """
 
     uri: str
-    client: MlflowClient | PatientClient = field(repr=False)
+    client: MlflowClient | RetryingClient = field(repr=False)
     sqlite_path: Path | None = None
-    patience: Patience = field(default_factory=Patience, repr=False)
+    patience: Retries = field(default_factory=Retries, repr=False)
     seen: dict[str, Mapping[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.client, PatientClient):
-            object.__setattr__(self, "client", PatientClient(self.client, self.patience))
+        if not isinstance(self.client, RetryingClient):
+            object.__setattr__(self, "client", RetryingClient(self.client, self.patience))
 
     @property
     def shown(self) -> str:
@@ -109,17 +109,11 @@ class Store:
         return self.uri.startswith(("http://", "https://"))
 
     def experiment(self, name: str, tags: Mapping[str, str] | None = None) -> str:
-        """The id of experiment `name`, made if there is none.
-
-        In a SQLite store its artifacts get an absolute place beside the database, whatever the working
-        directory of who comes first.
-
-        Args:
-            name: Of the experiment.
-            tags: That a new one gets.
+        """The id of experiment `name`, made with `tags` if there is none, artifacts beside a SQLite file.
 
         Raises:
-            MechdiffError: The name is empty or Default, or belongs to a deleted experiment.
+            MechdiffError: The name is empty or Default, belongs to a deleted experiment, or the store was
+                copied or moved.
         """
         if not name.strip() or name == "Default":
             raise MechdiffError(
@@ -146,16 +140,15 @@ class Store:
                 f"Experiment {name!r} was deleted in {self.shown}; bring it back with "
                 f"`mlflow experiments restore{which}` or name another with --experiment."
             )
-        self.demand_place(found)
+        self.require_place(found)
         self.seen[str(found.experiment_id)] = found.tags
         return str(found.experiment_id)
 
-    def demand_place(self, experiment: Experiment | str) -> None:
-        """Make sure that what is written into an experiment, given itself or by id, goes where the store is.
+    def require_place(self, experiment: Experiment | str) -> None:
+        """Make sure that what is written into an experiment, or the one of an id, goes where the store is.
 
         A SQLite store says in absolute paths where its artifacts are, and so does a copy of it. What this
-        compares with is noted when an experiment is first written to; places outside the store's folder then
-        were chosen by somebody, and stay.
+        compares with is noted when an experiment is first written to.
 
         Raises:
             MechdiffError: The store was copied or moved since.
@@ -180,38 +173,45 @@ class Store:
         if self.sqlite_path is None or self.uri in _said or place.is_relative_to(self.sqlite_path.parent):
             return
         _said.add(self.uri)
+        for old in self.moved(self.experiments()):
+            _log.warning(
+                f"The store {self.sqlite_path} was copied or moved from {old}, and its artifacts are "
+                f"still read there; run {self.command('server-check', '--rebase')} to have them here."
+            )
+
+    def experiments(self) -> list[Experiment]:
+        """Every experiment, deleted ones too."""
         with self.errors():
-            olds = filter(None, map(self.moved_from, self.client.search_experiments()))
-            if (old := next(olds, None)) is not None:
-                _log.warning(
-                    "The store %s was copied or moved from %s, and its artifacts are still read there; "
-                    "run %s to have them here.",
-                    *(self.sqlite_path, old, self.command("server-check", "--rebase")),
-                )
+            return list(self.client.search_experiments(ViewType.ALL, max_results=_MAX_EXPERIMENTS))
+
+    def moved(self, experiments: Iterable[Experiment]) -> dict[Path, list[Experiment]]:
+        """The experiments whose artifacts are where this store lay before, by that folder."""
+        found: dict[Path, list[Experiment]] = {}
+        for experiment in experiments:
+            if (old := self.moved_from(experiment)) is not None:
+                found.setdefault(old, []).append(experiment)
+        return found
 
     def moved_from(self, experiment: Experiment) -> Path | None:
-        """Where the store lay when it said where an experiment's artifacts are; None for here."""
+        """The folder in which the store lay when it noted the places of artifacts; None for its present one.
+
+        Places outside the store's folder were chosen by somebody, and stay.
+        """
         if self.sqlite_path is None or not is_local_uri(experiment.artifact_location):
             return None
         artifacts = Path(local_file_uri_to_path(experiment.artifact_location))
-        noted = experiment.tags.get(PLACE_TAG)
-        if noted is None:
-            # Before that was noted: known by where our artifacts are, and that no other store is meant.
+        if noted := experiment.tags.get(PLACE_TAG):
+            old = Path(noted)
+            is_ours = artifacts.is_relative_to(old.parent)
+        else:  # before that was noted: known by where our artifacts are, and that no other store is meant
             root = Path(local_file_uri_to_path(self._artifact_root(experiment.name) or ""))
             if artifacts.parts[-2:] != root.parts[-2:]:
                 return None
             old = artifacts.parents[1] / self.sqlite_path.name
             is_ours = not old.parent.exists() or old.exists()
-        else:
-            old = Path(noted)
-            is_ours = artifacts.is_relative_to(old.parent)
         if not is_ours or (old.exists() and old.samefile(self.sqlite_path)):
             return None
         return None if old.parent == self.sqlite_path.parent else old.parent
-
-    def _id_of(self, name: str) -> str | None:
-        found = self.client.get_experiment_by_name(name)
-        return None if found is None or found.lifecycle_stage == "deleted" else str(found.experiment_id)
 
     def experiment_id(self, name: str) -> str:
         """The id of the existing experiment `name`.
@@ -220,12 +220,15 @@ class Store:
             MechdiffError: There is none; lists those there are.
         """
         with self.errors():
-            found = self.client.get_experiment_by_name(name)
-            if found is not None and found.lifecycle_stage != "deleted":
-                return str(found.experiment_id)
+            if (found := self._id_of(name)) is not None:
+                return found
             there = self.client.search_experiments(ViewType.ACTIVE_ONLY, max_results=20)
         names = ", ".join(experiment.name for experiment in there) or "none"
         raise MechdiffError(f"There is no experiment {name!r} in {self.shown}; it has {names}.")
+
+    def _id_of(self, name: str) -> str | None:
+        found = self.client.get_experiment_by_name(name)
+        return None if found is None or found.lifecycle_stage == "deleted" else str(found.experiment_id)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -246,10 +249,10 @@ class Store:
                 ) from error
             if refused := _REFUSED.search(text):
                 what = refused["endpoint"].removeprefix("/api/2.0/mlflow/")
-                raise NotAllowed(_not_allowed(self.uri, int(refused["status"]), what)) from error
+                raise NotAllowed(not_allowed(self.uri, int(refused["status"]), what)) from error
             answer = error.response if isinstance(error, requests.HTTPError) else None
             if self.is_server and answer is not None and answer.status_code in (401, 403):
-                raise NotAllowed(_not_allowed(self.uri, answer.status_code, "artifacts")) from error
+                raise NotAllowed(not_allowed(self.uri, answer.status_code, "artifacts")) from error
             if isinstance(error, OSError):
                 raise MechdiffError(
                     f"The store {self.shown} could not be read or written: {text[:300]}."
@@ -303,31 +306,7 @@ def command_on(uri: str | None, *words: object) -> str:
 def uri_of(tracking_uri: str | None = None) -> str:
     """The URI that counts: the given one, MLFLOW_TRACKING_URI, or `mlflow.db` in the working directory."""
     uri = tracking_uri or os.environ.get(_URI_VARIABLE) or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-    return _with_utf8_login(uri.rstrip("/")) if uri.startswith(("http://", "https://")) else uri
-
-
-def _with_utf8_login(uri: str) -> str:
-    """A server's address whose user and password are sent in UTF-8, as MLflow reads them; ASCII stays.
-
-    What stands in an address is decoded and then sent as Latin-1 by `requests`: the bytes of UTF-8, read as
-    Latin-1, come out as they should be. An address that was treated so already is left alone.
-    """
-    user_info, at, host = urlsplit(uri).netloc.rpartition("@")
-    if not at or unquote(user_info).isascii():
-        return uri
-    parts = [unquote(part) for part in user_info.split(":", 1)]
-    if not all(map(_is_utf8_as_latin1, parts)):
-        parts = [part.encode().decode("latin-1") for part in parts]
-    login = ":".join(quote(part, safe="") for part in parts)
-    return urlsplit(uri)._replace(netloc=f"{login}@{host}").geturl()
-
-
-def _is_utf8_as_latin1(text: str) -> bool:
-    try:
-        text.encode("latin-1").decode()
-    except UnicodeError:
-        return False
-    return True
+    return with_utf8_login(uri.rstrip("/")) if uri.startswith(("http://", "https://")) else uri
 
 
 def prepare_process() -> None:
@@ -342,15 +321,7 @@ def prepare_process() -> None:
 
 def _check_server(uri: str) -> None:
     try:
-        answer = http_request(
-            get_default_host_creds(uri),
-            "/api/2.0/mlflow/experiments/search",
-            "POST",
-            json={"max_results": 1},
-            max_retries=0,
-            timeout=_SERVER_ANSWER_S,
-            raise_on_status=False,
-        )
+        answer = ask_server(uri)
     except (MlflowException, requests.RequestException) as error:
         raise StoreUnreachable(
             f"No tracking server answers at {redact(uri)}; start one with `mlflow server --port "
@@ -358,45 +329,9 @@ def _check_server(uri: str) -> None:
             "./mlflow.db."
         ) from error
     if answer.status_code in (401, 403):
-        raise MechdiffError(_not_allowed(uri, answer.status_code))
-    try:
-        is_mlflow = answer.status_code == 200 and isinstance(answer.json(), dict)
-    except ValueError:
-        is_mlflow = False
-    if not is_mlflow:
+        raise MechdiffError(not_allowed(uri, answer.status_code))
+    if not is_answer_of_mlflow(answer):
         raise MechdiffError(
             f"What answers at {redact(uri)} (HTTP {answer.status_code}) is not an MLflow tracking server; "
             "check host, port and path of MLFLOW_TRACKING_URI."
         )
-
-
-def login_name(uri: str) -> str | None:
-    """Who our requests to the server at `uri` say we are; None for nobody, `A_TOKEN` for a token."""
-    credentials, in_address = get_default_host_creds(uri), urlsplit(uri).username
-    if credentials.username:
-        return str(credentials.username)
-    if credentials.token or in_address is None:
-        return A_TOKEN if credentials.token else None
-    name = unquote(in_address)
-    return name.encode("latin-1").decode() if _is_utf8_as_latin1(name) else name
-
-
-def _not_allowed(uri: str, status: int, what: str = "") -> str:
-    """What to tell somebody whom the server turned away."""
-    name = login_name(uri)
-    if name is None:
-        return (
-            f"The tracking server {redact(uri)} wants to know who you are (HTTP {status}); set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
-        )
-    if status == HTTPStatus.UNAUTHORIZED:
-        return (
-            f"The tracking server {redact(uri)} does not know user {name!r} with that password (HTTP 401); "
-            "check MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
-        )
-    return (
-        f"User {name!r} has no permission for this on the tracking server {redact(uri)} (HTTP 403"
-        + (f" from {what}" if what else "")
-        + "); ask its administrator for EDIT on the experiment or registered model, or log in as somebody "
-        "else with MLFLOW_TRACKING_USERNAME."
-    )

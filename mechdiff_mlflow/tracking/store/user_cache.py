@@ -1,4 +1,4 @@
-"""The maps that this machine has fetched, by digest, and what each name meant when it was last asked."""
+"""The files that this machine keeps for a user: fetched maps by digest, and what names meant when asked."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RUN_ID = re.compile("[0-9A-Za-z_-]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a name meant in a store.
+    """The map that a name meant in a store.
 
     Args:
         label: What it named, e.g. `NAME/3`.
@@ -44,6 +44,26 @@ class Answer:
     def asked(self) -> str:
         """When the store said so, in UTC."""
         return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.asked_ms / 1000))
+
+
+def cache_root() -> Path:
+    """The user's folder for what mechdiff keeps; `MECHDIFF_CACHE` sets it."""
+    if root := os.environ.get(CACHE_VARIABLE):
+        return Path(root)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "mechdiff" / "cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mechdiff"
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file of the cache, whole and for its user alone; if it cannot be, that is no reason to fail."""
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as folder:
+            part = Path(folder, path.name)
+            part.touch(mode=0o600)
+            part.write_bytes(content)
+            os.replace(part, path)
 
 
 def entry(sha256: str) -> Path:
@@ -86,15 +106,9 @@ def forget_old_staging() -> None:
 
 
 def remember(uri: str, name: str, label: str, sha256: str) -> None:
-    """Note what `name` means in the store `uri` now; a cache that cannot be written is no reason to fail."""
-    path = _answer_path(uri, name)
+    """Note what `name` means in the store `uri` now."""
     answer = Answer(label, sha256, int(time.time() * 1000))
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".part-") as folder:
-            part = Path(folder, path.name)
-            part.write_text(json.dumps({"name": name, **asdict(answer)}), encoding="utf-8")
-            os.replace(part, path)
+    write(_answer_path(uri, name), json.dumps({"name": name, **asdict(answer)}).encode())
 
 
 def recall(uri: str, name: str) -> Answer | None:
@@ -109,12 +123,3 @@ def recall(uri: str, name: str) -> Answer | None:
 def _answer_path(uri: str, name: str) -> Path:
     key = hashlib.sha256(f"{place(uri)}\n{name}".encode()).hexdigest()
     return cache_root() / "answers" / f"{key}.json"
-
-
-def cache_root() -> Path:
-    """The user's folder for what mechdiff keeps; `MECHDIFF_CACHE` sets it."""
-    if root := os.environ.get(CACHE_VARIABLE):
-        return Path(root)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home())) / "mechdiff" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mechdiff"

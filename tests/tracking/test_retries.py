@@ -18,8 +18,8 @@ from mlflow.protos.databricks_pb2 import (
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.store.retries import (
     PATIENCE_VARIABLE,
-    Patience,
-    PatientClient,
+    Retries,
+    RetryingClient,
     is_away,
     is_passing,
 )
@@ -50,9 +50,9 @@ class Flaky:
         return self._answer("tag")
 
 
-def client_of(flaky: Flaky, seconds: float = 30.0) -> tuple[PatientClient, Patience]:
-    patience = Patience(seconds)
-    return PatientClient(flaky, patience), patience
+def client_of(flaky: Flaky, seconds: float = 30.0) -> tuple[RetryingClient, Retries]:
+    patience = Retries(seconds)
+    return RetryingClient(flaky, patience), patience
 
 
 def test_what_may_be_repeated_is_repeated_and_mlflow_repeats_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_what_may_be_repeated_is_repeated_and_mlflow_repeats_nothing(monkeypatch
     assert flaky.done == ["tag"] * 3
     assert flaky.retries == ["0"] * 3
     assert os.environ[RETRIES] == "9"
-    assert patience.was_tested
+    assert patience.has_retried
 
 
 def test_what_creates_is_asked_once_and_then_looked_up() -> None:
@@ -180,4 +180,4 @@ def test_what_is_waited_for(error: Exception, away: bool, passing: bool) -> None
 def test_an_impossible_patience_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PATIENCE_VARIABLE, "soon")
     with pytest.raises(MechdiffError, match="is 'soon'; give seconds"):
-        Patience()
+        Retries()
