@@ -74,7 +74,8 @@ def _fitted(store: Store, run: Run) -> tuple[Run, list[LoggedMap]]:
     run_id = run.info.run_id
     where = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'FINISHED'"
     below = each_run(store, [run.info.experiment_id], where)
-    fits = list(islice(((one, maps) for one in below if (maps := flavour.maps_of(store, one))), 2))
+    with_maps = ((one, maps) for one in below if (maps := flavour.maps_of(store, one)))
+    fits = list(islice(with_maps, 2))
     if len(fits) > 1:
         raise MechdiffError(f"Run {run_id} has several maps below it; give the id of one of those runs.")
     return fits[0] if fits else (run, [])

@@ -105,6 +105,8 @@ def move_alias(
 ) -> Version:
     """Record the move, make it, read it back; the caller holds the lock and has verified the target.
 
+    Gives the version that got the alias, or had it.
+
     Args:
         store: Where.
         name: Of the registered map.
@@ -112,15 +114,11 @@ def move_alias(
         target: Version that gets it; None to take it away from its holder.
         action: What the history calls the move.
         expected: The version that had it when the caller looked.
-        check: Told which version has it where that is another by now; refuses by raising, as None does.
+        check: Told which version has it where that is another by now; may raise. Without it, that is refused.
         why: In the user's words.
         rules: The policy that was met.
 
-    Returns:
-        The version that got it, or had it.
-
     Raises:
-        MechdiffError: `check` refuses.
         MovedMeanwhile: The alias is elsewhere, as another program moved it.
     """
     check_alias(alias)
