@@ -289,6 +289,21 @@ def test_the_second_fetch_reads_no_files_from_the_store(
     assert load_map(f"{NAME}@champion", store=store) == make_map()
 
 
+def test_two_that_fetch_a_map_at_the_same_moment_both_get_it(
+    store: Store, patched: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, patched())
+    download = flavour.download
+
+    def and_another(*args: Any) -> Path:
+        monkeypatch.setattr(flavour, "download", download)
+        load_map(f"{NAME}@champion", store=store)
+        return download(*args)
+
+    monkeypatch.setattr(flavour, "download", and_another)
+    assert load_map(f"{NAME}@champion", store=store) == make_map()
+
+
 def test_a_damaged_cache_is_replaced(store: Store, patched: Patch, tmp_path: Path) -> None:
     promote(store, patched())
     load_map(f"{NAME}@champion", store=store)
