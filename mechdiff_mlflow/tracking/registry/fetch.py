@@ -134,7 +134,7 @@ def read_back(store: Store, version: Version) -> AffineMap:
 
 def fetch(
     reference: str,
-    out: Path,
+    out: str | Path,
     *,
     store: Store | None = None,
     tracking_uri: str | None = None,
@@ -147,6 +147,7 @@ def fetch(
     Raises:
         MechdiffError: As `load_map`, or `out` has another suffix or cannot be written.
     """
+    out = Path(out)
     if out.suffix not in (".pt", ".safetensors"):
         raise MechdiffError(f"{out} has an unknown suffix; name a .pt or a .safetensors file.")
     if not out.parent.is_dir():
