@@ -231,6 +231,8 @@ def sweep_command(**given: Any) -> None:
     targets = given["targets"].at(list(dict.fromkeys(cell.site for cell in cells)))
     with session("sweep", f"sweep of {len(cells)} cells", given, partial(check_cells, cells)) as now:
         fits = now.study.fit(cells)
+        # Maps, then numbers, are stored while the next are computed.
+        now.run.begin_soon(fields.planned_cell(fit, now.study) for fit in fits)
         patches = now.study.patch(
             [fit.to_patch for fit in fits],
             lambda i, patch: now.run.log_soon(lambda: fields.cell_run(fits[i], patch, now.study)),

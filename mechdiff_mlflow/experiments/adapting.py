@@ -1,4 +1,4 @@
-"""How close the base model comes to tuned with a map as an adapter, measured on the files as they are."""
+"""Adapters made from maps, and how close base comes to tuned with them, measured on the written files."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ COLUMNS = (
     "site", "layer", "hook", "alpha", "change", "KL_raw", "KL_mapped", "drop_pct", "drop_low", "drop_high",
     "skill_pct", "skill_low", "skill_high", "null", "rho", "noise_floor", "above_floor", "p", "p_holm",
 )  # fmt: skip
-"""Of the table, one row a site in the order of the forward pass.
+"""Columns of the table, which has one row a site in the order of the forward pass.
 
 change is ‖Y − X‖ / ‖Y‖ of tuned and base activations; p is of a sign-flip test that KL_mapped is below the KL
 of the best control, p_holm the same corrected over all sites tested.
@@ -33,7 +33,7 @@ of the best control, p_holm the same corrected over all sites tested.
 
 @dataclass(frozen=True, eq=False)
 class AtlasRecord:
-    """What every site shows."""
+    """The results at every site."""
 
     table: pd.DataFrame  # `COLUMNS`; None where a number has no value
     fits: Mapping[Site, FitRecord]  # of the sites above the floor

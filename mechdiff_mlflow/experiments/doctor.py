@@ -67,7 +67,7 @@ _ESSENTIAL = ("same token ids", "hooks and sublayers", "identity patch", _INVARI
 
 
 def _checks(pair: Pair) -> dict[str, Callable[[], str]]:
-    """By name what says what it saw, or raises."""
+    """Checks by name; each says what it saw, or raises."""
     prompts = pair.prompts_of("val").first(min(N_PROMPTS, len(pair.prompts["val"])))
     sites = cache(lambda: _middle_sites(pair))
     return {
@@ -84,7 +84,7 @@ def _checks(pair: Pair) -> dict[str, Callable[[], str]]:
 
 
 def _sites(pair: Pair, layers: Iterable[int]) -> list[list[Site]]:
-    """Of each layer the sites that both models have: the blocks of a hybrid differ."""
+    """The sites of each layer that both models have: the blocks of a hybrid differ."""
     both = pair.base.sites & pair.tuned.sites
     return [[site for hook in Hook if (site := Site(layer, hook)) in both] for layer in layers]
 
@@ -140,7 +140,7 @@ _REMEDIES = {
     "capture depends on neither padding nor batch size": "pass --batch-size 1",
     "prompts are read as the model reads them": "it cannot be measured here, take another model",
 }
-"""Of checks that other names of modules do not mend."""
+"""Remedies of checks that other names of modules do not mend."""
 
 
 def _capture_is_invariant(pair: Pair, prompts: PromptSet, sites: list[Site]) -> str:

@@ -78,7 +78,7 @@ class Fitter:
         return self._offers(cell, {alpha: self._solution(cell, alpha) for alpha in self._fits(cell)})
 
     def shuffled(self, cell: Cell) -> list[list[AffineMap]]:
-        """What `offers` are when base and tuned rows are paired at random, once for each permutation."""
+        """The `offers` when base and tuned rows are paired at random, once for each permutation."""
         if not self.protocol.permutations:
             return []
         by_alpha = {alpha: self._shuffled_solutions(cell, alpha) for alpha in self._fits(cell)}
@@ -105,7 +105,7 @@ class Fitter:
         return nulls
 
     def seconds(self, cell: Cell) -> float:
-        """What the factorisations took that all ranks of the cell's site, solver and family share."""
+        """Seconds of the factorisations that all ranks of the cell's site, solver and family share."""
         return sum(self._solutions[self._key(cell, alpha)][1] for alpha in self._fits(cell))
 
     def _fits(self, cell: Cell) -> tuple[float, ...]:
@@ -130,7 +130,7 @@ class Fitter:
         return cell.site, cell.solver, cell.family, alpha
 
     def _solution(self, cell: Cell, alpha: float) -> Solution:
-        """What all ranks of a site, solver and family share; fitted to y/α."""
+        """The solution that all ranks of a site, solver and family share; fitted to y/α."""
         key = self._key(cell, alpha)
         if key not in self._solutions:
             started = time.perf_counter()
@@ -198,7 +198,7 @@ class Fitter:
 
 
 def wrong_layer_site(site: Site, pair: Pair) -> Site:
-    """Where the wrong-layer control is fitted: the same hook an eighth of the model further on, or back.
+    """The site of the wrong-layer control: the same hook an eighth of the model further on, or back.
 
     Never round to the first layer: what enters it is the same for all prompts. Where the blocks of a hybrid
     there lack the hook, the nearest that have it; the site itself if no other block does.

@@ -1,4 +1,4 @@
-"""What is asked of a pair that it cannot give, found before any weights are loaded."""
+"""Checks, before any weights are loaded, that a pair can give what is asked of it."""
 
 from __future__ import annotations
 

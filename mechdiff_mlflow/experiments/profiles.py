@@ -1,4 +1,4 @@
-"""Profiles of a pair: how alike the models are layer by layer, and which attention heads make the difference.
+"""Profiles of a pair: how alike the models are layer by layer, and which attention heads carry a difference.
 
 A set S of heads is replaced before the output projection: the tuned model's own projection gets the base
 model's z for the heads in S and its own for the rest. coverage(S) = ΣKL_S / ΣKL_all.
@@ -23,12 +23,12 @@ from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Hook, Site
 
 DIRECTIONS = {"tuned_from_base": "tuned", "base_from_tuned": "base"}
-"""By name the model that is patched with the other's activations."""
+"""The model that is patched with the other's activations, by name."""
 HEAD_COLUMNS = (
     "site", "n_heads", "choice", "size", "heads", "KL", "coverage", "coverage_low", "coverage_high", "KL_all",
 )  # fmt: skip
-"""Of the table. choice is single, greedy (nested, chosen on val) or random (of several sets of a size: mean,
-and the middle 95 % of the sets instead of an interval over prompts)."""
+"""Columns of the table of heads. choice is single, greedy (nested, chosen on val) or random (of several sets
+of a size: mean, and the middle 95 % of the sets instead of an interval over prompts)."""
 
 
 def layer_profile(study: Study) -> pd.DataFrame:
@@ -72,7 +72,7 @@ def layer_profile(study: Study) -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False)
 class HeadsRecord:
-    """What the heads of one layer carry."""
+    """Shares of the difference that the heads of one layer carry."""
 
     site: Site  # the layer's attn_out
     table: pd.DataFrame  # `HEAD_COLUMNS`

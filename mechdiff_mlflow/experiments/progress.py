@@ -1,4 +1,4 @@
-"""How experiments say how far they are, without knowing who listens."""
+"""Progress of experiments, which do not know who listens."""
 
 from __future__ import annotations
 

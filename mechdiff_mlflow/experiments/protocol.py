@@ -1,4 +1,4 @@
-"""What all cells of an experiment share."""
+"""Settings that all cells of an experiment share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_PERMUTATIONS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """What all cells of an experiment share.
+    """Settings that all cells of an experiment share.
 
     Raises:
         MechdiffError: A setting is out of its range.

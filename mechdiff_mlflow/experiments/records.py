@@ -1,4 +1,4 @@
-"""What experiments yield: plain frozen values, from which runs, tables and reports are made."""
+"""Results of experiments: plain frozen values, from which runs, tables and reports are made."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FitRecord:
 
     @property
     def to_patch(self) -> tuple[Cell, AffineMap]:
-        """What `Study.patch` takes; the cell as asked for, because controls get the same choice of α."""
+        """An argument of `Study.patch`; the cell as asked for, because controls get the same choice of α."""
         return self.asked, self.map
 
 

@@ -28,7 +28,7 @@ RAW = "raw"
 
 @dataclass(frozen=True, eq=False)
 class Patched:
-    """What one replacement did to the next-token distribution of each of n prompts, [n] each."""
+    """Effects of one replacement on the next-token distributions of n prompts, [n] each."""
 
     kl_patched_clean_nats: Array  # KL(patched ‖ clean)
     kl_clean_patched_nats: Array  # KL(clean ‖ patched)
@@ -53,7 +53,7 @@ class SiteRows:
 
     @property
     def noise_floor(self) -> float:
-        """What a mean KL must stand out from, in nats: the identity patch's, or that of two clean runs."""
+        """KL that a mean KL must stand out from, nats: the identity patch's, or that of two clean runs."""
         return max(self.patched[IDENTITY].mean_kl, self.clean_noise)
 
     @property

@@ -1,4 +1,4 @@
-"""What the models say to a prompt: base, tuned, and tuned with the base's activation raw and mapped."""
+"""Continuations of a prompt: by base, by tuned, and by tuned with the base's activation raw and mapped."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def steer(
 
 
 def site_of(the_map: AffineMap) -> Site:
-    """Where a map was fitted.
+    """The site at which a map was fitted.
 
     Raises:
         MechdiffError: It does not say.
@@ -83,7 +83,7 @@ def site_of(the_map: AffineMap) -> Site:
 
 
 def prompt_set(texts: Sequence[str], system: str | None) -> PromptSet:
-    """What users say, as prompts.
+    """Texts of a user as prompts.
 
     Raises:
         MechdiffError: A text is empty.
@@ -131,18 +131,13 @@ def _continue(
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            **_GREEDY,
+            do_sample=False,
+            num_beams=1,
+            **dict.fromkeys(("temperature", "top_p", "top_k")),  # of the checkpoint, they would warn
+            output_logits=True,
+            return_dict_in_generate=True,
         )
     said = out.sequences[:, length:].tolist()
     what = f"Decoding with the {side.role} tokenizer"  # whose decoder may grow what it gets
     texts = bounded(what, lambda: tokenizer.batch_decode(said, skip_special_tokens=True))
     return [text.strip() for text in texts], out.logits[0]
-
-
-_GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    **dict.fromkeys(("temperature", "top_p", "top_k")),  # set in a checkpoint's defaults, they would warn
-    "output_logits": True,
-    "return_dict_in_generate": True,
-}

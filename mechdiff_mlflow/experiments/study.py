@@ -101,7 +101,7 @@ class Study:
 
     @property
     def bootstrap(self) -> stats.Bootstrap:
-        """How intervals over the reported prompts are drawn."""
+        """The bootstrap of intervals over the reported prompts."""
         groups = self.report_prompts.groups
         return stats.Bootstrap(self.protocol.n_resamples, seed=self.protocol.seed, groups=groups)
 
@@ -191,17 +191,17 @@ class Study:
 
     @cached_property
     def computing(self) -> Workers:
-        """Who runs the models."""
+        """The workers that run the models."""
         return self.workers or LocalWorkers(self.pair)
 
     @property
     def engine_mode(self) -> str:
-        """Which of the engine's paths patches the tuned model."""
+        """The engine's path that patches the tuned model."""
         return self.computing.environment.engine_mode
 
     @cached_property
     def noise(self) -> float:
-        """How far apart clean runs of the reported prompts are, nats; measured after a patch, once."""
+        """Distance between clean runs of the reported prompts, nats; measured after a patch, once."""
         return self.computing.clean_noise("tuned", self.report_prompts, self.protocol.position)
 
     @cached_property

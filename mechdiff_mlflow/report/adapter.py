@@ -107,7 +107,7 @@ def _table(record: AdapterRecord) -> list[str]:
 
 
 def leak_lines(record: AdapterRecord) -> list[str]:
-    """What a reader must know of how the map was chosen, and what helps; none where nothing was."""
+    """Caveat about how the map was chosen, and what helps; none where nothing was."""
     text = sentence(record.leak)
     return [f"{text}. For a number without that, {REMEDY}."] if text else []
 

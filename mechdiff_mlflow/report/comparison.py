@@ -18,7 +18,7 @@ from mechdiff_mlflow.report.profiles import first_difference
 from mechdiff_mlflow.text import text_of
 
 PerPrompt = Mapping[str, pd.DataFrame]
-"""By run id, `per_prompt.json`."""
+"""The table `per_prompt.json` of runs, by run id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def difference(match: Match, tables: PerPrompt, *, seed: int) -> Interval | None
 
 
 def verdict(match: Match, interval: Interval | None, first: str, second: str) -> str:
-    """Which pair drops further, or that there is no evidence."""
+    """Say which pair drops further, or that there is no evidence."""
     for patch, pair in ((match.first, first), (match.second, second)):
         if wording.negligible(patch):
             return f"says little: KL_raw of {pair} is negligible"

@@ -1,4 +1,4 @@
-"""What runs support: their table as typed rows, the newest of each cell, and the one to quote a site."""
+"""Evidence from runs: their table as typed rows, the newest of each cell, and the one to quote a site."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ SETTINGS = ("shrink", "ridge", "output_metric", "directions", "unembedding", "of
 _PRECEDENCE = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
 """Kinds of runs that patches stand under, by how much their choice of map is worth quoting."""
 _PICKED_FROM = ("sweep", "atlas")
-"""Where the best of several is picked on the reported split itself."""
+"""Kinds of runs from which the best is picked on the reported split itself."""
 _LEVEL = 0.95
 _OLD_LEAKS = {"true": "Leak: settings chosen on the reported prompts", "unknown": selection.sentence(None)}
 
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What two patches must share for their numbers to be compared."""
+    """Conditions that two patches must share for their numbers to be compared."""
 
     split: str
     n: int
-    n_train: int
-    seed: int
-    position: str
-    dtype: str
+    n_train: int = 0
+    seed: int = 0
+    position: str = ""
+    dtype: str = ""
 
     def __str__(self) -> str:
         return f"{self.n} {self.split} prompts, {self.n_train} train prompts, seed {self.seed}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One patch run; KL is mean KL(patched ‖ clean) in nats."""
+    """One patch run, or what will be one; KL is mean KL(patched ‖ clean) in nats."""
 
-    run_id: str
-    parent_id: str | None  # of the run above it
-    source: str  # kind of the run above it; `patch` of a lone run
+    run_id: str = ""
+    parent_id: str | None = None  # of the run above it
+    source: str = "patch"  # kind of the run above it; `patch` of a lone run
     site: Site
     solver: str
     family: str  # what its rank bounds
@@ -67,9 +67,9 @@ class Measured:
     controls: Mapping[str, float]  # KL of every control
     leak: str  # what was chosen on reported prompts, or that nobody knows; empty if nothing
     undefined: Mapping[str, str]  # why numbers have no value, by name
-    settings: str  # how the map was made beyond solver, family, rank and scale
+    settings: str = ""  # how the map was made beyond solver, family, rank and scale
     p_permutation: float | None  # against fits of shuffled pairs; None where there were none
-    asked_alpha: str  # α as the run above was asked for it, such as `auto`
+    asked_alpha: str = ""  # α as the run above was asked for it, such as `auto`
 
     @property
     def rank(self) -> str:
@@ -184,15 +184,12 @@ def of_record(record: PatchRecord) -> Measured:
     """A patch that has just been measured, whose run is not there yet."""
     cell = record.cell
     return Measured(
-        run_id="",
-        parent_id=None,
-        source="patch",
         site=cell.site,
         solver=cell.solver,
         family=cell.family,
         k=cell.rank.k,
         alpha=record.map.alpha,
-        conditions=Conditions(record.split, record.n, 0, 0, "", ""),
+        conditions=Conditions(record.split, record.n),
         kl_raw=record.kl_raw,
         kl_mapped=record.kl_mapped,
         noise_floor=record.noise_floor,
@@ -203,9 +200,7 @@ def of_record(record: PatchRecord) -> Measured:
         controls=record.controls,
         leak=selection.sentence(record.leak),
         undefined=record.undefined,
-        settings="",
         p_permutation=record.p_permutation,
-        asked_alpha="",
     )
 
 

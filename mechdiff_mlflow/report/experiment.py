@@ -71,7 +71,7 @@ def report(evidence: Evidence) -> Document:
 
 
 def caveats(evidence: Evidence, quoted: Sequence[Quoted]) -> list[str]:
-    """What a reader should doubt, as far as it applies to these runs."""
+    """Caveats that apply to these runs."""
     found = []
     intervals = [p for p in evidence.patches if p.drop is not None and p.drop.low is not None]
     if intervals:

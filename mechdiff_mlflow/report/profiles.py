@@ -1,4 +1,4 @@
-"""What tables of whole models show: the atlas, layers and heads, as figures and sentences."""
+"""Atlas, layers and heads: figures, and the sentences that their tables allow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mechdiff_mlflow.spec.sites import Hook
 
 _HOOKS = tuple(str(hook) for hook in Hook)
 _SHARES = (0.5, 0.9)
-"""Of the effect of all heads: how few carry them?"""
+"""Shares of the effect of all heads: how few heads carry them?"""
 
 
 def atlas_figures(table: pd.DataFrame) -> list[Figure]:
@@ -38,7 +38,7 @@ def atlas_figures(table: pd.DataFrame) -> list[Figure]:
 
 
 def first_difference(table: pd.DataFrame) -> str:
-    """Where activations first differ, where patching first matters, and how many sites are significant."""
+    """Say where activations first differ, where patching first matters, how many sites are significant."""
     differs = table[table["change"] > 0]
     if not len(differs):
         return f"Base and tuned activations are equal at all {len(table)} sites."
@@ -93,7 +93,7 @@ def layers_blocks(table: pd.DataFrame, run_id: str) -> list[Block]:
 
 
 def layers_sentence(table: pd.DataFrame) -> str:
-    """Where CKA is least, and from which layer on a patch matters."""
+    """Say where CKA is least, and from which layer on a patch matters."""
     known = table.dropna(subset=["cka"])
     parts = []
     if len(known):
@@ -132,7 +132,7 @@ def heads_figures(table: pd.DataFrame) -> list[Figure]:
 
 
 def heads_sentence(table: pd.DataFrame) -> str:
-    """How few heads carry half and most of the effect, and whether that beats random heads."""
+    """Say how few heads carry half and most of the effect, and whether that beats random heads."""
     site, n_heads = str(table["site"].iloc[0]), int(table["n_heads"].iloc[0])
     greedy = table[table["choice"] == "greedy"].sort_values("size")
     random = table[table["choice"] == "random"].set_index("size")

@@ -53,7 +53,7 @@ def below(interval: Interval | None, limit: float = 0.0) -> bool:
 
 BLIND = "which knows nothing of the pairing"
 CONTROL = {"wrong_layer": "the map of another layer, fitted on the true pairs of that layer"}
-"""What the controls know that are not blind to which base activation goes with which tuned one."""
+"""Knowledge of controls that are not blind to which base activation goes with which tuned one."""
 
 
 def against(interval: Interval, what: str, name: str) -> str:
@@ -105,7 +105,7 @@ def transport(patch: Measured) -> str:
 
 
 def scale(patch: Measured, tried: Sequence[float]) -> str | None:
-    """What α says, where it was chosen among several rather than given; None where it was given."""
+    """One sentence on α where it was chosen among several; None where it was given."""
     if not (patch.asked_alpha == "auto" or "," in patch.asked_alpha):
         return None
     edge = ""

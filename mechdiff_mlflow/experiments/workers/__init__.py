@@ -1,4 +1,4 @@
-"""Who runs the models: this process, with or without a journal, or the workers of a Ray cluster.
+"""Workers that run the models: this process, with or without a journal, or those of a Ray cluster.
 
 Everything that an experiment asks of its models goes through `Workers`. What it asks is a task of plain
 values (`tasks`), cut into shards of prompts that together give what the whole gives, to the bit (`shards`).

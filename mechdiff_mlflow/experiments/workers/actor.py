@@ -1,4 +1,4 @@
-"""What runs on a worker of a cluster: one pair in memory, and the tasks it is handed.
+"""A worker of a cluster: one pair in memory, and the tasks it is handed.
 
 It imports no MLflow and writes nothing: values come in, values go out.
 """
@@ -25,7 +25,7 @@ from mechdiff_mlflow.spec.version import source_sha256
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a worker makes the pair, and what it must then be."""
+    """Instructions by which a worker makes the pair, and what it must then be."""
 
     spec: PairSpec  # dtype in force
     device: str
@@ -48,7 +48,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a call."""
+    """The result of a call."""
 
     value: Any = None  # the answer
     error: str | None = None  # sentence of the MechdiffError instead; it would come again anywhere
@@ -62,7 +62,7 @@ class PairWorker:
         self._workers: LocalWorkers | None = None
 
     def call(self, method: str, *arguments: Any) -> Outcome:
-        """What one of the methods below gives, or what is wrong."""
+        """Call one of the methods below."""
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
             warnings.simplefilter("ignore", DeprecationWarning)

@@ -28,7 +28,7 @@ from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.digests import file_sha256
 
 MAX_BYTES = 64 << 30
-"""Of an entry; one of 1,000 prompts at 320 sites of width 8192 takes 10 GiB in two bytes a number."""
+"""Size limit of an entry; 1,000 prompts at 320 sites of width 8192 take 10 GiB in two bytes a number."""
 
 _FORMAT = "2"
 

@@ -24,7 +24,7 @@ from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.version import source_sha256
 
 MAX_DEATHS = 3
-"""How many workers may die of one thing before it is not handed to another."""
+"""Workers that may die of one thing before it is not handed to another."""
 
 _NOTICE_AFTER_S = 60.0
 
@@ -111,13 +111,13 @@ class RayWorkers(Workers):
 
     @cached_property
     def environment(self) -> ComputeEnvironment:
-        """Where numbers come from: workers that differ are not let in."""
+        """The first worker's environment; workers with another are not let in."""
         assert self._environment is not None
         return self._environment
 
     @property
     def max_shards(self) -> int:
-        """Where a worker holds one model at a time, few large shards: each costs loading both."""
+        """Few large shards where a worker holds one model at a time: each costs loading both."""
         return self._n_workers if self.environment.one_at_a_time else super().max_shards
 
     def run(self, task: Task, shards: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensors]]:

@@ -23,7 +23,7 @@ MAX_SHARDS = 32
 
 
 def chunks_of(prompts: TokenizedPrompts, batch_size: int) -> list[list[int]]:
-    """Which prompts the engine runs together, in the order in which it takes them."""
+    """Prompts that the engine runs together, in the order in which it takes them."""
 
     def alike(i: int) -> tuple[int, int]:
         return len(prompts.ids[i]) - prompts.positions[i], prompts.span(i)

@@ -1,4 +1,4 @@
-"""What is asked of the models, as plain values: a task of some prompts and a pair gives tensors of n rows.
+"""Tasks for the models, as plain values: a task of n prompts and a pair gives tensors of n rows.
 
 A task of a part of the prompts gives that part of the rows, so any task can be cut, done elsewhere, and kept.
 """
@@ -26,7 +26,7 @@ from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Hook, Site
 
 Tensors: TypeAlias = Mapping[str, Tensor]
-"""By name; the first dimension of each is the task's prompts, in order."""
+"""Tensors by name, the first dimension of each being the task's prompts, in order."""
 
 Heads: TypeAlias = tuple[int, ...]
 
@@ -53,7 +53,7 @@ class LazyTensors(Mapping[Key, Tensor]):
 
 
 def at_sites(found: Tensors, sites: Sequence[Site], prefix: str = "") -> Mapping[Site, Tensor]:
-    """By site the tensors that are named by a prefix and the site."""
+    """Tensors that are named by a prefix and a site, by site."""
     return LazyTensors({site: partial(found.__getitem__, f"{prefix}{site}") for site in sites})
 
 
@@ -164,8 +164,8 @@ class Score(Task):
             result = engine.score(recorded, groups)
         patched: dict[Site, list[Tensor]] = {site: [] for site in sites}
         for group, found in zip(groups, result.divergences, strict=True):
-            fields = found.kl_patched_clean, found.kl_clean_patched, found.top1_agrees, found.delta_logprob
-            patched[group.site].append(torch.stack([field.double() for field in fields], -1))
+            columns = found.kl_patched_clean, found.kl_clean_patched, found.top1_agrees, found.delta_logprob
+            patched[group.site].append(torch.stack([column.double() for column in columns], -1))
         readers: dict[str, Callable[[], Tensor]] = {}
         for site in sites:
             readers[f"base/{site}"] = partial(base.__getitem__, site)
@@ -210,7 +210,7 @@ class Gradients(Task):
 
 @dataclass(frozen=True, eq=False)
 class CleanNoise(Task):
-    """How far apart two clean runs of the same prompts are, see `PatchEngine.clean_noise`: `KL`, [n, 2]."""
+    """Distance between two clean runs of the same prompts, see `PatchEngine.clean_noise`: `KL`, [n, 2]."""
 
     role: str
 
@@ -292,7 +292,7 @@ class HeadPatches(Task):
         return {"KL": found.kl_patched_clean}
 
     def _head_outputs(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """What each head of base and tuned gives before the output projection, [n, heads, width]."""
+        """Outputs of each head of base and tuned before the output projection, [n, heads, width]."""
         known = _HEAD_OUTPUTS.setdefault(pair, {})
         key = (self.layer, self.prompts.digest, self.position)
         if key not in known:
@@ -316,7 +316,7 @@ class HeadPatches(Task):
 
 _HEAD_OUTPUTS: WeakKeyDictionary[Pair, dict[tuple[int, str, Position], tuple[Tensor, Tensor]]]
 _HEAD_OUTPUTS = WeakKeyDictionary()
-"""Those of one layer: a greedy search asks for the same prompts again and again."""
+"""Kept for one layer: a greedy search asks for the same prompts again and again."""
 
 
 def _variants(

@@ -1,4 +1,4 @@
-"""What experiments ask of whoever runs the models, and this very process as the one who does."""
+"""The interface of workers that run models, and this process as one of them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True)
 class ComputeEnvironment:
-    """What the last digits of numbers depend on beside the pair, and how it is held."""
+    """The conditions beside the pair that the last digits of numbers depend on."""
 
     engine_mode: str  # which of the engine's paths patches the tuned model
     hardware: str  # device and version of torch
@@ -51,7 +51,7 @@ class ComputeEnvironment:
 
 
 def compute_environment(pair: Pair) -> ComputeEnvironment:
-    """Where the numbers of a loaded pair come from."""
+    """The environment that computes the numbers of a loaded pair."""
     with pair.tuned.engine() as engine:
         mode = str(engine.mode)
     name = torch.cuda.get_device_name(pair.device) if pair.device.startswith("cuda") else pair.device
@@ -97,7 +97,7 @@ class Workers(ABC):
 
     @abstractmethod
     def ask(self, question: Callable[..., Answer], *arguments: object) -> Answer:
-        """What a function of this package says of the loaded pair and some arguments."""
+        """Call a function of this package with the loaded pair and some arguments."""
 
     def close(self) -> None:  # noqa: B027  # most hold nothing
         """Let go of what is held."""
@@ -115,7 +115,7 @@ class Workers(ABC):
 
     @cached_property
     def environment(self) -> ComputeEnvironment:
-        """Where numbers come from."""
+        """The environment that computes numbers."""
         return self.ask(compute_environment)  # once: where one model is held at a time, it may load one
 
     def prepare(self, prompt_sets: Sequence[PromptSet], position: Position) -> None:
@@ -148,7 +148,7 @@ class Workers(ABC):
         return task.site_rows(self.whole(task, stage, "patching tuned"))
 
     def clean_noise(self, role: str, prompts: PromptSet, position: Position) -> float:
-        """How far apart two clean runs of one model are in the mean over a few of the prompts, nats.
+        """Mean distance between two clean runs of one model over a few of the prompts, nats.
 
         The larger of the KL between runs in a batch and alone, and of what rounding alone leaves.
         """
