@@ -475,9 +475,9 @@ def test_a_command_taken_over_at_any_time_does_not_move_the_alias(store: Store, 
         def lost(times: list[int] = times, last: int = last) -> None:
             times.append(1)
             if len(times) > last:
-                raise LeaseLost("Run r was taken over by process 7 on far.")
+                raise RunTakenOver("Run r was taken over by process 7 on far.")
 
-        with pytest.raises(LeaseLost):
+        with pytest.raises(RunTakenOver):
             promote(store, patched(3 + last), demand=lost)
         assert get_version(store, NAME, "champion").number == 2
 
