@@ -18,6 +18,7 @@ from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.solvers import SETTINGS
 from mechdiff_mlflow.tracking.content import tag_names
 from mechdiff_mlflow.tracking.content.card import collection_card, version_card
 from mechdiff_mlflow.tracking.content.names import check_alias, check_name
@@ -32,7 +33,7 @@ from mechdiff_mlflow.tracking.store.server import login_name
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
 _PROVENANCE = (
-    *("pair", "layer", "hook", "solver", "family", "k", "shrink", "ridge", "off_span"),
+    *("pair", "layer", "hook", "solver", "family", "k", *(setting.name for setting in SETTINGS)),
     *("position", "split", "n", "seed", "dtype", "null"),
     *(tag_names.PAIR_FINGERPRINT, tag_names.FITTED_ON, tag_names.SELECTION_LEAK, tag_names.SELECTION),
     *(tag_names.REPORTED, tag_names.IMPORTED_FROM),
