@@ -13,14 +13,12 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.solvers import SETTINGS
 from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.text import markdown
 
 Row: TypeAlias = Mapping[str, Any]
-SETTINGS = ("shrink", "ridge", "output_metric", "directions", "unembedding", "off_span", "alpha_fit")
-"""Columns that say how a map was made, n/a where its solver has no such setting."""
-
 _PRECEDENCE = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
 """Kinds of runs that patches stand under, by how much their choice of map is worth quoting."""
 _PICKED_FROM = ("sweep", "atlas")
@@ -242,7 +240,9 @@ def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> M
             if str(key).startswith("tag.mechdiff.undefined.") and not foreign.is_missing(row[key])
         },
         settings=", ".join(
-            f"{key}={markdown(_text(row, key), 80)}" for key in SETTINGS if _text(row, key) not in ("", "n/a")
+            f"{setting.name}={markdown(_text(row, setting.name), 80)}"
+            for setting in SETTINGS
+            if _text(row, setting.name) not in ("", "n/a")
         ),
         p_permutation=_number(row, "p/permutation"),
         asked_alpha=str(foreign.scales(asked, parent or "")) if asked.get(parent or "") else "",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec.options import Kind, Option
 from mechdiff_mlflow.text import cut, number_in, text_of
 
 
@@ -31,6 +33,12 @@ class Setting:
     high: float = math.inf
     choices: tuple[Any, ...] = ()
     none: str = ""
+
+    @property
+    def field(self) -> Any:
+        """The field of a dataclass that has the setting; requests make an option of it."""
+        option = Option(Kind(self.metavar, self.parse, self.none), self.help, self.default)
+        return dataclasses.field(default=self.default, metadata={"option": option})
 
     @property
     def option(self) -> str:
