@@ -27,7 +27,8 @@ from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.text import plain, text_of
 from mechdiff_mlflow.tracking.content.view import ui_command, view_url
 from mechdiff_mlflow.tracking.registry.compare import MapDiff
-from mechdiff_mlflow.tracking.registry.registry import Move, Version
+from mechdiff_mlflow.tracking.registry.moves import Move
+from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.runs.search import FoundRun
 from mechdiff_mlflow.tracking.runs.stuck import Stuck
 from mechdiff_mlflow.tracking.store.store import Store, command_on

@@ -12,7 +12,7 @@ from mechdiff_mlflow.cli.group import cli
 from mechdiff_mlflow.cli.options import command, params_of
 from mechdiff_mlflow.experiments.options import AliasOptions, ForceOptions, StoreOptions, WhyOptions
 from mechdiff_mlflow.spec.options import FLAG, PATH, TEXT, number, option
-from mechdiff_mlflow.tracking.registry import fetch, promotion, registry
+from mechdiff_mlflow.tracking.registry import fetch, moves, promotion, versions
 from mechdiff_mlflow.tracking.registry.compare import diff
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.store.store import open_store
@@ -129,7 +129,7 @@ def maps_command(context: click.Context, tracking_uri: str | None) -> None:
       mechdiff maps
     """
     if context.invoked_subcommand is None:
-        show.winners(registry.list_winners(open_store(tracking_uri)))
+        show.winners(versions.list_winners(open_store(tracking_uri)))
     context.default_map = {name: {"tracking_uri": tracking_uri} for name in maps_command.commands}
 
 
@@ -145,8 +145,8 @@ class HistoryRequest(AliasOptions, NamedRequest):
 
 @command(HistoryRequest, group=maps_command)
 def _history(request: HistoryRequest) -> None:
-    moves = registry.history(open_store(request.tracking_uri), request.name, request.alias)
-    show.moves(moves, request.name, request.alias)
+    made = moves.history(open_store(request.tracking_uri), request.name, request.alias)
+    show.moves(made, request.name, request.alias)
 
 
 @dataclass(frozen=True, kw_only=True)

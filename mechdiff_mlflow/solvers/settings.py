@@ -14,15 +14,25 @@ from mechdiff_mlflow.text import cut, number_in, text_of
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: a number in [low, high], a whole number where the default is one, or one of `choices`."""
+    """One setting: a number in [low, high], a whole number where the default is one, or one of `choices`.
 
-    name: str  # of the param of a run, of a map's meta and of the argument in Python
-    default: Any  # in the type that the setting has in Python
-    help: str  # one line
-    low: float = 0.0  # the least number allowed
-    high: float = math.inf  # the largest
-    choices: tuple[Any, ...] = ()  # the words allowed, where it is no number
-    none: str = ""  # the word that a user types for None; empty where None is not allowed
+    Args:
+        name: Of the param of a run, of a map's meta and of the argument in Python.
+        default: In the type that the setting has in Python.
+        help: One line.
+        low: The least number allowed.
+        high: The largest.
+        choices: The words allowed, where it is no number.
+        none: The word that a user types for None; empty where None is not allowed.
+    """
+
+    name: str
+    default: Any
+    help: str
+    low: float = 0.0
+    high: float = math.inf
+    choices: tuple[Any, ...] = ()
+    none: str = ""
 
     @property
     def field(self) -> Any:

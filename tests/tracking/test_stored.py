@@ -90,7 +90,7 @@ def test_files_on_this_machine_are_read_where_they_lie(tmp_path: Path, empty_dat
     files = StoredFiles(store, (tmp_path / "there").as_uri())
     files.send(sent)
     digest = hashlib.sha256(b"one").hexdigest()
-    assert files.demand({"a.txt": digest}, tmp_path / "unused") == tmp_path / "there"
+    assert files.require_same({"a.txt": digest}, tmp_path / "unused") == tmp_path / "there"
     assert not (tmp_path / "unused").exists()
     with pytest.raises(MechdiffError, match=r"another b\.txt than was sent"):
-        files.demand({"b.txt": digest}, tmp_path / "unused")
+        files.require_same({"b.txt": digest}, tmp_path / "unused")

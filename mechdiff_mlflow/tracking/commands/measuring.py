@@ -32,7 +32,7 @@ from mechdiff_mlflow.tracking.content.parents import report_pass_run
 from mechdiff_mlflow.tracking.flavour import maps_of_run
 from mechdiff_mlflow.tracking.registry.fetch import load_map
 from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused
-from mechdiff_mlflow.tracking.registry.registry import winners_of
+from mechdiff_mlflow.tracking.registry.versions import winners_of
 from mechdiff_mlflow.tracking.store.store import open_store
 
 

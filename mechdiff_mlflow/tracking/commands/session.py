@@ -30,8 +30,8 @@ from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.registry.promotion import demand_may_promote, promote
-from mechdiff_mlflow.tracking.registry.registry import Version
+from mechdiff_mlflow.tracking.registry.promotion import promote, require_may_promote
+from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.runs.commands import Command, user_of
 from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.runs import RUN_ID_VARIABLE, OpenRun, Tracker
@@ -154,7 +154,7 @@ def session(
         protocol, params["position"] = replace(protocol, position=position), str(position)
     store, resumed = open_store(request.tracking_uri), caller.resumed
     if promotes:
-        demand_may_promote(store, spec.name, promotes)
+        require_may_promote(store, spec.name, promotes)
     if resumed is not None and spec.trust_remote_code and not resumed.trusts:
         raise MechdiffError(
             f"Pair {request.pair[:200]!r} says trust_remote_code: true, and nothing on this machine says "

@@ -20,7 +20,13 @@ from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.text import text_of
 from mechdiff_mlflow.tracking.content import records
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
-from mechdiff_mlflow.tracking.content.tag_names import FITTED_ON, REPORTED, SELECTION, SELECTION_LEAK
+from mechdiff_mlflow.tracking.content.tag_names import (
+    FITTED_ON,
+    PAIR_FINGERPRINT,
+    REPORTED,
+    SELECTION,
+    SELECTION_LEAK,
+)
 
 NOT_APPLICABLE = "n/a"
 """Of a hyperparameter that the solver does not have: every run has every column."""
@@ -34,10 +40,7 @@ def fit_run(record: FitRecord, study: Study) -> RunRecord:
     return RunRecord(
         kind="fit",
         name=f"fit {_name(cell)}",
-        params=params_of(cell, study)
-        | {
-            **_settings(record.map),
-        },
+        params=params_of(cell, study) | _settings(record.map),
         metrics=metrics,
         tags=_tags(cell, study) | {"mechdiff.chosen_on_val": ", ".join(record.chosen) or "nothing"},
         datasets=_datasets(study, study.train_prompts, study.val_prompts),
@@ -55,14 +58,7 @@ def fit_run(record: FitRecord, study: Study) -> RunRecord:
 def patch_run(
     record: PatchRecord, study: Study, *, map_run: str | None = None, map_name: str = ""
 ) -> RunRecord:
-    """A patch as a run.
-
-    Args:
-        record: What was measured.
-        study: What it was measured on.
-        map_run: The run that fitted the map, where it was one of ours.
-        map_name: What the user called the map, where they named one.
-    """
+    """A patch as a run, with the run that fitted its map, or what the user called the map, where known."""
     cell = record.cell
     leak = selection.sentence(record.leak)
     caveats = [leak] if leak else []
@@ -294,16 +290,16 @@ def _name(cell: Cell) -> str:
 def _tags(cell: Cell, study: Study) -> dict[str, str]:
     return {
         "mechdiff.site": str(cell.site),
-        "pair_fingerprint": study.pair.fingerprint,
+        PAIR_FINGERPRINT: study.pair.fingerprint,
         "mechdiff.engine": study.engine_mode,
         "mechdiff.trust_remote_code": str(study.pair.spec.trust_remote_code).lower(),
     }
 
 
-def _datasets(study: Study, *sets: PromptSet) -> tuple[records.PromptSet, ...]:
+def _datasets(study: Study, *sets: PromptSet) -> tuple[records.Dataset, ...]:
     spec = study.pair.spec
     return tuple(
-        records.PromptSet(
+        records.Dataset(
             name=f"{spec.name}-{prompts.split}",
             split=prompts.split,
             digest=prompts.digest,
@@ -337,16 +333,11 @@ def _correlation(found: Correlation | None) -> dict[str, float]:
     """Of the cosine with the decrease of KL; `/` would make a group within `ci/`."""
     if found is None:
         return {}
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
     for name, interval in (("pearson", found.pearson), ("spearman", found.spearman)):
-        metrics |= _present(
-            {
-                f"corr/{name}": interval.estimate,
-                f"ci/corr_{name}_low": interval.low,
-                f"ci/corr_{name}_high": interval.high,
-            }
-        )
-    return metrics
+        metrics |= {f"corr/{name}": interval.estimate}
+        metrics |= {f"ci/corr_{name}_low": interval.low, f"ci/corr_{name}_high": interval.high}
+    return _present(metrics)
 
 
 def _present(values: Mapping[str, float | None]) -> dict[str, float]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.tracking.registry.fetch import load_map, resolve
-from mechdiff_mlflow.tracking.registry.registry import Version
+from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.store.store import Store
 
 
@@ -44,13 +43,13 @@ def diff(store: Store, a: str, b: str) -> MapDiff:
     keys = sorted(key for key in {*va.tags, *vb.tags} if not key.startswith("mechdiff."))
     facts = {key: (va.tags.get(key), vb.tags.get(key)) for key in keys}
     ma, mb = load_map(va.uri, store=store), load_map(vb.uri, store=store)
-    square = ma.d_in == ma.d_out and mb.d_in == mb.d_out
+    updates = [m.weight.minus_identity().dense() for m in (ma, mb) if m.d_in == m.d_out]
     return MapDiff(
         va,
         vb,
         {key: pair for key, pair in facts.items() if pair[0] != pair[1]},
         _cosine(ma.dense(), mb.dense()),
-        _cosine(_update(ma), _update(mb)) if square else None,
+        _cosine(*updates) if len(updates) == 2 else None,
     )
 
 
@@ -59,10 +58,6 @@ def _version(store: Store, reference: str) -> Version:
     if version is None:
         raise MechdiffError(f"{reference!r} is no registered version; write e.g. NAME@champion or NAME/2.")
     return version
-
-
-def _update(the_map: AffineMap) -> torch.Tensor:
-    return the_map.weight.minus_identity().dense()
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float | None:

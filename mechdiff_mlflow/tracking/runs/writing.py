@@ -15,8 +15,7 @@ from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunData, RunTa
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import flavour
 from mechdiff_mlflow.tracking.content import artifacts, keys
-from mechdiff_mlflow.tracking.content.artifact_digests import Sent, digest_tag, files_of
-from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.artifact_files import Sent, StoredFiles, digest_tag, files_of
 from mechdiff_mlflow.tracking.content.records import RunRecord, param_text
 from mechdiff_mlflow.tracking.flavour import MAP_FILE, LoggedMap
 from mechdiff_mlflow.tracking.store.redaction import redact
@@ -99,7 +98,7 @@ class RecordWriter:
             files = StoredFiles(self._store, run.info.artifact_uri)
             self._require()
             files.send(Path(folder), again=again)
-            files.demand_present(sent_now)
+            files.require_present(sent_now)
             sent.update(sent_now)
 
         artifacts.upload(send, record)
@@ -121,7 +120,7 @@ class RecordWriter:
                 params=record.params,
                 metrics=record.metrics,
                 again=again,
-                demand=self._require,
+                require_owner=self._require,
             )
         elif record.map_run is not None and run_id not in self.models:
             fitted = flavour.maps_of_run(self._store, run_id)
