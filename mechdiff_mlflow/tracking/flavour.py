@@ -53,7 +53,7 @@ MAP_FILE, PROBE_FILE = "map.pt", "probe.safetensors"
 CARD_FILE, ENVIRONMENT_FILE = "README.md", "conda.yaml"
 NEEDED_FILES = (MLMODEL_FILE_NAME, MAP_FILE, PROBE_FILE)
 
-# The same text as of yaml.SafeDumper, without which some builds of PyYAML come, in a tenth of the time.
+# The same text as of yaml.SafeDumper in a tenth of the time; some builds of PyYAML lack it.
 _YAML_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _MAX_MLMODEL = 1 << 20
 _PROBE_ROWS = 4
@@ -146,16 +146,16 @@ def log_model(
     Args:
         the_map: What to log.
         name: Of the logged model; characters it cannot have are replaced.
-        store, run_id: By default where MLflow tracks to, and the active run.
+        store: By default where MLflow tracks to.
+        run_id: By default the active one.
         experiment_id: Of that run.
         params: Shown on the model's page.
-        metrics: For the model card; link them to the model by logging them with `model_id`.
-        again: Whether a killed process may have begun this; what it made is then gone on with.
+        metrics: For the model card; log them with `model_id` to link them to the model.
+        again: Whether a killed process may have begun this, which is then gone on with.
         require_owner: Called before each step; raises if another process does that by now.
 
     Raises:
-        MechdiffError: No run is active or named, the store refuses, or it gives back other bytes than were
-            sent.
+        MechdiffError: No run is active or named, or the store refuses, or gives back other bytes than it got.
     """
     store = store or open_store(mlflow.get_tracking_uri())
     if run_id is None:
@@ -311,7 +311,7 @@ def download(store: Store, location: str, target: Path) -> Path:
 def load_logged(store: Store, logged: LoggedMap) -> AffineMap:
     """A map that a run logged, read from the store and checked."""
     with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder, store.errors():
-        root = download(store, logged.location, Path(folder, "model"))
+        root = download(store, logged.location, Path(folder))
         the_map = load_verified(root)
         if file_sha256(root / MAP_FILE) != logged.sha256:
             raise MechdiffError(f"{MAP_FILE} of {logged.model_uri} is not what was logged; fit it again.")
