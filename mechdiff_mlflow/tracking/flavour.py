@@ -49,19 +49,16 @@ from mechdiff_mlflow.tracking.content.tag_names import SHA256_TAG
 from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store, open_store
 
 FLAVOR_NAME = "mechdiff"
-MAP_FILE = "map.pt"
-PROBE_FILE = "probe.safetensors"
-CARD_FILE = "README.md"
-ENVIRONMENT_FILE = "conda.yaml"
+MAP_FILE, PROBE_FILE = "map.pt", "probe.safetensors"
+CARD_FILE, ENVIRONMENT_FILE = "README.md", "conda.yaml"
 NEEDED_FILES = (MLMODEL_FILE_NAME, MAP_FILE, PROBE_FILE)
 
-# The same text as of yaml.SafeDumper, without which some builds of PyYAML come, in a tenth of the time.
+# The same text as of yaml.SafeDumper in a tenth of the time; some builds of PyYAML lack it.
 _YAML_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _MAX_MLMODEL = 1 << 20
 _PROBE_ROWS = 4
 # Float32 products of some thousand terms differ this much, at most, between machines.
 _PROBE_TOLERANCE = 1e-4
-
 
 Float32Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -70,11 +67,8 @@ Float32Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 class LoggedMap:
     """A map that the store holds, complete and read back.
 
-    Args:
-        model_id: Of MLflow's logged model, `m-…`; empty while the map is only a file of its run.
-        location: URI of the model's files, or of that file.
-        sha256: Hex digest of its `map.pt`.
-        run_id: Of the run that it belongs to.
+    `model_id` is empty while the map is only a file of its run, `location` the URI of the model's files or of
+    that file, `sha256` the hex digest of its `map.pt`.
     """
 
     model_id: str
@@ -152,17 +146,16 @@ def log_model(
     Args:
         the_map: What to log.
         name: Of the logged model; characters it cannot have are replaced.
-        store: Where to; by default where MLflow tracks to.
-        run_id: The run that made the map; by default the active one.
-        experiment_id: Of that run, if known.
+        store: By default where MLflow tracks to.
+        run_id: By default the active one.
+        experiment_id: Of that run.
         params: Shown on the model's page.
-        metrics: For the model card; link them to the model by logging them with `model_id`.
-        again: Whether a killed process may have begun this; what it made is then gone on with.
+        metrics: For the model card; log them with `model_id` to link them to the model.
+        again: Whether a killed process may have begun this, which is then gone on with.
         require_owner: Called before each step; raises if another process does that by now.
 
     Raises:
-        MechdiffError: No run is active or named, the store refuses, or it gives back other bytes than were
-            sent.
+        MechdiffError: No run is active or named, or the store refuses, or gives back other bytes than it got.
     """
     store = store or open_store(mlflow.get_tracking_uri())
     if run_id is None:
@@ -257,10 +250,7 @@ def _has_output(store: Store, run_id: str, model_id: str) -> bool:
 def load_model(model_uri: str | Path) -> AffineMap:
     """The map of an MLflow model directory, or of a URI in the store that `mlflow.set_tracking_uri` named.
 
-    For registered maps `mechdiff_mlflow.load_map` also checks what the registry says of the version.
-
-    Raises:
-        MechdiffError: A file is missing, changed or not ours.
+    Its files are checked; `load_map` also checks what the registry says of a version.
     """
     if Path(model_uri).is_dir():
         return load_verified(Path(model_uri))
@@ -275,8 +265,7 @@ def load_verified(root: Path) -> AffineMap:
     """The map of the model directory `root`, after checking both digests and the probe.
 
     Raises:
-        MechdiffError: A file is missing, changed or not ours, or the map computes something else than when
-            it was saved.
+        MechdiffError: A file is missing, changed or not ours, or the map computes something else by now.
     """
     for name in NEEDED_FILES:
         if not (root / name).is_file():
@@ -320,13 +309,9 @@ def download(store: Store, location: str, target: Path) -> Path:
 
 
 def load_logged(store: Store, logged: LoggedMap) -> AffineMap:
-    """A map that a run logged, read from the store and checked.
-
-    Raises:
-        MechdiffError: Its files are not what was logged.
-    """
+    """A map that a run logged, read from the store and checked."""
     with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder, store.errors():
-        root = download(store, logged.location, Path(folder, "model"))
+        root = download(store, logged.location, Path(folder))
         the_map = load_verified(root)
         if file_sha256(root / MAP_FILE) != logged.sha256:
             raise MechdiffError(f"{MAP_FILE} of {logged.model_uri} is not what was logged; fit it again.")
@@ -340,11 +325,7 @@ def maps_of_run(store: Store, run_id: str) -> list[LoggedMap]:
 
 
 def maps_of(store: Store, run: Run) -> list[LoggedMap]:
-    """The complete maps that a run logged, oldest first: its models, or the one that is a file.
-
-    Raises:
-        MechdiffError: The store cannot be read.
-    """
+    """The complete maps that a run logged, oldest first: its models, or the one that is a file."""
     run_id, outputs = run.info.run_id, run.outputs.model_outputs if run.outputs else []
     with store.errors():
         models = map(store.client.get_logged_model, dict.fromkeys(one.model_id for one in outputs))
@@ -378,11 +359,8 @@ def _load_pyfunc(path: str) -> _PyFuncMap:
 
 
 def _signature(the_map: AffineMap) -> ModelSignature:
-    def rows(width: int) -> Schema:
-        return Schema([TensorSpec(np.dtype(np.float32), (-1, width))])
-
-    alpha = ParamSchema([ParamSpec("alpha", "double", the_map.alpha)])
-    return ModelSignature(rows(the_map.d_in), rows(the_map.d_out), alpha)
+    x, y = (Schema([TensorSpec(np.dtype(np.float32), (-1, d))]) for d in (the_map.d_in, the_map.d_out))
+    return ModelSignature(x, y, ParamSchema([ParamSpec("alpha", "double", the_map.alpha)]))
 
 
 def _probe(the_map: AffineMap) -> dict[str, torch.Tensor]:

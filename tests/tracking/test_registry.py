@@ -543,9 +543,7 @@ def test_a_command_that_was_taken_over_registers_nothing(store: Store, patched: 
         raise RunTakenOver("Run r was taken over by process 7 on far.")
 
     with pytest.raises(RunTakenOver):
-        promote(
-            store, patched(1), here=cast(OpenRun, SimpleNamespace(written=lambda _: None, require_owner=lost))
-        )
+        promote(store, patched(1), here=owned_by(lost))
     assert (calls, list_versions(store, NAME)) == (["asked"], [])
 
 

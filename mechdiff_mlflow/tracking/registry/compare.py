@@ -15,15 +15,10 @@ from mechdiff_mlflow.tracking.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class MapDiff:
-    """Two versions side by side.
+    """Two versions side by side: params, metrics and other tags that differ, and how alike the maps are.
 
-    Args:
-        a: The first.
-        b: The second.
-        facts: Params, metrics and other tags that differ, as text; None where one lacks it.
-        cosine_weight: ⟨W_a, W_b⟩/(‖W_a‖·‖W_b‖) in the Frobenius product; None when the widths differ or a
-            weight is zero.
-        cosine_update: The same of W − I, the change that the fine-tune made; None also when W is not square.
+    `cosine_weight` is ⟨W_a, W_b⟩/(‖W_a‖·‖W_b‖) in the Frobenius product, None when the widths differ or a
+    weight is zero; `cosine_update` the same of W − I, the change that the fine-tune made, for square W.
     """
 
     a: Version

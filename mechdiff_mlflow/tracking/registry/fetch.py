@@ -35,14 +35,10 @@ class CachedAnswer(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a reference names.
+    """What a reference names: where its files are, the digest of its `map.pt`, and what to call it.
 
-    Args:
-        location: URI of the model's files.
-        sha256: What the digest of its `map.pt` must be.
-        label: What to call it.
-        version: The registered version, if it is one and the store was asked.
-        caution: Why this may not be what the name means now; empty when the store was asked.
+    `version` is the registered version, if it is one and the store was asked; `caution` says why this may not
+    be what the name means now, and is empty when the store was asked.
     """
 
     location: str
@@ -114,20 +110,12 @@ def load_map(
 
 
 def verified_map(store: Store, version: Version) -> AffineMap:
-    """The map of a registered version, read from the store itself rather than the cache, and checked.
-
-    Raises:
-        MechdiffError: The version was never verified or its files have changed.
-    """
+    """The map of a verified version, read from the store itself rather than the cache, and checked."""
     return read_back(store, _trusted(version))
 
 
 def read_back(store: Store, version: Version) -> AffineMap:
-    """The map of a registered version that may not be verified yet, read from the store and checked.
-
-    Raises:
-        MechdiffError: Its files are not what was registered.
-    """
+    """The map of a version that may not be verified yet, read from the store itself and checked."""
     with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
         return _download(store, _resolved(store, version), Path(folder, "model"))
 

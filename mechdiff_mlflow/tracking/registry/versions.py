@@ -30,13 +30,8 @@ _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 class Version:
     """One registered version of a map.
 
-    Args:
-        name: Of the registered map.
-        number: Counted from 1.
-        source: URI of its files.
-        run_id: The run that vouches for it.
-        aliases: The names it bears, such as champion.
-        tags: Provenance: params and metrics of that run, digests, code version.
+    `source` is the URI of its files, `run_id` the run that vouches for it; `tags` hold that run's params and
+    metrics, digests and the code version.
     """
 
     name: str
@@ -77,11 +72,7 @@ def list_winners(store: Store) -> list[Version]:
 
 
 def winners_of(store: Store, pair: str, alias: str) -> list[Version]:
-    """The versions of a pair's maps that bear `alias`, by name.
-
-    Raises:
-        MechdiffError: There is none.
-    """
+    """The versions of a pair's maps that bear `alias`, by name; that there is none is an error."""
     found = []
     for version in list_winners(store):
         if alias in version.aliases and version.tags.get("pair") == pair:
@@ -99,11 +90,7 @@ def winners_of(store: Store, pair: str, alias: str) -> list[Version]:
 
 
 def list_versions(store: Store, name: str) -> list[Version]:
-    """Every version of `name`, oldest first.
-
-    Raises:
-        MechdiffError: No map has that name.
-    """
+    """Every version of `name`, oldest first."""
     model = registered(store, name)
     found: list[Version] = []
     token = None
@@ -118,11 +105,7 @@ def list_versions(store: Store, name: str) -> list[Version]:
 
 
 def get_version(store: Store, name: str, which: int | str) -> Version:
-    """Version number or alias `which` of `name`, in one request.
-
-    Raises:
-        MechdiffError: There is no such name, alias or version; says which there are.
-    """
+    """Version number or alias `which` of `name`, in one request; an error says which there are."""
     client = store.client
     try:
         with store.errors():
@@ -157,12 +140,21 @@ def holder(store: Store, model: RegisteredModel, alias: str, known: Version | No
     return get_version(store, model.name, number)
 
 
-def find(store: Store, name: str) -> RegisteredModel | None:
-    """MLflow's entity of the registered map `name`; None where there is none, or this account may not look.
+def registered(store: Store, name: str) -> RegisteredModel:
+    """MLflow's entity of the registered map `name`; an error says which there are."""
+    try:
+        with store.errors():
+            return store.client.get_registered_model(name)
+    except MechdiffError as error:
+        if not _is_missing(error):
+            raise
+    known = sorted(model.name for model in our_models(store))
+    close = difflib.get_close_matches(name, known, n=5) or known[:10]
+    raise MechdiffError(f"No map is registered as {name!r}; there is {', '.join(close) or 'none yet'}.")
 
-    Raises:
-        MechdiffError: Another kind of model has that name.
-    """
+
+def find(store: Store, name: str) -> RegisteredModel | None:
+    """The same, or None where there is none or this account may not look; not another kind of model."""
     try:
         with store.errors():
             model = store.client.get_registered_model(name)
@@ -177,23 +169,6 @@ def find(store: Store, name: str) -> RegisteredModel | None:
             f"A registered model {name!r} that is no map exists already; give another name with --name."
         )
     return model
-
-
-def registered(store: Store, name: str) -> RegisteredModel:
-    """MLflow's entity of the registered map `name`.
-
-    Raises:
-        MechdiffError: No map has that name; says which there are.
-    """
-    try:
-        with store.errors():
-            return store.client.get_registered_model(name)
-    except MechdiffError as error:
-        if not _is_missing(error):
-            raise
-    known = sorted(model.name for model in our_models(store))
-    close = difflib.get_close_matches(name, known, n=5) or known[:10]
-    raise MechdiffError(f"No map is registered as {name!r}; there is {', '.join(close) or 'none yet'}.")
 
 
 def our_models(store: Store, where: str = "") -> list[RegisteredModel]:
