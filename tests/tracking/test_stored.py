@@ -20,8 +20,8 @@ from mechdiff_mlflow.tracking.store.store import open_store
 from .conftest import flip_byte, make_map
 from .servers import serving
 
-N_FILES = 9
-"""Of a model: MLmodel, map, probe, card, two examples, three files about the environment."""
+N_FILES = 5
+"""Of a model: MLmodel, map, probe, card and environment."""
 
 
 @pytest.fixture(scope="module")
