@@ -423,6 +423,95 @@ def test_who_was_overtaken_is_told_and_the_last_move_stays(
     assert get_version(store, NAME, "champion").number == 2
 
 
+def test_what_was_promoted_meanwhile_is_looked_at_before_the_alias_moves(
+    store: Store, patched: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A better map that got the alias after the first look is not replaced by a worse one."""
+    promote(store, patched(1))
+    best, mine = patched(2, metrics={**METRICS, "skill_pct": 33.0}), patched(3)
+    monkeypatch.setattr(registry, "promotion_lock", lambda _: nullcontext())  # two machines
+    create = store.client._client.create_model_version
+
+    def and_another(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(store.client._client, "create_model_version", create)
+        promote(store, best)
+        return create(*args, **options)
+
+    monkeypatch.setattr(store.client._client, "create_model_version", and_another)
+    with pytest.raises(MechdiffError, match=r"worse on the same prompts; .* skill 33.0 .* skill 30.0"):
+        promote(store, mine)
+    assert get_version(store, NAME, "champion").run_id == best
+    assert len(history(store, NAME)) == 2
+
+
+def test_a_rollback_does_not_undo_what_it_has_not_seen(
+    store: Store, patched: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, patched(1))
+    promote(store, patched(2))
+    other = patched(3)
+    monkeypatch.setattr(registry, "promotion_lock", lambda _: nullcontext())  # two machines
+    look = store.client._client.get_model_version
+
+    def and_another(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(store.client._client, "get_model_version", look)
+        promote(store, other)
+        return look(*args, **options)
+
+    monkeypatch.setattr(store.client._client, "get_model_version", and_another)
+    with pytest.raises(MechdiffError, match="was moved meanwhile"):
+        rollback(store, NAME)
+    assert get_version(store, NAME, "champion").run_id == other
+
+
+def test_a_command_taken_over_at_any_time_does_not_move_the_alias(store: Store, patched: Patch) -> None:
+    promote(store, patched(1))
+    asked: list[int] = []
+    promote(store, patched(2), demand=lambda: asked.append(1))
+    assert len(asked) >= 2
+    for last in range(len(asked)):
+        times: list[int] = []
+
+        def lost(times: list[int] = times, last: int = last) -> None:
+            times.append(1)
+            if len(times) > last:
+                raise RunTakenOver("Run r was taken over by process 7 on far.")
+
+        with pytest.raises(RunTakenOver):
+            promote(store, patched(3 + last), demand=lost)
+        assert get_version(store, NAME, "champion").number == 2
+
+
+def test_a_version_is_read_back_where_the_registry_has_it(
+    store: Store, patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A registry that keeps a copy of its own: what it copied wrongly does not get the alias."""
+    promote(store, patched(1))
+    run_id, where = patched(2), store.client._client.get_model_version_download_uri
+
+    def copied(*args: Any) -> str:
+        shutil.copytree(Path(where(*args).removeprefix("file://")), tmp_path / "copy", dirs_exist_ok=True)
+        flip_byte(tmp_path / "copy" / "map.pt")
+        return str(tmp_path / "copy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.client._client, "get_model_version_download_uri", copied)
+        with pytest.raises(MechdiffError, match="changed"):
+            promote(store, run_id)
+        assert get_version(store, NAME, "champion").number == 1
+    assert promote(store, run_id).aliases == ("champion",)  # the remedy
+
+
+def test_measurements_are_compared_only_on_prompts_of_one_digest(store: Store, patched: Patch) -> None:
+    """As many prompts of the same split are other prompts where their digests differ."""
+    tags = {"selection_leak": "false", "mechdiff.prompts": "p1"}
+    promote(store, patched(1, tags=tags))
+    better = {"metrics": {**METRICS, "skill_pct": 31.0}}
+    with pytest.raises(MechdiffError, match="measured on different prompts"):
+        promote(store, patched(2, tags={**tags, "mechdiff.prompts": "p2"}, **better))
+    assert promote(store, patched(2, tags=tags, **better)).number == 2
+
+
 def test_a_command_that_was_taken_over_registers_nothing(store: Store, patched: Patch) -> None:
     calls: list[str] = []
 

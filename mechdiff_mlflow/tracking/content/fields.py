@@ -14,6 +14,7 @@ from mechdiff_mlflow.experiments.sweep import LeastRank
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures.stats import Correlation, Interval
+from mechdiff_mlflow.solvers import SETTINGS
 from mechdiff_mlflow.spec.pair_spec import Cell, PairSpec
 from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.text import text_of
@@ -23,9 +24,6 @@ from mechdiff_mlflow.tracking.content.tag_names import FITTED_ON, REPORTED, SELE
 
 NOT_APPLICABLE = "n/a"
 """Of a hyperparameter that the solver does not have: every run has every column."""
-
-SETTINGS = ("shrink", "ridge", "output_metric", "directions", "unembedding", "off_span", "alpha_fit")
-"""Of how a map is made, what users set."""
 
 
 def fit_run(record: FitRecord, study: Study) -> RunRecord:
@@ -275,7 +273,7 @@ def params_of(cell: Cell, study: Study) -> dict[str, ParamValue]:
 
 def _settings(map_: AffineMap) -> dict[str, ParamValue]:
     """How a map was made, in the same columns for every solver."""
-    return {key: _plain(map_.meta.get(key, NOT_APPLICABLE)) for key in SETTINGS}
+    return {s.name: _plain(map_.meta.get(s.name, NOT_APPLICABLE)) for s in SETTINGS}
 
 
 def _curve(cell: Cell) -> str:

@@ -19,6 +19,7 @@ from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.solvers import SETTINGS
 from mechdiff_mlflow.tracking.content.card import collection_card, version_card
 from mechdiff_mlflow.tracking.content.names import check_alias, check_name
 from mechdiff_mlflow.tracking.content.tag_names import (
@@ -45,11 +46,9 @@ from mechdiff_mlflow.tracking.runs.runs import OpenRun
 from mechdiff_mlflow.tracking.store.server import login_name
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
-_SETTINGS = (
-    *("pair", "layer", "hook", "solver", "family", "k", "shrink", "ridge", "off_span"),
-    *("position", "split", "n", "seed", "dtype", "null"),
-)
-_PROVENANCE = (*_SETTINGS, PAIR_FINGERPRINT, FITTED_ON, SELECTION_LEAK, SELECTION, REPORTED, IMPORTED_FROM)
+_PARAMS = ["pair", "layer", "hook", "solver", "family", "k", *(setting.name for setting in SETTINGS)]
+_PARAMS += ["position", "split", "n", "seed", "dtype", "null"]
+_TAGS = [PAIR_FINGERPRINT, FITTED_ON, SELECTION_LEAK, SELECTION, REPORTED, IMPORTED_FROM]
 
 
 def promote(
@@ -249,7 +248,7 @@ def _existing(store: Store, name: str, measured: Measured) -> Version | None:
 
 def _create_version(store: Store, name: str, measured: Measured, demand: Callable[[], None]) -> Version:
     run = measured.run
-    tags = {key: measured.facts[key] for key in _PROVENANCE if key in measured.facts}
+    tags = {key: measured.facts[key] for key in (*_PARAMS, *_TAGS) if key in measured.facts}
     tags |= {"alpha": repr(measured.the_map.alpha), "code_version": code_version()}
     tags |= {key: repr(value) for key, value in metrics_of(run).items()}
     tags |= {
