@@ -25,9 +25,9 @@ from mechdiff_mlflow.tracking.content.cells import CELLS
 from mechdiff_mlflow.tracking.content.keys import ARTIFACTS_TAG, KEY_TAG, ROOT_TAG, key_of
 from mechdiff_mlflow.tracking.content.records import RunRecord
 from mechdiff_mlflow.tracking.runs import run_lock
-from mechdiff_mlflow.tracking.runs.commands import newest_of_mine
 from mechdiff_mlflow.tracking.runs.open_run import EPOCH_TAG
 from mechdiff_mlflow.tracking.runs.results import tables_of
+from mechdiff_mlflow.tracking.runs.resuming import newest_of_mine
 from mechdiff_mlflow.tracking.runs.run_lock import (
     OWNER_TAG,
     Owner,

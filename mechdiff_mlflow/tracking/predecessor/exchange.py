@@ -31,10 +31,10 @@ from mechdiff_mlflow.tracking.registry.promotion import (
     promote,
 )
 from mechdiff_mlflow.tracking.registry.registry import Version, winners_of
-from mechdiff_mlflow.tracking.runs.commands import Earlier, earlier
 from mechdiff_mlflow.tracking.runs.lookup import all_runs
 from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.provenance import code_version
+from mechdiff_mlflow.tracking.runs.resuming import Earlier, earlier
 from mechdiff_mlflow.tracking.runs.runs import Tracker
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
