@@ -20,7 +20,7 @@ from mechdiff_mlflow.experiments.requests import ExperimentRequest
 from mechdiff_mlflow.spec.options import FLAG, TEXT, Request, flag_of, option
 from mechdiff_mlflow.spec.untrusted import inside, is_there
 from mechdiff_mlflow.tracking.commands.session import Resumption
-from mechdiff_mlflow.tracking.runs.commands import Command, newest_of_mine, top_run, who_began
+from mechdiff_mlflow.tracking.runs.resuming import Command, newest_of_mine, top_run, who_began
 from mechdiff_mlflow.tracking.runs.stuck import Stuck, end_stuck, stuck_runs
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 

@@ -19,8 +19,8 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.requests import PatchRequest
 from mechdiff_mlflow.tracking.commands import computing
 from mechdiff_mlflow.tracking.content.tag_names import ROOT_TAG
-from mechdiff_mlflow.tracking.runs.commands import RESUME_TAG, Command, user_of
 from mechdiff_mlflow.tracking.runs.provenance import code_version
+from mechdiff_mlflow.tracking.runs.resuming import RESUME_TAG, Command, user_of
 from mechdiff_mlflow.tracking.runs.runs import OpenRun
 from mechdiff_mlflow.tracking.store import store as stores
 from mechdiff_mlflow.tracking.store.store import open_store

@@ -26,9 +26,9 @@ from mechdiff_mlflow.tracking.content.keys import key_of
 from mechdiff_mlflow.tracking.content.records import RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import ARTIFACTS_TAG, KEY_TAG, ROOT_TAG
 from mechdiff_mlflow.tracking.runs import run_lock
-from mechdiff_mlflow.tracking.runs.commands import newest_of_mine
 from mechdiff_mlflow.tracking.runs.open_run import EPOCH_TAG
 from mechdiff_mlflow.tracking.runs.results import tables_of
+from mechdiff_mlflow.tracking.runs.resuming import newest_of_mine
 from mechdiff_mlflow.tracking.runs.run_lock import (
     OWNER_TAG,
     Owner,
@@ -524,9 +524,9 @@ def test_what_could_not_be_begun_is_begun_again(
 ) -> None:
     send, failed = RecordWriter.send_map, []
 
-    def send_late(self: RecordWriter, *arguments: Any, **more: Any) -> None:
-        send(self, *arguments, **more)
-        if not failed:
+    def send_late(self: RecordWriter, run: Run, record: RunRecord, **more: Any) -> None:
+        send(self, run, record, **more)
+        if record.map is not None and not failed:
             failed.append(True)
             raise MechdiffError("The server stopped answering for hours.")
 

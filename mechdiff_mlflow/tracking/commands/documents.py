@@ -15,9 +15,9 @@ from mechdiff_mlflow.report.evidence import Evidence
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.tracking.commands.session import command_line
 from mechdiff_mlflow.tracking.content.parents import report_run
-from mechdiff_mlflow.tracking.runs.commands import earlier
 from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.results import summarised, tables_of
+from mechdiff_mlflow.tracking.runs.resuming import earlier
 from mechdiff_mlflow.tracking.runs.runs import Tracker
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 

@@ -32,8 +32,8 @@ from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import promote, require_may_promote
 from mechdiff_mlflow.tracking.registry.versions import Version
-from mechdiff_mlflow.tracking.runs.commands import Command, user_of
 from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
+from mechdiff_mlflow.tracking.runs.resuming import Command, user_of
 from mechdiff_mlflow.tracking.runs.runs import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 from mechdiff_mlflow.tracking.store.user_cache import staging

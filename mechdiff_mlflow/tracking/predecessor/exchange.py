@@ -30,10 +30,10 @@ from mechdiff_mlflow.tracking.registry.promotion import (
     require_may_promote,
 )
 from mechdiff_mlflow.tracking.registry.versions import Version, get_version, winners_of
-from mechdiff_mlflow.tracking.runs.commands import Earlier, earlier
 from mechdiff_mlflow.tracking.runs.lookup import each_run
 from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.provenance import code_version
+from mechdiff_mlflow.tracking.runs.resuming import Earlier, earlier
 from mechdiff_mlflow.tracking.runs.runs import Tracker
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
