@@ -53,7 +53,7 @@ def refused(result_output: str) -> str:
         (["--split", "train"], "Split 'train' is unknown; use one of test, val"),
         (["--position", "first"], "Position 'first' is unknown; use one of decision, last_content"),
         (["--dtype", "int8"], "--dtype 'int8' is unknown"),
-        (["--off-span", "random"], "Off-span rule 'random' is unknown"),
+        (["--off-span", "random"], "--off-span 'random' is unknown"),
         (["--memory-budget", "lots"], "Memory budget 'lots' is not a size; write e.g. 8GiB or 500MB"),
         (["--memory-budget", "1KiB"], "tokens needs more than the memory budget leaves for it"),
         (["--seed", "-1"], "--seed '-1' is not a whole number"),
@@ -207,7 +207,7 @@ def test_only_finished_runs_with_a_map_are_promoted(
     mechdiff("sweep", "--pair", str(toy), "--sites", "L3/resid_post:1", "--ranks", "2,4", "--targets", "9")
     (sweep,) = runs_of(client)["sweep"]
     line = refused(mechdiff("promote", sweep.info.run_id, code=1).output)
-    assert "has 2 maps below it; give the id of one of those runs" in line
+    assert "has several maps below it; give the id of one of those runs" in line
     without = client.create_run(sweep.info.experiment_id)
     client.set_terminated(without.info.run_id, "FINISHED")
     assert "has no map" in refused(mechdiff("promote", without.info.run_id, code=1).output)
