@@ -366,14 +366,14 @@ def module_names(spec: PairSpec) -> ModuleNames | None:
     return ModuleNames(**spec.modules.model_dump()) if spec.modules else None
 
 
-def layer_digests(blocks: list[nn.Module]) -> list[str] | None:
-    """For each decoder block a digest of its weights and their names; None where weights are elsewhere."""
+def layer_digests(decoder: Decoder) -> list[str]:
+    """A digest of each decoder block's weights and their names; empty where weights are elsewhere."""
     digests = []
-    for block in blocks:
+    for block in decoder.blocks:
         digest = hashlib.sha256()
-        for name, weight in sorted(block.state_dict().items()):
+        for name, weight in sorted(block.module.state_dict().items()):
             if weight.is_meta:
-                return None
+                return []
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         digests.append(digest.hexdigest())
