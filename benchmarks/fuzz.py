@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import torch_zip as torchzip
+from mechdiff_mlflow.maps import torch_zip
 from mechdiff_mlflow.maps.affine import AffineMap, Weight
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.pair_spec import Alpha, PairSpec, Rank
@@ -65,7 +65,7 @@ def map_pickle(data: bytes) -> None:
 def map_walk(data: bytes) -> None:
     """The walk over a pickle, which may raise what it likes for the caller to explain, but must end."""
     with contextlib.suppress(Exception):
-        torchzip.storages(data)
+        torch_zip.storages(data)
 
 
 def map_safetensors(data: bytes) -> None:
@@ -193,7 +193,7 @@ def main() -> None:
         corpus.mkdir()
         for number, seed in enumerate(seeds(arguments.target)):
             (corpus / str(number)).write_bytes(seed)
-        for module in (torchzip, untrusted):
+        for module in (torch_zip, untrusted):
             _instrument(module, atheris.instrument_func)
         limits = [
             f"-max_total_time={arguments.seconds}",

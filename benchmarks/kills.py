@@ -32,10 +32,11 @@ import torch
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap, Weight
 from mechdiff_mlflow.tracking.content.records import RunRecord
-from mechdiff_mlflow.tracking.registry import registry
 from mechdiff_mlflow.tracking.registry.fetch import load_map, read_back
+from mechdiff_mlflow.tracking.registry.moves import history
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import promote
+from mechdiff_mlflow.tracking.registry.versions import get_version, list_versions
 from mechdiff_mlflow.tracking.runs.provenance import code_version
 from mechdiff_mlflow.tracking.runs.runs import Tracker
 from mechdiff_mlflow.tracking.store.store import Store, open_store
@@ -173,27 +174,27 @@ def kill_at(uri: str, files: Path, point: Point, seed: int, sound: set[str]) -> 
     """Kill a promoter at `point` and look; `sound` has what was found whole before."""
     store = open_store(uri)
     run_id = measured(store, seed)
-    before = registry.get_version(store, NAME, "champion")
+    before = get_version(store, NAME, "champion")
     process = FORK.Process(target=promoter, args=(uri, files, run_id, point, FORK.Queue()))
     process.start()
     process.join(120)
     problems = []
     if process.exitcode != -signal.SIGKILL:
         problems.append(f"the promoter ended with {process.exitcode} instead of being killed")
-    after = registry.get_version(store, NAME, "champion")
+    after = get_version(store, NAME, "champion")
     moved = after.number != before.number
     if moved and after.run_id != run_id:
         problems.append(f"the alias went to {after}, which is of another run")
     problems += broken(store, sound)
     promote(store, run_id, name=NAME, policy=PromotionPolicy(force=True))
-    done = registry.get_version(store, NAME, "champion")
+    done = get_version(store, NAME, "champion")
     expected = some_map(seed).with_alpha(0.3)
     if done.run_id != run_id or load_map(f"{NAME}@champion", store=store).sha256() != expected.sha256():
         problems.append("running it again did not finish")
-    versions = registry.list_versions(store, NAME)
+    versions = list_versions(store, NAME)
     if [v.run_id for v in versions].count(run_id) != 1:
         problems.append("its run has not exactly one version")
-    moves = registry.history(store, NAME)
+    moves = history(store, NAME)
     chain = [None, *(move.target for move in moves)]
     if [move.source for move in moves] != chain[:-1] or {move.action for move in moves} != {"promote"}:
         problems.append("the history is no chain")
@@ -204,7 +205,7 @@ def broken(store: Store, sound: set[str]) -> list[str]:
     """What is READY, or a version, and does not read back; the champion must always."""
     problems = []
     names = {f"models:/{model.model_id}": None for model in ready_models(store)}
-    versions = {version.uri: version for version in registry.list_versions(store, NAME)}
+    versions = {version.uri: version for version in list_versions(store, NAME)}
     for uri, version in {**names, **versions}.items():
         if uri in sound:
             continue

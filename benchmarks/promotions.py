@@ -37,10 +37,11 @@ import torch
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap, Weight
 from mechdiff_mlflow.tracking.content.records import RunRecord
-from mechdiff_mlflow.tracking.registry import registry
 from mechdiff_mlflow.tracking.registry.fetch import load_map
+from mechdiff_mlflow.tracking.registry.moves import MovedMeanwhile, history
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import promote
+from mechdiff_mlflow.tracking.registry.versions import get_version, list_versions
 from mechdiff_mlflow.tracking.runs.provenance import code_version
 from mechdiff_mlflow.tracking.runs.runs import Tracker
 from mechdiff_mlflow.tracking.store.store import open_store
@@ -181,7 +182,7 @@ def promoter(url: str, machine: Path, runs: list[str], until: float, answers: An
             policy = PromotionPolicy(force=True)
             try:
                 promote(store, run_id, name=NAME, why="benchmark", policy=policy)
-            except registry.MovedMeanwhile:
+            except MovedMeanwhile:
                 outcome.overtaken += 1
             outcome.seconds.append(time.perf_counter() - started)
             outcome.done += 1
@@ -197,7 +198,7 @@ def reader(url: str, cache: Path, expected: dict[str, str], n_reads: int, answer
     for index in range(n_reads):
         try:
             started = time.perf_counter()
-            version = registry.get_version(store, NAME, "champion")
+            version = get_version(store, NAME, "champion")
             outcome.seconds.append(time.perf_counter() - started)
             if not version.is_verified or version.sha256 != expected[version.run_id]:
                 outcome.problems.append(f"{version} is not verified or not the map of its run")
@@ -218,8 +219,8 @@ def report(
     options: argparse.Namespace,
 ) -> str:
     store = open_store(url)
-    versions = registry.list_versions(store, NAME)
-    moves = registry.history(store, NAME)
+    versions = list_versions(store, NAME)
+    moves = history(store, NAME)
     promoted = 1 + sum(outcome.done for outcome in promoters)
     n_reads = sum(outcome.done for outcome in readers)
     asked = f"{options.promoters} × {options.versions}"
@@ -245,8 +246,7 @@ def report(
             sorted(move.target or 0 for move in moves) == list(range(1, promoted + 1))
             and {move.action for move in moves} == {"promote"}
         ),
-        "alias: at the last move's version": registry.get_version(store, NAME, "champion").number
-        == moves[-1].target,
+        "alias: at the last move's version": get_version(store, NAME, "champion").number == moves[-1].target,
         f"alias reads during it: {n_reads} of {options.reads}, none missing or mismatched": (
             not any(outcome.problems for outcome in readers) and n_reads >= options.reads
         ),

@@ -15,7 +15,7 @@ from benchmarks import fits, gpu, sweep_8b, tracking_cost
 from benchmarks.tracking_cost import FLUENT, OURS, WAYS, Sweep, check
 from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 from mechdiff_mlflow.solvers import SOLVERS
-from mechdiff_mlflow.tracking.content.records import PromptSet, RunRecord
+from mechdiff_mlflow.tracking.content.records import Dataset, RunRecord
 from mechdiff_mlflow.tracking.store.store import open_store
 
 
@@ -56,7 +56,7 @@ def _small_sweep() -> Sweep:
         params={"layer": 3, "alpha": 0.5, "aligned": True},
         metrics={"KL_raw": 2.0, "drop_pct": 30.0},
         tags={"null": "zero"},
-        datasets=(PromptSet("toy-test", "test", "d1", 2, "test.jsonl"),),
+        datasets=(Dataset("toy-test", "test", "d1", 2, "test.jsonl"),),
         tables={"per_prompt.json": pd.DataFrame({"prompt": ["a", "b"], "KL_raw": [1.0, 3.0]})},
         texts={"spec.yaml": "name: toy\n"},
         map=AffineMap(zero, zero, identity_map(4).weight),

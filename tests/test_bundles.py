@@ -210,7 +210,7 @@ HARM = ("a command", "code", "a huge buffer", "a file")
 @pytest.mark.parametrize("what", [*HARM, *(f"{harm}, as a bare pickle" for harm in HARM)])
 def test_nothing_in_a_bundle_is_run(tmp_path: Path, what: str) -> None:
     path = hostile(tmp_path)[what]
-    words = "damaged, truncated or no bundle" if "bare" in what else "asks to run .*; nothing was run"
+    words = "damaged, truncated or no bundle" if "bare" in what else "it names .*; nothing was run"
     with pytest.raises(MechdiffError, match=words):
         read_bundle(path, alpha=1)
     assert not (tmp_path / "trace").exists()
@@ -230,7 +230,7 @@ def test_a_bundle_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, bundle("ridge", W=torch.zeros(500, 500)))
     packed = repacked(path, lambda _, content: content, zipfile.ZIP_DEFLATED)
     assert packed.stat().st_size < 20_000
-    with pytest.raises(MechdiffError, match=r"no archive that torch\.save writes"):
+    with pytest.raises(MechdiffError, match="unpacks to more than its own size"):
         read_bundle(packed, alpha=1)
 
 
@@ -258,7 +258,7 @@ def test_a_damaged_or_truncated_bundle_is_refused(tmp_path: Path) -> None:
     changed = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
     for content in (whole[: len(whole) // 2], b"", b"not a zip", changed):
         path.write_bytes(content)
-        with pytest.raises(MechdiffError, match=r"damaged, truncated or no bundle|asks to run"):
+        with pytest.raises(MechdiffError, match=r"damaged, truncated or no bundle"):
             read_bundle(path, alpha=1)
 
 
@@ -311,8 +311,9 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path, text: str, words: str) -> N
 
 
 def test_the_pair_of_a_manifest_has_a_name() -> None:
-    assert Manifest("mechdiff/pairs/pair_cultural.py", ()).pair_name == "cultural"
-    assert Manifest("cultural-demo", ()).pair_name == "cultural-demo"
+    winners = {"L26_attn_out": {"path": "map.pt", "alpha": 1}}
+    for pair, name in (("mechdiff/pairs/pair_cultural.py", "cultural"), ("cultural-demo", "cultural-demo")):
+        assert Manifest.model_validate({"pair": pair, "winners": winners}).pair_name == name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -325,8 +326,9 @@ def test_what_is_written_is_read_back_as_the_same_map(tmp_path: Path, dtype: tor
     assert json.loads(path.read_text())["winners"] == {
         "L24_resid_post": {"path": "best/best_L24_resid_post.pt", "alpha": 0.7}
     }
-    file = bundle_file(path.parent, manifest.winners[0].path)
-    again = read_bundle(file, alpha=manifest.winners[0].alpha, key="L24_resid_post")
+    winner = manifest.winners["L24_resid_post"]
+    file = bundle_file(path.parent, winner.path)
+    again = read_bundle(file, alpha=winner.alpha, key="L24_resid_post")
     x = rows(20, D, seed=9).double()
     tolerance = 1e-12 if dtype is torch.float64 else 1e-5
     torch.testing.assert_close(again(x), the_map(x), rtol=tolerance, atol=tolerance)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import click
+import mlflow
 import pytest
+import torch
 import yaml
 from cli.conftest import empty_store, here  # noqa: F401
 from cli.test_examples import COMMANDS
 from click.testing import CliRunner
 
+import mechdiff_mlflow as md
 from mechdiff_mlflow.cli import cli
+from mechdiff_mlflow.models.pairs import load_pair
 from mechdiff_mlflow.spec import pair_spec as spec
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +99,45 @@ def test_the_commands_of_the_pages_run_as_written(here: Path, demo_pairs: None) 
 def _type(line: str) -> None:
     result = CliRunner().invoke(cli, shlex.split(line)[1:], prog_name="mechdiff")
     assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+def test_the_python_of_the_readme_runs_as_written(here: Path, demo_pairs: None) -> None:  # noqa: F811
+    """From a pair to a table and a figure; then a map, applied and attached to live models."""
+    first, second = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert list(names["done"].table["drop_pct"]) == [names["done"].patches[0].drop_pct.estimate]
+    assert (here / "drop-over-k.png").read_bytes().startswith(b"\x89PNG")
+    pair = load_pair(spec.PairSpec.load("cultural-demo"))
+    base, tuned = pair.base.model, pair.tuned.model
+    rows = torch.ones(2, names["map_"].d_in)
+    inputs = {**pair.tuned.tokenizer("Which fruit?", return_tensors="pt"), "max_new_tokens": 1}
+    inputs.pop("token_type_ids", None)
+    names |= {"base_activations": rows, "base": base, "tuned": tuned, "inputs": inputs}
+    exec(second, names)
+    assert names["tuned_like"].shape == (2, names["map_"].d_out)
+
+
+def test_python_is_tracked_as_the_command_is(here: Path, demo_pairs: None) -> None:  # noqa: F811
+    """Params, metrics, tags and the words that `resume` reads are the same."""
+    _type("mechdiff run --layer 26 --alpha 1.6 --n 12 --seed 3")
+    client = mlflow.MlflowClient(f"sqlite:///{here / 'mlflow.db'}")
+    request = md.RunRequest(layer=26, alpha=md.Alpha((1.6,)), n=12, seed=3)
+    done = md.run(request)
+    runs = [
+        run for run in client.search_runs([done.experiment_id]) if run.data.tags["mechdiff.kind"] == "run"
+    ]
+    (typed,) = [run for run in runs if run.info.run_id != done.run_id]
+    ours = client.get_run(done.run_id)
+    assert ours.data.params == typed.data.params
+    assert ours.data.metrics == typed.data.metrics
+    words = [json.loads(run.data.tags["mechdiff.resume"])["argv"] for run in (ours, typed)]
+    assert words[0] == words[1]
+    same = ("mechdiff.command", "mechdiff.kind", "mlflow.runName", "pair_fingerprint")
+    assert {key: ours.data.tags[key] for key in same} == {key: typed.data.tags[key] for key in same}
+    assert ours.info.status == typed.info.status == "FINISHED"
 
 
 def test_what_is_not_run_is_shown_somewhere() -> None:

@@ -32,6 +32,7 @@ INSIDE = {
         "runs",
         "registry",
         "predecessor",
+        "commands",
     ),  # "" is what lies in the room itself
 }
 

@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
-import click
-
-from mechdiff_mlflow.cli import options, show
-from mechdiff_mlflow.cli.computing import load_as_asked, settle_threads
+from mechdiff_mlflow.cli import show
+from mechdiff_mlflow.cli.options import command
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import examine
+from mechdiff_mlflow.experiments.options import ModelOptions
+from mechdiff_mlflow.spec.options import TEXT, option
 from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.tracking.commands.computing import load_as_asked
 
 
-@click.command("doctor")
-@click.argument("pair", default="cultural-demo")
-@options.models
-def doctor_command(pair: str, **given: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DoctorRequest(ModelOptions):
     """Load PAIR and check the plumbing that every number depends on.
 
     \b
     Example:
       mechdiff doctor cultural-demo
     """
-    spec = PairSpec.load(pair)
+
+    pair: str = option("cultural-demo", TEXT, "", is_argument=True)
+
+
+@command(DoctorRequest)
+def _doctor(request: DoctorRequest) -> None:
     with bars() as stage, stage("loading both models", 1):
-        loaded = load_as_asked(spec, given)
-    settle_threads(loaded)
-    show.lines(
-        [f"pair {loaded.name}, fingerprint {loaded.fingerprint}, {loaded.spec.dtype} on {loaded.device}"]
-    )
+        pair = load_as_asked(PairSpec.load(request.pair), request)
+    show.lines([f"pair {pair.name}, fingerprint {pair.fingerprint}, {pair.spec.dtype} on {pair.device}"])
     failed = []
-    for check in examine(loaded):
+    for check in examine(pair):
         show.lines([f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.seen}"])
         failed += [] if check.passed else [check.name]
     if failed:
-        raise MechdiffError(f"{spec.name} fails {', '.join(failed)}; mend that before trusting any number.")
+        raise MechdiffError(f"{pair.name} fails {', '.join(failed)}; mend that before trusting any number.")

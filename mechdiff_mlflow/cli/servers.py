@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import click
 
-from mechdiff_mlflow.cli import options, show
+from mechdiff_mlflow.cli import show
+from mechdiff_mlflow.cli.options import command
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.options import StoreOptions
+from mechdiff_mlflow.spec.options import FLAG, option
 from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.server_check import Finding, Level, check_store, rebase
 from mechdiff_mlflow.tracking.store.store import uri_of
 
 
-@click.command("server-check")
-@options.store
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-@click.option(
-    "--rebase",
-    "rebased",
-    is_flag=True,
-    help="First have a SQLite store that was copied or moved say that its artifacts are here, too.",
-)
-def server_check_command(tracking_uri: str | None, as_json: bool, rebased: bool) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ServerCheckRequest(StoreOptions):
     """Say what is wrong with a tracking server or store, and what to do about it.
 
     Makes a scratch experiment, run and registered model there and deletes them again. The exit code is 1
@@ -33,12 +28,23 @@ def server_check_command(tracking_uri: str | None, as_json: bool, rebased: bool)
     Example:
       mechdiff server-check
     """
-    shown = redact(uri_of(tracking_uri))
-    for old in rebase(tracking_uri) if rebased else ():
+
+    json: bool = option(False, FLAG, "Print one JSON object instead of a table.")
+    rebase: bool = option(
+        False,
+        FLAG,
+        "First make a SQLite store that was copied or moved say that its artifacts are here.",
+    )
+
+
+@command(ServerCheckRequest)
+def _server_check(request: ServerCheckRequest) -> None:
+    shown = redact(uri_of(request.tracking_uri))
+    for old in rebase(request.tracking_uri) if request.rebase else ():
         click.echo(f"What was in {old} is where the store is now.", err=True)
-    findings = check_store(tracking_uri)
+    findings = check_store(request.tracking_uri)
     failed = [finding.check for finding in findings if finding.level is Level.FAIL]
-    if as_json:
+    if request.json:
         checks = [{**asdict(finding), "level": finding.level.lower()} for finding in findings]
         show.lines([json.dumps({"uri": shown, "ok": not failed, "checks": checks}, indent=1)])
     else:

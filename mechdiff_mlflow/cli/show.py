@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
+from mechdiff_mlflow.experiments import FitRecord, PatchRecord
 from mechdiff_mlflow.experiments.adapting import AdapterRecord
 from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.maps import selection
@@ -27,7 +27,8 @@ from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.text import plain, text_of
 from mechdiff_mlflow.tracking.content.view import ui_command, view_url
 from mechdiff_mlflow.tracking.registry.compare import MapDiff
-from mechdiff_mlflow.tracking.registry.registry import Move, Version
+from mechdiff_mlflow.tracking.registry.moves import Move
+from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.runs.search import FoundRun
 from mechdiff_mlflow.tracking.runs.stuck import Stuck
 from mechdiff_mlflow.tracking.store.store import Store, command_on
@@ -56,11 +57,9 @@ def _row(table: Table, *cells: object) -> None:
     table.add_row(*map(_cell, cells))
 
 
-def fits(records: Sequence[FitRecord], study: Study) -> None:
+def fits(records: Sequence[FitRecord], pair: str) -> None:
     """Print fitted maps."""
-    table = _table(
-        "site", "solver", "family", "k", "α", "off span", "ρ val", "cos val", title=study.pair.name
-    )
+    table = _table("site", "solver", "family", "k", "α", "off span", "ρ val", "cos val", title=pair)
     for fit in records:
         cell = fit.cell
         row = (cell.site, cell.solver, cell.family, cell.rank, cell.alpha, fit.off_span)
@@ -68,10 +67,10 @@ def fits(records: Sequence[FitRecord], study: Study) -> None:
     _console().print(table)
 
 
-def patches(records: Sequence[PatchRecord], study: Study) -> None:
+def patches(records: Sequence[PatchRecord], pair: str) -> None:
     """Print patches with their controls."""
     first = records[0]
-    title = f"{study.pair.name}, {first.n} {first.split} prompts, KL in nats, 95 % bootstrap intervals"
+    title = f"{pair}, {first.n} {first.split} prompts, KL in nats, 95 % bootstrap intervals"
     table = _table(
         "site", "k", "α", "KL_raw", "KL_mapped", "drop %", "skill %", "null", "floor", "ρ", title=title
     )
@@ -101,7 +100,7 @@ def patches(records: Sequence[PatchRecord], study: Study) -> None:
         }
         tested = [f"{name} {_number(p)}" for name, p in p_values.items() if p is not None]
         if tested:
-            console.print("p, one-sided, of KL_mapped being no lower: " + ", ".join(tested))
+            console.print("One-sided p-value of KL_mapped being no lower: " + ", ".join(tested))
     for text in dict.fromkeys(selection.sentence(patch.leak) for patch in records):
         lines([f"{text}. For a number without that, {selection.REMEDY}."] if text else [])
     if len(records) == 1:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
-from mechdiff_mlflow.cli import options, show
-from mechdiff_mlflow.tracking.registry import fetch, promotion, registry
+from mechdiff_mlflow.cli import show
+from mechdiff_mlflow.cli.group import cli
+from mechdiff_mlflow.cli.options import command, params_of
+from mechdiff_mlflow.experiments.options import AliasOptions, ForceOptions, StoreOptions, WhyOptions
+from mechdiff_mlflow.spec.options import FLAG, PATH, TEXT, number, option
+from mechdiff_mlflow.tracking.registry import fetch, moves, promotion, versions
 from mechdiff_mlflow.tracking.registry.compare import diff
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.store.store import open_store
 
 
-@click.command("promote")
-@click.argument("run")
-@click.option("--name", default=None, help="To register under; default PAIR-LAYER-HOOK of the run.")
-@options.alias
-@options.why
-@options.policy
-@options.force
-@options.store
-def promote_command(run: str, **given: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class PromoteRequest(AliasOptions, WhyOptions, ForceOptions, StoreOptions):
     """Register the map of RUN as a model version and move an alias to it.
 
     The policy decides whether it may have the alias: rules of --policy, those of the options on top. Without
@@ -33,34 +30,74 @@ def promote_command(run: str, **given: Any) -> None:
     Example:
       mechdiff promote 4f1c2e9a0b7d4c58a1e3f60718293a4b --alias champion --min-drop 30 --why "best of k"
     """
-    policy = policy_of(given)
-    store = open_store(given["tracking_uri"])
-    alias = given["alias"]
+
+    run: str = option(..., TEXT, "", is_argument=True)
+    name: str | None = option(None, TEXT, "Registered name; default PAIR-LAYER-HOOK of the run.")
+    policy: Path | None = option(
+        None, PATH, "YAML file of rules, e.g. min_drop_pct: 30 and ci_above_zero: true."
+    )
+    min_drop: float | None = option(None, number("--min-drop", 30), "Minimum drop in percent.")
+    min_skill: float | None = option(None, number("--min-skill", 10), "Minimum skill in percent.")
+    ci_above_zero: bool | None = option(
+        None,
+        FLAG,
+        "Whether the 95 % intervals of drop and skill must lie above 0, as they must by default.",
+        flag="--ci-above-zero/--no-ci-above-zero",
+    )
+    allow_leak: bool | None = option(
+        None,
+        FLAG,
+        "Also a map that something was chosen for on prompts it is reported on, or nobody knows.",
+    )
+    allow_pair_mismatch: bool | None = option(
+        None,
+        FLAG,
+        "Also a map fitted on another pair than it was measured on, or than the version it replaces.",
+    )
+
+    @property
+    def rules(self) -> PromotionPolicy:
+        """The file's rules, with those of the options on top."""
+        policy = PromotionPolicy() if self.policy is None else PromotionPolicy.load(self.policy)
+        return policy.with_rules(
+            min_drop_pct=self.min_drop,
+            min_skill_pct=self.min_skill,
+            ci_above_zero=self.ci_above_zero,
+            allow_leak=self.allow_leak,
+            allow_pair_mismatch=self.allow_pair_mismatch,
+            force=self.force or None,
+        )
+
+
+@command(PromoteRequest)
+def _promote(request: PromoteRequest) -> None:
     version = promotion.promote(
-        store,
-        run,
-        name=given["name"],
-        alias=alias,
-        policy=policy,
-        why=given["why"],
+        open_store(request.tracking_uri),
+        request.run,
+        name=request.name,
+        alias=request.alias,
+        policy=request.rules,
+        why=request.why,
         say=lambda text: show.lines([text]),
     )
+    name = f"{version.name}@{request.alias}"
     show.lines(
         [
-            f"{version.name} version {version.number} is @{alias}",
-            show.command("fetch", f"{version.name}@{alias}", "-o", "map.pt"),
+            f"{version.name} version {version.number} is @{request.alias}",
+            show.command("fetch", name, "-o", "map.pt"),
         ]
     )
 
 
-@click.command("fetch")
-@click.argument("name")
-@click.option(
-    "--out", "-o", required=True, type=click.Path(path_type=Path), help="File to write, .pt or .safetensors."
-)
-@click.option("--offline", is_flag=True, help="Ask only the cache of this machine, never the store.")
-@options.store
-def fetch_command(name: str, out: Path, offline: bool, tracking_uri: str | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class NamedRequest(StoreOptions):
+    """Something of a registered map."""
+
+    name: str = option(..., TEXT, "", is_argument=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchRequest(NamedRequest):
     """Write the map called NAME@ALIAS (or NAME/3, runs:/…, a run's id) to a file, its hash verified.
 
     When the server does not answer, NAME means what it meant when it was last asked here; a warning says so.
@@ -69,14 +106,20 @@ def fetch_command(name: str, out: Path, offline: bool, tracking_uri: str | None)
     Example:
       mechdiff fetch cultural-demo-L26-attn_out@champion -o map.pt
     """
-    found = fetch.fetch(name, out, tracking_uri=tracking_uri, offline=offline)
+
+    out: Path = option(..., PATH, "File to write, .pt or .safetensors.", short="-o")
+    offline: bool = option(False, FLAG, "Ask only the cache of this machine, never the store.")
+
+
+@command(FetchRequest)
+def _fetch(request: FetchRequest) -> None:
+    found = fetch.fetch(request.name, request.out, tracking_uri=request.tracking_uri, offline=request.offline)
     if found.caution:
         show.warn(found.caution)
-    show.lines([f"{out} is the map of {name}, sha256 {found.sha256}"])
+    show.lines([f"{request.out} is the map of {request.name}, sha256 {found.sha256}"])
 
 
-@click.group("maps", invoke_without_command=True)
-@options.store
+@cli.group("maps", invoke_without_command=True, params=params_of(StoreOptions))
 @click.pass_context
 def maps_command(context: click.Context, tracking_uri: str | None) -> None:
     """List the registered maps that an alias points to; below it, what happened to an alias.
@@ -86,79 +129,74 @@ def maps_command(context: click.Context, tracking_uri: str | None) -> None:
       mechdiff maps
     """
     if context.invoked_subcommand is None:
-        show.winners(registry.list_winners(open_store(tracking_uri)))
+        show.winners(versions.list_winners(open_store(tracking_uri)))
     context.default_map = {name: {"tracking_uri": tracking_uri} for name in maps_command.commands}
 
 
-@maps_command.command("history")
-@click.argument("name")
-@options.alias
-@options.store
-def history_command(name: str, alias: str, tracking_uri: str | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class HistoryRequest(AliasOptions, NamedRequest):
     """Show when, by whom, from where, to where and why an alias of NAME was moved.
 
     \b
     Example:
       mechdiff maps history cultural-demo-L26-attn_out
     """
-    show.moves(registry.history(open_store(tracking_uri), name, alias), name, alias)
 
 
-@maps_command.command("rollback")
-@click.argument("name")
-@options.alias
-@options.why
-@options.store
-def rollback_command(name: str, alias: str, why: str, tracking_uri: str | None) -> None:
+@command(HistoryRequest, group=maps_command)
+def _history(request: HistoryRequest) -> None:
+    made = moves.history(open_store(request.tracking_uri), request.name, request.alias)
+    show.moves(made, request.name, request.alias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackRequest(WhyOptions, HistoryRequest):
     """Give the alias back to the version of NAME that had it before, its files checked first.
 
     \b
     Example:
       mechdiff maps rollback cultural-demo-L26-attn_out --why "wrong prompts"
     """
-    version = promotion.rollback(open_store(tracking_uri), name, alias, why=why)
-    show.lines([f"{version.name} version {version.number} is @{alias} again"])
 
 
-@maps_command.command("demote")
-@click.argument("name")
-@options.alias
-@options.why
-@options.store
-def demote_command(name: str, alias: str, why: str, tracking_uri: str | None) -> None:
+@command(RollbackRequest, group=maps_command)
+def _rollback(request: RollbackRequest) -> None:
+    store = open_store(request.tracking_uri)
+    version = promotion.rollback(store, request.name, request.alias, why=request.why)
+    show.lines([f"{version.name} version {version.number} is @{request.alias} again"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoteRequest(RollbackRequest):
     """Take the alias away from NAME; the versions stay, and rollback undoes it.
 
     \b
     Example:
       mechdiff maps demote cultural-demo-L26-attn_out --why "does not replicate"
     """
-    promotion.demote(open_store(tracking_uri), name, alias, why=why)
+
+
+@command(DemoteRequest, group=maps_command)
+def _demote(request: DemoteRequest) -> None:
+    name, alias = request.name, request.alias
+    promotion.demote(open_store(request.tracking_uri), name, alias, why=request.why)
     undo = show.command("maps", "rollback", name, "--alias", alias)
     show.lines([f"{name} has no @{alias} now; {undo} undoes this"])
 
 
-@maps_command.command("diff")
-@click.argument("a")
-@click.argument("b")
-@options.store
-def diff_command(a: str, b: str, tracking_uri: str | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DiffRequest(StoreOptions):
     """Compare two registered maps: settings, metrics, and the cosine between them as linear maps.
 
     \b
     Example:
       mechdiff maps diff cultural-demo-L26-attn_out/1 cultural-demo-L26-attn_out@champion
     """
-    show.map_diff(diff(open_store(tracking_uri), a, b))
+
+    a: str = option(..., TEXT, "", is_argument=True)
+    b: str = option(..., TEXT, "", is_argument=True)
 
 
-def policy_of(given: dict[str, Any]) -> PromotionPolicy:
-    """The policy in the options of `options.policy`: the file's, with what was given besides."""
-    policy = PromotionPolicy() if given["policy"] is None else PromotionPolicy.load(given["policy"])
-    return policy.with_rules(
-        min_drop_pct=given["min_drop"],
-        min_skill_pct=given["min_skill"],
-        ci_above_zero=given["ci_above_zero"],
-        allow_leak=given["allow_leak"],
-        allow_pair_mismatch=given["allow_pair_mismatch"],
-        force=given["force"] or None,
-    )
+@command(DiffRequest, group=maps_command)
+def _diff(request: DiffRequest) -> None:
+    show.map_diff(diff(open_store(request.tracking_uri), request.a, request.b))

@@ -17,7 +17,7 @@ from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.workers.tasks import Gradients, at_sites
 from mechdiff_mlflow.experiments.workers.workers import Workers, unembedding
-from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.maps.affine import JSON, AffineMap
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.solvers import OffSpan, PairedSpectrum, Solution, controls
 from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Cell
@@ -121,10 +121,10 @@ class Fitter:
         for rule in rules:
             made = {alpha: solution.map(cell.rank.k, rule) for alpha, solution in solutions.items()}
             maps += [made[a if a in made else 1.0].with_alpha(a) for a in self.alphas(cell)]
-        row = solvers.solver_named(cell.solver)
-        of_tensors = {s.name: getattr(self.protocol, s.name) for s in row.tensor_settings}
-        # What a map's own meta does not say.
-        return [map_.with_meta(alpha_fit=self.protocol.alpha_fit, **of_tensors) for map_ in maps]
+        notes: dict[str, JSON] = {"alpha_fit": self.protocol.alpha_fit}  # what a map's own meta does not say
+        for setting in solvers.solver_named(cell.solver).tensor_settings:
+            notes[setting.name] = getattr(self.protocol, setting.name)
+        return [map_.with_meta(**notes) for map_ in maps]
 
     def _key(self, cell: Cell, alpha: float) -> Key:
         return cell.site, cell.solver, cell.family, alpha
@@ -158,8 +158,7 @@ class Fitter:
         if alpha != 1:
             spectrum = spectrum.scaled(1 / alpha)
         solver = solvers.solver_named(cell.solver)
-        names = [setting.name for setting in solver.settings]
-        arguments: dict[str, object] = {name: getattr(self.protocol, name) for name in names}
+        arguments: dict[str, object] = {s.name: getattr(self.protocol, s.name) for s in solver.settings}
         if "basis" in solver.tensors:
             arguments["basis"] = self._output_directions(spectrum.d_out)
         if "fisher" in solver.tensors and self.protocol.output_metric == "fisher":

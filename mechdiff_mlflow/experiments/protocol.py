@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.solvers import SETTINGS, OffSpan
+from mechdiff_mlflow.solvers import SETTINGS, Settings
 from mechdiff_mlflow.spec.pair_spec import Position
 
 MAX_PERMUTATIONS = 100_000
 """Each is a fit of its own that is kept; so many tell p-values from 1e-5."""
 
 
-@dataclass(frozen=True, slots=True)
-class Protocol:
-    """Settings that all cells of an experiment share.
+@dataclass(frozen=True)
+class Protocol(Settings):
+    """What all cells of an experiment share, the settings of solvers included.
+
+    `alpha_fit` `after`: a map is fitted to y, then α multiplies it. `inside`: it is fitted to y/α, so that W
+    and not α·W is near the identity; `auto` then also offers the scale at which W is it in most directions.
 
     Raises:
         MechdiffError: A setting is out of its range.
@@ -24,15 +27,6 @@ class Protocol:
     n: int | None = None  # reported prompts; None is all
     n_train: int | None = None  # prompts fitted on; None is all
     position: Position = Position.DECISION  # which token is read and replaced
-    shrink: float = 0.05  # covariance shrinkage of the solvers that have one, in [0, 1]
-    ridge: float = 0.01  # penalty of the solvers that have one, as a fraction of the mean variance
-    output_metric: str = "identity"  # how `reduced_rank` counts errors; or `tuned_covariance`, `fisher`
-    directions: int = 16  # output directions that `logit_subspace` is restricted to
-    unembedding: str = "tuned"  # whose top directions those are: `tuned`, or `joint` of base and tuned
-    off_span: OffSpan | None = None  # of maps outside the span of the training rows; None lets val choose
-    # `after`: a map is fitted to y, then α multiplies it. `inside`: it is fitted to y/α, so that W and not
-    # α·W is near the identity; `auto` then also offers the scale at which W is it in most directions.
-    alpha_fit: str = "after"
     permutations: int = 0  # how often the fit is repeated on shuffled pairs, its choices inside; 0 is never
     seed: int = 0  # random seed: bootstrap, sign flips, shuffles, sampled gradients, random controls
     n_resamples: int = 2000  # of the bootstrap

@@ -132,18 +132,13 @@ def _continue(
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
             pad_token_id=pad,
-            **_GREEDY,
+            do_sample=False,
+            num_beams=1,
+            **dict.fromkeys(("temperature", "top_p", "top_k")),  # of the checkpoint, they would warn
+            output_logits=True,
+            return_dict_in_generate=True,
         )
     said = out.sequences[:, length:].tolist()
     what = f"Decoding with the {side.role} tokenizer"  # whose decoder may grow what it gets
     texts = bounded(what, lambda: tokenizer.batch_decode(said, skip_special_tokens=True))
     return [text.strip() for text in texts], out.logits[0]
-
-
-_GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    **dict.fromkeys(("temperature", "top_p", "top_k")),  # set in a checkpoint's defaults, they would warn
-    "output_logits": True,
-    "return_dict_in_generate": True,
-}

@@ -10,14 +10,14 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import torch_zip as torchzip
+from mechdiff_mlflow.maps import torch_zip
 from mechdiff_mlflow.spec import untrusted
 
 FORMAT = "mechdiff-map"
@@ -29,7 +29,6 @@ PARTS = ("mean_in", "mean_out", "diagonal", "left", "right")
 """The tensors of a map; `right` may be missing."""
 _MAX_HEADER = 4 << 20
 _MAX_TENSORS = 100
-_DTYPES = (torch.float64, torch.float32)
 
 
 def encode(tensors: Mapping[str, Tensor], header: Mapping[str, Any], suffix: str) -> bytes:
@@ -75,9 +74,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.suffix not in _DECODERS:
         raise _unknown_suffix(path.suffix)
     try:
-        size = untrusted.size_of(path, MAX_BYTES)
-        with path.open("rb") as file:
-            tensors, text = _DECODERS[path.suffix](file, size)
+        tensors, text = _DECODERS[path.suffix](path)
         header = untrusted.parse_json(text)
         if header.get("format") != FORMAT:
             raise ValueError(f"its format is {header.get('format')!r:.80}, not {FORMAT!r}")
@@ -100,9 +97,7 @@ def read_plain_tensors(path: Path) -> dict[str, Tensor]:
         MechdiffError: The file is missing, damaged, or holds others.
     """
     try:
-        size = untrusted.size_of(path, MAX_BYTES)
-        with path.open("rb") as file:
-            return _safetensors(file, size)[0]
+        return _safetensors(path)[0]
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise MechdiffError(f"{path} holds no plain tensors ({reason}); fetch it again.") from error
@@ -138,17 +133,15 @@ def own_json(meta: Mapping[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def _decode_pt(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], Any]:
-    loaded = torch.load(torchzip.checked(file, size), map_location="cpu", weights_only=True)
-    if not isinstance(loaded, dict):
-        raise ValueError(f"it holds a {type(loaded).__name__}")
+def _decode_pt(path: Path) -> tuple[dict[str, Tensor], Any]:
+    loaded = torch_zip.load(path, MAX_BYTES)
     text = loaded.pop("metadata")
-    _check_tensors(loaded, limit=size)
+    _check_tensors(loaded)
     return loaded, text
 
 
-def _decode_safetensors(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], Any]:
-    loaded, header = _safetensors(file, size, _check_map)
+def _decode_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    loaded, header = _safetensors(path, _check_map)
     return loaded, header["__metadata__"]["metadata"]
 
 
@@ -166,31 +159,32 @@ def _check_map(header: Mapping[str, Any]) -> None:
 
 
 def _safetensors(
-    file: BinaryIO, size: int, check: Callable[[Mapping[str, Any]], None] = lambda header: None
+    path: Path, check: Callable[[Mapping[str, Any]], None] = lambda header: None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    header = untrusted.safetensors_header(file, size, _MAX_HEADER)
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    if len(tensors) > _MAX_TENSORS or any(entry["dtype"] not in ("F64", "F32") for entry in tensors):
-        raise ValueError(f"it holds over {_MAX_TENSORS} tensors, or others than F64 and F32")
-    check(header)
-    file.seek(0)
-    loaded = safetensors.torch.load(file.read(size))
-    _check_tensors(loaded, limit=size)
+    size = untrusted.size_of(path, MAX_BYTES)
+    with path.open("rb") as file:
+        header = untrusted.safetensors_header(file, size, _MAX_HEADER)
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+        if len(tensors) > _MAX_TENSORS or any(entry["dtype"] not in ("F64", "F32") for entry in tensors):
+            raise ValueError(f"it holds over {_MAX_TENSORS} tensors, or others than F64 and F32")
+        check(header)
+        file.seek(0)
+        loaded = safetensors.torch.load(file.read(size))
+    _check_tensors(loaded)
     return loaded, header
 
 
 _DECODERS = {".pt": _decode_pt, ".safetensors": _decode_safetensors}
 
 
-def _check_tensors(loaded: Mapping[str, object], limit: int) -> None:
-    """Raise ValueError unless every value is a dense tensor of at most `limit` bytes, finite in all."""
+def _check_tensors(loaded: Mapping[str, object]) -> None:
+    """Raise ValueError unless every value is a dense, finite tensor in memory."""
     for name, t in loaded.items():
         if type(t) is not Tensor or t.layout != torch.strided or t.device.type != "cpu":
             raise ValueError(f"{name} is not a plain tensor")
-        if t.dtype not in _DTYPES:
+        if t.dtype not in torch_zip.BOTH_FLOATS:
             raise ValueError(f"{name} is {t.dtype}, not float64 or float32")
-        # A stride of 0 lets a few bytes claim any shape.
-        if not t.is_contiguous() or t.numel() * t.element_size() > limit:
+        if not t.is_contiguous():  # a stride of 0 lets a few bytes claim any shape
             raise ValueError(f"{name} claims the shape {list(t.shape)}, more than the file holds")
         if not bool(torch.isfinite(t).all()):
             raise ValueError(f"{name} has NaN or infinite entries")

@@ -1,4 +1,4 @@
-"""torch's zip of tensors, made sure of before torch reads it.
+"""The one reader of `.pt` files, of ours and of strangers: a dictionary of tensors and plain values.
 
 `torch.load(weights_only=True)` runs nothing that the file names, but may call `bytearray`, which allocates
 whatever it is told (1.5 GB from a file of 3 KB, torch 2.13), and its zip reader may see other members than
@@ -13,8 +13,14 @@ import pickletools
 import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from mechdiff_mlflow.spec import untrusted
 
 _MAX_READ = 1 << 20
 _MAX_PICKLE = 4 << 20
@@ -23,20 +29,46 @@ _MEMBER = re.compile(
     r"([\w.-]+)/(data\.pkl|data/\d{1,4}|version|byteorder|\.format_version|\.storage_alignment"
     r"|\.data/serialization_id)"
 )
-_ITEM_BYTES = {"torch DoubleStorage": 8, "torch FloatStorage": 4}
+_STORAGES = {
+    "torch DoubleStorage": torch.float64,
+    "torch FloatStorage": torch.float32,
+    "torch HalfStorage": torch.float16,
+    "torch BFloat16Storage": torch.bfloat16,
+    "torch LongStorage": torch.int64,
+    "torch IntStorage": torch.int32,
+}
 _REBUILD = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
-_PLAIN = {"BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "NEWFALSE", "NEWTRUE", "NONE"}
+_PLAIN = {"BINUNICODE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1", "NEWFALSE", "NEWTRUE", "NONE"}
 _FIXED_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _VALUES = {"NEWFALSE": False, "NEWTRUE": True, "NONE": None}
+# Into a dictionary or list that is below on the stack: how many values, None for all down to a mark.
+_FILLS = {"SETITEM": 2, "APPEND": 1, "SETITEMS": None, "APPENDS": None}
+BOTH_FLOATS = (torch.float64, torch.float32)
 
 
-def checked(file: BinaryIO, size: int) -> io.BytesIO:
-    """A zip that holds what `torch.load` needs of the zip in a seekable file, and no more than that.
+def load(path: Path, limit: int, dtypes: Sequence[torch.dtype] = BOTH_FLOATS) -> dict[str, Any]:
+    """The dictionary in a `.pt` file of at most `limit` bytes, with tensors of `dtypes` on the CPU.
 
     Raises:
-        ValueError, zipfile.BadZipFile: It is not what `torch.save` writes of float64 and float32 tensors and
-            text, has members that inflate, or storages that claim another size than they have.
+        OSError: It cannot be read.
+        ValueError, zipfile.BadZipFile: It is not what `torch.save` writes of such a dictionary, has members
+            that inflate, or tensors that claim more than the file holds.
     """
+    size = untrusted.size_of(path, limit)
+    with path.open("rb") as file:
+        zipped = _checked(file, size, dtypes)
+    loaded = torch.load(zipped, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+        raise ValueError("it holds no dictionary")
+    for name, t in loaded.items():
+        # A stride of 0 lets a few bytes claim any shape.
+        if isinstance(t, Tensor) and t.numel() * t.element_size() > t.untyped_storage().nbytes():
+            raise ValueError(f"{name} claims the shape {list(t.shape)}, more than the file holds")
+    return loaded
+
+
+def _checked(file: BinaryIO, size: int, dtypes: Sequence[torch.dtype]) -> io.BytesIO:
+    """A zip of what `torch.load` needs of the zip in `file`, and no more than that."""
     with zipfile.ZipFile(_InSmallReads(file)) as archive:
         members = archive.infolist()
         # Inflated entries could be of any size; torch stores its own plainly.
@@ -45,7 +77,7 @@ def checked(file: BinaryIO, size: int) -> io.BytesIO:
         names = _names(members)
         if names["data.pkl"].file_size > _MAX_PICKLE:
             raise ValueError(f"its pickle has over {_MAX_PICKLE} bytes")
-        claimed = storages(b"".join(_blocks(archive, names["data.pkl"])))
+        claimed = storages(archive.read(names["data.pkl"]), dtypes)
         held = {name: m.file_size for name, m in names.items() if name.startswith("data/")}
         if claimed != held:
             raise ValueError("its storages claim other sizes than they have")
@@ -57,12 +89,13 @@ def checked(file: BinaryIO, size: int) -> io.BytesIO:
         return _again(archive, {n: m for n, m in names.items() if n in ("data.pkl", "version", *held)})
 
 
-def storages(pickle: bytes) -> dict[str, int]:
-    """Bytes of each storage that the pickle of a dictionary of tensors claims, by the name of its record.
+def storages(pickle: bytes, dtypes: Sequence[torch.dtype] = BOTH_FLOATS) -> dict[str, int]:
+    """Bytes of each storage that the pickle of a dictionary claims, by the name of its record.
 
     Raises:
         ValueError: It has another instruction or names another global than `torch.save` writes for that.
     """
+    item_bytes = {name: dtype.itemsize for name, dtype in _STORAGES.items() if dtype in dtypes}
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
     found: dict[str, int] = {}
@@ -75,10 +108,10 @@ def storages(pickle: bytes) -> dict[str, int]:
         if name in _PLAIN:
             stack.append(_VALUES.get(name, argument))
         elif name == "GLOBAL":
-            if argument not in _ITEM_BYTES and argument not in _REBUILD:
-                raise ValueError(f"it names {str(argument)[:80].replace(' ', '.')}")
+            if argument not in item_bytes and argument not in _REBUILD:
+                raise ValueError(f"it names {str(argument)[:80].replace(' ', '.')}; nothing was run")
             stack.append(_Global(argument))
-        elif name in ("MARK", "EMPTY_DICT"):
+        elif name in ("MARK", "EMPTY_DICT", "EMPTY_LIST"):
             stack.append(_MARK if name == "MARK" else _OTHER)
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
@@ -88,22 +121,22 @@ def storages(pickle: bytes) -> dict[str, int]:
             stack.append(tuple(_pop(stack, _FIXED_TUPLES[name])))
         elif name == "TUPLE":
             stack.append(tuple(_pop_to_mark(stack)))
-        elif name == "SETITEMS":
-            _pop_to_mark(stack)
-        elif name == "SETITEM":
-            _pop(stack, 2)
+        elif name in _FILLS:
+            n = _FILLS[name]
+            _pop_to_mark(stack) if n is None else _pop(stack, n)
         elif name == "REDUCE":
             function, _ = _pop(stack, 2)
             if not isinstance(function, _Global) or function not in _REBUILD:
-                raise ValueError("it calls what is no tensor")
+                raise ValueError("it calls what is no tensor; nothing was run")
             stack.append(_OTHER)
         elif name == "BINPERSID":
-            key, n_bytes = _storage(*_pop(stack, 1))
+            [identifier] = _pop(stack, 1)
+            key, n_bytes = _storage(identifier, item_bytes)
             if found.setdefault(key, n_bytes) != n_bytes:
                 raise ValueError(f"storage {key} claims two sizes")
             stack.append(_OTHER)
         else:
-            raise ValueError(f"its pickle has the instruction {name}")
+            raise ValueError(f"its pickle has the instruction {name}; nothing was run")
     return found
 
 
@@ -116,11 +149,11 @@ class _Global(str):
 _MARK, _OTHER = object(), object()
 
 
-def _storage(identifier: object) -> tuple[str, int]:
+def _storage(identifier: object, item_bytes: Mapping[str, int]) -> tuple[str, int]:
     match identifier:
-        case ("storage", _Global() as kind, str(key), "cpu", int(n_items)) if kind in _ITEM_BYTES:
-            return f"data/{key}", n_items * _ITEM_BYTES[kind]
-    raise ValueError("it names a storage that is not of float64 or float32 on the CPU")
+        case ("storage", _Global() as kind, str(key), "cpu", int(n_items)) if kind in item_bytes:
+            return f"data/{key}", n_items * item_bytes[kind]
+    raise ValueError("it names a storage that is not of numbers on the CPU")
 
 
 def _pop(stack: list[Any], n: int) -> list[Any]:

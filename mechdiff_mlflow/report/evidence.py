@@ -13,14 +13,12 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.solvers import SETTINGS
 from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.text import markdown
 
 Row: TypeAlias = Mapping[str, Any]
-SETTINGS = ("shrink", "ridge", "output_metric", "directions", "unembedding", "off_span", "alpha_fit")
-"""Columns that say how a map was made, n/a where its solver has no such setting."""
-
 _PRECEDENCE = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
 """Kinds of runs that patches stand under, by how much their choice of map is worth quoting."""
 _PICKED_FROM = ("sweep", "atlas")
@@ -35,22 +33,22 @@ class Conditions:
 
     split: str
     n: int
-    n_train: int
-    seed: int
-    position: str
-    dtype: str
+    n_train: int = 0
+    seed: int = 0
+    position: str = ""
+    dtype: str = ""
 
     def __str__(self) -> str:
         return f"{self.n} {self.split} prompts, {self.n_train} train prompts, seed {self.seed}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """One patch run; KL is mean KL(patched ‖ clean) in nats."""
+    """One patch run, or what will be one; KL is mean KL(patched ‖ clean) in nats."""
 
-    run_id: str
-    parent_id: str | None  # of the run above it
-    source: str  # kind of the run above it; `patch` of a lone run
+    run_id: str = ""
+    parent_id: str | None = None  # of the run above it
+    source: str = "patch"  # kind of the run above it; `patch` of a lone run
     site: Site
     solver: str
     family: str  # what its rank bounds
@@ -67,9 +65,9 @@ class Measured:
     controls: Mapping[str, float]  # KL of every control
     leak: str  # what was chosen on reported prompts, or that nobody knows; empty if nothing
     undefined: Mapping[str, str]  # why numbers have no value, by name
-    settings: str  # how the map was made beyond solver, family, rank and scale
+    settings: str = ""  # how the map was made beyond solver, family, rank and scale
     p_permutation: float | None  # against fits of shuffled pairs; None where there were none
-    asked_alpha: str  # α as the run above was asked for it, such as `auto`
+    asked_alpha: str = ""  # α as the run above was asked for it, such as `auto`
 
     @property
     def rank(self) -> str:
@@ -184,15 +182,12 @@ def of_record(record: PatchRecord) -> Measured:
     """A patch that has just been measured, whose run is not there yet."""
     cell = record.cell
     return Measured(
-        run_id="",
-        parent_id=None,
-        source="patch",
         site=cell.site,
         solver=cell.solver,
         family=cell.family,
         k=cell.rank.k,
         alpha=record.map.alpha,
-        conditions=Conditions(record.split, record.n, 0, 0, "", ""),
+        conditions=Conditions(record.split, record.n),
         kl_raw=record.kl_raw,
         kl_mapped=record.kl_mapped,
         noise_floor=record.noise_floor,
@@ -203,9 +198,7 @@ def of_record(record: PatchRecord) -> Measured:
         controls=record.controls,
         leak=selection.sentence(record.leak),
         undefined=record.undefined,
-        settings="",
         p_permutation=record.p_permutation,
-        asked_alpha="",
     )
 
 
@@ -247,7 +240,9 @@ def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> M
             if str(key).startswith("tag.mechdiff.undefined.") and not foreign.is_missing(row[key])
         },
         settings=", ".join(
-            f"{key}={markdown(_text(row, key), 80)}" for key in SETTINGS if _text(row, key) not in ("", "n/a")
+            f"{setting.name}={markdown(_text(row, setting.name), 80)}"
+            for setting in SETTINGS
+            if _text(row, setting.name) not in ("", "n/a")
         ),
         p_permutation=_number(row, "p/permutation"),
         asked_alpha=str(foreign.scales(asked, parent or "")) if asked.get(parent or "") else "",

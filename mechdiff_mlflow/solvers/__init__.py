@@ -7,6 +7,7 @@ from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 from mechdiff_mlflow.solvers.table import (
     SETTINGS,
     SOLVERS,
+    Settings,
     Solver,
     check_possible,
     fit_spectrum,
@@ -19,6 +20,7 @@ __all__ = [
     "OffSpan",
     "PairedSpectrum",
     "Setting",
+    "Settings",
     "Solution",
     "Solver",
     "check_possible",

@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec.options import Kind, Option
 from mechdiff_mlflow.text import cut, number_in, text_of
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: a number in [low, high], a whole number where the default is one, or one of `choices`."""
+    """One setting: a number in [low, high], a whole number where the default is one, or one of `choices`.
 
-    name: str  # of the param of a run, of a map's meta and of the argument in Python
-    default: Any  # in the type that the setting has in Python
-    help: str  # one line
-    low: float = 0.0  # the least number allowed
-    high: float = math.inf  # the largest
-    choices: tuple[Any, ...] = ()  # the words allowed, where it is no number
-    none: str = ""  # the word that a user types for None; empty where None is not allowed
+    Args:
+        name: Of the param of a run, of a map's meta and of the argument in Python.
+        default: In the type that the setting has in Python.
+        help: One line.
+        low: The least number allowed.
+        high: The largest.
+        choices: The words allowed, where it is no number.
+        none: The word that a user types for None; empty where None is not allowed.
+    """
+
+    name: str
+    default: Any
+    help: str
+    low: float = 0.0
+    high: float = math.inf
+    choices: tuple[Any, ...] = ()
+    none: str = ""
+
+    @property
+    def field(self) -> Any:
+        """The field of a dataclass that has the setting; requests make an option of it."""
+        option = Option(Kind(self.metavar, self.parse, self.none), self.help, self.default)
+        return dataclasses.field(default=self.default, metadata={"option": option})
 
     @property
     def option(self) -> str:

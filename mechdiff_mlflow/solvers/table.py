@@ -110,12 +110,26 @@ _ROWS = (
 )
 SOLVERS: Mapping[str, Solver] = MappingProxyType({row.name: row for row in _ROWS})
 
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a user can set of a fit: requests and protocols inherit these fields."""
+
+    shrink: float = SHRINK.field
+    ridge: float = RIDGE.field
+    output_metric: str = OUTPUT_METRIC.field
+    directions: int = DIRECTIONS.field
+    unembedding: str = UNEMBEDDING.field
+    alpha_fit: str = ALPHA_FIT.field
+    off_span: OffSpan | None = OFF_SPAN.field
+
+
 SETTINGS: tuple[Setting, ...] = (
     *dict.fromkeys(s for row in SOLVERS.values() for s in (*row.settings, *row.tensor_settings)),
     OFF_SPAN,
     ALPHA_FIT,
 )
-"""All that a user can set of a fit, once each, and last what every solver has."""
+"""The same once each, the ones of some solvers first."""
 
 
 def solver_named(name: str) -> Solver:

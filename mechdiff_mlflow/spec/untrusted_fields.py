@@ -1,7 +1,7 @@
 """Fields of a store, which everybody with an account may write: each is parsed here, within bounds.
 
-What is malformed costs its own row and a warning, never a command: whoever reads rows catches `Malformed` and
-says `left_out`.
+Each parser raises `Malformed` where the field is missing or holds something else. That costs its own row and
+a warning, never a command: whoever reads rows catches it and says `left_out`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,14 @@ from mechdiff_mlflow.spec.sites import Hook, Site
 from mechdiff_mlflow.text import cut, plain
 
 _log = logging.getLogger("mechdiff_mlflow")
-_MOST = 1e300
+_LARGEST = 1e300
 _WORD = re.compile(r"[\w.+-]{1,100}")
 _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 T = TypeVar("T")
 
 
 class Malformed(MechdiffError):
-    """A field holds what nobody of us wrote.
-
-    Args:
-        field: Its name.
-        value: What it holds.
-        wanted: What it should.
-    """
+    """A field holds something that none of our programs wrote."""
 
     def __init__(self, field: str, value: object, wanted: str) -> None:
         shown = "not there" if value is None else cut(ascii(value))
@@ -51,27 +45,19 @@ def is_missing(value: object) -> bool:
 
 
 def number(fields: Mapping[Any, Any], key: str) -> float:
-    """A finite number.
-
-    Raises:
-        Malformed: The field is missing or none.
-    """
+    """A finite number."""
     value = fields.get(key)
     try:
         found = math.nan if isinstance(value, bool) else float(str(value)[:400])
     except ValueError:
         found = math.nan
-    if not abs(found) <= _MOST:
+    if not abs(found) <= _LARGEST:
         raise Malformed(key, value, "a finite number")
     return found
 
 
 def whole(fields: Mapping[Any, Any], key: str, *, least: int = 0, most: int = 1 << 53) -> int:
-    """A whole number from `least` to `most`.
-
-    Raises:
-        Malformed: The field is missing or none.
-    """
+    """A whole number from `least` to `most`."""
     value = fields.get(key)
     found = number(fields, key)
     if not least <= found <= most or found != int(found) or "_" in str(value):
@@ -80,11 +66,7 @@ def whole(fields: Mapping[Any, Any], key: str, *, least: int = 0, most: int = 1 
 
 
 def word(fields: Mapping[Any, Any], key: str) -> str:
-    """A name of letters, digits and `_ . + -`.
-
-    Raises:
-        Malformed: The field is missing or has others.
-    """
+    """A name of letters, digits and `_ . + -`."""
     value = fields.get(key)
     if is_missing(value) or not _WORD.fullmatch(str(value)):
         raise Malformed(key, None if is_missing(value) else value, "a plain name")
@@ -92,20 +74,12 @@ def word(fields: Mapping[Any, Any], key: str) -> str:
 
 
 def rank(fields: Mapping[Any, Any], key: str) -> int | None:
-    """A rank; None is full.
-
-    Raises:
-        Malformed: The field is missing or none.
-    """
+    """A rank; None is full."""
     return None if fields.get(key) == "full" else whole(fields, key, least=1, most=1 << 30)
 
 
 def scales(fields: Mapping[Any, Any], key: str) -> Alpha:
-    """α: a number, a grid or `auto`.
-
-    Raises:
-        Malformed: The field is missing or none.
-    """
+    """α: a number, a grid or `auto`."""
     try:
         return Alpha.parse(str(fields.get(key))[:2000])
     except MechdiffError:
@@ -113,11 +87,7 @@ def scales(fields: Mapping[Any, Any], key: str) -> Alpha:
 
 
 def site(fields: Mapping[Any, Any]) -> Site:
-    """The site of `layer` and `hook`.
-
-    Raises:
-        Malformed: They name none.
-    """
+    """The site of `layer` and `hook`."""
     layer = whole(fields, "layer", most=999_999)
     try:
         return Site(layer, Hook.parse(word(fields, "hook")))
@@ -126,11 +96,7 @@ def site(fields: Mapping[Any, Any]) -> Site:
 
 
 def record(form: type[T], field: str, text: str) -> T:
-    """A dataclass that was written as JSON, its types as declared.
-
-    Raises:
-        Malformed: The text is something else.
-    """
+    """A dataclass that was written as JSON, its types as declared."""
     try:
         adapter = _ADAPTERS.get(form) or _ADAPTERS.setdefault(form, TypeAdapter(form))
         found: T = adapter.validate_json(text[:20_000], strict=True)

@@ -40,29 +40,25 @@ from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.digests import file_sha256
 from mechdiff_mlflow.spec.version import __version__
-from mechdiff_mlflow.tracking.content.artifact_digests import Sent, sent_digest
-from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.artifact_files import Sent, StoredFiles, sent_digest
 from mechdiff_mlflow.tracking.content.card import model_card
 from mechdiff_mlflow.tracking.content.environment import environment
 from mechdiff_mlflow.tracking.content.names import logged_model_name
 from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, ParamValue, param_text
+from mechdiff_mlflow.tracking.content.tag_names import SHA256_TAG
 from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store, open_store
 
 FLAVOR_NAME = "mechdiff"
-MAP_FILE = "map.pt"
-PROBE_FILE = "probe.safetensors"
-CARD_FILE = "README.md"
-ENVIRONMENT_FILE = "conda.yaml"
-SHA256_TAG = "mechdiff.sha256"
+MAP_FILE, PROBE_FILE = "map.pt", "probe.safetensors"
+CARD_FILE, ENVIRONMENT_FILE = "README.md", "conda.yaml"
 NEEDED_FILES = (MLMODEL_FILE_NAME, MAP_FILE, PROBE_FILE)
 
-# The same text as of yaml.SafeDumper, without which some builds of PyYAML come, in a tenth of the time.
+# The same text as of yaml.SafeDumper in a tenth of the time; some builds of PyYAML lack it.
 _YAML_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _MAX_MLMODEL = 1 << 20
 _PROBE_ROWS = 4
 # Float32 products of some thousand terms differ this much, at most, between machines.
 _PROBE_TOLERANCE = 1e-4
-
 
 Float32Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -71,11 +67,8 @@ Float32Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 class LoggedMap:
     """A map that the store holds, complete and read back.
 
-    Args:
-        model_id: Of MLflow's logged model, `m-…`; empty while the map is only a file of its run.
-        location: URI of the model's files, or of that file.
-        sha256: Hex digest of its `map.pt`.
-        run_id: Of the run that it belongs to.
+    `model_id` is empty while the map is only a file of its run, `location` the URI of the model's files or of
+    that file, `sha256` the hex digest of its `map.pt`.
     """
 
     model_id: str
@@ -89,20 +82,8 @@ class LoggedMap:
         return f"models:/{self.model_id}" if self.model_id else f"runs:/{self.run_id}"
 
 
-def save_model(
-    the_map: AffineMap,
-    path: str | Path,
-    mlflow_model: Model | None = None,
-    *,
-    card: str | None = None,
-) -> None:
+def save_model(the_map: AffineMap, path: str | Path) -> None:
     """Write `the_map` as an MLflow model into the new or empty directory `path`.
-
-    Args:
-        the_map: What to save.
-        path: Where.
-        mlflow_model: MLflow's own record of the model, when it is logged.
-        card: The model card; without one it says what the map says of itself.
 
     Raises:
         MechdiffError: The directory is not empty.
@@ -111,38 +92,16 @@ def save_model(
     root.mkdir(parents=True, exist_ok=True)
     if any(root.iterdir()):
         raise MechdiffError(f"Directory {root} is not empty; save the model into a new one.")
-    encoded = _Encoded.of(the_map)
-    text = card or model_card(the_map, {}, sha256=encoded.sha256)
-    _write(root, the_map, encoded, mlflow_model or Model(), text)
+    content = the_map.to_bytes()
+    _write(root, the_map, content, Model(), model_card(the_map, {}))
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoded:
-    """A map's `.pt` form and its digest; made once, since a full-rank map of an 8B model has 30 MB."""
-
-    content: bytes
-    sha256: str
-
-    @classmethod
-    def of(cls, the_map: AffineMap) -> _Encoded:
-        content = the_map.to_bytes()
-        return cls(content, _sha256(content))
-
-
-def _write(root: Path, the_map: AffineMap, encoded: _Encoded, model: Model, card: str) -> dict[str, str]:
-    """Write the files of a model into `root`; the SHA-256 of those that loading needs.
-
-    Args:
-        root: An existing, empty directory.
-        the_map: What they are of.
-        encoded: The same.
-        model: MLflow's record of it.
-        card: The model card.
-    """
+def _write(root: Path, the_map: AffineMap, content: bytes, model: Model, card: str) -> dict[str, str]:
+    """Write the files of a model, `content` being its `map.pt`; the SHA-256 of those that loading needs."""
     probe = _probe(the_map)
     rows = safetensors.torch.save(probe)
-    digests = {MAP_FILE: encoded.sha256, PROBE_FILE: _sha256(rows)}
-    (root / MAP_FILE).write_bytes(encoded.content)
+    digests = {MAP_FILE: _sha256(content), PROBE_FILE: _sha256(rows)}
+    (root / MAP_FILE).write_bytes(content)
     (root / PROBE_FILE).write_bytes(rows)
     (root / CARD_FILE).write_text(card, encoding="utf-8")
     (root / ENVIRONMENT_FILE).write_text(environment(), encoding="utf-8")
@@ -176,7 +135,7 @@ def log_model(
     params: Mapping[str, ParamValue] | None = None,
     metrics: Mapping[str, float] | None = None,
     again: bool = False,
-    demand: Callable[[], None] = lambda: None,
+    require_owner: Callable[[], None] = lambda: None,
 ) -> LoggedMap:
     """Log `the_map` as a model of a run; it becomes READY only when its files read back right.
 
@@ -187,30 +146,33 @@ def log_model(
     Args:
         the_map: What to log.
         name: Of the logged model; characters it cannot have are replaced.
-        store: Where to; by default where MLflow tracks to.
-        run_id: The run that made the map; by default the active one.
-        experiment_id: Of that run, if known.
+        store: By default where MLflow tracks to.
+        run_id: By default the active one.
+        experiment_id: Of that run.
         params: Shown on the model's page.
-        metrics: For the model card; link them to the model by logging them with `model_id`.
-        again: Whether a killed process may have begun this; what it made is then gone on with.
-        demand: Called before it is made and before it is READY; raises if another process does that by now.
+        metrics: For the model card; log them with `model_id` to link them to the model.
+        again: Whether a killed process may have begun this, which is then gone on with.
+        require_owner: Called before each step; raises if another process does that by now.
 
     Raises:
-        MechdiffError: No run is active or named, the store refuses, or it gives back other bytes than were
-            sent.
+        MechdiffError: No run is active or named, or the store refuses, or gives back other bytes than it got.
     """
     store = store or open_store(mlflow.get_tracking_uri())
-    run_id = run_id or _active_run()
-    client = store.client
-    encoded = _Encoded.of(the_map)
-    sha256 = encoded.sha256
-    card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params, sha256=sha256)
+    if run_id is None:
+        active = mlflow.active_run()
+        if active is None:
+            raise MechdiffError(
+                "No MLflow run is active to log the map to; open one with mlflow.start_run() or pass run_id."
+            )
+        run_id = str(active.info.run_id)
+    client, content, sha256 = store.client, the_map.to_bytes(), the_map.sha256()
+    card = model_card(the_map, metrics or {}, f"runs:/{run_id}", params)
     with store.errors():
         experiment_id = experiment_id or client.get_run(run_id).info.experiment_id
         store.require_place(experiment_id)
 
         def create() -> LoggedModel:
-            demand()
+            require_owner()
             return client.create_logged_model(
                 experiment_id,
                 name=logged_model_name(name),
@@ -220,91 +182,75 @@ def log_model(
                 model_type="affine map",
             )
 
-        find = partial(_begun, store, experiment_id, run_id, sha256)
+        def made() -> list[LoggedModel]:
+            where = f"source_run_id = '{run_id}' AND tags.`{SHA256_TAG}` = '{sha256}'"
+            return list(client.search_logged_models([experiment_id], where))
+
+        def find() -> LoggedModel | None:
+            """The finished one, or one to go on with."""
+            found = made()
+            return next((m for status in ("READY", "PENDING") for m in found if m.status == status), None)
+
         begun = find() if again else None
         logged = begun or store.patience.once(create, find)
         try:
-            demand()
+            require_owner()
         except RunTakenOver:  # the other process goes on with this one, unless it has its own
-            if len(_made(store, experiment_id, run_id, sha256)) > 1:
+            if len(made()) > 1:
                 client.delete_logged_model(logged.model_id)
             raise
-        if logged.status == "READY":  # the other process died before the run named its model
-            if logged.model_id not in _outputs(store, run_id):
-                client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
-            return LoggedMap(logged.model_id, logged.artifact_location, sha256, run_id)
         try:
-            with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
-                sent = Path(folder, "sent")
-                sent.mkdir()
+            if logged.status != "READY":  # or another process died before the run named its model
                 record = Model(
                     artifact_path=logged.artifact_location,
                     run_id=run_id,
                     model_uuid=logged.model_id,
                     model_id=logged.model_id,
                 )
-                digests = _write(sent, the_map, encoded, record, card)
-                files = StoredFiles(store, logged.artifact_location)
-                files.send(sent, again=begun is not None)
-                back = files.demand(digests, Path(folder, "back"))
-                _load_map(back)
-            demand()
-            client.finalize_logged_model(logged.model_id, "READY")
+                with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
+                    sent = Path(folder, "sent")
+                    sent.mkdir()
+                    digests = _write(sent, the_map, content, record, card)
+                    files = StoredFiles(store, logged.artifact_location)
+                    files.send(sent, again=begun is not None)
+                    _load_map(files.require_same(digests, Path(folder, "back")))
+                require_owner()
+                client.finalize_logged_model(logged.model_id, "READY")
+            elif _has_output(store, run_id, logged.model_id):
+                return LoggedMap(logged.model_id, logged.artifact_location, sha256, run_id)
             add = partial(client.log_outputs, run_id, [LoggedModelOutput(logged.model_id, step=0)])
-            store.patience.once(add, lambda: True if logged.model_id in _outputs(store, run_id) else None)
+            store.patience.once(add, lambda: _has_output(store, run_id, logged.model_id) or None)
         except BaseException:
-            demand()  # or another process may be going on with it
-            client.finalize_logged_model(logged.model_id, "FAILED")
+            require_owner()  # or another process may be going on with it
+            if logged.status != "READY":
+                client.finalize_logged_model(logged.model_id, "FAILED")
             raise
     return LoggedMap(logged.model_id, logged.artifact_location, sha256, run_id)
 
 
 def send_map(store: Store, location: str, the_map: AffineMap, *, again: bool) -> dict[str, Sent]:
     """Put `map.pt` alone among the artifacts of a run at `location`, and read it back; what was sent."""
-    encoded = _Encoded.of(the_map)
+    content, sha256 = the_map.to_bytes(), the_map.sha256()
     with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
         sent = Path(folder, "sent")
         sent.mkdir()
-        (sent / MAP_FILE).write_bytes(encoded.content)
+        (sent / MAP_FILE).write_bytes(content)
         files = StoredFiles(store, location)
         files.send(sent, again=again)
-        files.demand({MAP_FILE: encoded.sha256}, Path(folder, "back"))
-    return {MAP_FILE: Sent(encoded.sha256, len(encoded.content))}
+        files.require_same({MAP_FILE: sha256}, Path(folder, "back"))
+    return {MAP_FILE: Sent(sha256, len(content))}
 
 
-def _begun(store: Store, experiment_id: str, run_id: str, sha256: str) -> LoggedModel | None:
-    """The logged model of this run and map that was made before: the finished one, or one to go on with."""
-    found = _made(store, experiment_id, run_id, sha256)
-    return next((m for status in ("READY", "PENDING") for m in found if m.status == status), None)
-
-
-def _made(store: Store, experiment_id: str, run_id: str, sha256: str) -> list[LoggedModel]:
-    where = f"source_run_id = '{run_id}' AND tags.`{SHA256_TAG}` = '{sha256}'"
-    return list(store.client.search_logged_models([experiment_id], where))
-
-
-def _outputs(store: Store, run_id: str) -> list[str]:
-    """Ids of the logged models that a run says it made."""
+def _has_output(store: Store, run_id: str, model_id: str) -> bool:
+    """Whether a run says that it made a logged model."""
     outputs = store.client.get_run(run_id).outputs
-    return [output.model_id for output in outputs.model_outputs] if outputs else []
-
-
-def _active_run() -> str:
-    active = mlflow.active_run()
-    if active is None:
-        raise MechdiffError(
-            "No MLflow run is active to log the map to; open one with mlflow.start_run() or pass run_id."
-        )
-    return str(active.info.run_id)
+    return any(one.model_id == model_id for one in (outputs.model_outputs if outputs else []))
 
 
 def load_model(model_uri: str | Path) -> AffineMap:
     """The map of an MLflow model directory, or of a URI in the store that `mlflow.set_tracking_uri` named.
 
-    For registered maps `mechdiff_mlflow.load_map` also checks what the registry says of the version.
-
-    Raises:
-        MechdiffError: A file is missing, changed or not ours.
+    Its files are checked; `load_map` also checks what the registry says of a version.
     """
     if Path(model_uri).is_dir():
         return load_verified(Path(model_uri))
@@ -319,8 +265,7 @@ def load_verified(root: Path) -> AffineMap:
     """The map of the model directory `root`, after checking both digests and the probe.
 
     Raises:
-        MechdiffError: A file is missing, changed or not ours, or the map computes something else than when
-            it was saved.
+        MechdiffError: A file is missing, changed or not ours, or the map computes something else by now.
     """
     for name in NEEDED_FILES:
         if not (root / name).is_file():
@@ -358,19 +303,15 @@ def download(store: Store, location: str, target: Path) -> Path:
         if back != target and (back / name).is_file():
             shutil.copyfile(back / name, target / name)
     if is_file:
-        content = (target / MAP_FILE).read_bytes()
-        _write(target, AffineMap.load(target / MAP_FILE), _Encoded(content, _sha256(content)), Model(), "")
+        the_map = AffineMap.load(target / MAP_FILE)
+        _write(target, the_map, (target / MAP_FILE).read_bytes(), Model(), "")
     return target
 
 
 def load_logged(store: Store, logged: LoggedMap) -> AffineMap:
-    """A map that a run logged, read from the store and checked.
-
-    Raises:
-        MechdiffError: Its files are not what was logged.
-    """
+    """A map that a run logged, read from the store and checked."""
     with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder, store.errors():
-        root = download(store, logged.location, Path(folder, "model"))
+        root = download(store, logged.location, Path(folder))
         the_map = load_verified(root)
         if file_sha256(root / MAP_FILE) != logged.sha256:
             raise MechdiffError(f"{MAP_FILE} of {logged.model_uri} is not what was logged; fit it again.")
@@ -384,11 +325,7 @@ def maps_of_run(store: Store, run_id: str) -> list[LoggedMap]:
 
 
 def maps_of(store: Store, run: Run) -> list[LoggedMap]:
-    """The complete maps that a run logged, oldest first: its models, or the one that is a file.
-
-    Raises:
-        MechdiffError: The store cannot be read.
-    """
+    """The complete maps that a run logged, oldest first: its models, or the one that is a file."""
     run_id, outputs = run.info.run_id, run.outputs.model_outputs if run.outputs else []
     with store.errors():
         models = map(store.client.get_logged_model, dict.fromkeys(one.model_id for one in outputs))
@@ -422,11 +359,8 @@ def _load_pyfunc(path: str) -> _PyFuncMap:
 
 
 def _signature(the_map: AffineMap) -> ModelSignature:
-    def rows(width: int) -> Schema:
-        return Schema([TensorSpec(np.dtype(np.float32), (-1, width))])
-
-    alpha = ParamSchema([ParamSpec("alpha", "double", the_map.alpha)])
-    return ModelSignature(rows(the_map.d_in), rows(the_map.d_out), alpha)
+    x, y = (Schema([TensorSpec(np.dtype(np.float32), (-1, d))]) for d in (the_map.d_in, the_map.d_out))
+    return ModelSignature(x, y, ParamSchema([ParamSpec("alpha", "double", the_map.alpha)]))
 
 
 def _probe(the_map: AffineMap) -> dict[str, torch.Tensor]:

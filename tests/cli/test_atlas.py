@@ -11,9 +11,9 @@ from cli.conftest import Invoke
 from cli.test_run import SITE, artifacts, runs_of
 
 from mechdiff_mlflow import load_map
-from mechdiff_mlflow.cli.reports import evidence_of
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.report.profiles import first_difference
+from mechdiff_mlflow.tracking.commands.documents import evidence_of
 from mechdiff_mlflow.tracking.store.store import open_store
 
 

@@ -10,9 +10,9 @@ from cli.conftest import Invoke
 from cli.test_report import tables
 from cli.test_run import runs_of
 
-from mechdiff_mlflow.cli.reports import evidence_of
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.report.comparison import matches
+from mechdiff_mlflow.tracking.commands.documents import evidence_of
 from mechdiff_mlflow.tracking.runs.results import tables_of
 from mechdiff_mlflow.tracking.store.store import open_store
 

@@ -17,8 +17,8 @@ from cli.conftest import Invoke
 from mlflow.entities import Metric, Param, RunTag
 
 from benchmarks.growth import grow
-from mechdiff_mlflow.cli.reports import TABLES, evidence_of
 from mechdiff_mlflow.report.evidence import Evidence
+from mechdiff_mlflow.tracking.commands.documents import TABLES, evidence_of
 from mechdiff_mlflow.tracking.runs import results
 from mechdiff_mlflow.tracking.runs.lookup import MOST_VALUES
 from mechdiff_mlflow.tracking.runs.results import results_df, tables_of

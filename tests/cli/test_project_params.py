@@ -18,6 +18,7 @@ from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 
 ROOT = Path(__file__).parents[2]
 STOPPED = "Stopped by the test."
+COMMANDS = "mechdiff_mlflow.tracking.commands"
 
 OTHER = {
     "layer": "003",
@@ -88,8 +89,8 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: object, **more: object) -> None:
         raise MechdiffError(STOPPED)
 
-    monkeypatch.setattr("mechdiff_mlflow.cli.session.workers_of", stop)
-    monkeypatch.setattr("mechdiff_mlflow.cli.reports.report", stop)
+    monkeypatch.setattr(f"{COMMANDS}.session.workers_of", stop)
+    monkeypatch.setattr(f"{COMMANDS}.documents.reports.report", stop)
 
 
 @pytest.mark.parametrize("entry", ["main", "fit", "patch", "rank_sweep", "report"])
@@ -108,9 +109,9 @@ def test_every_parameter_of_every_entry_point_in_other_words(
     given = {name: text for name, text in spelled.items() if name in parameters} | {"pair": str(toy)}
     if entry == "patch":
         given |= {"alpha": "0.30"} if spelled else {}
-        monkeypatch.setattr("mechdiff_mlflow.cli.experiments.load_map", lambda name, store: a_map())
+        monkeypatch.setattr(f"{COMMANDS}.measuring.load_map", lambda name, store: a_map())
     if entry == "report":
-        monkeypatch.setattr("mechdiff_mlflow.cli.reports.evidence_of", lambda store, pair, experiment: None)
+        monkeypatch.setattr(f"{COMMANDS}.documents.evidence_of", lambda store, pair, experiment: None)
     words = begun(client, here, monkeypatch, entry, given)
     assert STOPPED in refused(mechdiff(*words, code=1).output)
 

@@ -141,7 +141,7 @@ def test_folders_are_gone_after_an_error(tmp_path: Path) -> None:
     program = (
         "import tiny, torch\n"
         "from mechdiff_mlflow.engine import MemoryBudget, PatchEngine\n"
-        "from mechdiff_mlflow.spec.pair_spec.sites import Site\n"
+        "from mechdiff_mlflow.spec.sites import Site\n"
         "budget = MemoryBudget(2**20); budget.reserve(2**18)\n"
         "engine = PatchEngine(tiny.llama(n_layers=2), budget=budget)\n"
         "kept = engine.capture(tiny.prompts(4, 5), [Site.parse('L1/mlp_out')])\n"

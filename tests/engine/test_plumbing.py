@@ -1,4 +1,5 @@
 import warnings
+from typing import Any
 
 import pytest
 import tiny
@@ -77,6 +78,33 @@ def test_identity_patches_that_change_something_are_told() -> None:
     checks = {check.name: check for check in check_plumbing(engine, PROMPTS)}
     assert not checks[NAMES[3]].passed
     assert "largest KL" in checks[NAMES[3]].detail
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nats", "part"), [(torch.float64, 1e-12, 1e-10), (torch.float32, 1e-6, 1e-4)]
+)
+def test_how_far_an_identity_patch_and_another_batch_may_be_off(
+    dtype: torch.dtype, nats: float, part: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = PatchEngine(tiny.llama(dtype=dtype))
+    score, capture = PatchEngine.score, PatchEngine.capture
+
+    def off_in_kl(self: PatchEngine, *args: Any, **options: Any) -> Any:
+        found = score(self, *args, **options)
+        for one in found.divergences:
+            one.kl_patched_clean[:] = factor * nats
+        return found
+
+    def off_when_alone(self: PatchEngine, prompts: Any, *args: Any, **options: Any) -> Any:
+        found = capture(self, prompts, *args, **options)
+        return {site: x * (1 + factor * part * (len(prompts) == 1)) for site, x in found.items()}
+
+    monkeypatch.setattr(PatchEngine, "score", off_in_kl)
+    monkeypatch.setattr(PatchEngine, "capture", off_when_alone)
+    for times, failed in ((0.5, []), (2.0, [NAMES[1], NAMES[3]])):
+        factor = times
+        checks = check_plumbing(engine, PROMPTS)
+        assert [check.name for check in checks if not check.passed] == failed, checks
 
 
 def test_a_hybrid_with_a_gated_norm_and_a_model_without_a_padding_token() -> None:

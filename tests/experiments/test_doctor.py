@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import toy as toys
 from transformers import AutoModelForCausalLM, Lfm2Config
 
+from mechdiff_mlflow.engine import PatchEngine
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.doctor import Check, examine
@@ -90,6 +92,25 @@ def test_a_model_that_ignores_its_mask_is_noticed(toy: Path, monkeypatch: pytest
         ),
     )
     assert "--batch-size 1" in failed(pair)["capture invariant to padding and batch"]
+
+
+@pytest.mark.parametrize(("dtype", "part"), [("float64", 1e-10), ("float32", 1e-4), ("bfloat16", 0.2)])
+def test_how_far_another_batch_may_move_an_activation(
+    dtype: str, part: float, toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = load_pair(PairSpec.load(str(toy)), dtype=dtype)
+    name = "capture invariant to padding and batch"
+    capture = PatchEngine.capture
+
+    def off_when_alone(self: PatchEngine, prompts: TokenizedPrompts, *args: Any, **options: Any) -> Any:
+        found = capture(self, prompts, *args, **options)
+        return {site: x * (1 + factor * part * (len(prompts) == 1)) for site, x in found.items()}
+
+    monkeypatch.setattr(PatchEngine, "capture", off_when_alone)
+    for times, passes in ((0.5, True), (2.0, False)):
+        factor = times
+        (check,) = [check for check in examine(pair) if check.name == name]
+        assert check.passed == passes, check.seen
 
 
 def test_layers_that_should_agree_and_do_not_are_noticed(toy: Path) -> None:

@@ -20,7 +20,7 @@ from faults.harness import RUN, World, only_parent, undisturbed, with_environmen
 from faults.proxy import Fault, Rule, proxying
 from faults.snapshot import Snapshot, snapshot
 from mechdiff_mlflow.tracking.content.artifacts import dataset_input
-from mechdiff_mlflow.tracking.content.records import PromptSet
+from mechdiff_mlflow.tracking.content.records import Dataset
 from mechdiff_mlflow.tracking.store.store import open_store
 
 CREATES = {
@@ -161,7 +161,7 @@ def test_runs_that_are_the_first_to_use_a_prompt_set_at_once_all_have_it(
     store = open_store(server.url)
     experiment_id = store.experiment(experiment)
     runs = [store.client.create_run(experiment_id).info.run_id for _ in range(8)]
-    sets = [PromptSet("toy", "train", f"digest-{index}", 1) for index in range(6)]
+    sets = [Dataset("toy", "train", f"digest-{index}", 1) for index in range(6)]
     together = threading.Barrier(len(runs))
 
     def use(run_id: str) -> None:

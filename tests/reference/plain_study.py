@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class PlainPair:
 
     spec: Path
     _activations: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-    _log_probs: dict[str, Tensor] = field(default_factory=dict)
+    _log_probs: dict[tuple[str, int | None], Tensor] = field(default_factory=dict)
     _ids: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -134,13 +135,15 @@ class PlainPair:
 
     def log_probs(self, split: str, n: int | None = None) -> Tensor:
         """Of the tuned model's next token, untouched, [n, vocabulary]."""
-        with torch.no_grad():
-            return torch.stack(
-                [
-                    self.models["tuned"](ids).logits[0, -1].log_softmax(-1)
-                    for ids in self.ids("tuned", split, n)
-                ]
-            )
+        if (split, n) not in self._log_probs:
+            with torch.no_grad():
+                self._log_probs[split, n] = torch.stack(
+                    [
+                        self.models["tuned"](ids).logits[0, -1].log_softmax(-1)
+                        for ids in self.ids("tuned", split, n)
+                    ]
+                )
+        return self._log_probs[split, n]
 
     def patched_log_probs(self, split: str, layer: int, hook: str, rows: Tensor) -> Tensor:
         """The same with `rows` [n, d] in place of the site's own activation at the decision token."""
@@ -289,19 +292,40 @@ class PlainSite:
             "delta_logprob": float((log_probs - clean).gather(1, top[:, None]).mean()),
             "raw": raw,
             "mapped": mapped,
+            "null_rows": by_name[null],
         }
 
 
+def draws(groups: Sequence[int], *, seed: int, n_resamples: int) -> list[np.ndarray]:
+    """Which prompts each resample has: groups are drawn with replacement, each with all its prompts."""
+    members = [np.flatnonzero(np.asarray(groups) == group) for group in sorted({*groups})]
+    drawn = np.random.default_rng(seed).integers(0, len(members), (n_resamples, len(members)))
+    return [np.concatenate([members[group] for group in some]) for some in drawn]
+
+
+def drop(raw: np.ndarray, mapped: np.ndarray) -> float:
+    """How much less KL the mapped patch has than the raw one, in percent of the raw one's."""
+    return float(100 * (1 - mapped.sum() / raw.sum()))
+
+
 def bootstrap_drop(
-    raw: np.ndarray, mapped: np.ndarray, *, seed: int, n_resamples: int
+    raw: np.ndarray, mapped: np.ndarray, *, seed: int, n_resamples: int, groups: Sequence[int] = ()
 ) -> tuple[float, float]:
     """The 95 % percentile interval of drop_pct, prompts drawn with replacement, raw and mapped together."""
-    n = len(raw)
-    drawn = np.random.default_rng(seed).integers(0, n, (n_resamples, n))
-    drops = [100 * (1 - mapped[some].sum() / raw[some].sum()) for some in drawn]
+    some = draws(groups or range(len(raw)), seed=seed, n_resamples=n_resamples)
+    drops = [drop(raw[i], mapped[i]) for i in some]
     return float(np.quantile(drops, 0.025)), float(np.quantile(drops, 0.975))
 
 
+def exact_sign_flip(differences: np.ndarray, groups: Sequence[int] = ()) -> float:
+    """How often the sum is as large when the signs of whole groups are flipped, of all ways to flip them."""
+    of = np.asarray(groups or range(len(differences)))
+    sums = np.array([differences[of == group].sum() for group in sorted({*of.tolist()})])
+    flipped = np.array([np.dot(signs, sums) for signs in product((-1, 1), repeat=len(sums))])
+    return float((flipped >= sums.sum() - 1e-12 * np.abs(sums).sum()).mean())
+
+
 def min_rank(drops: dict[int, float], target: float) -> int | None:
-    """The smallest k whose drop reaches the target."""
-    return next((k for k in sorted(drops) if drops[k] >= target), None)
+    """The smallest k from which on every drop reaches the target."""
+    ks = sorted(drops)
+    return next((k for i, k in enumerate(ks) if all(drops[larger] >= target for larger in ks[i:])), None)

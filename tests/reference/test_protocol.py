@@ -15,12 +15,13 @@ import pandas as pd
 import pytest
 import torch
 from cli.conftest import client, empty_store, here, mechdiff  # noqa: F401
-from reference.plain_study import HOOKS, PlainPair, PlainSite, bootstrap_drop, min_rank
+from reference.plain_study import HOOKS, PlainPair, PlainSite, bootstrap_drop, draws, drop, min_rank
 from toy import FIRST_CHANGED, write_pair, write_prompts
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.atlas import atlas
+from mechdiff_mlflow.experiments.sweep import least_ranks
 from mechdiff_mlflow.maps.affine import Weight
 from mechdiff_mlflow.models.pairs import load_pair
 from mechdiff_mlflow.solvers import PairedSpectrum
@@ -230,7 +231,9 @@ def test_a_comparison(
     shutil.copytree(spec.parent, other)
     (other / "toy.yaml").write_text((other / "toy.yaml").read_text().replace("name: toy", "name: other"))
     tests = (other / "test.jsonl").read_text().splitlines()
-    (other / "test.jsonl").write_text("\n".join(tests[:6]))
+    groups = ((), (0, 0, 0, 1, 1, 2))
+    lines = [{**json.loads(line), "group": f"g{g}"} for line, g in zip(tests, groups[1], strict=False)]
+    (other / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     words = ("--layer", "3", "--hook", "resid_post", "--k", "4", "--alpha", "1")
     pairs = (str(spec), str(other / "toy.yaml"))
     for pair in pairs:
@@ -242,35 +245,44 @@ def test_a_comparison(
         made = site.chosen(4, (1.0,))[2]
         raws.append(site.patched("test", lambda x: x)[:n])
         mappeds.append(site.patched("test", made)[:n])
-    first, second = (100 * (1 - m.sum() / r.sum()) for r, m in zip(raws, mappeds, strict=True))
-    text = (here / "compared.md").read_text()
-    assert f"{first - second:+.1f}".lstrip("+") in text
+    resampled = []
+    for seed, (raw, mapped, of) in enumerate(zip(raws, mappeds, groups, strict=True)):
+        some = draws(of or range(len(raw)), seed=seed, n_resamples=9999)
+        resampled.append(np.array([drop(raw[i], mapped[i]) for i in some]))
+    gap = drop(raws[0], mappeds[0]) - drop(raws[1], mappeds[1])
+    low, high = np.quantile(resampled[0] - resampled[1], [0.025, 0.975])
+    assert f"| {gap:.1f} [{low:.1f}, {high:.1f}] |" in (here / "compared.md").read_text()
 
 
-def test_a_patch_that_is_no_identity_is_refused(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64 an identity patch may move KL by 1e-9 nats and no more."""
-    from mechdiff_mlflow.experiments import workers
+@pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-9), ("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_a_patch_that_is_no_identity_is_refused(
+    dtype: str, limit: float, spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64 an identity patch may move KL by 1e-9 nats and no more; the doctor has the same limit."""
+    from mechdiff_mlflow.experiments import doctor, workers
 
-    score = workers.LocalWorkers.score
+    score, score_of_doctor = workers.LocalWorkers.score, doctor.score
 
-    limit = 1e-9
+    def biased(found: Any) -> Any:
+        for rows in found.values():
+            rows.patched["identity"].kl_patched_clean_nats[:] = factor * limit
+        return found
+
+    monkeypatch.setattr(workers.LocalWorkers, "score", lambda *args: biased(score(*args)))
+    monkeypatch.setattr(doctor, "score", lambda *args: biased(score_of_doctor(*args)))
     cell = Cell(Site(3, Hook.RESID_POST), "procrustes_scaled", "update", Rank(None), Alpha((1.0,)))
-    for factor, refused in ((0.9, False), (1.1, True)):
-
-        def biased(self: Any, *args: Any, off: float = factor * limit) -> Any:
-            found = score(self, *args)
-            for rows in found.values():
-                rows.patched["identity"].kl_patched_clean_nats[:] = off
-            return found
-
-        monkeypatch.setattr(workers.LocalWorkers, "score", biased)
-        study = Study(load_pair(PairSpec.load(str(spec))), Protocol())
+    pair = load_pair(PairSpec.load(str(spec)), dtype=dtype)
+    for times, refused in ((0.9, False), (1.1, True)):
+        factor = times
+        study = Study(pair, Protocol())
         fits = [fit.to_patch for fit in study.fit([cell])]
         if refused:
             with pytest.raises(MechdiffError, match="does not fit this model"):
                 study.patch(fits)
         else:
             study.patch(fits)
+        (check,) = [check for check in doctor.examine(pair) if check.name == "identity patch"]
+        assert check.passed != refused, check.seen
 
 
 def test_skill_has_the_same_noise_floor_as_drop(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,9 +310,13 @@ def test_skill_has_the_same_noise_floor_as_drop(spec: Path, monkeypatch: pytest.
 
     null_kl = (first := measured()).controls[first.null]
     floor = null_kl / 9.9
-    assert measured().skill_pct is None
+    below = measured()
+    assert below.skill_pct is None
+    assert below.p_null is None, "what cannot be told from noise is not tested against it"
     floor = null_kl / 10.1
-    assert measured().skill_pct is not None
+    above = measured()
+    assert above.skill_pct is not None
+    assert above.p_null == first.p_null
 
 
 @pytest.mark.parametrize("kl_raw_nats", [0.0, 5e-17])
@@ -328,6 +344,8 @@ def test_rounding_earns_no_drop_where_the_identity_patch_is_exact(
     assert patch.drop_pct is None
     assert patch.skill_pct is None
     assert "below noise floor" in patch.undefined["drop_pct"]
+    assert (patch.p_sign_flip, patch.p_null) == (None, None)
+    assert least_ranks([patch], [30.0], seed=0) == [], "of what has no drop there is no least rank"
     found = atlas(study, hooks=[Hook.ATTN_OUT], solver="procrustes_scaled", family="update", alpha=1.0)
     assert not found.table["above_floor"].any()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from benchmarks.dense_reference import dense_weight
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.protocol import Protocol
+from mechdiff_mlflow.experiments.requests import SweepRequest
 from mechdiff_mlflow.maps.affine import Family
-from mechdiff_mlflow.solvers import SETTINGS, SOLVERS, PairedSpectrum, Setting, fit_spectrum
+from mechdiff_mlflow.solvers import SETTINGS, SOLVERS, PairedSpectrum, Setting, Settings, fit_spectrum
 
 G = torch.Generator().manual_seed(7)
 VARIANTS: dict[str, list[dict[str, object]]] = {
@@ -191,6 +193,8 @@ def test_the_settings_of_all_solvers_are_listed_once_with_their_defaults() -> No
         "--alpha-fit": "after",
     }
     assert Protocol() == Protocol(**{s.name: s.default for s in SETTINGS})
+    assert {field.name for field in fields(Settings)} == {s.name for s in SETTINGS}
+    assert {s.name for s in SETTINGS} <= SweepRequest.options().keys()
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)

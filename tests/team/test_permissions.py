@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from team.server import ADMIN, Server
 
 from mechdiff_mlflow.cli import cli
-from mechdiff_mlflow.tracking.registry.registry import history
+from mechdiff_mlflow.tracking.registry.moves import history
 from mechdiff_mlflow.tracking.runs.runs import Tracker
 from mechdiff_mlflow.tracking.store.server import login_name
 from mechdiff_mlflow.tracking.store.store import open_store

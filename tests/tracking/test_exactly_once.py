@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,13 @@ from mlflow.entities import Run, ViewType
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
 from mechdiff_mlflow.tracking.content.cells import CELLS
-from mechdiff_mlflow.tracking.content.keys import ARTIFACTS_TAG, KEY_TAG, ROOT_TAG, key_of
+from mechdiff_mlflow.tracking.content.keys import key_of
 from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.content.tag_names import ARTIFACTS_TAG, KEY_TAG, ROOT_TAG
 from mechdiff_mlflow.tracking.runs import run_lock
-from mechdiff_mlflow.tracking.runs.commands import newest_of_mine
 from mechdiff_mlflow.tracking.runs.open_run import EPOCH_TAG
 from mechdiff_mlflow.tracking.runs.results import tables_of
+from mechdiff_mlflow.tracking.runs.resuming import newest_of_mine
 from mechdiff_mlflow.tracking.runs.run_lock import (
     OWNER_TAG,
     Owner,
@@ -252,7 +254,7 @@ def set_tags(store: Store, run_id: str, tags: dict[str, str]) -> None:
         store.client.set_tag(run_id, key, text)
 
 
-@pytest.mark.parametrize("path", ["log_soon", "log"])
+@pytest.mark.parametrize("path", ["begin_soon", "log_soon", "log"])
 def test_nothing_is_made_after_a_take_over(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
@@ -262,6 +264,9 @@ def test_nothing_is_made_after_a_take_over(
     with pytest.raises(RunTakenOver, match="elsewhere"), tracker.run("sweep", "ranks") as run:  # noqa: PT012
         set_tags(store, run.run_id, theirs(run._lock.owner))
         clock[0] += run_lock.OWNER_TIMEOUT_S
+        if path == "begin_soon":
+            run.begin_soon([replace(cell(k), metrics={}) for k in (1, 2)])
+            wait(run._begun.values())
         if path == "log_soon":
             run.log_soon(lambda: cell(1))
         run.log_all([cell(2)]) if path != "log" else run.log(cell(2))
@@ -486,9 +491,11 @@ def test_every_child_has_its_key_and_the_parent_its_lease(store: Store, tracker:
     assert not lock_file(store.uri, "promotion").exists()
 
 
-def test_what_is_logged_in_the_background_is_there_once_and_in_order(store: Store, tracker: Tracker) -> None:
+def test_what_is_begun_in_the_background_is_finished_once(store: Store, tracker: Tracker) -> None:
+    """The map first, then the numbers: each is sent once, in one run."""
     with tracker.run("sweep", "ranks") as run:
         whole = {k: cell(k, metrics={"drop_pct": 10.0 * k}) for k in (1, 2)}
+        run.begin_soon(replace(record, metrics={}, tables={}) for record in whole.values())
         for record in whole.values():
             run.log_soon(lambda record=record: record)  # type: ignore[misc]
         ids = run.wait()
@@ -502,6 +509,35 @@ def test_what_is_logged_in_the_background_is_there_once_and_in_order(store: Stor
         assert len(store.client.get_metric_history(run_id, "drop_pct")) == 1
         assert len(child.outputs.model_outputs) == 1
         assert list(json.loads(child.data.tags[ARTIFACTS_TAG])) == ["per_prompt.json"]
+
+
+def test_what_is_begun_and_not_finished_ends_with_its_parent(store: Store, tracker: Tracker) -> None:
+    with pytest.raises(ZeroDivisionError), tracker.run("sweep", "ranks") as run:  # noqa: PT012
+        run.begin_soon([replace(cell(1), metrics={})])
+        wait(run._begun.values())
+        _ = 1 / 0
+    assert statuses(store) == {"ranks": "FAILED", "k=1": "FAILED"}
+
+
+def test_what_could_not_be_begun_is_begun_again(
+    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, failed = RecordWriter.send_map, []
+
+    def send_late(self: RecordWriter, run: Run, record: RunRecord, **more: Any) -> None:
+        send(self, run, record, **more)
+        if record.map is not None and not failed:
+            failed.append(True)
+            raise MechdiffError("The server stopped answering for hours.")
+
+    monkeypatch.setattr(RecordWriter, "send_map", send_late)
+    with tracker.run("sweep", "ranks") as run:
+        run.begin_soon([replace(cell(1), metrics={})])
+        run.log_all([cell(1)])
+    assert failed == [True]
+    assert statuses(store) == {"ranks": "FINISHED", "k=1": "FINISHED"}
+    (child,) = [r for r in active(store) if r.info.run_name == "k=1"]
+    assert len(child.outputs.model_outputs) == 1
 
 
 def test_what_failed_in_the_background_is_logged_in_the_end(

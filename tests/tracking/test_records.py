@@ -10,16 +10,13 @@ from mlflow.utils.validation import _validate_metric_name, _validate_param_name,
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.records import (
-    PromptSet,
+    Dataset,
     RunRecord,
     check_key,
     param_text,
-    prompt_digest,
 )
 
 from .conftest import make_map
-
-PROMPTS = st.lists(st.text(max_size=5), max_size=6)
 
 
 @given(st.text(max_size=12) | st.text(alphabet="ab/.-_ α%:=()@", max_size=8))
@@ -101,13 +98,7 @@ def test_a_run_has_a_name() -> None:
         RunRecord(kind="fit", name=" ")
 
 
-@given(PROMPTS, PROMPTS)
-def test_digests_differ_exactly_when_prompts_do(a: list[str], b: list[str]) -> None:
-    assert (prompt_digest(a) == prompt_digest(b)) == (a == b)
-
-
-def test_digests_see_where_prompts_end_and_fit_mlflow() -> None:
-    assert prompt_digest(["ab", "c"]) != prompt_digest(["a", "bc"])
-    PromptSet("p", "test", prompt_digest(["a"]), 1)
-    with pytest.raises(MechdiffError, match=r"use prompt_digest\(\)"):
-        PromptSet("p", "test", "0" * 64, 1)
+def test_digests_of_prompts_fit_mlflow() -> None:
+    Dataset("p", "test", "0" * 36, 1)
+    with pytest.raises(MechdiffError, match="MLflow stores 1 to 36"):
+        Dataset("p", "test", "0" * 64, 1)

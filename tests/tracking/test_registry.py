@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import mlflow
 import pytest
@@ -21,13 +22,14 @@ from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec.digests import file_sha256
 from mechdiff_mlflow.tracking import flavour
 from mechdiff_mlflow.tracking.content.records import RunRecord
-from mechdiff_mlflow.tracking.registry import registry
+from mechdiff_mlflow.tracking.registry import moves, versions
 from mechdiff_mlflow.tracking.registry.compare import diff
 from mechdiff_mlflow.tracking.registry.fetch import fetch, load_map, resolve
+from mechdiff_mlflow.tracking.registry.moves import Move, history
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import demote, promote, rollback
-from mechdiff_mlflow.tracking.registry.registry import Move, get_version, history, list_versions, list_winners
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.registry.versions import get_version, list_versions, list_winners
+from mechdiff_mlflow.tracking.runs.runs import OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import user_cache as cache
 from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store, open_store
 
@@ -242,17 +244,17 @@ def test_consistently_replaced_files_are_refused_too(store: Store, patched: Patc
 
 def test_unverified_versions_are_refused(store: Store, patched: Patch) -> None:
     version = promote(store, patched())
-    store.client.delete_model_version_tag(NAME, "1", registry.VERIFIED_TAG)
+    store.client.delete_model_version_tag(NAME, "1", versions.VERIFIED_TAG)
     with pytest.raises(MechdiffError, match=f"Version {NAME}/1 was never verified"):
         load_map(version.uri, store=store)
-    store.client.set_model_version_tag(NAME, "1", registry.VERIFIED_TAG, "true")
+    store.client.set_model_version_tag(NAME, "1", versions.VERIFIED_TAG, "true")
     with pytest.raises(MechdiffError, match="was never verified"):
         load_map(version.uri, store=store)
 
 
 def test_digests_from_the_store_cannot_name_other_places(store: Store, patched: Patch) -> None:
     version = promote(store, patched())
-    for tag in (registry.SHA256_TAG, registry.VERIFIED_TAG):
+    for tag in (flavour.SHA256_TAG, versions.VERIFIED_TAG):
         store.client.set_model_version_tag(NAME, "1", tag, "../../elsewhere")
     with pytest.raises(MechdiffError, match="was never verified"):
         load_map(version.uri, store=store)
@@ -287,6 +289,21 @@ def test_the_second_fetch_reads_no_files_from_the_store(
     assert load_map(f"{NAME}@champion", store=store) == make_map()
 
 
+def test_two_that_fetch_a_map_at_the_same_moment_both_get_it(
+    store: Store, patched: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, patched())
+    download = flavour.download
+
+    def and_another(*args: Any) -> Path:
+        monkeypatch.setattr(flavour, "download", download)
+        load_map(f"{NAME}@champion", store=store)
+        return download(*args)
+
+    monkeypatch.setattr(flavour, "download", and_another)
+    assert load_map(f"{NAME}@champion", store=store) == make_map()
+
+
 def test_a_damaged_cache_is_replaced(store: Store, patched: Patch, tmp_path: Path) -> None:
     promote(store, patched())
     load_map(f"{NAME}@champion", store=store)
@@ -311,16 +328,16 @@ def test_rollback_goes_back_step_by_step(store: Store, patched: Patch) -> None:
     assert rollback(store, NAME).number == 1
     with pytest.raises(MechdiffError, match="no earlier version"):
         rollback(store, NAME)
-    moves = history(store, NAME)
-    assert [(m.action, m.source, m.target) for m in moves] == [
+    made = history(store, NAME)
+    assert [(m.action, m.source, m.target) for m in made] == [
         ("promote", None, 1),
         ("promote", 1, 2),
         ("promote", 2, 3),
         ("rollback", 3, 2),
         ("rollback", 2, 1),
     ]
-    assert [m.why for m in moves] == ["seed 1", "seed 2", "seed 3", "wrong split", ""]
-    assert all(m.who and m.when_ms > 0 for m in moves)
+    assert [m.why for m in made] == ["seed 1", "seed 2", "seed 3", "wrong split", ""]
+    assert all(m.who and m.when_ms > 0 for m in made)
     assert load_map(f"{NAME}@champion", store=store) == make_map(1)
 
 
@@ -371,7 +388,7 @@ def test_history_tells_moves_that_happened_from_those_that_a_crash_prevented(
         if not crashes:
             made.append(announced[-1])
             at = target
-    assert registry._happened(announced, at) == made
+    assert moves.happened(announced, at) == made
 
 
 A = Move("promote", 1, 2, when_ms=10, made_ms=20)
@@ -393,7 +410,7 @@ THEN = Move("promote", 2, 4, when_ms=30, made_ms=31)
 def test_moves_made_at_once_are_all_in_the_history_and_none_is_taken_for_another_programs(
     recorded: list[Move], holder: int, made: list[Move]
 ) -> None:
-    assert registry._happened(recorded, holder) == made
+    assert moves.happened(recorded, holder) == made
 
 
 def test_who_was_overtaken_is_told_and_the_last_move_stays(
@@ -403,7 +420,7 @@ def test_who_was_overtaken_is_told_and_the_last_move_stays(
     others = patched(2)
     mine = patched(3)
     move = store.client._client.set_registered_model_alias
-    monkeypatch.setattr(registry, "promotion_lock", lambda _: nullcontext())  # two machines
+    monkeypatch.setattr(moves, "promotion_lock", lambda _: nullcontext())  # two machines
 
     def and_another(name: str, alias: str, version: str) -> None:
         move(name, alias, version)
@@ -411,7 +428,7 @@ def test_who_was_overtaken_is_told_and_the_last_move_stays(
         promote(store, others)
 
     monkeypatch.setattr(store.client._client, "set_registered_model_alias", and_another)
-    with pytest.raises(registry.MovedMeanwhile, match="went to version 2 and is at version 3 now"):
+    with pytest.raises(moves.MovedMeanwhile, match="went to version 2 and is at version 3 now"):
         promote(store, mine)
     assert get_version(store, NAME, "champion").run_id == others
     assert [(m.action, m.source, m.target) for m in history(store, NAME)] == [
@@ -423,6 +440,101 @@ def test_who_was_overtaken_is_told_and_the_last_move_stays(
     assert get_version(store, NAME, "champion").number == 2
 
 
+def test_what_was_promoted_meanwhile_is_looked_at_before_the_alias_moves(
+    store: Store, patched: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A better map that got the alias after the first look is not replaced by a worse one."""
+    promote(store, patched(1))
+    best, mine = patched(2, metrics={**METRICS, "skill_pct": 33.0}), patched(3)
+    monkeypatch.setattr(moves, "promotion_lock", lambda _: nullcontext())  # two machines
+    create = store.client._client.create_model_version
+
+    def and_another(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(store.client._client, "create_model_version", create)
+        promote(store, best)
+        return create(*args, **options)
+
+    monkeypatch.setattr(store.client._client, "create_model_version", and_another)
+    with pytest.raises(MechdiffError, match=r"worse on the same prompts; .* skill 33.0 .* skill 30.0"):
+        promote(store, mine)
+    assert get_version(store, NAME, "champion").run_id == best
+    assert len(history(store, NAME)) == 2
+
+
+def test_a_rollback_does_not_undo_what_it_has_not_seen(
+    store: Store, patched: Patch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, patched(1))
+    promote(store, patched(2))
+    other = patched(3)
+    monkeypatch.setattr(moves, "promotion_lock", lambda _: nullcontext())  # two machines
+    look = store.client._client.get_model_version
+
+    def and_another(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(store.client._client, "get_model_version", look)
+        promote(store, other)
+        return look(*args, **options)
+
+    monkeypatch.setattr(store.client._client, "get_model_version", and_another)
+    with pytest.raises(MechdiffError, match="was moved meanwhile"):
+        rollback(store, NAME)
+    assert get_version(store, NAME, "champion").run_id == other
+
+
+def test_a_command_taken_over_at_any_time_does_not_move_the_alias(store: Store, patched: Patch) -> None:
+    promote(store, patched(1))
+    asked: list[int] = []
+    promote(store, patched(2), here=owned_by(lambda: asked.append(1)))
+    assert len(asked) >= 2
+    for last in range(len(asked)):
+        times: list[int] = []
+
+        def lost(times: list[int] = times, last: int = last) -> None:
+            times.append(1)
+            if len(times) > last:
+                raise RunTakenOver("Run r was taken over by process 7 on far.")
+
+        with pytest.raises(RunTakenOver):
+            promote(store, patched(3 + last), here=owned_by(lost))
+        assert get_version(store, NAME, "champion").number == 2
+
+
+def test_a_version_is_read_back_where_the_registry_has_it(
+    store: Store, patched: Patch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A registry that keeps a copy of its own: what it copied wrongly does not get the alias."""
+    promote(store, patched(1))
+    run_id, where = patched(2), store.client._client.get_model_version_download_uri
+
+    def copied(*args: Any) -> str:
+        shutil.copytree(Path(where(*args).removeprefix("file://")), tmp_path / "copy", dirs_exist_ok=True)
+        flip_byte(tmp_path / "copy" / "map.pt")
+        return str(tmp_path / "copy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.client._client, "get_model_version_download_uri", copied)
+        with pytest.raises(MechdiffError, match="changed"):
+            promote(store, run_id)
+        assert get_version(store, NAME, "champion").number == 1
+    assert promote(store, run_id).aliases == ("champion",)  # the remedy
+
+
+def test_measurements_are_compared_only_on_prompts_of_one_digest(store: Store, patched: Patch) -> None:
+    """As many prompts of the same split are other prompts where their digests differ."""
+    tags = {"selection_leak": "false", "mechdiff.prompts": "p1"}
+    promote(store, patched(1, tags=tags))
+    better = {"metrics": {**METRICS, "skill_pct": 31.0}}
+    with pytest.raises(MechdiffError, match="measured on different prompts"):
+        promote(store, patched(2, tags={**tags, "mechdiff.prompts": "p2"}, **better))
+    assert promote(store, patched(2, tags=tags, **better)).number == 2
+
+
+def owned_by(require_owner: Callable[[], object]) -> OpenRun:
+    """A command of another run, which may be taken over."""
+    nothing = SimpleNamespace(written=lambda _: None, model_of=lambda _: None, require_owner=require_owner)
+    return cast(OpenRun, nothing)
+
+
 def test_a_command_that_was_taken_over_registers_nothing(store: Store, patched: Patch) -> None:
     calls: list[str] = []
 
@@ -431,7 +543,7 @@ def test_a_command_that_was_taken_over_registers_nothing(store: Store, patched: 
         raise RunTakenOver("Run r was taken over by process 7 on far.")
 
     with pytest.raises(RunTakenOver):
-        promote(store, patched(1), demand=lost)
+        promote(store, patched(1), here=owned_by(lost))
     assert (calls, list_versions(store, NAME)) == (["asked"], [])
 
 
@@ -440,7 +552,7 @@ def test_a_record_that_is_none_is_left_out_and_disturbs_nobody(store: Store, pat
     for n, text in enumerate(["[" * 4000, "{", "7", '{"action": [], "source": 1}', '{"when_ms": 1e400}']):
         store.client.set_model_version_tag(NAME, "1", f"mechdiff.move.champion.{n}.0123abcd", text)
     wild = Move("rollback", 7, 9, when_ms=3)
-    store.client.set_model_version_tag(NAME, "1", "mechdiff.move.champion.3.0123abce", registry._text(wild))
+    store.client.set_model_version_tag(NAME, "1", "mechdiff.move.champion.3.0123abce", wild.text())
     promote(store, patched(2))
     assert history(store, NAME)[-1].target == 2
     assert rollback(store, NAME).number == 1
@@ -518,7 +630,7 @@ def test_a_refusal_names_the_rule_and_leaves_the_alias(
     assert get_version(store, NAME, "champion").number == 1
     assert len(list_versions(store, NAME)) == 1
     # The waiver that every refusal names works, and the history tells it.
-    promote(store, patched(2, **changes), policy=replace(policy, force=True))
+    promote(store, patched(2, **changes), policy=policy.with_rules(force=True))
     assert get_version(store, NAME, "champion").number == 2
     assert history(store, NAME)[-1].rules.endswith("force")
 
@@ -650,9 +762,9 @@ def test_a_promoter_killed_at_any_step_leaves_the_alias_and_is_finished_later(
         assert "champion" in finished.aliases
         assert [v.run_id for v in list_versions(store, NAME)].count(run_id) == 1, f"at {steps[step]}"
         assert load_map(f"{NAME}@champion", store=store) == make_map(seed).with_alpha(0.3)
-    moves = history(store, NAME)
-    assert [m.target for m in moves] == list(range(1, len(points) + 3))
-    assert [m.source for m in moves] == [None, *range(1, len(points) + 2)]
+    made = history(store, NAME)
+    assert [m.target for m in made] == list(range(1, len(points) + 3))
+    assert [m.source for m in made] == [None, *range(1, len(points) + 2)]
     for model in store.client.search_logged_models([store.experiment("demo")]):
         if model.status == "READY":
             load_map(f"models:/{model.model_id}", store=store)
@@ -703,12 +815,12 @@ def test_several_promoters_take_turns(store: Store, patched: Patch) -> None:
     assert [failures.get(timeout=60) for _ in processes] == [""] * 3
     for process in processes:
         process.join(timeout=60)
-    versions = list_versions(store, NAME)
-    assert sorted(v.run_id for v in versions) == sorted(run_ids)
-    assert all(v.is_verified for v in versions)
-    moves = history(store, NAME)
-    assert [m.target for m in moves] == [1, 2, 3, 4, 5, 6]
-    assert [m.source for m in moves] == [None, 1, 2, 3, 4, 5]
+    made = list_versions(store, NAME)
+    assert sorted(v.run_id for v in made) == sorted(run_ids)
+    assert all(v.is_verified for v in made)
+    done = history(store, NAME)
+    assert [m.target for m in done] == [1, 2, 3, 4, 5, 6]
+    assert [m.source for m in done] == [None, 1, 2, 3, 4, 5]
 
 
 def test_the_cache_is_where_the_user_says(

@@ -14,9 +14,9 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.tracking.content.records import RunRecord
 from mechdiff_mlflow.tracking.registry.fetch import CachedAnswer, fetch, load_map
+from mechdiff_mlflow.tracking.registry.moves import history
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import promote
-from mechdiff_mlflow.tracking.registry.registry import history
 from mechdiff_mlflow.tracking.runs.runs import Tracker
 from mechdiff_mlflow.tracking.store.store import open_store
 

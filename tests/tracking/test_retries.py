@@ -63,7 +63,7 @@ def test_what_may_be_repeated_is_repeated_and_mlflow_repeats_nothing(monkeypatch
     assert flaky.done == ["tag"] * 3
     assert flaky.retries == ["0"] * 3
     assert os.environ[RETRIES] == "9"
-    assert patience.was_tested
+    assert patience.has_retried
 
 
 def test_what_creates_is_asked_once_and_then_looked_up() -> None:

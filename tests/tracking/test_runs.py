@@ -16,7 +16,7 @@ import pytest
 from mlflow.entities import Param, Run
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.content.records import PromptSet, RunRecord, prompt_digest
+from mechdiff_mlflow.tracking.content.records import Dataset, RunRecord
 from mechdiff_mlflow.tracking.runs import writing
 from mechdiff_mlflow.tracking.runs.runs import RUN_ID_VARIABLE, Tracker
 from mechdiff_mlflow.tracking.store.store import Store
@@ -137,8 +137,8 @@ def test_texts_files_and_folders_are_artifacts(store: Store, tracker: Tracker, t
 
 
 def test_prompt_sets_are_inputs_with_our_digest_and_split(store: Store, tracker: Tracker) -> None:
-    digest = prompt_digest(["one", "two"])
-    run = store.client.get_run(tracker.log(patch(datasets=(PromptSet("demo", "val", digest, 2, "a.jsonl"),))))
+    digest = "0123abcd" * 4
+    run = store.client.get_run(tracker.log(patch(datasets=(Dataset("demo", "val", digest, 2, "a.jsonl"),))))
     [given] = run.inputs.dataset_inputs
     assert (given.dataset.name, given.dataset.digest) == ("demo", digest)
     assert json.loads(given.dataset.profile) == {"num_rows": 2}

@@ -20,8 +20,8 @@ from mechdiff_mlflow.tracking.store.store import open_store
 from .conftest import flip_byte, make_map
 from .servers import serving
 
-N_FILES = 9
-"""Of a model: MLmodel, map, probe, card, two examples, three files about the environment."""
+N_FILES = 5
+"""Of a model: MLmodel, map, probe, card, environment."""
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_files_on_this_machine_are_read_where_they_lie(tmp_path: Path, empty_dat
     files = StoredFiles(store, (tmp_path / "there").as_uri())
     files.send(sent)
     digest = hashlib.sha256(b"one").hexdigest()
-    assert files.demand({"a.txt": digest}, tmp_path / "unused") == tmp_path / "there"
+    assert files.require_same({"a.txt": digest}, tmp_path / "unused") == tmp_path / "there"
     assert not (tmp_path / "unused").exists()
     with pytest.raises(MechdiffError, match=r"another b\.txt than was sent"):
-        files.demand({"b.txt": digest}, tmp_path / "unused")
+        files.require_same({"b.txt": digest}, tmp_path / "unused")

@@ -1,4 +1,4 @@
-"""Files at one artifact location of a store: sent, and made sure of, with a request each and no other.
+"""Files at one artifact location of a store: sent, made sure of and read, with a request each and no other.
 
 MLflow's client asks the server where a model's files belong, though it said so when it made the model, and
 lists a directory before it downloads a file of it. Nothing here is shared between two locations, so each
@@ -7,8 +7,10 @@ thread may have its own.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -20,19 +22,67 @@ from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.digests import file_sha256
-from mechdiff_mlflow.tracking.content.artifact_digests import Sent
+from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS
+from mechdiff_mlflow.tracking.content.tag_names import ARTIFACTS_TAG
 from mechdiff_mlflow.tracking.store.store import Store
 
 _log = logging.getLogger(__name__)
 
 
-class StoredFiles:
-    """The files at a location.
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A file that was sent: its hex digest, and its size in bytes."""
 
-    Args:
-        store: Whose they are.
-        location: Their URI, as the store gave it for a run or a model.
+    sha256: str
+    size: int
+
+
+def files_of(folder: Path) -> dict[str, Sent]:
+    """Every file below a folder, by its path there."""
+    return {
+        path.relative_to(folder).as_posix(): Sent(file_sha256(path), path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def digest_tag(sent: Mapping[str, Sent]) -> dict[str, str]:
+    """The tag that says what was sent; of more files than a tag holds, as many as it does."""
+    listed: dict[str, str] = {}
+    room = MAX_TAG_CHARS - 2
+    for path, file in sent.items():
+        room -= len(json.dumps({path: file.sha256})) + 1
+        if room < 0:
+            break
+        listed[path] = file.sha256
+    return {ARTIFACTS_TAG: json.dumps(listed)} if listed else {}
+
+
+def sent_digest(tags: Mapping[str, str], name: str) -> str | None:
+    """The SHA-256 of an artifact, by the tags of its run; None where they do not say."""
+    try:
+        found = json.loads(tags.get(ARTIFACTS_TAG, "{}")).get(name)
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def check_read(path: Path, name: str, run_id: str, tags: Mapping[str, str]) -> None:
+    """Make sure that a downloaded artifact is what was logged, as far as the run's tags say.
+
+    Raises:
+        MechdiffError: It is another.
     """
+    expected = sent_digest(tags, name)
+    if expected is not None and file_sha256(path) != expected:
+        raise MechdiffError(
+            f"{name} of run {run_id} is not what was logged; the store's files were changed or damaged, so "
+            "restore them from a backup, or delete that run and repeat it."
+        )
+
+
+class StoredFiles:
+    """The files at a location: a URI, as the store gave it for a run or a model."""
 
     def __init__(self, store: Store, location: str) -> None:
         self._store, self._location = store, location
@@ -80,12 +130,8 @@ class StoredFiles:
             self._store.patience.run(partial(self._files._download_file, name, str(folder / name)))
         return folder
 
-    def demand(self, sent: Mapping[str, str], folder: Path) -> Path:
-        """Make sure that the stored files are the ones that were sent; where they can be read.
-
-        Args:
-            sent: Hex SHA-256 by name.
-            folder: For files that have to be fetched.
+    def require_same(self, sent: Mapping[str, str], folder: Path) -> Path:
+        """Make sure that the stored files have the digests `sent`; where they can be read (see `read_back`).
 
         Raises:
             MechdiffError: One is missing or has other bytes.
@@ -100,7 +146,7 @@ class StoredFiles:
                 )
         return back
 
-    def demand_present(self, sent: Mapping[str, Sent]) -> None:
+    def require_present(self, sent: Mapping[str, Sent]) -> None:
         """Make sure that the stored files are there.
 
         On this machine their bytes are compared; elsewhere their sizes, with a request a directory.
@@ -109,7 +155,7 @@ class StoredFiles:
             MechdiffError: One is missing or another.
         """
         if isinstance(self._files, LocalArtifactRepository):
-            self.demand({name: file.sha256 for name, file in sent.items()}, Path())
+            self.require_same({name: file.sha256 for name, file in sent.items()}, Path())
             return
         sizes: dict[str, int] = {}
         for folder in sorted({str(PurePosixPath(name).parent) for name in sent}):

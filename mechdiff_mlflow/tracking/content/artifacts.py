@@ -15,7 +15,8 @@ import numpy as np
 from mlflow.entities import Dataset, DatasetInput, InputTag
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.content.records import PromptSet, RunRecord
+from mechdiff_mlflow.tracking.content import records
+from mechdiff_mlflow.tracking.content.records import RunRecord
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +49,7 @@ def table_tag(record: RunRecord) -> str:
     return json.dumps([{"path": path, "type": "table"} for path in record.tables])
 
 
-def dataset_input(prompts: PromptSet) -> DatasetInput:
+def dataset_input(prompts: records.Dataset) -> DatasetInput:
     """A prompt set as MLflow's run page shows it, with its split as the context."""
     dataset = Dataset(
         name=prompts.name,

@@ -40,8 +40,6 @@ def model_card(
     metrics: Mapping[str, float],
     uri: str = "path/to/this/directory",
     facts: Mapping[str, object] | None = None,
-    *,
-    sha256: str | None = None,
 ) -> str:
     """Markdown: what the map is, how good it was measured to be, how to use it, where it comes from.
 
@@ -50,7 +48,6 @@ def model_card(
         metrics: Of the run that measured it; may be empty.
         uri: How a reader gets this very map.
         facts: What that run says beside its metrics: n, split, null, selection_leak.
-        sha256: Digest of the map's `.pt` form, where it is known: to make it takes a while.
     """
     meta = {markdown(key, 60): markdown(_text(value)) for key, value in the_map.meta.items()}
     facts = {key: markdown(value) for key, value in (facts or {}).items()}
@@ -77,7 +74,7 @@ def model_card(
         "|---|---|",
         *(f"| {key} | {value} |" for key, value in sorted(meta.items()) if key != META),
         f"| chosen | {markdown(_chosen(the_map))} |",
-        f"| sha256 of map.pt | {sha256 or the_map.sha256()} |",
+        f"| sha256 of map.pt | {the_map.sha256()} |",
         "",
     ]
     return "\n".join(lines)

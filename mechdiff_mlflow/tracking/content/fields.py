@@ -14,18 +14,22 @@ from mechdiff_mlflow.experiments.sweep import LeastRank
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures.stats import Correlation, Interval
+from mechdiff_mlflow.solvers import SETTINGS
 from mechdiff_mlflow.spec.pair_spec import Cell, PairSpec
 from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.text import text_of
 from mechdiff_mlflow.tracking.content import records
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
-from mechdiff_mlflow.tracking.content.tag_names import FITTED_ON, REPORTED, SELECTION, SELECTION_LEAK
+from mechdiff_mlflow.tracking.content.tag_names import (
+    FITTED_ON,
+    PAIR_FINGERPRINT,
+    REPORTED,
+    SELECTION,
+    SELECTION_LEAK,
+)
 
 NOT_APPLICABLE = "n/a"
 """Of a hyperparameter that the solver does not have: every run has every column."""
-
-SETTINGS = ("shrink", "ridge", "output_metric", "directions", "unembedding", "off_span", "alpha_fit")
-"""Of how a map is made, what users set."""
 
 
 def fit_run(record: FitRecord, study: Study) -> RunRecord:
@@ -36,10 +40,7 @@ def fit_run(record: FitRecord, study: Study) -> RunRecord:
     return RunRecord(
         kind="fit",
         name=f"fit {_name(cell)}",
-        params=params_of(cell, study)
-        | {
-            **_settings(record.map),
-        },
+        params=params_of(cell, study) | _settings(record.map),
         metrics=metrics,
         tags=_tags(cell, study) | {"mechdiff.chosen_on_val": ", ".join(record.chosen) or "nothing"},
         datasets=_datasets(study, study.train_prompts, study.val_prompts),
@@ -57,14 +58,7 @@ def fit_run(record: FitRecord, study: Study) -> RunRecord:
 def patch_run(
     record: PatchRecord, study: Study, *, map_run: str | None = None, map_name: str = ""
 ) -> RunRecord:
-    """A patch as a run.
-
-    Args:
-        record: What was measured.
-        study: What it was measured on.
-        map_run: The run that fitted the map, where it was one of ours.
-        map_name: What the user called the map, where they named one.
-    """
+    """A patch as a run, with the run that fitted its map, or what the user called the map, where known."""
     cell = record.cell
     leak = selection.sentence(record.leak)
     caveats = [leak] if leak else []
@@ -117,6 +111,21 @@ def cell_run(fit: FitRecord, patch: PatchRecord, study: Study) -> RunRecord:
         is_model=False,
         datasets=_datasets(study, *study.prompt_sets),
         tables={"per_prompt.json": patch.per_prompt, **fitted.tables},
+    )
+
+
+def planned_cell(fit: FitRecord, study: Study) -> RunRecord:
+    """What is known of a sweep's cell before it is measured: what it is called, and its map."""
+    return RunRecord(
+        kind="patch",
+        name=_name(fit.cell),
+        params=params_of(fit.cell, study)
+        | _settings(fit.map)
+        | {"split": study.protocol.split, "n": len(study.report_prompts)},
+        tags=_tags(fit.cell, study),
+        datasets=_datasets(study, *study.prompt_sets),
+        map=fit.map,
+        is_model=False,
     )
 
 
@@ -260,7 +269,7 @@ def params_of(cell: Cell, study: Study) -> dict[str, ParamValue]:
 
 def _settings(map_: AffineMap) -> dict[str, ParamValue]:
     """How a map was made, in the same columns for every solver."""
-    return {key: _plain(map_.meta.get(key, NOT_APPLICABLE)) for key in SETTINGS}
+    return {s.name: _plain(map_.meta.get(s.name, NOT_APPLICABLE)) for s in SETTINGS}
 
 
 def _curve(cell: Cell) -> str:
@@ -281,16 +290,16 @@ def _name(cell: Cell) -> str:
 def _tags(cell: Cell, study: Study) -> dict[str, str]:
     return {
         "mechdiff.site": str(cell.site),
-        "pair_fingerprint": study.pair.fingerprint,
+        PAIR_FINGERPRINT: study.pair.fingerprint,
         "mechdiff.engine": study.engine_mode,
         "mechdiff.trust_remote_code": str(study.pair.spec.trust_remote_code).lower(),
     }
 
 
-def _datasets(study: Study, *sets: PromptSet) -> tuple[records.PromptSet, ...]:
+def _datasets(study: Study, *sets: PromptSet) -> tuple[records.Dataset, ...]:
     spec = study.pair.spec
     return tuple(
-        records.PromptSet(
+        records.Dataset(
             name=f"{spec.name}-{prompts.split}",
             split=prompts.split,
             digest=prompts.digest,
@@ -324,16 +333,11 @@ def _correlation(found: Correlation | None) -> dict[str, float]:
     """Of the cosine with the decrease of KL; `/` would make a group within `ci/`."""
     if found is None:
         return {}
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
     for name, interval in (("pearson", found.pearson), ("spearman", found.spearman)):
-        metrics |= _present(
-            {
-                f"corr/{name}": interval.estimate,
-                f"ci/corr_{name}_low": interval.low,
-                f"ci/corr_{name}_high": interval.high,
-            }
-        )
-    return metrics
+        metrics |= {f"corr/{name}": interval.estimate}
+        metrics |= {f"ci/corr_{name}_low": interval.low, f"ci/corr_{name}_high": interval.high}
+    return _present(metrics)
 
 
 def _present(values: Mapping[str, float | None]) -> dict[str, float]:

@@ -10,13 +10,6 @@ from collections.abc import Mapping
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.records import RunRecord, param_text
 
-KEY_TAG = "mechdiff.key"
-"""Tag of a run below a parent, unique there: what was asked for, and of which code."""
-ROOT_TAG = "mechdiff.root"
-"""Tag of a run below a parent: the id of the top run."""
-ARTIFACTS_TAG = "mechdiff.artifacts"
-"""Tag of a run: SHA-256 of its artifacts by path, as JSON."""
-
 _OTHER_NUMBERS = 1e-2
 """Relative difference at which a number is another one, and not the same computed elsewhere."""
 _TIME = "time/"
@@ -25,11 +18,7 @@ _TIME = "time/"
 def key_of(record: RunRecord, code: str) -> str:
     """32 hex digits over what a record was asked to be: its kind, settings, prompts, pair and code.
 
-    What was measured is not part of it, nor when.
-
-    Args:
-        record: The run as it will be logged.
-        code: Version of the code, e.g. `0.1.0+g1a2b3c4d5e`.
+    What was measured is not part of it, nor when. `code` is a version like `0.1.0+g1a2b3c4d5e`.
     """
     asked = {
         "kind": record.kind,

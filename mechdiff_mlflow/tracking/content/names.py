@@ -13,20 +13,12 @@ _ALIAS = re.compile(r"[\w-]{1,200}")
 
 
 def registered_name(pair: str, site: Site) -> str:
-    """The name under which maps of `pair` at `site` are registered: `cultural-demo-L26-attn_out`.
-
-    Raises:
-        MechdiffError: The pair's name has characters that a registered model cannot have.
-    """
+    """The name under which maps of `pair` at `site` are registered: `cultural-demo-L26-attn_out`."""
     return check_name(f"{pair}-{site.slug}")
 
 
 def check_name(name: str) -> str:
-    """`name` itself, if a map can be registered under it.
-
-    Raises:
-        MechdiffError: It cannot.
-    """
+    """`name` itself; refused where no map can be registered under it."""
     if _NAME.fullmatch(name) is None:
         raise MechdiffError(
             f"Maps cannot be registered as {name!r}; use up to 200 letters, digits, `_` and `-`, starting "
@@ -36,11 +28,7 @@ def check_name(name: str) -> str:
 
 
 def check_alias(alias: str) -> str:
-    """`alias` itself, if a version can bear it.
-
-    Raises:
-        MechdiffError: It cannot; `latest` and `v3` mean something else to MLflow.
-    """
+    """`alias` itself; refused where no version can bear it, as `latest` and `v3`, which MLflow reads."""
     if _ALIAS.fullmatch(alias) is None or alias.lower() == "latest" or re.fullmatch(r"[vV]?\d+", alias):
         raise MechdiffError(
             f"Alias {alias!r} is not possible; use letters, digits, `_` and `-` and neither `latest` nor a "

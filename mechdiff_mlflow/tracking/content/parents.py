@@ -17,19 +17,9 @@ from mechdiff_mlflow.tracking.content.records import RunRecord
 def report_run(
     kind: str, title: str, out: Path, written: Sequence[Path], caveats: Sequence[str]
 ) -> RunRecord:
-    """A report's files: the Markdown, the HTML and the pictures that the Markdown shows.
-
-    Args:
-        kind: `report` or `compare`.
-        title: Of the report.
-        out: The file that was asked for.
-        written: Every file of the report.
-        caveats: What to doubt.
-    """
-    files = {}
-    for path in written:
-        # The Markdown names the pictures by their folder beside it.
-        files[str(path.relative_to(out.parent)).replace("\\", "/")] = path
+    """The files `written` for a report that was asked for as `out`; `kind` is `report` or `compare`."""
+    # The Markdown names the pictures by their folder beside it.
+    files = {path.relative_to(out.parent).as_posix(): path for path in written}
     return RunRecord(
         kind=kind,
         name=kind,
@@ -51,13 +41,7 @@ def report_pass_run(patches: Sequence[PatchRecord]) -> RunRecord:
 
 
 def atlas_run(record: AtlasRecord, sentence: str, files: Mapping[str, Path]) -> RunRecord:
-    """An atlas's table and figures, and each hook's curves over layers (step = layer).
-
-    Args:
-        record: What was measured.
-        sentence: What it shows.
-        files: Figures by artifact path.
-    """
+    """An atlas's table, figures by artifact path, and each hook's curves over layers (step = layer)."""
     table = record.table
     curves: dict[str, dict[int, float]] = {}
     for key in ("KL_raw", "drop_pct", "skill_pct", "rho"):
@@ -80,13 +64,7 @@ def atlas_run(record: AtlasRecord, sentence: str, files: Mapping[str, Path]) -> 
 
 
 def layers_run(table: pd.DataFrame, sentence: str, files: Mapping[str, Path]) -> RunRecord:
-    """A layer profile; its columns are curves over layers (step = layer).
-
-    Args:
-        table: `experiments.profiles.layer_profile`.
-        sentence: What it shows.
-        files: Figures by artifact path.
-    """
+    """A layer profile: its table, its columns as curves over layers (step = layer), and figures."""
     return RunRecord(
         kind="layers",
         name="layers",
@@ -100,13 +78,7 @@ def layers_run(table: pd.DataFrame, sentence: str, files: Mapping[str, Path]) ->
 
 
 def heads_run(record: HeadsRecord, sentence: str, files: Mapping[str, Path]) -> RunRecord:
-    """Heads of one layer; coverage is a curve over the number of heads (step = size).
-
-    Args:
-        record: What was measured.
-        sentence: What it shows.
-        files: Figures by artifact path.
-    """
+    """Heads of one layer; coverage is a curve over the number of heads (step = size)."""
     table = record.table
     curves = {
         f"coverage/{choice}": _curve(table[table["choice"] == choice], "size", "coverage")

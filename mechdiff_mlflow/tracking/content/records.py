@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -30,15 +28,15 @@ _KEY = re.compile(r"[\w.\- /]+")
 
 
 @dataclass(frozen=True, slots=True)
-class PromptSet:
+class Dataset:
     """A prompt set that a run used, shown by MLflow among the run's datasets.
 
     Args:
         name: What the user calls it, e.g. `cultural-demo`.
         split: `train`, `val` or `test`; MLflow's dataset context.
-        digest: At most 36 characters that change when any prompt changes; see `prompt_digest`.
+        digest: At most 36 characters that change when any prompt changes.
         n: Number of prompts.
-        source: Where it was read from: a path or a URL.
+        source: The path that it was read from.
     """
 
     name: str
@@ -51,21 +49,8 @@ class PromptSet:
         if not self.digest or len(self.digest) > MAX_DIGEST_CHARS:
             raise MechdiffError(
                 f"Digest {self.digest!r} of prompt set {self.name!r} has {len(self.digest)} characters; "
-                f"MLflow stores 1 to {MAX_DIGEST_CHARS}, so use prompt_digest()."
+                f"MLflow stores 1 to {MAX_DIGEST_CHARS}, so shorten it."
             )
-
-
-def prompt_digest(prompts: Iterable[object]) -> str:
-    """The first 36 hexadecimal digits of the SHA-256 of JSON-able `prompts`, in order.
-
-    Every row counts, and where one prompt ends and the next begins; MLflow's own digest samples rows.
-    """
-    sha = hashlib.sha256()
-    for prompt in prompts:
-        row = json.dumps(prompt, ensure_ascii=False, sort_keys=True).encode()
-        sha.update(len(row).to_bytes(8, "big"))
-        sha.update(row)
-    return sha.hexdigest()[:MAX_DIGEST_CHARS]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -102,7 +87,7 @@ class RunRecord:
     stepped_metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     undefined: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
-    datasets: tuple[PromptSet, ...] = ()
+    datasets: tuple[Dataset, ...] = ()
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)

@@ -13,7 +13,6 @@ import shlex
 import time
 import zlib
 from typing import Any
-from urllib.parse import quote
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.store.store import Store
@@ -47,25 +46,16 @@ def install_view(store: Store, experiment_id: str, *, kind: str = "patch") -> No
 
 def view_tag(kind: str = "patch") -> dict[str, str]:
     """The tag of an experiment that holds the view."""
-    now, state = int(time.time() * 1000), _encoded(_state(kind))
+    now, packed = int(time.time() * 1000), zlib.compress(json.dumps(_state(kind)).encode())
+    state = "deflate;" + base64.b64encode(packed).decode()
     return {_TAG: json.dumps({"name": "mechdiff", "createdAt": now, "updatedAt": now, "state": state})}
 
 
-def view_url(store: Store, experiment_id: str, *, charts: bool = False) -> str:
-    """Link to the experiment's runs in the shared view: its table, or its charts."""
+def view_url(store: Store, experiment_id: str) -> str:
+    """Link to the experiment's runs in the shared view."""
     query = f"viewStateShareKey={VIEW_KEY}&workflowType=machine_learning"
-    query += "&compareRunsMode=CHART" if charts else ""
-    return f"{_ui(store)}/#/experiments/{experiment_id}/runs?{query}"
-
-
-def run_url(store: Store, experiment_id: str, run_id: str) -> str:
-    """Link to a run."""
-    return f"{_ui(store)}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
-
-
-def version_url(store: Store, name: str, number: int) -> str:
-    """Link to a registered version."""
-    return f"{_ui(store)}/#/models/{quote(name)}/versions/{number}"
+    address = store.shown if store.is_server else _LOCAL_UI
+    return f"{address}/#/experiments/{experiment_id}/runs?{query}"
 
 
 def ui_command(store: Store) -> str | None:
@@ -73,26 +63,14 @@ def ui_command(store: Store) -> str | None:
     return None if store.is_server else f"mlflow ui --backend-store-uri {shlex.quote(store.shown)}"
 
 
-def _ui(store: Store) -> str:
-    return store.shown if store.is_server else _LOCAL_UI
-
-
-def _encoded(state: dict[str, Any]) -> str:
-    return "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
-
-
 def _state(kind: str) -> dict[str, Any]:
     columns = [f"params.`{key}`" for key in _PARAMS] + [f"metrics.`{key}`" for key in _METRICS]
+    # The metric `rank`, not the param `k`: the UI leaves the rows of "full" out of a numeric axis.
+    rank, drop = ({"key": key, "type": "METRIC"} for key in ("rank", "drop_pct"))
     charts = [
-        # The metric `rank`, not the param `k`: the UI leaves the rows of "full" out of a numeric axis.
         _chart("PARALLEL", selectedParams=["layer", "hook", "alpha"], selectedMetrics=["rank", "drop_pct"]),
-        _chart("SCATTER", xaxis=_axis("rank", "METRIC"), yaxis=_axis("drop_pct", "METRIC")),
-        _chart(
-            "CONTOUR",
-            xaxis=_axis("rank", "METRIC"),
-            yaxis=_axis("alpha", "PARAM"),
-            zaxis=_axis("drop_pct", "METRIC"),
-        ),
+        _chart("SCATTER", xaxis=rank, yaxis=drop),
+        _chart("CONTOUR", xaxis=rank, yaxis={"key": "alpha", "type": "PARAM"}, zaxis=drop),
         _chart("BAR", metricKey="drop_pct"),
     ]
     section = {"uuid": _SECTION, "name": "Maps", "display": True, "isReordered": False}
@@ -131,7 +109,3 @@ def _chart(kind: str, **settings: Any) -> dict[str, Any]:
         "runsCountToCompare": _RUNS,
         **settings,
     }
-
-
-def _axis(key: str, kind: str) -> dict[str, str]:
-    return {"key": key, "type": kind}

@@ -14,22 +14,20 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickletools
 import re
 import sys
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps import files as mapfiles
+from mechdiff_mlflow.maps import torch_zip
 from mechdiff_mlflow.maps.affine import JSON, AffineMap, Weight
+from mechdiff_mlflow.maps.files import MAX_BYTES
 from mechdiff_mlflow.maps.meta import check_meta
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.digests import file_sha256
@@ -41,46 +39,31 @@ EPS = 1e-6
 """What the predecessor added to a standard deviation before dividing by it."""
 
 _MAX_MANIFEST_BYTES = 1 << 20
-_MAX_PICKLE_BYTES = 1 << 20
-_MAX_ENTRIES = 100
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_INTEGERS = (torch.int64, torch.int32)  # in fields that a map does not need
 _VECTORS = ("mu_b", "sd_b", "mu_t", "sd_t")
 _MATRICES = ("W", "Q", "Cb_invh", "Ct_h", "Vb", "Vt", "Vq")
 _OWN = "mechdiff"  # in bundles that we wrote: the map's meta, as JSON
-# What torch.save needs to write a dictionary of plain tensors.
-_GLOBALS = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"} | {
-    f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int")
-}
-_CALLING = {"INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "STACK_GLOBAL", "BUILD"}
-_SITE = re.compile(r"L(\d{1,6})_(\w+)")
+_SITE = re.compile(rf"L(\d{{1,6}})_({'|'.join(map(str, Hook))})")
+
+_Text = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-@dataclass(frozen=True, slots=True)
-class Winner:
-    """A row of a manifest.
+class Winner(BaseModel):
+    """A row of a manifest: the path of its bundle, as written, and α to patch with."""
 
-    Args:
-        key: What it is called there, e.g. `L26_attn_out`.
-        path: Of its bundle, as written.
-        alpha: To patch with.
+    path: _Text
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Manifest(BaseModel):
+    """Winners of a pair, by keys such as `L26_attn_out`.
+
+    `pair` is a name, or the path of the predecessor's Python file, which is never run.
     """
 
-    key: str
-    path: str
-    alpha: float
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """Winners of a pair.
-
-    Args:
-        pair: As written: a name, or the path of the predecessor's Python file, which is never run.
-        winners: In the order of the file.
-    """
-
-    pair: str
-    winners: tuple[Winner, ...]
+    pair: _Text
+    winners: Annotated[dict[str, Winner], Field(min_length=1, max_length=1000)]
 
     @property
     def pair_name(self) -> str:
@@ -88,19 +71,19 @@ class Manifest:
         return PurePosixPath(self.pair).stem.removeprefix("pair_") if "/" in self.pair else self.pair
 
     @classmethod
-    def load(cls, path: str | Path) -> Manifest:
+    def load(cls, path: Path) -> Manifest:
         """Read a manifest.
 
         Raises:
             MechdiffError: The file cannot be read or is not a manifest.
         """
         try:
-            untrusted.size_of(Path(path), sys.maxsize)
-            with Path(path).open("rb") as file:
+            untrusted.size_of(path, sys.maxsize)
+            with path.open("rb") as file:
                 content = file.read(_MAX_MANIFEST_BYTES + 1)
             if len(content) > _MAX_MANIFEST_BYTES:
                 raise MechdiffError(f"{path} is over {_MAX_MANIFEST_BYTES} bytes; a manifest is a page.")
-            form = _ManifestForm.model_validate(untrusted.parse_json(content))
+            return cls.model_validate(untrusted.parse_json(content))
         except OSError as error:
             raise MechdiffError(
                 f"Cannot read the manifest {path} ({error.strerror}); check the path."
@@ -109,21 +92,6 @@ class Manifest:
             raise MechdiffError(f"{path} is not a manifest: {explain(error)}.") from error
         except (ValueError, RecursionError) as error:
             raise MechdiffError(f"{path} is not JSON ({str(error)[:100]}); check the file.") from error
-        return cls(form.pair, tuple(Winner(key, w.path, w.alpha) for key, w in form.winners.items()))
-
-
-class _WinnerForm(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    path: Annotated[str, Field(min_length=1, max_length=1000)]
-    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class _ManifestForm(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    pair: Annotated[str, Field(min_length=1, max_length=1000)]
-    winners: Annotated[dict[str, _WinnerForm], Field(min_length=1, max_length=1000)]
 
 
 def bundle_file(root: Path, written: str) -> Path:
@@ -170,34 +138,26 @@ def read_bundle(
         MechdiffError: The file is no bundle, asks for code to be run, or its parts do not fit together.
     """
     bundle = _load(path)
-    for name in _VECTORS:
-        if name in bundle:
-            bundle[name] = _vector(path, name, bundle[name])
-    for name in _MATRICES:
-        if name in bundle:
-            bundle[name] = _matrix(path, name, bundle[name])
+    for name in filter(bundle.__contains__, (*_VECTORS, *_MATRICES)):
+        bundle[name] = _tensor(path, name, bundle[name])
     solver = str(bundle.get("solver", ""))
-    if solver not in _WEIGHTS:
-        raise MechdiffError(f"Bundle {path} is of solver {solver!r}; those known are {', '.join(_WEIGHTS)}.")
-    needed = ("mu_b", "mu_t", *_NEEDED[solver])
-    missing = [name for name in needed if not isinstance(bundle.get(name), Tensor)]
-    if missing:
+    if solver not in _NEEDED:
+        raise MechdiffError(f"Bundle {path} is of solver {solver!r}; those known are {', '.join(_NEEDED)}.")
+    if missing := [name for name in ("mu_b", "mu_t", *_NEEDED[solver]) if name not in bundle]:
         raise MechdiffError(
             f"Bundle {path} of solver {solver} has no {', '.join(missing)} (it has {', '.join(bundle)}); "
             "export the map again."
         )
     meta = _meta(path, bundle, key, position)
-    meta |= {name: value for name, value in _own_meta(path, bundle).items() if name != "site"}
     check_meta(meta, path)
     try:
-        weight = _WEIGHTS[solver](bundle)
-        the_map = AffineMap(bundle["mu_b"], bundle["mu_t"], weight, alpha, meta)
+        weight = _whitened(bundle) if solver == "procrustes_scaled" else _standardised(bundle)
+        return AffineMap(bundle["mu_b"], bundle["mu_t"], weight, alpha, meta)
     except (RuntimeError, MechdiffError) as error:
         shapes = {name: list(t.shape) for name, t in bundle.items() if isinstance(t, Tensor)}
         raise MechdiffError(
             f"The parts of bundle {path} do not fit together ({shapes}): {str(error)[:200]}"
         ) from error
-    return the_map
 
 
 def bundle_bytes(the_map: AffineMap) -> bytes:
@@ -229,12 +189,7 @@ def bundle_bytes(the_map: AffineMap) -> bytes:
 
 
 def write_manifest(folder: Path, pair: str, maps: Mapping[str, AffineMap]) -> Path:
-    """Write maps as bundles below `folder`, and the manifest that lists them; its path.
-
-    Args:
-        folder: New or empty.
-        pair: Their pair.
-        maps: By key, e.g. `L26_attn_out`.
+    """Write a pair's maps, by keys such as `L26_attn_out`, as bundles and a manifest; the manifest's path.
 
     Raises:
         MechdiffError: The folder is not empty or cannot be written.
@@ -269,71 +224,29 @@ def _site_of(the_map: AffineMap) -> Site:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """The dictionary in a bundle, its tensors still in the file."""
+    """The dictionary in a bundle, without the entries that are None."""
     try:
-        _check_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
-            raise ValueError("it holds no dictionary")
-    except MechdiffError:
-        raise
+        loaded = torch_zip.load(path, MAX_BYTES, (*_FLOATS, *_INTEGERS))
     except Exception as error:  # the libraries' readers raise many kinds on hostile bytes
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MechdiffError(
-            f"{path} is damaged, truncated or no bundle ({reason}); save it again with torch.save."
+            f"{path} is damaged, truncated or no bundle ({reason}); if you trust where it comes from, save "
+            "it again with torch.save."
         ) from error
     return {name: value for name, value in loaded.items() if value is not None}
 
 
-def _check_file(path: Path) -> None:
-    """Look at a file before anything in it is believed: sizes, checksums, and what its pickle asks for."""
-    untrusted.size_of(path, mapfiles.MAX_BYTES)
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if len(entries) > _MAX_ENTRIES or any(e.compress_type != zipfile.ZIP_STORED for e in entries):
-            raise ValueError("it is no archive that torch.save writes")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError("it unpacks to more than its own size")
-        pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
-        if len(pickles) != 1 or pickles[0].file_size > _MAX_PICKLE_BYTES:
-            raise ValueError("it has no plain table of contents")
-        if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of {damaged} does not match")
-        contents = archive.read(pickles[0])
-    for opcode, argument, _ in pickletools.genops(contents):
-        asked = str(argument) if opcode.name == "GLOBAL" else opcode.name
-        if opcode.name in _CALLING or (opcode.name == "GLOBAL" and asked not in _GLOBALS):
-            raise MechdiffError(
-                f"{path} asks to run {asked.replace(' ', '.')}, which a map has no use for; nothing was run. "
-                "Do not trust where it comes from."
-            )
-
-
-def _plain(path: Path, name: str, value: object) -> Tensor:
+def _tensor(path: Path, name: str, value: object) -> Tensor:
+    """A vector or matrix of a bundle in float64; vectors may be saved as [1, d]."""
     if type(value) is not Tensor or value.layout != torch.strided or value.dtype not in _FLOATS:
         kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise MechdiffError(f"{name} of bundle {path} is {kind}, not a plain floating-point tensor.")
-    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise MechdiffError(
-            f"{name} of bundle {path} claims the shape {list(value.shape)}, more than the file holds."
-        )
-    return value
-
-
-def _vector(path: Path, name: str, value: object) -> Tensor:
-    vector = _plain(path, name, value)
-    if vector.ndim == 2 and vector.shape[0] == 1:
-        vector = vector[0]
-    if vector.ndim != 1:
-        raise MechdiffError(f"{name} of bundle {path} has the shape {list(vector.shape)}, not [d] or [1, d].")
-    return vector.to(torch.float64, copy=True)
-
-
-def _matrix(path: Path, name: str, value: object) -> Tensor:
-    matrix = _plain(path, name, value)
-    if matrix.ndim != 2:
-        raise MechdiffError(f"{name} of bundle {path} has the shape {list(matrix.shape)}, not two axes.")
-    return matrix.to(torch.float64, copy=True)
+    if name in _VECTORS and value.ndim == 2 and value.shape[0] == 1:
+        value = value[0]
+    if value.ndim != (1 if name in _VECTORS else 2):
+        wanted = "[d] or [1, d]" if name in _VECTORS else "two axes"
+        raise MechdiffError(f"{name} of bundle {path} has the shape {list(value.shape)}, not {wanted}.")
+    return value.to(torch.float64, copy=True)
 
 
 def _standardised(bundle: Mapping[str, Any]) -> Weight:
@@ -376,7 +289,6 @@ def _scale(bundle: Mapping[str, Any]) -> float:
     return float(scale)
 
 
-_WEIGHTS = {"ridge": _standardised, "procrustes": _standardised, "procrustes_scaled": _whitened}
 _NEEDED = {
     "ridge": ("sd_b", "sd_t", "W"),
     "procrustes": ("sd_b", "sd_t", "W"),
@@ -386,7 +298,6 @@ _NEEDED = {
 
 def _meta(path: Path, bundle: Mapping[str, Any], key: str, position: Position) -> dict[str, JSON]:
     meta: dict[str, JSON] = {
-        "site": str(_bundle_site(path, bundle, key)),
         "solver": str(bundle["solver"]),
         "family": "content",
         "k": _rank(bundle),
@@ -396,12 +307,16 @@ def _meta(path: Path, bundle: Mapping[str, Any], key: str, position: Position) -
     asked = bundle.get("pca_q") or 0
     if str(asked) not in ("0", meta["k"]):
         meta["pca_q_ignored"] = str(asked)
-    return meta
+    try:
+        meta |= dict(json.loads(bundle.get(_OWN, "{}")))  # what we wrote into a bundle of ours
+    except (TypeError, ValueError, RecursionError) as error:
+        raise MechdiffError(f"{_OWN!r} of bundle {path} is not JSON; export the map again.") from error
+    return meta | {"site": str(_bundle_site(path, bundle, key))}
 
 
 def _bundle_site(path: Path, bundle: Mapping[str, Any], key: str) -> Site:
     match = _SITE.fullmatch(key)
-    named = Site(int(match[1]), Hook.parse(match[2])) if match and match[2] in set(map(str, Hook)) else None
+    named = Site(int(match[1]), Hook.parse(match[2])) if match else None
     layer, hook = bundle.get("layer"), bundle.get("hook")
     if not isinstance(layer, int) or not isinstance(hook, str):
         if named is None:
@@ -423,12 +338,3 @@ def _rank(bundle: Mapping[str, Any]) -> str:
         return str(_rank_of_turn(bundle["Q"]) or "full")
     width = min(bundle["mu_b"].shape[0], bundle["mu_t"].shape[0])
     return str(min(bundle["W"].shape)) if min(bundle["W"].shape) < width else "full"
-
-
-def _own_meta(path: Path, bundle: Mapping[str, Any]) -> dict[str, JSON]:
-    """What we wrote of the map into a bundle of ours."""
-    try:
-        own = json.loads(bundle.get(_OWN, "{}"))
-        return dict(own)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise MechdiffError(f"{_OWN!r} of bundle {path} is not JSON; export the map again.") from error

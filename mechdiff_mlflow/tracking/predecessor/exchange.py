@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,30 +15,27 @@ from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.text import text_of
-from mechdiff_mlflow.tracking.content.keys import KEY_TAG, ROOT_TAG, key_of
+from mechdiff_mlflow.tracking.content.keys import key_of
 from mechdiff_mlflow.tracking.content.names import check_alias, registered_name
 from mechdiff_mlflow.tracking.content.records import RunRecord
-from mechdiff_mlflow.tracking.content.tag_names import IMPORTED_FROM, PAIR_FINGERPRINT
+from mechdiff_mlflow.tracking.content.tag_names import IMPORTED_FROM, KEY_TAG, PAIR_FINGERPRINT, ROOT_TAG
 from mechdiff_mlflow.tracking.predecessor import bundles
 from mechdiff_mlflow.tracking.predecessor.bundles import Manifest
-from mechdiff_mlflow.tracking.registry import registry
 from mechdiff_mlflow.tracking.registry.fetch import load_map
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy, numbers, numbers_in
 from mechdiff_mlflow.tracking.registry.promotion import (
     PromotionRefused,
-    demand_may_promote,
     is_same_function,
     promote,
+    require_may_promote,
 )
-from mechdiff_mlflow.tracking.registry.registry import Version, winners_of
-from mechdiff_mlflow.tracking.runs.commands import Earlier, earlier
-from mechdiff_mlflow.tracking.runs.lookup import all_runs
+from mechdiff_mlflow.tracking.registry.versions import Version, get_version, winners_of
+from mechdiff_mlflow.tracking.runs.lookup import each_run
 from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.provenance import code_version
+from mechdiff_mlflow.tracking.runs.resuming import Earlier, earlier
 from mechdiff_mlflow.tracking.runs.runs import Tracker
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
-
-_PARAMS = ("solver", "family", "k", "position")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +65,7 @@ class Import:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """A winner that is a registered version now.
-
-    Args:
-        key: In the manifest.
-        version: With the alias.
-        is_new: False when this very map had the alias already.
-    """
+    """A winner of the manifest that is a version with the alias; `is_new` unless it was that before."""
 
     key: str
     version: Version
@@ -82,10 +73,10 @@ class Imported:
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
+class _Winner:
     key: str
     path: str
-    name: str
+    site: Site
     the_map: AffineMap
 
 
@@ -103,27 +94,28 @@ def import_manifest(
     check_alias(what.alias)
     manifest = Manifest.load(what.manifest)
     pair = what.pair or manifest.pair_name
-    read = [_read(what, manifest, pair, index) for index in range(len(manifest.winners))]
-    _check_one_a_site(read)
-    holders = {row.name: _holder(store, row, what.alias) for row in read}
-    present = {row.name: _if_same(store, row, holders[row.name]) for row in read}
-    fresh = [row for row in read if present[row.name] is None]
-    for row in fresh:
-        if (held := holders[row.name]) is not None and not what.force:
+    winners = _read(what, manifest, pair)
+    present = {name: version for name in winners if (version := _holder(store, name, what.alias))}
+    fresh = {}
+    for name, winner in winners.items():
+        held = present.get(name)
+        if held is not None and held.is_verified and is_same_function(store, winner.the_map, held):
+            continue
+        if held is not None and not what.force:
             raise PromotionRefused(
                 f"{held.name}@{what.alias} is version {held.number} with {numbers(numbers_in(held.tags))}, "
-                f"and winner {row.key} is another map, not measured here; import it under another --alias "
-                "and measure it, or add --force."
+                f"and winner {winner.key} is another map, not measured here; import it under another "
+                "--alias and measure it, or add --force."
             )
-    digests = sorted((row.name, row.path, row.the_map.sha256()) for row in read)
-    left = earlier(
-        store, experiment_of(store, what.experiment, pair), ["import", manifest.pair, pair, digests]
-    )
-    demand_may_promote(store, pair, [re.escape(row.name.removeprefix(f"{pair}-")) for row in fresh])
+        fresh[name] = winner
+    experiment = experiment_of(store, what.experiment, pair)
+    digests = sorted((name, winner.path, winner.the_map.sha256()) for name, winner in winners.items())
+    left = earlier(store, experiment, ["import", manifest.pair, pair, digests])
+    require_may_promote(store, pair, [re.escape(winner.site.slug) for winner in fresh.values()])
     if fresh or left.unfinished:
-        present |= _register(store, what, manifest, pair, fresh, left, say)
-    found = ((row, present[row.name]) for row in read)
-    return [Imported(row.key, version, row in fresh) for row, version in found if version is not None]
+        tracker = Tracker(store, experiment, resume=left.unfinished)
+        present |= _register(tracker, what, manifest, pair, fresh, left, say)
+    return [Imported(winner.key, present[name], name in fresh) for name, winner in winners.items()]
 
 
 def export_manifest(store: Store, folder: Path, pair: str, alias: str = "champion") -> list[Version]:
@@ -144,74 +136,56 @@ def export_manifest(store: Store, folder: Path, pair: str, alias: str = "champio
     return versions
 
 
-def _read(what: Import, manifest: Manifest, pair: str, index: int) -> _Read:
-    winner = manifest.winners[index]
-    path = bundles.bundle_file(what.root, winner.path)
-    the_map = bundles.read_bundle(path, alpha=winner.alpha, key=winner.key, position=what.position)
-    the_map = the_map.with_meta(pair=pair)
-    name = registered_name(pair, Site.parse(str(the_map.meta["site"])))
-    return _Read(winner.key, winner.path, name, the_map)
-
-
-def _check_one_a_site(read: Sequence[_Read]) -> None:
-    first: dict[str, str] = {}
-    for row in read:
-        if row.name in first:
+def _read(what: Import, manifest: Manifest, pair: str) -> dict[str, _Winner]:
+    """The winners of a manifest, by the name that each is registered under."""
+    found: dict[str, _Winner] = {}
+    for key, winner in manifest.winners.items():
+        path = bundles.bundle_file(what.root, winner.path)
+        the_map = bundles.read_bundle(path, alpha=winner.alpha, key=key, position=what.position)
+        site = Site.parse(str(the_map.meta["site"]))
+        name = registered_name(pair, site)
+        if name in found:
             raise MechdiffError(
-                f"Winners {first[row.name]} and {row.key} are of one site and would both be {row.name}; "
-                "leave one in the manifest and import the other under another --alias."
+                f"Winners {found[name].key} and {key} are of one site and would both be {name}; leave one in "
+                "the manifest and import the other under another --alias."
             )
-        first[row.name] = row.key
+        found[name] = _Winner(key, winner.path, site, the_map.with_meta(pair=pair))
+    return found
 
 
-def _holder(store: Store, row: _Read, alias: str) -> Version | None:
-    """The version with the alias."""
+def _holder(store: Store, name: str, alias: str) -> Version | None:
     try:
-        return registry.get_version(store, row.name, alias)
+        return get_version(store, name, alias)
     except StoreUnreachable:
         raise
     except MechdiffError:  # no such name or alias yet
         return None
 
 
-def _if_same(store: Store, row: _Read, version: Version | None) -> Version | None:
-    same = version is not None and version.is_verified and is_same_function(store, row.the_map, version)
-    return version if same else None
-
-
 def _register(
-    store: Store,
+    tracker: Tracker,
     what: Import,
     manifest: Manifest,
     pair: str,
-    fresh: Sequence[_Read],
+    fresh: Mapping[str, _Winner],
     left: Earlier,
     say: Callable[[str], object],
-) -> dict[str, Version | None]:
+) -> dict[str, Version]:
     """Log the maps that no earlier attempt logged whole, then promote each."""
-    policy = PromotionPolicy(force=what.force)
-    records = {row.name: _record(row, manifest.pair, pair) for row in fresh}
+    store, title = tracker.store, f"import of {len(manifest.winners)} maps"
+    records = {name: _record(winner, manifest.pair, pair) for name, winner in fresh.items()}
     logged = {} if left.finished is None else _logged_below(store, left.finished, records)
     rest = [name for name in records if name not in logged]
-    title = f"import of {len(manifest.winners)} maps"
     with ExitStack() as stack:
         if rest or left.unfinished is not None:
-            tracker = Tracker(store, experiment_of(store, what.experiment, pair), resume=left.unfinished)
             params = {"pair": pair, "position": str(what.position)}
             run = stack.enter_context(tracker.run("import", title, params, tags=left.tag))
             source = what.manifest.read_text(encoding="utf-8")
             run.add(RunRecord(kind="import", name=title, texts={bundles.MANIFEST: source}))
             logged |= {name: run.log(records[name]) for name in rest}
+        policy, why = PromotionPolicy(force=what.force), what.why or title
         return {
-            name: promote(
-                store,
-                logged[name],
-                name=name,
-                alias=what.alias,
-                policy=policy,
-                why=what.why or title,
-                say=say,
-            )
+            name: promote(store, logged[name], name=name, alias=what.alias, policy=policy, why=why, say=say)
             for name in records
         }
 
@@ -220,32 +194,31 @@ def _logged_below(store: Store, parent: Run, records: Mapping[str, RunRecord]) -
     """Ids of the runs below `parent` that hold some of the records."""
     names = {key_of(record, code_version()): name for name, record in records.items()}
     where = f"tags.`{ROOT_TAG}` = '{parent.info.run_id}' and attributes.status = 'FINISHED'"
-    found = all_runs(store, [parent.info.experiment_id], where)
-    return {
-        names[run.data.tags[KEY_TAG]]: run.info.run_id for run in found if run.data.tags[KEY_TAG] in names
+    found = {
+        run.data.tags[KEY_TAG]: run.info.run_id for run in each_run(store, [parent.info.experiment_id], where)
     }
+    return {name: found[key] for key, name in names.items() if key in found}
 
 
-def _record(row: _Read, written_pair: str, pair: str) -> RunRecord:
-    meta = row.the_map.meta
-    site = Site.parse(str(meta["site"]))
+def _record(winner: _Winner, written_pair: str, pair: str) -> RunRecord:
+    meta, alpha = winner.the_map.meta, winner.the_map.alpha
     known = {PAIR_FINGERPRINT: str(meta["fingerprint"])} if "fingerprint" in meta else {}
-    source = f"{row.path} (sha256 {meta.get('bundle_sha256', 'unknown')})"
+    source = f"{winner.path} (sha256 {meta.get('bundle_sha256', 'unknown')})"
     return RunRecord(
         kind="import",
-        name=f"import {site} {meta['solver']} α={text_of(row.the_map.alpha)}",
+        name=f"import {winner.site} {meta['solver']} α={text_of(alpha)}",
         params={
             "pair": pair,
-            "layer": site.layer,
-            "hook": str(site.hook),
-            "alpha": row.the_map.alpha,
-            **{key: str(meta[key]) for key in _PARAMS if key in meta},
+            "layer": winner.site.layer,
+            "hook": str(winner.site.hook),
+            "alpha": alpha,
+            **{key: str(meta[key]) for key in ("solver", "family", "k", "position") if key in meta},
         },
-        tags={"mechdiff.site": str(site), IMPORTED_FROM: source, **known},
-        map=row.the_map,
+        tags={"mechdiff.site": str(winner.site), IMPORTED_FROM: source, **known},
+        map=winner.the_map,
         description=(
-            f"Imported from `{row.path}` of pair `{written_pair}`, α={text_of(row.the_map.alpha)}. Not "
-            "measured here: the predecessor patched every hook but attn_out into the block's output, so its "
-            "numbers are not comparable; measure it with `mechdiff patch --allow-pair-mismatch`."
+            f"Imported from `{winner.path}` of pair `{written_pair}`, α={text_of(alpha)}. Not measured here: "
+            "the predecessor patched every hook but attn_out into the block's output, so its numbers are not "
+            "comparable; measure it with `mechdiff patch --allow-pair-mismatch`."
         ),
     )

@@ -8,23 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.tracking.registry.fetch import load_map, resolve
-from mechdiff_mlflow.tracking.registry.registry import Version
+from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.store.store import Store
 
 
 @dataclass(frozen=True, slots=True)
 class MapDiff:
-    """Two versions side by side.
+    """Two versions side by side: params, metrics and other tags that differ, and how alike the maps are.
 
-    Args:
-        a: The first.
-        b: The second.
-        facts: Params, metrics and other tags that differ, as text; None where one lacks it.
-        cosine_weight: ⟨W_a, W_b⟩/(‖W_a‖·‖W_b‖) in the Frobenius product; None when the widths differ or a
-            weight is zero.
-        cosine_update: The same of W − I, the change that the fine-tune made; None also when W is not square.
+    `cosine_weight` is ⟨W_a, W_b⟩/(‖W_a‖·‖W_b‖) in the Frobenius product, None when the widths differ or a
+    weight is zero; `cosine_update` the same of W − I, the change that the fine-tune made, for square W.
     """
 
     a: Version
@@ -44,13 +38,13 @@ def diff(store: Store, a: str, b: str) -> MapDiff:
     keys = sorted(key for key in {*va.tags, *vb.tags} if not key.startswith("mechdiff."))
     facts = {key: (va.tags.get(key), vb.tags.get(key)) for key in keys}
     ma, mb = load_map(va.uri, store=store), load_map(vb.uri, store=store)
-    square = ma.d_in == ma.d_out and mb.d_in == mb.d_out
+    updates = [m.weight.minus_identity().dense() for m in (ma, mb) if m.d_in == m.d_out]
     return MapDiff(
         va,
         vb,
         {key: pair for key, pair in facts.items() if pair[0] != pair[1]},
         _cosine(ma.dense(), mb.dense()),
-        _cosine(_update(ma), _update(mb)) if square else None,
+        _cosine(*updates) if len(updates) == 2 else None,
     )
 
 
@@ -59,10 +53,6 @@ def _version(store: Store, reference: str) -> Version:
     if version is None:
         raise MechdiffError(f"{reference!r} is no registered version; write e.g. NAME@champion or NAME/2.")
     return version
-
-
-def _update(the_map: AffineMap) -> torch.Tensor:
-    return the_map.weight.minus_identity().dense()
 
 
 def _cosine(a: torch.Tensor, b: torch.Tensor) -> float | None:

@@ -7,7 +7,6 @@ import re
 import shutil
 import tempfile
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,10 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec.digests import file_sha256
 from mechdiff_mlflow.tracking import flavour
+from mechdiff_mlflow.tracking.content.tag_names import SHA256_TAG
 from mechdiff_mlflow.tracking.flavour import LoggedMap
-from mechdiff_mlflow.tracking.registry.registry import Version, get_version
+from mechdiff_mlflow.tracking.registry.versions import Version, get_version
+from mechdiff_mlflow.tracking.runs.lookup import all_runs
 from mechdiff_mlflow.tracking.runs.mlflow_run import plain
 from mechdiff_mlflow.tracking.runs.runs import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store import user_cache as cache
@@ -34,14 +35,10 @@ class CachedAnswer(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a reference names.
+    """What a reference names: where its files are, the digest of its `map.pt`, and what to call it.
 
-    Args:
-        location: URI of the model's files.
-        sha256: What the digest of its `map.pt` must be.
-        label: What to call it.
-        version: The registered version, if it is one and the store was asked.
-        caution: Why this may not be what the name means now; empty when the store was asked.
+    `version` is the registered version, if it is one and the store was asked; `caution` says why this may not
+    be what the name means now, and is empty when the store was asked.
     """
 
     location: str
@@ -67,9 +64,9 @@ def resolve(store: Store, reference: str) -> Resolved:
     if match := _LOGGED.fullmatch(reference):
         with store.errors():
             model = store.client.get_logged_model(match["model_id"])
-        if model.status != "READY" or flavour.SHA256_TAG not in model.tags:
+        if model.status != "READY" or SHA256_TAG not in model.tags:
             raise MechdiffError(f"{reference} is {model.status} and no complete map; fit it again.")
-        return Resolved(model.artifact_location, model.tags[flavour.SHA256_TAG], reference)
+        return Resolved(model.artifact_location, model.tags[SHA256_TAG], reference)
     if match := _RUN.fullmatch(reference):
         logged = _map_of_run(store, match["run_id"] or match["bare"])
         return Resolved(logged.location, logged.sha256, reference)
@@ -113,23 +110,14 @@ def load_map(
 
 
 def verified_map(store: Store, version: Version) -> AffineMap:
-    """The map of a registered version, read from the store itself rather than the cache, and checked.
-
-    Raises:
-        MechdiffError: The version was never verified or its files have changed.
-    """
+    """The map of a verified version, read from the store itself rather than the cache, and checked."""
     return read_back(store, _trusted(version))
 
 
 def read_back(store: Store, version: Version) -> AffineMap:
-    """The map of a registered version that may not be verified yet, read from the store and checked.
-
-    Raises:
-        MechdiffError: Its files are not what was registered.
-    """
-    found = _resolved(store, version)
+    """The map of a version that may not be verified yet, read from the store itself and checked."""
     with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
-        return _download(store, found, Path(folder, "model"))
+        return _download(store, _resolved(store, version), Path(folder, "model"))
 
 
 def fetch(
@@ -172,14 +160,14 @@ def _get(
 ) -> tuple[Resolved, AffineMap]:
     """What `reference` names, and the map: from the store, or the cache where that is out of reach."""
     uri, name = store.uri if store else uri_of(tracking_uri), reference.removeprefix("models:/")
+    place = cache.place(uri)
     if offline:
         answer = cache.recall(uri, name)
         if answer is None:
             raise MechdiffError(
-                f"{name} of {cache.place(uri)} was never fetched on this machine; fetch it once without "
-                "--offline."
+                f"{name} of {place} was never fetched on this machine; fetch it once without --offline."
             )
-        return _from_cache(answer, name, f"Offline, {cache.place(uri)} was not asked")
+        return _from_cache(answer, name, f"Offline, {place} was not asked")
     try:
         store = store or open_store(tracking_uri)
         found = resolve(store, reference)
@@ -188,7 +176,7 @@ def _get(
         answer = cache.recall(uri, name)
         if answer is None:
             raise
-        return _from_cache(answer, name, f"{cache.place(uri)} does not answer")
+        return _from_cache(answer, name, f"{place} does not answer")
     cache.remember(uri, name, found.label, found.sha256)
     return found, the_map
 
@@ -213,30 +201,24 @@ def _map_of_run(store: Store, run_id: str) -> LoggedMap:
     with store.errors():
         run = store.client.get_run(run_id)
     maps = flavour.maps_of(store, run)
-    remedy = "give the id of a fit run"
-    if not maps:
+    if not maps and (fit_id := run.data.tags.get(MAP_RUN_TAG)):
         with store.errors():
-            below = store.client.search_runs(
-                [run.info.experiment_id],
-                f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and attributes.status = 'FINISHED'",
+            fit = store.client.get_run(fit_id)
+        maps = flavour.maps_of(store, fit)
+        ours, theirs = (r.data.params.get("alpha", "") for r in (run, fit))
+        if maps and plain("alpha", ours) != plain("alpha", theirs):
+            raise MechdiffError(
+                f"Run {run_id} measured the map of run {fit_id} at α={ours} and that map has α={theirs}; "
+                f"promote {run_id} to have it so, or name {fit_id}."
             )
-            fit_id = run.data.tags.get(MAP_RUN_TAG)
-            fit = store.client.get_run(fit_id) if fit_id else None
-        if fit is not None:
-            maps = flavour.maps_of(store, fit)
-            ours, theirs = (r.data.params.get("alpha", "") for r in (run, fit))
-            if maps and plain("alpha", ours) != plain("alpha", theirs):
-                raise MechdiffError(
-                    f"Run {run_id} measured the map of run {fit.info.run_id} at α={ours} and that map has "
-                    f"α={theirs}; promote {run_id} to have it so, or name {fit.info.run_id}."
-                )
-        else:
-            maps = [m for child in below for m in flavour.maps_of(store, child)]
+    elif not maps:
+        where = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'FINISHED'"
+        below = all_runs(store, [run.info.experiment_id], where)
+        maps = [one for child in below for one in flavour.maps_of(store, child)]
     if len(maps) != 1:
-        which = ", ".join(m.model_uri for m in maps[:10])
-        raise MechdiffError(
-            f"Run {run_id} has {len(maps)} maps; {f'name one of {which}' if maps else remedy}."
-        )
+        which = ", ".join(one.model_uri for one in maps[:10])
+        remedy = f"name one of {which}" if maps else "give the id of a fit run"
+        raise MechdiffError(f"Run {run_id} has {len(maps)} maps; {remedy}.")
     return maps[0]
 
 
@@ -268,8 +250,11 @@ def _load_cached(store: Store, found: Resolved) -> AffineMap:
         with tempfile.TemporaryDirectory(dir=entry.parent, prefix=".part-") as folder:
             part = Path(folder, "model")
             the_map = _download(store, found, part)
-            with suppress(FileExistsError):  # somebody fetched the same in the meantime
+            try:
                 os.rename(part, entry)
+            except OSError:
+                if not entry.is_dir():  # or somebody fetched the same in the meantime
+                    raise
     except OSError as error:
         raise MechdiffError(
             f"The cache {entry.parent} cannot be written ({error.strerror}); name another directory in "

@@ -74,7 +74,8 @@ def _fitted(store: Store, run: Run) -> tuple[Run, list[LoggedMap]]:
     run_id = run.info.run_id
     where = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'FINISHED'"
     below = each_run(store, [run.info.experiment_id], where)
-    fits = list(islice(((one, maps) for one in below if (maps := flavour.maps_of(store, one))), 2))
+    with_maps = ((one, maps) for one in below if (maps := flavour.maps_of(store, one)))
+    fits = list(islice(with_maps, 2))
     if len(fits) > 1:
         raise MechdiffError(f"Run {run_id} has several maps below it; give the id of one of those runs.")
     return fits[0] if fits else (run, [])
@@ -107,7 +108,7 @@ def _measurement_of(store: Store, fit: Run) -> Run:
     return patches[0] if patches else fit
 
 
-def modelled(store: Store, measured: Measured, demand: Callable[[], None]) -> Measured:
+def modelled(store: Store, measured: Measured, require_owner: Callable[[], None]) -> Measured:
     """The same with the map as a logged model of the run that measured it, perhaps an earlier attempt's."""
     if measured.logged.model_id:
         return measured
@@ -124,7 +125,7 @@ def modelled(store: Store, measured: Measured, demand: Callable[[], None]) -> Me
         params=run.data.params,
         metrics=run.data.metrics,
         again=again,
-        demand=demand,
+        require_owner=require_owner,
     )
     # The same points again, now as the model's too; the run keeps one of each.
     points = [point for point in run.data._metric_objs if point.key in metrics_of(run)]

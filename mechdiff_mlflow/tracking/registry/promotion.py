@@ -13,43 +13,35 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from mlflow.entities.model_registry import RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.solvers import SETTINGS
+from mechdiff_mlflow.tracking.content import tag_names
 from mechdiff_mlflow.tracking.content.card import collection_card, version_card
 from mechdiff_mlflow.tracking.content.names import check_alias, check_name
-from mechdiff_mlflow.tracking.content.tag_names import (
-    FITTED_ON,
-    IMPORTED_FROM,
-    PAIR_FINGERPRINT,
-    REPORTED,
-    SELECTION,
-    SELECTION_LEAK,
-)
-from mechdiff_mlflow.tracking.registry import registry
+from mechdiff_mlflow.tracking.registry import moves, versions
 from mechdiff_mlflow.tracking.registry.fetch import read_back, verified_map
 from mechdiff_mlflow.tracking.registry.measured import Measured, measured_in, metrics_of, modelled, name_of
-from mechdiff_mlflow.tracking.registry.policy import (
-    Candidate,
-    PromotionPolicy,
-    numbers,
-    numbers_in,
-    same_prompts,
-)
-from mechdiff_mlflow.tracking.registry.registry import Version
+from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy, numbers, numbers_in, same_prompts
+from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.runs.provenance import code_version
 from mechdiff_mlflow.tracking.runs.runs import OpenRun
 from mechdiff_mlflow.tracking.store.server import login_name
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
-_SETTINGS = (
-    *("pair", "layer", "hook", "solver", "family", "k", "shrink", "ridge", "off_span"),
+_PROVENANCE = (
+    *("pair", "layer", "hook", "solver", "family", "k", *(setting.name for setting in SETTINGS)),
     *("position", "split", "n", "seed", "dtype", "null"),
+    *(tag_names.PAIR_FINGERPRINT, tag_names.FITTED_ON, tag_names.SELECTION_LEAK, tag_names.SELECTION),
+    *(tag_names.REPORTED, tag_names.IMPORTED_FROM),
 )
-_PROVENANCE = (*_SETTINGS, PAIR_FINGERPRINT, FITTED_ON, SELECTION_LEAK, SELECTION, REPORTED, IMPORTED_FROM)
+
+
+class PromotionRefused(MechdiffError):
+    """The policy does not let a map have an alias; what was measured is as it was."""
 
 
 def promote(
@@ -63,7 +55,6 @@ def promote(
     here: OpenRun | None = None,
     read: AffineMap | None = None,
     say: Callable[[str], object] = lambda text: None,
-    demand: Callable[[], None] = lambda: None,
 ) -> Version:
     """Register the map that run `run_id` fitted or measured, and give the version `alias`.
 
@@ -77,10 +68,10 @@ def promote(
         alias: To move; the last step.
         policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
         why: In the user's words, for the history.
-        here: The command that has just written the run: the run is not read again, and has to be its own.
+        here: The command that has just written the run: it is not asked for again, and nothing is made or
+            moved once another process has taken the command over.
         read: The run's map, if this very process has just logged it and read it back.
         say: Told in a sentence which version gives way to which, or that nothing moves.
-        demand: Called before what is made or moved; raises if another process has taken the command over.
 
     Raises:
         PromotionRefused: A rule of the policy is not met.
@@ -89,37 +80,36 @@ def promote(
     """
     check_alias(alias)
     policy = policy or PromotionPolicy()
-    demand = demand if here is None else here.require_owner
+    require_owner: Callable[[], None] = (lambda: None) if here is None else here.require_owner
     measured = measured_in(store, run_id, here, read)
     name = check_name(name) if name else name_of(measured)
-    with registry.promotion_lock(store):
-        model = registry.find(store, name)
-        before = None if model is None else registry.holder(store, model, alias)
+    require_allowed = partial(_require_allowed, store, policy, name, alias, measured)
+    with moves.promotion_lock(store):
+        model = versions.find(store, name)
+        before = None if model is None else versions.holder(store, model, alias)
         if before is not None and _adds_nothing(store, measured, before):
             say(f"{name}@{alias} is this very map already, version {before.number}; nothing moves.")
             return before
-        _apply(store, policy, name, alias, measured, before)  # before anything is made
+        require_allowed(before)  # before anything is made
         if model is not None and here is None and store.is_server and login_name(store.uri) is not None:
-            _demand_may_write(store, name)
-        measured = modelled(store, measured, demand)
+            _require_may_write(store, name)
+        measured = modelled(store, measured, require_owner)
         if model is None:
             _register(store, name, measured)
         version = None if measured.is_new else _existing(store, name, measured)
-        version = version or _create_version(store, name, measured, demand)
+        version = version or _create_version(store, name, measured, require_owner)
         if not version.is_verified:
             version = _verified(store, version, measured)
-        demand()
+        require_owner()
 
-        def check(model: RegisteredModel) -> Version | None:
+        def check(now: Version | None) -> None:
             nonlocal before
-            if registry.holder_of(model, alias) != (before and before.number):  # moved meanwhile
-                before = registry.holder(store, model, alias)
-                if before is None or not _adds_nothing(store, measured, before):
-                    _apply(store, policy, name, alias, measured, before)
-            return before
+            before = now
+            if now is None or not _adds_nothing(store, measured, now):
+                require_allowed(now)
 
-        moved = registry.move_alias(
-            store, name, alias, version, "promote", check=check, why=why, rules=str(policy)
+        moved = moves.move_alias(
+            store, name, alias, version, "promote", expected=before, check=check, why=why, rules=str(policy)
         )
     if before is not None:
         ours = measured.run.data.metrics
@@ -131,11 +121,7 @@ def promote(
     return moved
 
 
-class PromotionRefused(MechdiffError):
-    """The policy does not let a map have an alias; what was measured is as it was."""
-
-
-def demand_may_promote(store: Store, pair: str, sites: Iterable[str]) -> None:
+def require_may_promote(store: Store, pair: str, sites: Iterable[str]) -> None:
     """Make sure, before any work, that this account may register the maps of a pair at some sites.
 
     A server without a login lets everybody, and a new name is free.
@@ -150,14 +136,9 @@ def demand_may_promote(store: Store, pair: str, sites: Iterable[str]) -> None:
     """
     wanted = re.compile(f"{re.escape(check_name(pair))}-(?:{'|'.join(sites)})")
     if store.is_server and login_name(store.uri) is not None:
-        for model in registry.our_models(store, f"name LIKE '{pair}-L%'"):
+        for model in versions.our_models(store, f"name LIKE '{pair}-L%'"):
             if wanted.fullmatch(model.name):
-                _demand_may_write(store, model.name)
-
-
-def _demand_may_write(store: Store, name: str) -> None:
-    with store.errors():
-        store.client.set_registered_model_tag(name, registry.KIND_TAG, "map")  # as it is
+                _require_may_write(store, model.name)
 
 
 def rollback(store: Store, name: str, alias: str = "champion", *, why: str = "") -> Version:
@@ -168,21 +149,16 @@ def rollback(store: Store, name: str, alias: str = "champion", *, why: str = "")
     Raises:
         MechdiffError: There is nothing to go back to, or that version's files are not what they were.
     """
-    with registry.promotion_lock(store):
-        held = registry.holders(registry.history(store, name, alias))
+    with moves.promotion_lock(store):
+        before = versions.holder(store, versions.registered(store, name), alias)
+        held = moves.holders(moves.history(store, name, alias))
         if len(held) < 2 or held[-2] is None:
             raise MechdiffError(
                 f"Alias {alias!r} of {name} has no earlier version to go back to; see its history."
             )
-        target = registry.get_version(store, name, held[-2])
+        target = versions.get_version(store, name, held[-2])
         verified_map(store, target)
-
-        def check(model: RegisteredModel) -> Version | None:
-            if registry.holder_of(model, alias) != held[-1]:
-                raise MechdiffError(f"Alias {alias!r} of {name} was moved meanwhile; see its history.")
-            return registry.holder(store, model, alias)
-
-        return registry.move_alias(store, name, alias, target, "rollback", check=check, why=why)
+        return moves.move_alias(store, name, alias, target, "rollback", expected=before, why=why)
 
 
 def demote(store: Store, name: str, alias: str = "champion", *, why: str = "") -> None:
@@ -191,12 +167,29 @@ def demote(store: Store, name: str, alias: str = "champion", *, why: str = "") -
     Raises:
         MechdiffError: The map does not have that alias.
     """
-    with registry.promotion_lock(store):
-        find = partial(registry.holder, store, alias=alias)
-        registry.move_alias(store, name, alias, None, "demote", check=find, why=why)
+    with moves.promotion_lock(store):
+        before = versions.get_version(store, name, alias)
+        moves.move_alias(store, name, alias, None, "demote", expected=before, why=why)
 
 
-def _apply(
+def is_same_function(store: Store, the_map: AffineMap, version: Version) -> bool:
+    """Whether a version does to every x what `the_map` does; a version that cannot be read does not."""
+    if version.sha256 == the_map.sha256():
+        return True
+    try:
+        return the_map.equals(verified_map(store, version))
+    except StoreUnreachable:
+        raise
+    except MechdiffError:
+        return False
+
+
+def _require_may_write(store: Store, name: str) -> None:
+    with store.errors():
+        store.client.set_registered_model_tag(name, versions.KIND_TAG, "map")  # as it is
+
+
+def _require_allowed(
     store: Store,
     policy: PromotionPolicy,
     name: str,
@@ -204,12 +197,13 @@ def _apply(
     measured: Measured,
     incumbent: Version | None,
 ) -> None:
-    candidate = Candidate(measured.run.info.run_id, measured.run.data.metrics, measured.facts)
-    refusals = policy.refusals(candidate, None if incumbent is None else incumbent.tags)
+    theirs = None if incumbent is None else incumbent.tags
+    refusals = policy.refusals(measured.run.data.metrics, measured.facts, theirs)
     if refusals and not policy.force:
-        waive = store.command("promote", candidate.run_id, "--name", name, "--alias", alias, "--force")
+        run_id = measured.run.info.run_id
+        waive = store.command("promote", run_id, "--name", name, "--alias", alias, "--force")
         raise PromotionRefused(
-            f"Run {candidate.run_id} may not become {name}@{alias} by the rule"
+            f"Run {run_id} may not become {name}@{alias} by the rule"
             f"{'s' if len(refusals) > 1 else ''} {'; '.join(refusals)}; promote another run, change the "
             f"policy, or waive it: {waive}"
         )
@@ -218,59 +212,67 @@ def _apply(
 def _adds_nothing(store: Store, measured: Measured, present: Version) -> bool:
     """Whether `present` is this map already, and as well measured."""
     ours, theirs = measured.run.data.metrics, numbers_in(present.tags)
-    if "KL_mapped" in ours and "KL_mapped" in theirs:
-        cleaner = measured.facts.get(SELECTION_LEAK) == "false" != present.tags.get(SELECTION_LEAK)
+    if "KL_mapped" in ours:
+        if "KL_mapped" not in theirs:
+            return False
+        cleaner = (
+            measured.facts.get(tag_names.SELECTION_LEAK)
+            == "false"
+            != present.tags.get(tag_names.SELECTION_LEAK)
+        )
         same = same_prompts(measured.facts, present.tags)
         if cleaner or (same and not math.isclose(ours["KL_mapped"], theirs["KL_mapped"], rel_tol=1e-6)):
             return False
-    elif "KL_mapped" in ours:
-        return False
     return present.is_verified and is_same_function(store, measured.the_map, present)
 
 
 def _register(store: Store, name: str, measured: Measured) -> None:
     """Make the registered model, unless another promoter made it meanwhile."""
     description = collection_card(name, measured.facts)
-    create = partial(store.client.create_registered_model, name, {registry.KIND_TAG: "map"}, description)
+    create = partial(store.client.create_registered_model, name, {versions.KIND_TAG: "map"}, description)
     with store.errors():
         try:
             store.patience.run(create)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            registry.find(store, name)
+            versions.find(store, name)
 
 
 def _existing(store: Store, name: str, measured: Measured) -> Version | None:
     """The version that an earlier attempt made of the same map by the same run."""
-    versions = registry.versions_of_run(store, name, measured.run.info.run_id)
-    return next((v for v in versions if v.sha256 == measured.logged.sha256), None)
+    where = f"name = '{name}' and run_id = '{measured.run.info.run_id}'"
+    with store.errors():
+        found = store.client.search_model_versions(where)
+    made = sorted((versions.version_of(one, one.aliases) for one in found), key=lambda v: v.number)
+    return next((v for v in made if v.sha256 == measured.logged.sha256), None)
 
 
-def _create_version(store: Store, name: str, measured: Measured, demand: Callable[[], None]) -> Version:
+def _create_version(
+    store: Store, name: str, measured: Measured, require_owner: Callable[[], None]
+) -> Version:
     run = measured.run
     tags = {key: measured.facts[key] for key in _PROVENANCE if key in measured.facts}
     tags |= {"alpha": repr(measured.the_map.alpha), "code_version": code_version()}
     tags |= {key: repr(value) for key, value in metrics_of(run).items()}
     tags |= {
-        registry.SHA256_TAG: measured.logged.sha256,
-        registry.RUN_TAG: run.info.run_id,
-        registry.KIND_TAG: "map",
+        tag_names.SHA256_TAG: measured.logged.sha256,
+        versions.RUN_TAG: run.info.run_id,
+        versions.KIND_TAG: "map",
     }
+    card = version_card(measured.the_map, run.data.metrics, f"models:/{name}@champion", measured.facts)
 
     def make() -> Version:
-        demand()
+        require_owner()
         made = store.client.create_model_version(
             name,
             source=measured.logged.model_uri,
             run_id=run.info.run_id,
             tags=tags,
-            description=version_card(
-                measured.the_map, run.data.metrics, f"models:/{name}@champion", measured.facts
-            ),
+            description=card,
             model_id=measured.logged.model_id,
         )
-        return registry.version_of(made, made.aliases)
+        return versions.version_of(made, made.aliases)
 
     with store.errors(), _default_store(store):
         # Promoters of a map come one after the other: what is found now was made by an earlier attempt.
@@ -285,23 +287,10 @@ def _verified(store: Store, version: Version, measured: Measured) -> Version:
     if found.rstrip("/") != measured.logged.location.rstrip("/"):
         read_back(store, version)
     with store.errors():
-        client.set_model_version_tag(version.name, number, registry.VERIFIED_TAG, version.sha256)
+        client.set_model_version_tag(version.name, number, versions.VERIFIED_TAG, version.sha256)
         if not store.is_server:  # which does it by itself
             client.set_model_versions_tags(version.name, number, measured.logged.model_id)
-    return version.with_tags({registry.VERIFIED_TAG: version.sha256})
-
-
-def is_same_function(store: Store, the_map: AffineMap, version: Version) -> bool:
-    """Whether a version does to every x what `the_map` does; a version that cannot be read does not."""
-    if version.sha256 == the_map.sha256():
-        return True
-    try:
-        other = verified_map(store, version)
-    except StoreUnreachable:
-        raise
-    except MechdiffError:
-        return False
-    return the_map.equals(other)
+    return version.with_tags({versions.VERIFIED_TAG: version.sha256})
 
 
 @contextmanager

@@ -18,8 +18,7 @@ from mlflow.entities import Run, ViewType
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
-from mechdiff_mlflow.tracking.content.artifact_digests import check_read, sent_digest
-from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles, check_read, sent_digest
 from mechdiff_mlflow.tracking.content.cells import CELLS, read_cells
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.runs.lookup import MOST_VALUES, all_runs, can_quote, each_run, quoted, runs_of

@@ -15,8 +15,8 @@ from contextlib import ExitStack, contextmanager
 
 from mlflow.entities import Run, RunTag
 
-from mechdiff_mlflow.tracking.content.keys import KEY_TAG
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
+from mechdiff_mlflow.tracking.content.tag_names import KEY_TAG
 from mechdiff_mlflow.tracking.content.view import install_view, view_tag
 from mechdiff_mlflow.tracking.runs.interrupts import Interrupts
 from mechdiff_mlflow.tracking.runs.lookup import made_once, reopen

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from mlflow.entities import ViewType
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.content.keys import ROOT_TAG
-from mechdiff_mlflow.tracking.runs.commands import RESUME_TAG
+from mechdiff_mlflow.tracking.content.tag_names import ROOT_TAG
 from mechdiff_mlflow.tracking.runs.lookup import all_runs, runs_of
+from mechdiff_mlflow.tracking.runs.resuming import RESUME_TAG
 from mechdiff_mlflow.tracking.runs.run_lock import Owner, is_alive, owner_in, watched
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 

@@ -15,10 +15,9 @@ from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunData, RunTa
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import flavour
 from mechdiff_mlflow.tracking.content import artifacts, keys
-from mechdiff_mlflow.tracking.content.artifact_digests import Sent, digest_tag, files_of
-from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
+from mechdiff_mlflow.tracking.content.artifact_files import Sent, StoredFiles, digest_tag, files_of
 from mechdiff_mlflow.tracking.content.records import RunRecord, param_text
-from mechdiff_mlflow.tracking.flavour import LoggedMap
+from mechdiff_mlflow.tracking.flavour import MAP_FILE, LoggedMap
 from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.store import Store
 
@@ -39,6 +38,16 @@ class RecordWriter:
         self.models: dict[str, LoggedMap] = {}
         """The logged models of runs that were written or measured, by run."""
 
+    def send_map(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
+        """Send the map of a record alone, once; see `write`."""
+        with self._store.errors():
+            if record.map is not None and record.is_model:
+                self._model_of(run, record, again)
+            elif record.map is not None and MAP_FILE not in self._sent.setdefault(run.info.run_id, {}):
+                self._require()
+                sent = flavour.send_map(self._store, run.info.artifact_uri, record.map, again=again)
+                self._sent[run.info.run_id] |= sent
+
     def write(self, run: Run, record: RunRecord, *, again: bool = False) -> Run:
         """Write everything but the status, the cheap checks before the first request.
 
@@ -56,6 +65,7 @@ class RecordWriter:
         params = [Param(key, redact(param_text(key, value))) for key, value in record.params.items()]
         metrics, undefined = _finite(record)
         with self._store.errors():
+            self.send_map(run, record, again=again)
             sent = self._sent.setdefault(run_id, {})
             sent |= self._send(run, record, again)
             model = self._model_of(run, record, again)
@@ -80,18 +90,15 @@ class RecordWriter:
         return Run(run.info, RunData(points, params, tags))
 
     def _send(self, run: Run, record: RunRecord, again: bool) -> dict[str, Sent]:
-        """Send the files of a record, and its map where that is one, and make sure that they are there."""
+        """Send the files of a record, and make sure that they are there."""
         sent: dict[str, Sent] = {}
-        if record.map is not None and not record.is_model:
-            self._require()
-            sent |= flavour.send_map(self._store, run.info.artifact_uri, record.map, again=again)
 
         def send(folder: str) -> None:
             sent_now = files_of(Path(folder))
             files = StoredFiles(self._store, run.info.artifact_uri)
             self._require()
             files.send(Path(folder), again=again)
-            files.demand_present(sent_now)
+            files.require_present(sent_now)
             sent.update(sent_now)
 
         artifacts.upload(send, record)
@@ -100,7 +107,7 @@ class RecordWriter:
     def _model_of(self, run: Run, record: RunRecord, again: bool) -> LoggedMap | None:
         """The logged model that metrics belong to: of the record's own map, or of the run it measures."""
         run_id: str = record.map_run or run.info.run_id
-        if record.map is not None and record.is_model:
+        if record.map is not None and record.is_model and run_id not in self.models:
             there = flavour.maps_of_run(self._store, run_id) if again else []
             wanted = record.map.sha256() if there else ""
             found = next((model for model in there if model.sha256 == wanted), None)
@@ -113,16 +120,14 @@ class RecordWriter:
                 params=record.params,
                 metrics=record.metrics,
                 again=again,
-                demand=self._require,
+                require_owner=self._require,
             )
-        elif record.map_run is None:
-            return None
-        elif run_id not in self.models:
+        elif record.map_run is not None and run_id not in self.models:
             fitted = flavour.maps_of_run(self._store, run_id)
             if not fitted:
                 raise MechdiffError(f"Run {run_id} has no map to evaluate; give the id of a fit run.")
             self.models[run_id] = fitted[-1]
-        return self.models[run_id]
+        return self.models.get(run_id)
 
 
 def _tags(record: RunRecord, undefined: Mapping[str, str], sent: Mapping[str, Sent]) -> dict[str, str]:

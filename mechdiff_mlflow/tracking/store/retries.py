@@ -61,7 +61,7 @@ class Retries:
         self.seconds = _from_environment() if seconds is None else seconds
         self.hurry = threading.Event()
         """Set: nothing is tried again, and what waits stops waiting. For the ending of a program."""
-        self.was_tested = False
+        self.has_retried = False
         """Whether anything had to be tried again, so that a request may still arrive late."""
 
     def run(self, request: Callable[[], _T]) -> _T:
@@ -101,7 +101,7 @@ class Retries:
                 self.hurry.clear()
 
     def _note(self, state: tenacity.RetryCallState) -> None:
-        self.was_tested = True
+        self.has_retried = True
 
     def _is_over(self, state: tenacity.RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome is not None else None

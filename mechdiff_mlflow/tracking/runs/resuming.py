@@ -22,7 +22,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.untrusted import is_there
-from mechdiff_mlflow.tracking.content.keys import ROOT_TAG
+from mechdiff_mlflow.tracking.content.tag_names import ROOT_TAG
 from mechdiff_mlflow.tracking.runs.lookup import all_runs
 from mechdiff_mlflow.tracking.runs.mlflow_run import RUN_ID_VARIABLE
 from mechdiff_mlflow.tracking.runs.provenance import code_version, provenance_tags

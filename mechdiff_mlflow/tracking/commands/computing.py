@@ -1,4 +1,4 @@
-"""Where the models of a command run: options made into a loaded pair and those who compute."""
+"""A request made into a loaded pair and those who compute."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import require_sound
+from mechdiff_mlflow.experiments.options import ModelOptions
 from mechdiff_mlflow.experiments.progress import Stage
+from mechdiff_mlflow.experiments.requests import ExperimentRequest
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers, Workers
-from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.models.pairs import Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.version import source_sha256
 from mechdiff_mlflow.tracking.runs.provenance import code_version
@@ -25,33 +26,23 @@ from mechdiff_mlflow.tracking.store.user_cache import STAGING_VARIABLE, forget_o
 Check = Callable[[Pair], None]
 
 SMALL_MODEL = 50_000_000
+"""Parameters below which a second thread costs more than it gives on a busy machine."""
 
 
 @contextlib.contextmanager
-def workers_of(
-    spec: PairSpec, options: dict[str, Any], folder: Path, stage: Stage, check: Check
-) -> Iterator[Journal]:
-    """Those whom the options ask to compute, with the pair in their hands and sound, behind a journal.
+def workers_of(request: ExperimentRequest, folder: Path, stage: Stage, check: Check) -> Iterator[Journal]:
+    """Those who compute a request, with its pair loaded and sound, behind a journal in `folder`.
 
-    Args:
-        spec: The pair.
-        options: The command's parameters by name.
-        folder: For the journal.
-        stage: Who listens to progress.
-        check: Called with the pair before any weights are loaded.
+    `check` is called with the pair before any weights are loaded.
     """
     version = f"{code_version()} {source_sha256()}"
-    with _usable(folder) as place, _computing(spec, options, stage, check) as inner:
-        yield Journal(inner, place, version=version, in_memory=inner.pair.options.memory_budget is None)
+    with _usable(folder) as place, _computing(request, stage, check) as inner:
+        yield Journal(inner, place, version=version, in_memory=request.memory_budget is None)
 
 
 @contextlib.contextmanager
 def _usable(folder: Path) -> Iterator[Path]:
-    """The folder, or a temporary one where nobody asked for it and it cannot be made.
-
-    Raises:
-        MechdiffError: It was asked for and cannot be made.
-    """
+    """The folder, or a temporary one where nobody asked for it and it cannot be made."""
     forget_old_staging()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -73,31 +64,30 @@ def _usable(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _computing(spec: PairSpec, options: dict[str, Any], stage: Stage, check: Check) -> Iterator[Workers]:
-    if options["engine"] == "ray":
+def _computing(request: ExperimentRequest, stage: Stage, check: Check) -> Iterator[Workers]:
+    if request.engine == "ray":
         with stage("starting workers", 1):
-            workers = _of_a_cluster(spec, options, check)
+            workers = _of_a_cluster(request, check)
         with workers:
             yield workers
         return
     with stage("loading both models", 1):
-        pair = load_as_asked(spec, options, check=check)
-    settle_threads(pair)
+        pair = load_as_asked(request.spec, request, check=check)
     with stage("checking the plumbing", 1):
         require_sound(pair)
     yield LocalWorkers(pair)
 
 
-def _of_a_cluster(spec: PairSpec, options: dict[str, Any], check: Check) -> Workers:
+def _of_a_cluster(request: ExperimentRequest, check: Check) -> Workers:
     """Workers that load the pair and check its plumbing each for itself; this process holds no model."""
     from mechdiff_mlflow.experiments.workers.ray_workers import RayWorkers  # Ray is an extra
 
     workers = RayWorkers(
-        load_as_asked(spec, options, lazily=True, check=check),
-        options["workers"],
-        address=options["address"],
-        device=options["device"],
-        gpus_per_worker=options["gpus_per_worker"],
+        load_as_asked(request.spec, request, lazily=True, check=check),
+        request.workers,
+        address=request.address,
+        device=request.device,
+        gpus_per_worker=request.gpus_per_worker,
     )
     first = workers.loaded[0]
     _settle_threads(first.n_parameters, first.device)
@@ -105,28 +95,24 @@ def _of_a_cluster(spec: PairSpec, options: dict[str, Any], check: Check) -> Work
 
 
 def load_as_asked(
-    spec: PairSpec, options: dict[str, Any], *, lazily: bool = False, check: Check | None = None
+    spec: PairSpec, request: ModelOptions, *, lazily: bool = False, check: Check | None = None
 ) -> Pair:
-    """The pair, loaded as the options that all such commands share say; see `load_pair`."""
-    return load_pair(
+    """A pair loaded as a request says (see `load_pair`); on the CPU, a small one uses one thread.
+
+    A small model's matrices are too small to share: two threads gain a third on an idle machine, and cost six
+    times the wall clock on a busy one. OMP_NUM_THREADS decides where it is set.
+    """
+    pair = load_pair(
         spec,
-        dtype=None if options["dtype"] == "spec" else options["dtype"],
-        device=options["device"],
-        options=EngineOptions(
-            **{name: options[name] for name in ("batch_size", "memory_budget", "sequential")}
-        ),
+        dtype=None if request.dtype == "spec" else request.dtype,
+        device=request.device,
+        options=request.engine_options,
         lazily=lazily,
         check=check,
     )
-
-
-def settle_threads(pair: Pair) -> None:
-    """One thread for a small model on the CPU, unless OMP_NUM_THREADS says otherwise.
-
-    Its matrices are too small to share: two threads gain a third on an idle machine, and cost six times the
-    wall clock on a busy one, where each waits for the other at every layer.
-    """
-    _settle_threads(sum(weight.numel() for weight in pair.tuned.model.parameters()), pair.device)
+    if not lazily:
+        _settle_threads(sum(weight.numel() for weight in pair.tuned.model.parameters()), pair.device)
+    return pair
 
 
 def _settle_threads(n_parameters: int, device: str) -> None:

@@ -1,0 +1,255 @@
+"""Groups of options that several requests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mechdiff_mlflow.engine.memory.budget import parse_bytes
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.protocol import MAX_PERMUTATIONS
+from mechdiff_mlflow.maps.affine import Family
+from mechdiff_mlflow.models.pairs import EngineOptions
+from mechdiff_mlflow.solvers import SOLVERS, Settings
+from mechdiff_mlflow.spec.options import FLAG, TEXT, Kind, Request, one_of, option, technical, whole
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Position, Rank
+from mechdiff_mlflow.spec.sites import Hook, Site
+
+
+def one_alpha(text: str) -> float:
+    """A single scale."""
+    alpha = Alpha.parse(text)
+    if alpha.is_choice:
+        raise MechdiffError(f"α={text[:80]!r} is a choice of several; pass one number, e.g. 0.3.")
+    return alpha.values[0]
+
+
+def count(name: str) -> Kind:
+    """`all` or a whole number from 1."""
+    return whole(name, 100, least=1, none="all")
+
+
+LAYER = whole("Layer", 26, most=99_999)
+HOOK = Kind("hook", Hook.parse)
+SPLIT = one_of("Split", "test", "val")
+MAP_ALPHA = Kind("alpha", one_alpha, none="map")
+MAP_HELP = "models:/NAME@ALIAS, NAME@ALIAS, runs:/RUN or a file."
+MAP_ALPHA_HELP = "Scale instead of the map's own; replaces it, does not multiply it."
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions(Request):
+    """Which store."""
+
+    tracking_uri: str | None = technical(
+        None, TEXT, "MLflow server or store; default MLFLOW_TRACKING_URI, then ./mlflow.db.", is_resumed=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingOptions(StoreOptions):
+    """Which store and experiment."""
+
+    experiment: str | None = technical(
+        None,
+        TEXT,
+        "MLflow experiment; default MLFLOW_EXPERIMENT_NAME or _ID, the active run's, the pair's name.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Request):
+    """How the models are held."""
+
+    dtype: str = option(
+        "spec",
+        one_of("--dtype", "spec", "float32", "bfloat16", "float16", "float64"),
+        "Parameters of both models; spec: as the pair says.",
+    )
+    device: str = technical("auto", TEXT, "cpu, cuda, cuda:1, …; auto: CUDA where there is one.")
+    batch_size: int = technical(
+        "32",
+        whole("--batch-size", 32, least=1, most=100_000),
+        "Prompts per batch, at most; fewer when memory runs out.",
+    )
+    sequential: str = technical(
+        "auto",
+        one_of("--sequential", "auto", "yes", "no"),
+        "Hold one of the two models at a time; auto: where both do not fit.",
+        bare="yes",
+        metavar="[auto|yes|no]",
+    )
+    memory_budget: int | None = technical(
+        "none",
+        Kind("size", parse_bytes, none="none"),
+        "Memory beside the weights, e.g. 8GiB or 500MB; what exceeds it goes to disk. none: no bound.",
+    )
+
+    @property
+    def engine_options(self) -> EngineOptions:
+        """How much the engine holds at a time."""
+        return EngineOptions(
+            batch_size=self.batch_size, memory_budget=self.memory_budget, sequential=self.sequential
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions(Request):
+    """Who runs the models."""
+
+    engine: str = technical(
+        "local",
+        one_of("--engine", "local", "ray"),
+        "Who runs the models: local, this process; ray, workers of a Ray cluster.",
+    )
+    address: str = technical(
+        "own",
+        TEXT,
+        "With --engine ray: own starts a cluster on this machine; auto or host:port joins one.",
+        is_resumed=False,
+    )
+    workers: int = technical(
+        "1", whole("--workers", 4, least=1, most=4096), "With --engine ray: how many workers hold the pair."
+    )
+    gpus_per_worker: int | None = technical(
+        "auto",
+        whole("--gpus-per-worker", 2, least=1, most=64, none="auto"),
+        "With --engine ray: GPUs of each worker; more than one for a pair with a device map.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(Request):
+    """Which pair."""
+
+    pair: str = option("cultural-demo", TEXT, "A shipped pair, or the path of a pair spec (YAML).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedOptions(Request):
+    """What is random."""
+
+    seed: int = option("0", whole("--seed", 0), "Random seed for the bootstrap and random controls.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedOptions(Request):
+    """Which prompts are reported."""
+
+    split: str = option(
+        "test",
+        SPLIT,
+        "Reported split; val, as in the original experiment, also makes the choices, tagged as a leak.",
+    )
+    n: int | None = option("all", count("--n"), "Reported prompts, or all.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Request):
+    """Which prompts maps are fitted on."""
+
+    n_train: int | None = option("all", count("--n-train"), "Prompts fitted on, or all.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionOptions(Request):
+    """Which token."""
+
+    position: Position = option(
+        "decision",
+        Kind("position", Position.parse),
+        "What is read and replaced: decision (last token of the prompt), last_content or content_mean.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PermutationOptions(Request):
+    """How often shuffled pairs are fitted."""
+
+    permutations: int = option(
+        "0",
+        whole("--permutations", 99, most=MAX_PERMUTATIONS),
+        "Refits on shuffled pairs, choices inside, for a p-value and a control; 0: none.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AliasOptions(Request):
+    """Which alias."""
+
+    alias: str = option("champion", TEXT, "Name under which people fetch the map.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhyOptions(Request):
+    """Why an alias is moved."""
+
+    why: str = option("", TEXT, "Reason, for the history of the alias.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForceOptions(Request):
+    """Whether the policy is overruled."""
+
+    force: bool = option(
+        False,
+        FLAG,
+        "Move the alias to a map that the policy refuses: unmeasured, doing harm, leaking, or worse than the "
+        "one that has it; the history says so.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MismatchOptions(Request):
+    """Whether a map may be used on another pair."""
+
+    allow_pair_mismatch: bool = option(
+        False,
+        FLAG,
+        "Use a map on a pair that it was not fitted on, or that an imported map does not name; runs say so.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteOptions(Request):
+    """Which site."""
+
+    layer: int = option("26", LAYER, "Decoder block, counted from 0.")
+    hook: Hook = option("attn_out", HOOK, "resid_pre, attn_out, mlp_out or resid_post.")
+
+    @property
+    def site(self) -> Site:
+        """Layer and hook."""
+        return Site(self.layer, self.hook)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverOptions(Settings, Request):
+    """How maps are fitted."""
+
+    solver: str = option(
+        "procrustes_scaled",
+        one_of("Solver", *SOLVERS),
+        "; ".join(f"{name}: {row.help}" for name, row in SOLVERS.items()),
+    )
+    family: str = option(
+        "update",
+        Kind("family", lambda text: str(Family.parse(text))),
+        "What rank k bounds: update, rank(W - I); content, rank(W).",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellOptions(SiteOptions, SolverOptions):
+    """One map to fit."""
+
+    k: Rank = option("full", Kind("rank", Rank.parse), "Rank; full or 0: no bound.")
+    alpha: Alpha = option(
+        "auto",
+        Kind("alpha", Alpha.parse),
+        "Scale of the mapped vector: a number, a grid 0.3,0.7,1 or auto; val chooses.",
+    )
+
+    @property
+    def cell(self) -> Cell:
+        """Where and how the map is fitted."""
+        return Cell(self.site, self.solver, self.family, self.k, self.alpha)

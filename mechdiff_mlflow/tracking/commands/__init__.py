@@ -1,0 +1,1 @@
+"""Requests carried out and tracked in MLflow, one function each; the command line prints what they return."""

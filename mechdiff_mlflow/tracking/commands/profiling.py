@@ -1,0 +1,117 @@
+"""Requests that look at whole models and layers: atlas, layers, heads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mechdiff_mlflow.experiments import Protocol
+from mechdiff_mlflow.experiments import atlas as measured_atlas
+from mechdiff_mlflow.experiments.possible import check_cells, check_pair, check_sites
+from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
+from mechdiff_mlflow.experiments.requests import AtlasRequest, HeadsRequest, LayersRequest
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.report.profiles import (
+    atlas_figures,
+    first_difference,
+    heads_figures,
+    heads_sentence,
+    layer_figures,
+    layers_sentence,
+)
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
+from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.tracking.commands.session import PYTHON, Caller, Result, session
+from mechdiff_mlflow.tracking.content import fields
+from mechdiff_mlflow.tracking.content.names import check_alias
+from mechdiff_mlflow.tracking.content.parents import atlas_run, heads_run, layers_run
+from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused
+
+
+def atlas(request: AtlasRequest, caller: Caller = PYTHON) -> Result:
+    """Patch every layer at every hook, raw and mapped, and promote the best sites if that is asked for.
+
+    Raises:
+        MechdiffError: The request is impossible.
+    """
+    check_alias(request.alias)
+
+    def check(protocol: Protocol, pair: Pair) -> None:
+        how = (request.solver, request.family, Rank(None), Alpha((request.alpha,)))
+        sites = [Site(layer, hook) for layer in range(pair.n_layers) for hook in request.hooks]
+        check_cells([Cell(site, *how) for site in sites], protocol, pair)
+
+    notes: list[str] = []
+    refused: list[str] = []
+    versions = []
+    promotes = [rf"L\d+-{hook}" for hook in request.hooks] if request.promote_best else []
+    with session(request, f"atlas of {request.pair}", caller, check, promotes=promotes) as now:
+        found = measured_atlas.atlas(
+            now.study,
+            hooks=request.hooks,
+            solver=request.solver,
+            family=request.family,
+            alpha=request.alpha,
+            best=request.promote_best,
+        )
+        with now.study.stage("logging runs", len(found.patches)) as advance:
+            for site in (site for site in found.patches if site in found.best):
+                measured, map_ = found.patches[site], found.fits[site].map
+                child = now.run.log(fields.cell_run(found.fits[site], measured, now.study))
+                try:
+                    say = notes.append
+                    versions.append(now.promote(child, map_, request.alias, force=request.force, say=say))
+                except PromotionRefused as refusal:
+                    refused.append(str(refusal))
+                advance(1)
+            others = [patch for site, patch in found.patches.items() if site not in found.best]
+            now.run.log_all([fields.patch_run(patch, now.study) for patch in others], advance)
+        sentence, figures = first_difference(found.table), atlas_figures(found.table)
+        now.add_with_figures(
+            figures, f"Atlas of {now.study.pair.name}", lambda files: atlas_run(found, sentence, files)
+        )
+    return replace(
+        now.result,
+        fits=list(found.fits.values()),
+        patches=list(found.patches.values()),
+        profile=found.table,
+        sentence=sentence,
+        figures=figures,
+        versions=versions,
+        notes=notes,
+        refused=" ".join(refused),
+    )
+
+
+def layers(request: LayersRequest, caller: Caller = PYTHON) -> Result:
+    """Compare base and tuned layer by layer: CKA, and unmapped layer patches both ways.
+
+    Raises:
+        MechdiffError: The request is impossible.
+    """
+    with session(request, f"layers of {request.pair}", caller) as now:
+        table = layer_profile(now.study)
+        sentence, figures = layers_sentence(table), layer_figures(table)
+        now.add_with_figures(
+            figures, f"Layers of {now.study.pair.name}", lambda files: layers_run(table, sentence, files)
+        )
+    return replace(now.result, profile=table, sentence=sentence, figures=figures)
+
+
+def heads(request: HeadsRequest, caller: Caller = PYTHON) -> Result:
+    """Find the heads of a layer that carry the difference.
+
+    Raises:
+        MechdiffError: The request is impossible.
+    """
+
+    def check(protocol: Protocol, pair: Pair) -> None:
+        check_pair(protocol, pair)
+        check_sites([Site(request.layer, Hook.ATTN_OUT)], pair)
+
+    with session(request, f"heads of layer {request.layer}", caller, check) as now:
+        record = heads_of(now.study, request.layer, n_random=request.n_random)
+        sentence, figures = heads_sentence(record.table), heads_figures(record.table)
+        now.add_with_figures(
+            figures, f"Heads of {record.site}", lambda files: heads_run(record, sentence, files)
+        )
+    return replace(now.result, profile=record.table, sentence=sentence, figures=figures)
