@@ -43,8 +43,9 @@ from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
 from mechdiff_mlflow.experiments.doctor import require_sound
 from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers
-from mechdiff_mlflow.models.model_cache import Residence
-from mechdiff_mlflow.models.pairs import Pair, Side
+from mechdiff_mlflow.models.model_cache import ModelCache
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.models.sides import Side
 from mechdiff_mlflow.report.curves import curve_figures
 from mechdiff_mlflow.report.evidence import of_record
 from mechdiff_mlflow.report.figures import write_figures
@@ -139,7 +140,7 @@ def make_pair(shape: Shape, folder: Path, device: str) -> Pair:
     prompts = {split: read_prompts(spec.prompt_path(split), split) for split in SPLITS}
     check_disjoint(prompts.values())
     words = tokenizer(shape.vocabulary)
-    residence = Residence(one_at_a_time=False)
+    model_cache = ModelCache(one_at_a_time=False)
     batch_size, max_rows, head_rows = BOUNDS[device]
 
     def engine(model: nn.Module) -> PatchEngine:
@@ -153,11 +154,11 @@ def make_pair(shape: Shape, folder: Path, device: str) -> Pair:
             return model
 
         revision = f"random weights, {role}"
-        return Side(role, words, revision, shape.layers, load, role, nullcontext, engine, residence)
+        return Side(role, words, revision, shape.layers, load, role, nullcontext, engine, model_cache)
 
     base, tuned = side("base"), side("tuned")
     for one in (base, tuned):
-        residence.model(one.key, one.load)
+        model_cache.model(one.key, one.load)
     return Pair(spec, base, tuned, prompts, device)
 
 

@@ -94,7 +94,7 @@ def make_adapter(
             adapters.write_hook(the_map, decoder, site, folder)
             target = adapters.path_of(decoder.model, decoder.module(site))
         else:
-            adapters.check_peft()
+            adapters.peft_library()
             target, linear = found
             lora = adapters.lora_of(the_map, linear)
             source = pair.spec.base

@@ -15,7 +15,8 @@ from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 from mechdiff_mlflow.measures.metrics import next_token_divergences
 from mechdiff_mlflow.models.attach import Tokens, attached
 from mechdiff_mlflow.models.bounded import bounded
-from mechdiff_mlflow.models.pairs import Pair, Side
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.models.sides import Side
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import Prompt, PromptSet, TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Site

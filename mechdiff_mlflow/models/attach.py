@@ -2,12 +2,10 @@
 
 with attached(the_map, base):  # the base's own activation is mapped: base acts as tuned there
     base.generate(**tokenizer(prompt, return_tensors="pt"))
-with attached(the_map, tuned, source=base):  # the experiments' patch: the base's activation, mapped, in tuned
-    tuned.generate(**tokenizer(prompt, return_tensors="pt"))
+with attached(the_map, tuned, source=base): ...  # the experiments' patch: base's mapped activation in tuned
 
-A forward is told from its arguments: inside `generate`, tokens are counted from the prompt's last, whatever
-the cache, the beams or the candidates of an assistant; outside, a forward of several tokens or onto an empty
-cache is a prompt, and one token onto a filled cache is a generated token.
+Inside `generate`, tokens are counted from the prompt's last, whatever the cache, the beams or an assistant's
+candidates; outside, one token onto a filled cache is a generated token and any other forward is a prompt.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ _source_runs: ContextVar[bool] = ContextVar("_source_runs", default=False)
 
 
 class Tokens(Choice):
-    """Whose activations an attached map replaces."""
+    """The tokens whose activations an attached map replaces."""
 
     NEW = "new"
     """The decision token and every generated one: each token from which a new one is predicted."""
@@ -66,29 +64,29 @@ def attached(
     together, one attached later at the same site sees what the earlier one left.
 
     Args:
-        the_map: What is attached.
+        the_map: The map.
         model: A transformers causal LM, or a PEFT wrapper of one; afterwards as before, whatever happens.
-        site: Where; by default where the map says that it was fitted.
+        site: By default where the map says that it was fitted.
         alpha: Instead of the map's own.
         tokens: Whose activations are replaced: `new`, `decision` or `all`.
-        source: What the map is given. None: the model's own activation at the site. A model: its activation
-            at the site on the same tokens, in a clean run of its own with a cache of its own. A tensor
-            [n_prompts, d_in]: activations at the decision tokens, with `tokens="decision"`.
-        source_context: Entered around every run of the source, such as `peft_model.disable_adapter` for one
-            module that is both.
+        source: The map's input. None: the model's own activation at the site. A model: its activation there
+            on the same tokens, in a clean run with its own cache. A tensor [n_prompts, d_in]: activations at
+            the decision tokens, with `tokens="decision"`.
+        source_context: Context of every run of the source, e.g. `peft_model.disable_adapter`.
         modules: Module names, for a model that is not recognised.
-
-    Yields:
-        `model`.
 
     Raises:
         MechdiffError: The site is unknown or does not exist, or the widths do not fit; later, from a
             forward: a call in which the decision token or the source's cache cannot be known.
     """
-    site = _site(the_map, site)
+    named = the_map.meta.get("site") if site is None else site
+    if named is None:
+        raise MechdiffError("The map does not say at which site it was fitted; name one, e.g. L26/attn_out.")
+    site = named if isinstance(named, Site) else Site.parse(str(named))
+    chosen_tokens = Tokens.parse(str(tokens))
     decoder = Decoder.of(model, modules)
     decoder.check(site)
-    reader = _reader(source, site, source_context, modules, Tokens.parse(str(tokens)), model)
+    reader = _reader(source, site, source_context, modules, chosen_tokens, model)
     d_in = decoder.width if reader is None else reader.width
     if (the_map.d_in, the_map.d_out) != (d_in, decoder.width):
         raise MechdiffError(
@@ -97,10 +95,9 @@ def attached(
             "of these models."
         )
     own = the_map if alpha is None else the_map.with_alpha(alpha)
-    attachment = _Attachment(own, Tokens.parse(str(tokens)), reader)
-    inner = _unwrapped(model)
+    attachment = _Attachment(own, chosen_tokens, reader)
     with ExitStack() as hooks:
-        hooks.enter_context(attachment.watching(inner))
+        hooks.enter_context(attachment.watching(without_peft(model)))
         hooks.enter_context(activation_hook(decoder, site, attachment.edit, attachment.n_rows))
         yield model
 
@@ -141,9 +138,11 @@ class _Call:
 
 
 class _Attachment:
-    """Which activations of the running forward are replaced, and by what."""
+    """The edit of the running forward: which activations are replaced, and by what."""
 
-    def __init__(self, the_map: AffineMap, tokens: Tokens, reader: _Reader | None) -> None:
+    def __init__(
+        self, the_map: AffineMap, tokens: Tokens, reader: _GivenActivations | _SourceModel | None
+    ) -> None:
         self._map, self._tokens, self._reader = the_map, tokens, reader
         self._n_prompt: int | None = None  # columns of the prompt, inside generate
         self._chosen: Tensor | None = None  # [n, q], of the running forward
@@ -151,7 +150,6 @@ class _Attachment:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Know of every forward and every generate of `model`."""
         handles = (
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
@@ -162,13 +160,18 @@ class _Attachment:
         finally:
             for handle in handles:
                 handle.remove()
-            if self._reader is not None:
+            if isinstance(self._reader, _SourceModel):
                 self._reader.close()
 
     def n_rows(self) -> int:
         """Rows of the running forward."""
         if self._chosen is None:
-            return 1 if _source_runs.get() else self._refuse_part()
+            if _source_runs.get():
+                return 1
+            raise MechdiffError(
+                "A part of a model with a map attached was called by itself; call the model it is attached "
+                "to."
+            )
         return len(self._chosen)
 
     def edit(self, hidden: Tensor) -> Tensor | None:
@@ -195,7 +198,7 @@ class _Attachment:
             return
         self._chosen = self._x = None
         cache = getattr(out, "past_key_values", None)
-        if self._reader is not None and cache is not None:
+        if isinstance(self._reader, _SourceModel) and cache is not None:
             self._reader.pair_caches(cache)
 
     def _choose(self, call: _Call) -> Tensor:
@@ -205,11 +208,8 @@ class _Attachment:
         if self._n_prompt is not None:
             decision = self._n_prompt - 1
             mask = call.arguments.get("attention_mask")
-            if (
-                isinstance(mask, Tensor)
-                and mask.ndim == 2
-                and not bool(mask[:, decision : decision + 1].all())
-            ):
+            ends = mask[:, decision : decision + 1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            if ends is not None and not bool(ends.all()):
                 raise MechdiffError("A prompt ends with padding; generate with padding_side='left'.")
             columns = call.past + torch.arange(call.q)
             is_new = columns == decision if self._tokens is Tokens.DECISION else columns >= decision
@@ -255,36 +255,15 @@ class _Attachment:
             else:
                 model.generate = before
 
-    @staticmethod
-    def _refuse_part() -> int:
-        raise MechdiffError(
-            "A part of a model with a map attached was called by itself; call the model it is attached to."
-        )
 
-
-class _Reader:
-    """Where the activations come from that the map is given, when they are not the model's own."""
-
-    width: int
-
-    def read(self, call: _Call) -> Tensor:
-        """Activations for the tokens of a forward, [n, q, width]."""
-        raise NotImplementedError
-
-    def pair_caches(self, cache: Any) -> None:
-        """Learn which cache the model got out of the forward that was read for."""
-
-    def close(self) -> None:
-        """Leave no trace."""
-
-
-class _GivenReader(_Reader):
-    """Activations at the decision tokens, known in advance, [n_prompts, width]."""
+class _GivenActivations:
+    """Source activations at the decision tokens, known in advance, [n_prompts, width]."""
 
     def __init__(self, rows: Tensor) -> None:
         self._rows, self.width = rows, rows.shape[1]
 
     def read(self, call: _Call) -> Tensor:
+        """Activations for the tokens of a forward, [n, q, width]."""
         if call.n % len(self._rows):
             raise MechdiffError(
                 f"{len(self._rows)} activations were given as the source and the model was called with "
@@ -294,8 +273,8 @@ class _GivenReader(_Reader):
         return rows[:, None].expand(-1, call.q, -1)
 
 
-class _ModelReader(_Reader):
-    """A clean run of another model on the same tokens, with a cache that goes along."""
+class _SourceModel:
+    """A source that runs clean on the same tokens, with a cache of its own for each cache of the model."""
 
     def __init__(
         self,
@@ -309,19 +288,23 @@ class _ModelReader(_Reader):
         self.width = self._decoder.width
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         self._embedding: Tensor = embeddings.weight
-        self._accepts = frozenset(inspect.signature(type(_unwrapped(model)).forward).parameters)
+        self._accepts = frozenset(inspect.signature(type(without_peft(model)).forward).parameters)
         self._twins: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self._latest: Any = None
 
     def read(self, call: _Call) -> Tensor:
+        """Activations for the tokens of a forward, [n, q, width]."""
         kept: list[Tensor] = []
-        with (
-            _reading(),
-            self._context(),
-            torch.no_grad(),
-            activation_hook(self._decoder, self._site, lambda hidden: kept.append(hidden.clone()), call.n),
-        ):
-            out = self._decoder.model(**self._arguments(call))
+        token = _source_runs.set(True)
+        try:
+            with (
+                self._context(),
+                torch.no_grad(),
+                activation_hook(self._decoder, self._site, lambda h: kept.append(h.clone()), call.n),
+            ):
+                out = self._decoder.model(**self._arguments(call))
+        finally:
+            _source_runs.reset(token)
         self._latest = getattr(out, "past_key_values", None)
         return kept[0]
 
@@ -336,10 +319,13 @@ class _ModelReader(_Reader):
                 f"Token {int(ids.max())} does not exist in the source, which has {len(self._embedding)}; "
                 'give its activations as a tensor, with tokens="decision".'
             )
-        arguments = {"input_ids": ids, "attention_mask": call.mask, "use_cache": True}
-        arguments["position_ids"] = call.arguments.get("position_ids")
-        if call.arguments.get("use_cache") is False:
-            arguments["use_cache"] = False
+        arguments = {
+            "input_ids": ids,
+            "attention_mask": call.mask,
+            "position_ids": call.arguments.get("position_ids"),
+            "use_cache": call.arguments.get("use_cache") is not False,
+            "logits_to_keep": 1,
+        }
         if call.past:
             cache = self._twins.get(call.arguments["past_key_values"])
             if cache is None or int(cache.get_seq_length()) != call.past:
@@ -350,7 +336,6 @@ class _ModelReader(_Reader):
             arguments["past_key_values"] = cache
         device = self._embedding.device
         given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in arguments.items()}
-        given["logits_to_keep"] = 1
         return {name: x for name, x in given.items() if name in self._accepts and x is not None}
 
     def pair_caches(self, cache: Any) -> None:
@@ -381,22 +366,6 @@ def _both(one: Callable[..., Any], other: Callable[..., Any]) -> Callable[..., A
     return both
 
 
-@contextmanager
-def _reading() -> Iterator[None]:
-    token = _source_runs.set(True)
-    try:
-        yield
-    finally:
-        _source_runs.reset(token)
-
-
-def _site(the_map: AffineMap, site: Site | str | None) -> Site:
-    named = the_map.meta.get("site") if site is None else site
-    if named is None:
-        raise MechdiffError("The map does not say at which site it was fitted; name one, e.g. L26/attn_out.")
-    return named if isinstance(named, Site) else Site.parse(str(named))
-
-
 def _reader(
     source: nn.Module | Tensor | None,
     site: Site,
@@ -404,7 +373,7 @@ def _reader(
     modules: ModuleNames | None,
     tokens: Tokens,
     model: nn.Module,
-) -> _Reader | None:
+) -> _GivenActivations | _SourceModel | None:
     if source is None:
         return None
     if isinstance(source, Tensor):
@@ -413,17 +382,17 @@ def _reader(
                 f"Activations {list(source.shape)} were given as the source with tokens={str(tokens)!r}; "
                 'give [n_prompts, width] of the decision tokens with tokens="decision", or a model.'
             )
-        return _GivenReader(source)
-    if _unwrapped(source) is _unwrapped(model) and context is nullcontext:
+        return _GivenActivations(source)
+    if without_peft(source) is without_peft(model) and context is nullcontext:
         raise MechdiffError(
             "The source is the model itself; leave it out to map the model's own activation, or pass "
             "source_context=model.disable_adapter to read a PEFT model without its adapter."
         )
-    return _ModelReader(source, site, context, modules)
+    return _SourceModel(source, site, context, modules)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model in a PEFT wrapper."""
+def without_peft(model: nn.Module) -> nn.Module:
+    """The transformers model in a PEFT wrapper, or the model itself."""
     get: Any = getattr(model, "get_base_model", None)
     inner: nn.Module = model if get is None else get()
     return inner

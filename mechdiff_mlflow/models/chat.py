@@ -7,7 +7,6 @@ import datetime
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -20,20 +19,20 @@ from mechdiff_mlflow.spec.positions import Position
 from mechdiff_mlflow.spec.prompts import Message, Prompt, PromptSet, TokenizedPrompts
 
 TODAY = datetime.date(2024, 7, 26)
-"""What a template that asks for the date is told, so that every day gives the same tokens.
+"""The date that a template which asks for it is told, so that every day gives the same tokens.
 
 It is the date that templates of Llama 3 print where they cannot ask.
 """
 
 
-class _Still(datetime.datetime):
+class _StoppedClock(datetime.datetime):
     @classmethod
-    def now(cls, tz: datetime.tzinfo | None = None) -> _Still:
+    def now(cls, tz: datetime.tzinfo | None = None) -> _StoppedClock:
         return cls(TODAY.year, TODAY.month, TODAY.day, tzinfo=tz)
 
 
 MAX_TOKENS = 1 << 20
-"""Of one prompt."""
+"""The most that one prompt may have."""
 
 _PROMPTS_A_SECOND = 50
 _ELSE = "set template: none, or the name of the other side, in the pair spec"
@@ -43,11 +42,11 @@ _STAND_IN = "\ue000{}\ue001"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Sets of prompts as one tokenizer, and its chat template, give them.
+    """Prompts as one tokenizer and its chat template give them.
 
     Args:
-        sets: The tokens of each set.
-        remarks: What is left out or lacking and no error, a clause each.
+        sets: The tokens of each set of prompts.
+        remarks: What the template leaves out or lacks without being wrong, one sentence each.
     """
 
     sets: tuple[TokenizedPrompts, ...]
@@ -67,14 +66,19 @@ def read(
     Args:
         load: Gives the tokenizer.
         sets: The prompts.
-        what: What to call the tokenizer where it exceeds the bounds.
+        what: Name of the task, at the start of errors about its bounds.
         chat: As in `tokenize`.
         position: As in `tokenize`.
 
     Raises:
         MechdiffError: It takes too much time or memory; or as `load` and `tokenize`.
     """
-    work = partial(_read, load, sets, chat, position)
+
+    def work() -> dict[str, Any]:
+        tokenizer = load()
+        tokens = [dataclasses.asdict(tokenize(tokenizer, s, chat=chat, position=position)) for s in sets]
+        return {"sets": tokens, "remarks": _remarks(tokenizer, sets) if chat else []}
+
     found = bounded(what, work, seconds=sum(map(len, sets)) // _PROMPTS_A_SECOND)
     tokens = (
         TokenizedPrompts(tuple(map(tuple, s["ids"])), tuple(s["positions"]), tuple(s["spans"]))
@@ -83,29 +87,23 @@ def read(
     return Reading(tuple(tokens), tuple(found["remarks"]))
 
 
-def _read(
-    load: Callable[[], PreTrainedTokenizerBase], sets: Sequence[PromptSet], chat: bool, position: Position
-) -> dict[str, Any]:
-    tokenizer = load()
-    tokens = [dataclasses.asdict(tokenize(tokenizer, s, chat=chat, position=position)) for s in sets]
-    return {"sets": tokens, "remarks": _remarks(tokenizer, sets) if chat else []}
-
-
 @dataclass(frozen=True, eq=False)
 class Readers:
-    """Reads prompts for both sides of a pair, each set once.
+    """Reads prompts for both sides of a pair, each set once; mappings are by role.
 
     Args:
-        name: Of the pair.
-        tokenizers: Of `base` and `tuned`, with their chat templates.
-        n_embeddings: Tokens that their models have embeddings for; None if unknown.
-        template: Which of them is used, as in the pair's spec.
-        prompts: All that the pair has, by split.
+        name: The pair's name.
+        tokenizers: With their chat templates.
+        n_embeddings: Tokens that the models have embeddings for; None if unknown.
+        max_tokens: Length of the longest prompt that they have positions for; None for no bound.
+        template: Which side's template is used, as in the pair's spec.
+        prompts: All prompts of the pair, by split.
     """
 
     name: str
     tokenizers: Mapping[str, PreTrainedTokenizerBase]
     n_embeddings: Mapping[str, int | None]
+    max_tokens: Mapping[str, int | None]
     template: str
     prompts: Mapping[str, PromptSet]
     _readings: dict[tuple[str, str, Position], Reading] = field(default_factory=dict)
@@ -114,7 +112,7 @@ class Readers:
         """Prompts as one side sees them.
 
         Raises:
-            MechdiffError: One side has no template or no embedding that it needs; or as `read`.
+            MechdiffError: A side lacks a template, embedding or position that it needs; or as `read`.
         """
         own = self.prompts.get(prompts.split)
         if own is None or own.prompts[: len(prompts)] != prompts.prompts:
@@ -132,7 +130,7 @@ class Readers:
 
     @property
     def remarks(self) -> list[str]:
-        """What the chat templates in use leave out of the prompts or lack, a sentence each."""
+        """What the chat templates in use leave out of the prompts or lack, one sentence each."""
         found = [r for role in self.tokenizers for r in self.all_of(role, Position.DECISION).remarks]
         return list(dict.fromkeys(found))
 
@@ -143,7 +141,7 @@ class Readers:
     def _reader(self, role: str) -> str:
         return self.template if self.template in self.tokenizers else role
 
-    def _reading(self, role: str, position: Position, sets: list[PromptSet], which: str) -> Reading:
+    def _reading(self, role: str, position: Position, sets: Sequence[PromptSet], which: str) -> Reading:
         reader = self._reader(role)
         key = (reader, which, position)
         if key not in self._readings:
@@ -153,11 +151,12 @@ class Readers:
             found = read(lambda: tokenizer, sets, what=what, chat=chat, position=position)
             for side in self.tokenizers if reader == self.template else (reader,):
                 self._check_embedded(found, reader, side)
+                for prompts, tokens in zip(sets, found.sets, strict=True):
+                    self._check_lengths(prompts, tokens, side)
             self._readings[key] = found
         return self._readings[key]
 
     def _check_templates(self) -> None:
-        """Refuse a side without the template that it is to read through, and say what works."""
         has = [role for role, it in self.tokenizers.items() if getattr(it, "chat_template", None)]
         needs = {"own": [*self.tokenizers], "none": []}.get(self.template, [self.template])
         lack = [role for role in needs if role not in has]
@@ -169,7 +168,6 @@ class Readers:
             )
 
     def _check_embedded(self, found: Reading, reader: str, side: str) -> None:
-        """Refuse tokens that a model has no embeddings for."""
         rows = self.n_embeddings[side]
         top = max((max(ids) for tokens in found.sets for ids in tokens.ids), default=0)
         if rows is not None and top >= rows:
@@ -178,6 +176,15 @@ class Readers:
             raise MechdiffError(
                 f"The {reader} tokenizer gives token {top} ({token!r}) and the {side} model has embeddings "
                 f"for {rows}; set template: {other}, or none, or save the model with its embeddings resized."
+            )
+
+    def _check_lengths(self, prompts: PromptSet, tokens: TokenizedPrompts, side: str) -> None:
+        most, lengths = self.max_tokens[side], [len(ids) for ids in tokens.ids]
+        if most is not None and max(lengths, default=0) > most:
+            longest = lengths.index(max(lengths))
+            raise MechdiffError(
+                f"Prompt {longest + 1} of {prompts.split} has {lengths[longest]} tokens and {side} has "
+                f"positions for {most}; shorten or remove it, and any other that is as long."
             )
 
 
@@ -202,8 +209,13 @@ def tokenize(
     """
     if chat and not getattr(tokenizer, "chat_template", None):
         raise MechdiffError(f"{_name(tokenizer)} has no chat template; set template: none in the pair spec.")
-    if not chat:
-        _check_single_turns(prompts)
+    longer = [number for number, prompt in enumerate(prompts.prompts, 1) if len(prompt.messages) > 1]
+    if longer and not chat:
+        raise MechdiffError(
+            f"template: none reads the last text alone, and {len(longer)} {prompts.split} prompts (the "
+            f"first is {longer[0]}) have a system prompt or earlier turns before it; write all of it as one "
+            '{"text": …} and remove system from the spec, or set template: own, tuned or base.'
+        )
     ids: list[tuple[int, ...]] = []
     positions: list[int] = []
     spans: list[int] = []
@@ -229,16 +241,6 @@ def tokenize(
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"The tokenizer of {tokenizer.name_or_path or 'the model'}"
-
-
-def _check_single_turns(prompts: PromptSet) -> None:
-    longer = [number for number, prompt in enumerate(prompts.prompts, 1) if len(prompt.messages) > 1]
-    if longer:
-        raise MechdiffError(
-            f"template: none reads the last text alone, and {len(longer)} {prompts.split} prompts (the "
-            f"first is {longer[0]}) have a system prompt or earlier turns before it; write all of it as one "
-            '{"text": …} and remove system from the spec, or set template: own, tuned or base.'
-        )
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, where: str) -> tuple[int, ...]:
@@ -277,7 +279,7 @@ def _render(
     tokenizer: PreTrainedTokenizerBase, messages: Iterable[Message], *, answering: bool = True
 ) -> str:
     # The clock cannot be passed in: transformers lets templates have plain data alone.
-    with mock.patch.object(transformers.utils.chat_template_utils, "datetime", _Still):
+    with mock.patch.object(transformers.utils.chat_template_utils, "datetime", _StoppedClock):
         text: str = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=answering
         )
@@ -302,7 +304,7 @@ def _check_ends(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...], whe
 
 
 def _one_of_each_shape(sets: Iterable[PromptSet]) -> list[Prompt]:
-    """For each order of roles in some prompts a prompt that has it, of stand-ins for what is said."""
+    """A prompt of stand-in texts for each sequence of roles in some prompts."""
     shapes = dict.fromkeys(tuple(m["role"] for m in p.messages) for s in sets for p in s.prompts)
     return [_stand_ins(*roles) for roles in shapes]
 
@@ -312,7 +314,7 @@ def _stand_ins(*roles: str) -> Prompt:
 
 
 def _attempt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, answering: bool = True) -> str | None:
-    """The text of stand-ins; None where the template takes only some kinds of text or orders of turns."""
+    """The rendered text; None where the template refuses it, as some do with unusual texts or turns."""
     try:
         return _render(tokenizer, prompt.messages, answering=answering)
     except MemoryError:

@@ -1,4 +1,4 @@
-"""Checkpoints: where a model's weights and tokenizer come from, and how they are loaded and told apart."""
+"""Checkpoints: models, adapters and tokenizers on disk or on the hub, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Checkpoint:
         return self.tokenizer_with({})
 
     def tokenizer_with(self, settings: dict[str, Any]) -> transformers.PreTrainedTokenizerBase:
-        """Its tokenizer, with other special tokens or another chat template."""
+        """Its tokenizer with some settings replaced, such as special tokens or the chat template."""
         with self._explained():
             return transformers.AutoTokenizer.from_pretrained(self.place, **self._options, **settings)
 
@@ -112,13 +112,15 @@ class Checkpoint:
         if device_map is None:
             model.to(self.device)
         if self.plant is not None:
-            plant_into(model, self.plant, self.spec)
+            decoder = Decoder.of(model, module_names(self.spec))
+            decoder.check(self.plant.site)
+            plant_in(self.plant, decoder.module(self.plant.site))
         loaded: nn.Module = model.eval().requires_grad_(False)
         return loaded
 
     def n_bytes(self) -> int:
-        """Of the weights once loaded, from the configuration alone; 0 where it does not say."""
-        model = self._skeleton
+        """Size of the weights once loaded, from the configuration alone; 0 where it does not say."""
+        model = self._skeleton_if_any
         if model is None:
             return 0
         number = {"8bit": 1.0, "4bit": 0.5}.get(self.spec.quantization or "")
@@ -126,14 +128,15 @@ class Checkpoint:
         return int(number * sum(weight.numel() for weight in model.parameters()))
 
     def outline(self) -> Decoder | None:
-        """Its blocks without any weights; None where that takes the weights to find out."""
+        """Its blocks without any weights; None where they are not found without loading it."""
+        model = self._skeleton_if_any
         try:
-            return None if self._skeleton is None else Decoder.of(self._skeleton, module_names(self.spec))
-        except MechdiffError:  # once it is loaded, that may be another class, or is said then
+            return None if model is None else Decoder.of(model, module_names(self.spec))
+        except MechdiffError:  # the loaded model may be of another class; if not, it is said then
             return None
 
     @cached_property
-    def _skeleton(self) -> nn.Module | None:
+    def _skeleton_if_any(self) -> nn.Module | None:
         try:
             return self.skeleton
         except Exception:  # any model's own code; what is wrong is said when it is loaded
@@ -156,7 +159,6 @@ class Checkpoint:
 
     @cached_property
     def _commit(self) -> str | None:
-        """Of the hub; None for a folder."""
         if Path(self.place).is_dir():
             return None
         with self._explained():
@@ -164,7 +166,7 @@ class Checkpoint:
 
     @cached_property
     def _code_commit(self) -> str | None:
-        """Of the other repository that its code is in, if there is one and it may run."""
+        """The commit of another repository that holds its code, if there is one and it may run."""
         if not self.spec.trust_remote_code:
             return None
         with self._explained():
@@ -180,7 +182,7 @@ class Checkpoint:
 
     @property
     def max_tokens(self) -> int | None:
-        """Tokens of the longest prompt that it has positions for; None where there is no bound."""
+        """Length of the longest prompt that it has positions for; None where there is no bound."""
         config = self.config.get_text_config()
         most = getattr(config, "max_position_embeddings", None)
         scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
@@ -198,7 +200,7 @@ class Checkpoint:
 
     @property
     def _auto(self) -> Any:
-        """The class that loads it: a multimodal model as a whole, of which text uses the language model."""
+        """The class that loads it; a multimodal model is loaded whole, and its language model reads text."""
         whole = transformers.AutoModelForImageTextToText
         return whole if type(self.config) in whole._model_mapping else transformers.AutoModelForCausalLM
 
@@ -229,10 +231,10 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def explained(what: str, place: str) -> Iterator[None]:
-    """Errors of loading what is at `place`, a folder or an id, as one sentence.
+    """Turns errors of loading `what` from `place`, a folder or a hub id, into one sentence.
 
     Raises:
-        MechdiffError: In place of what libraries raise.
+        MechdiffError: In place of any error that a library raises.
     """
     try:
         yield
@@ -254,17 +256,6 @@ def explained(what: str, place: str) -> Iterator[None]:
         raise MechdiffError(f"{what} cannot be loaded ({reason[:300]}); {remedy}.") from error
 
 
-def plant_into(model: nn.Module, plant: Plant, spec: PairSpec) -> None:
-    """Make a known change to a model.
-
-    Raises:
-        MechdiffError: The site does not exist, or nothing can be planted there.
-    """
-    decoder = Decoder.of(model, module_names(spec))
-    decoder.check(plant.site)
-    plant_in(plant, decoder.module(plant.site))
-
-
 def load_adapter(spec: PairSpec, model: nn.Module) -> Any:
     """The spec's PEFT adapter on a model.
 
@@ -279,7 +270,7 @@ def check_adapter(spec: PairSpec, base: Checkpoint) -> None:
     """Refuse the spec's adapter, where its configuration says enough, before the base is loaded.
 
     Raises:
-        MechdiffError: peft is not installed, or the adapter is missing, malformed or of no use here.
+        MechdiffError: peft is not installed, or the adapter is missing, malformed or cannot be patched.
     """
     if importlib.util.find_spec("peft") is None:
         raise MechdiffError(
@@ -297,10 +288,10 @@ def _explained_adapter(spec: PairSpec) -> contextlib.AbstractContextManager[None
 
 
 def pinned(spec: PairSpec) -> PairSpec:
-    """The spec with the commits that its revisions mean now, so that all that is loaded later is of them.
+    """The spec with its revisions as commits, so that everything is loaded from the same ones.
 
     Raises:
-        MechdiffError: One cannot be found out, here or on the hub.
+        MechdiffError: A commit cannot be found, here or on the hub.
     """
     sides: dict[str, Any] = {"base": spec.base, "tuned": spec.tuned}
     for role, side in sides.items():
@@ -318,7 +309,7 @@ def adapter_folder(spec: PairSpec) -> Path:
     """The folder of the spec's PEFT adapter, downloaded if it is on the hub and not yet here.
 
     Raises:
-        MechdiffError: It is not to be had, or is damaged or names code.
+        MechdiffError: It is missing or damaged, or names code.
     """
     assert spec.tuned.adapter is not None
     place = spec.locate(spec.tuned.adapter)
@@ -330,7 +321,7 @@ def adapter_folder(spec: PairSpec) -> Path:
 
 
 def adapter_revision(spec: PairSpec) -> str:
-    """The revision of the spec's PEFT adapter: of the hub, or `sha256:` and the digest of its files."""
+    """Revision of the spec's PEFT adapter: id and commit, or `sha256:` and the digest of its files."""
     folder = adapter_folder(spec)
     if str(folder) == spec.locate(spec.tuned.adapter or ""):
         return folder_digest(folder)
@@ -338,10 +329,10 @@ def adapter_revision(spec: PairSpec) -> str:
 
 
 def adapter_tokenizer(spec: PairSpec, base: Checkpoint) -> transformers.PreTrainedTokenizerBase:
-    """The tokenizer that the spec's adapter brings, or the base's with the template that it brings.
+    """The adapter's own tokenizer, or the base's with the adapter's special tokens and chat template.
 
     Raises:
-        MechdiffError: What it brings is malformed.
+        MechdiffError: A file of the tokenizer is malformed.
     """
     folder = adapter_folder(spec)
     with explained(f"Tokenizer of adapter {folder} of pair {spec.name!r}", str(folder)):
@@ -366,14 +357,14 @@ def module_names(spec: PairSpec) -> ModuleNames | None:
     return ModuleNames(**spec.modules.model_dump()) if spec.modules else None
 
 
-def layer_digests(blocks: list[nn.Module]) -> list[str] | None:
-    """For each decoder block a digest of its weights and their names; None where weights are elsewhere."""
+def layer_digests(decoder: Decoder) -> list[str]:
+    """A digest of each decoder block's weights and their names; empty where weights are elsewhere."""
     digests = []
-    for block in blocks:
+    for block in decoder.blocks:
         digest = hashlib.sha256()
-        for name, weight in sorted(block.state_dict().items()):
+        for name, weight in sorted(block.module.state_dict().items()):
             if weight.is_meta:
-                return None
+                return []
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         digests.append(digest.hexdigest())
@@ -382,7 +373,7 @@ def layer_digests(blocks: list[nn.Module]) -> list[str] | None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars and notes while weights load: our own progress says what goes on."""
+    """Silences transformers' bars and notes while weights load: our own progress is shown."""
     log = transformers.utils.logging
     level = log.get_verbosity()
     log.set_verbosity_error()

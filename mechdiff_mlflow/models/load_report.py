@@ -1,7 +1,7 @@
-"""All the weights of a checkpoint in the model they were saved from, or none.
+"""Loading a model with all its weights or not at all.
 
-transformers fills what a checkpoint lacks with random numbers, and leaves out what it has no place for, with
-a table in the log. Here that table is read, and the model refused.
+transformers fills missing weights with random numbers and drops unexpected ones, with a table in the log.
+Here that table is read, and such a model refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Misfit:
 
     @classmethod
     def of(cls, model: nn.Module, report: dict[str, Any]) -> Misfit:
-        """What is wrong in transformers' own report, but for what is tied, declared or a buffer."""
+        """The misfit in transformers' own report, but for weights that are tied, declared or buffers."""
         buffers = tuple(name for name, _ in model.named_buffers())
         spare = [
             key
@@ -68,7 +68,7 @@ class Misfit:
 
     @property
     def remedy(self) -> str:
-        """What to do about it."""
+        """Advice for the user."""
         prefixes = {key.removesuffix(name) for name in self.missing[:1] for key in self.unexpected}
         for prefix in prefixes:
             if {prefix + name for name in self.missing} == {*self.unexpected}:
@@ -82,15 +82,9 @@ class Misfit:
 
 
 def load_whole(auto: Any, place: str, what: str, **options: Any) -> nn.Module:
-    """The model at `place`, with every weight that it has.
+    """The model at `place`, a hub id or folder, with all its weights; errors call it `what`.
 
     Weights that carry the prefix of a wrapper, such as `_orig_mod.`, are loaded without it if then all fit.
-
-    Args:
-        auto: The class of transformers that loads it.
-        place: Hub id or folder.
-        what: What errors call it.
-        options: Of `from_pretrained`.
 
     Raises:
         MechdiffError: Weights are missing, left over or of another shape, or it is an adapter.
@@ -118,7 +112,7 @@ def load_whole(auto: Any, place: str, what: str, **options: Any) -> nn.Module:
 
 
 def untied(model: nn.Module, missing: Iterable[str]) -> tuple[str, ...]:
-    """Those of the missing weights that are no other name of one that is there."""
+    """The missing weights that are not tied to one that is there."""
     missing = frozenset(missing)
     named = dict(model.named_parameters(remove_duplicate=False))
     there = {id(weight) for name, weight in named.items() if name not in missing}
@@ -126,7 +120,7 @@ def untied(model: nn.Module, missing: Iterable[str]) -> tuple[str, ...]:
 
 
 def _unwrapped(place: str, revision: str | None) -> dict[str, Tensor] | None:
-    """The weights without what wrappers put into their names; None if nothing did, or two would be one."""
+    """The weights without wrapper prefixes; None if there are none, or two names would become one."""
     folder = Path(place)
     if not folder.is_dir():
         kinds = ["*.safetensors", "*.safetensors.index.json"]

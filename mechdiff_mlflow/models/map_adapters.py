@@ -32,6 +32,7 @@ from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models import hook_adapter
+from mechdiff_mlflow.models.attach import without_peft
 from mechdiff_mlflow.models.peft_adapters import put_on
 from mechdiff_mlflow.spec.choices import Choice
 from mechdiff_mlflow.spec.sites import Hook, Site
@@ -53,7 +54,7 @@ class Form(Choice):
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A change of a linear layer: x ↦ x·aᵀ·bᵀ + bias is added to what it gives.
+    """A change of a linear layer: x·aᵀ·bᵀ + bias is added to its output.
 
     Args:
         a: [r, width of x], float32.
@@ -72,10 +73,7 @@ class Lora:
 
 
 def last_linear(decoder: Decoder, site: Site) -> tuple[str, nn.Module] | None:
-    """The linear layer whose output is the activation at `site`, by its path in the transformers model.
-
-    Found by running three tokens: it is the layer that gives just what the site has.
-    """
+    """The path and module of the linear layer whose output on three tokens is the activation at `site`."""
     if site.hook in (Hook.RESID_PRE, Hook.RESID_POST):
         return None
     owner = decoder.module(site)
@@ -107,11 +105,7 @@ def last_linear(decoder: Decoder, site: Site) -> tuple[str, nn.Module] | None:
 
 
 def lora_of(the_map: AffineMap, linear: nn.Module) -> Lora:
-    """The change of `linear`, whose output the map was fitted on, that makes it give the mapped output.
-
-    Args:
-        the_map: d to d dimensions.
-        linear: An `nn.Linear` or `Conv1D` that gives d dimensions.
+    """The change that makes `linear`, whose output the map was fitted on, give the mapped output.
 
     Raises:
         MechdiffError: The widths do not fit.
@@ -135,12 +129,12 @@ def lora_of(the_map: AffineMap, linear: nn.Module) -> Lora:
 def write_peft(
     lora: Lora, linear: nn.Module, path: str, folder: Path, *, base_model: str, revision: str | None
 ) -> None:
-    """Write `lora` on the layer at `path` as PEFT does.
+    """Write `lora` for the layer at `path` as PEFT does.
 
     Raises:
         MechdiffError: PEFT is not installed.
     """
-    config = _peft().LoraConfig(
+    config = peft_library().LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank,  # their ratio scales b·a
         target_modules=[path],
@@ -159,7 +153,7 @@ def write_peft(
 
 
 def write_hook(the_map: AffineMap, decoder: Decoder, site: Site, folder: Path) -> None:
-    """Write the map, where it goes, and the loader that puts it there."""
+    """Write the map, its place in the model, and the loader that puts it there."""
     map_file, config_file, loader = (folder / name for name in HOOK_FILES)
     the_map.save(map_file)
     config = {
@@ -182,7 +176,7 @@ def loaded(folder: Path, model: nn.Module) -> Iterator[nn.Module]:
         MechdiffError: PEFT is needed and not installed.
     """
     if (folder / WEIGHTS_FILE).is_file():
-        _peft()
+        peft_library()
         adapted = put_on(model, folder)
         try:
             yield adapted
@@ -195,15 +189,6 @@ def loaded(folder: Path, model: nn.Module) -> Iterator[nn.Module]:
         yield model
     finally:
         handle.remove()
-
-
-def check_peft() -> None:
-    """Raise unless PEFT is there.
-
-    Raises:
-        MechdiffError: It is not.
-    """
-    _peft()
 
 
 def _update(the_map: AffineMap, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,19 +208,23 @@ def _update(the_map: AffineMap, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether PEFT can put a LoRA on it and we can read its weight, which is not so when it is quantised."""
+    """Whether it can take a LoRA and its weight can be read, which a quantized one cannot."""
     return isinstance(module, nn.Linear | Conv1D) and module.weight.is_floating_point()
 
 
 def path_of(model: nn.Module, module: nn.Module) -> str:
-    """Where `module` is in the transformers model, PEFT's wrapper left out."""
-    get: Any = getattr(model, "get_base_model", None)
-    inner: nn.Module = model if get is None else get()
+    """The name of `module` in the transformers model, without PEFT's wrapper."""
+    inner = without_peft(model)
     paths: dict[nn.Module, str] = {candidate: name for name, candidate in inner.named_modules()}
     return paths[module]
 
 
-def _peft() -> Any:
+def peft_library() -> Any:
+    """The peft module.
+
+    Raises:
+        MechdiffError: It is not installed.
+    """
     try:
         return import_module("peft")
     except ImportError:

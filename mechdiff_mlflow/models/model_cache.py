@@ -13,7 +13,7 @@ from mechdiff_mlflow.engine import PatchEngine
 from mechdiff_mlflow.engine.memory.oom_retry import release_memory
 
 
-class Residence:
+class ModelCache:
     """Holds models and their engines by name.
 
     Args:
@@ -31,7 +31,10 @@ class Residence:
         if name not in self._models:
             if self.one_at_a_time and self._models:
                 assert not self._busy, f"{name} is asked for while {self._busy} is at work"
-                self._free()
+                while self._engines:  # none may be left in a variable, which would keep its model
+                    self._engines.popitem()[1].give_up()
+                self._models.clear()
+                release_memory()
             self._models[name] = load()
         return self._models[name]
 
@@ -50,35 +53,17 @@ class Residence:
         finally:
             self._busy.pop()
 
-    def _free(self) -> None:
-        while self._engines:  # none may be left in a variable, which would keep its model
-            self._engines.popitem()[1].give_up()
-        self._models.clear()
-        release_memory()
 
-
-class Adapted:
-    """Loads a model with a PEFT adapter in it, which can be switched off.
-
-    Args:
-        name: What it is held as.
-        load: Loads the model alone.
-        adapt: Puts the adapter into it, and gives peft's wrapper of it.
-        residence: Where it is held.
-    """
+class AdaptedModel:
+    """A model with a PEFT adapter that can be switched off, held in a cache under `key`."""
 
     def __init__(
-        self,
-        name: str,
-        load: Callable[[], nn.Module],
-        adapt: Callable[[nn.Module], Any],
-        residence: Residence,
+        self, key: str, load: Callable[[], nn.Module], adapt: Callable[[nn.Module], Any], cache: ModelCache
     ) -> None:
-        self.name = name
-        self._load, self._adapt, self._residence = load, adapt, residence
+        self._key, self._load, self._adapt, self._cache = key, load, adapt, cache
         self._wrapper: Any = None
 
-    def __call__(self) -> nn.Module:
+    def load(self) -> nn.Module:
         """The model with the adapter in it."""
         model = self._load()
         self._wrapper = self._adapt(model)
@@ -86,6 +71,6 @@ class Adapted:
 
     def disabled(self) -> contextlib.AbstractContextManager[object]:
         """A context in which the model is itself alone; loaded if it is not there."""
-        self._residence.model(self.name, self)
+        self._cache.model(self._key, self.load)
         context: contextlib.AbstractContextManager[object] = self._wrapper.disable_adapter()
         return context

@@ -1,9 +1,10 @@
-"""PEFT adapters on a base model: kinds that can be patched, all weights, and a base that stays itself."""
+"""PEFT adapters: only kinds that can be patched, with all their weights, on a base that they leave alone."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -23,10 +24,7 @@ from mechdiff_mlflow.spec.model_files import check_folder
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
-_OUTSIDE = (
-    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"),
-    *("ADAPTION_PROMPT", "XLORA", "POLY"),
-)
+_OUTSIDE = re.compile("(MULTITASK_)?PROMPT_TUNING|P_TUNING|PREFIX_TUNING|CPT|ADAPTION_PROMPT|XLORA|POLY")
 """Kinds that put tokens, keys or values before the prompt, or that weigh adapters by what they read."""
 
 _BY_INPUT = ("alora_invocation_tokens", "arrow_config", "layer_replication")
@@ -45,7 +43,7 @@ _MERGE = "merge it into its base (merge_and_unload, then save_pretrained) and na
 
 
 def adapter_folder(place: str, revision: str | None, also: tuple[str, ...] = ()) -> Path:
-    """The local folder of an adapter, downloaded, with files of the names `also`, if it is on the hub.
+    """The local folder of an adapter; from the hub it is downloaded, with the files named in `also`.
 
     Raises:
         MechdiffError: What is there is damaged or a pickle.
@@ -67,12 +65,12 @@ def adapter_folder(place: str, revision: str | None, also: tuple[str, ...] = ())
 
 
 def check_config(folder: Path, width: int, names: Iterator[str]) -> None:
-    """Refuse what cannot be measured or would take for ever, before any weight is read.
+    """Refuse an adapter that cannot be measured or would take forever, before any weight is read.
 
     Args:
-        folder: Of the adapter.
+        folder: The adapter's.
         width: Dimensions of the base model's residual stream.
-        names: Of the modules of the base model; asked for only where patterns are matched.
+        names: Modules of the base model; read only if patterns have to be matched.
 
     Raises:
         MechdiffError: Its effect is not in the layers alone, its rank is beyond reason, a number is infinite,
@@ -82,7 +80,7 @@ def check_config(folder: Path, width: int, names: Iterator[str]) -> None:
     config = json.loads(untrusted.read_text(path, _MAX_CONFIG, "Adapter configuration"))
     kind = str(config.get("peft_type"))[:40]
     by_input = next((key for key in _BY_INPUT if config.get(key)), None)
-    if kind in _OUTSIDE or by_input:
+    if _OUTSIDE.fullmatch(kind) or by_input:
         what = f"{kind} with {by_input}" if by_input else kind
         raise MechdiffError(
             f"Adapter {folder} is of kind {what}, which does more than change the layers of its base, so it "
@@ -136,10 +134,6 @@ def _check_patterns(folder: Path, config: Mapping[str, Any], names: Iterator[str
 
 def put_on(model: nn.Module, folder: Path) -> Any:
     """Peft's wrapper of `model` with the adapter in `folder`, which switched off leaves `model` as it was.
-
-    Args:
-        model: The base; gets the adapter's modules.
-        folder: What `check_config` passed.
 
     Raises:
         MechdiffError: Weights do not fit, or the adapter changes the base, the prompt, or is random.

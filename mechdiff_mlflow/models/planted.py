@@ -25,14 +25,10 @@ _LAST_PROJECTION = {Hook.ATTN_OUT: "o_proj", Hook.MLP_OUT: "down_proj"}
 
 
 def operator(plant: Plant, weight: Tensor) -> Weight:
-    """M = I + gain·U·Vᵀ for a projection, float64 [d, d].
+    """M = I + gain·U·Vᵀ for a projection of weight [d, width of its input], float64 [d, d].
 
-    U is a random rotation of the directions that the projection writes most to, so that every one of the r
+    U is a random rotation of the directions that the projection writes most to, so that each of the r
     directions carries something; V is uniformly random.
-
-    Args:
-        plant: What is planted.
-        weight: Of the projection, [d, width of its input].
 
     Raises:
         MechdiffError: The rank is too high.
@@ -48,13 +44,9 @@ def operator(plant: Plant, weight: Tensor) -> Weight:
 
 
 def plant_in(plant: Plant, sublayer: nn.Module) -> Weight:
-    """Edit the last projection of a sublayer so that it adds α·x·M where it added x; M.
+    """Edit the last projection of a sublayer, in place, so that it adds α·x·M where it added x; returns M.
 
     Exact up to the rounding of the edited weight to the model's dtype.
-
-    Args:
-        plant: What is planted.
-        sublayer: The module whose output is the activation at the plant's site; changed in place.
 
     Raises:
         MechdiffError: It does not end in a projection that we know, or the rank is too high.

@@ -1,4 +1,4 @@
-"""What was recorded of a pair's models, so that each runs over each split once, whoever asks."""
+"""Recordings of a pair's models, shared so that each runs over each split once."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Key = tuple[str, str, Position]
 class Recordings:
     """Clean runs that patches need, and activations that are asked for again.
 
-    Activations lie in main memory, or in files over a budget. Of clean runs the engine keeps what fits beside
-    the models, and gives it up when memory runs out or its model is freed.
+    Activations lie in main memory, or in files over a budget. The engine keeps the clean runs that fit beside
+    the models, and drops them when memory runs out or its model is freed.
     """
 
     _recorded: dict[Key, CleanRuns] = field(default_factory=dict)
@@ -30,13 +30,13 @@ class Recordings:
     def to_patch(
         self, engine: PatchEngine, key: Key, tokens: TokenizedPrompts, sites: Sequence[Site]
     ) -> CleanRuns:
-        """Recorded prompts that can be patched at some sites, and whose first score or completion runs them.
+        """A recording of prompts, run at the first score or completion, that can be patched at `sites`.
 
         Args:
-            engine: Of the role's model.
-            key: Whose and which prompts.
+            engine: The engine of the role's model.
+            key: Role, prompts and position.
             tokens: The prompts as that model sees them.
-            sites: Where.
+            sites: Where it will be patched.
 
         Raises:
             MechdiffError: A site does not exist.
@@ -62,7 +62,7 @@ class Recordings:
         self._captured[key] = Rows({**dict.fromkeys(known, known), **dict.fromkeys(captured, captured)})
 
     def everything(self, key: Key) -> Mapping[Site, Tensor]:
-        """All that `add` was told."""
+        """All activations that were added."""
         return self._captured.get(key, {})
 
     def forget(self) -> None:
@@ -72,7 +72,7 @@ class Recordings:
 
 
 class Rows(Mapping[Site, Tensor]):
-    """Rows of sites, each in a mapping that may lie in files and is read when it is asked."""
+    """Rows of sites, each read from its mapping, which may lie in files, when it is asked for."""
 
     def __init__(self, where: Mapping[Site, Mapping[Site, Tensor]]) -> None:
         self._where = where

@@ -1,4 +1,4 @@
-"""Which commit of the hub a name means, and what tells two local checkpoints apart."""
+"""Revisions: commits on the hub, and digests of local checkpoints."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_JSON = 64 << 20
 
 
 def commit_of(repository: str, revision: str | None, file: str) -> str:
-    """The commit that a branch, tag or (short) commit of a repository of the hub means now.
+    """The commit that a branch, tag or (short) commit of a hub repository means now.
 
     The hub is asked as for any download of `file`, so the cache answers where the hub does not.
 
@@ -46,10 +46,10 @@ def commit_of(repository: str, revision: str | None, file: str) -> str:
 
 
 def folder_digest(folder: Path, *, code: bool = False) -> str:
-    """`sha256:` and 16 hex digits over what of a local checkpoint or adapter changes activations.
+    """`sha256:` and 16 hex digits over what changes the activations of a local checkpoint or adapter.
 
-    That is configurations, weights and the index that says where each lies, with `code` the Python files.
-    Tokenizers and templates are not: what they make of the prompts has a digest of its own.
+    Covers configurations, weights and their index, and with `code` the Python files. Tokenizers and templates
+    are left out: the tokens that they make of the prompts are in the pair's fingerprint.
     """
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):

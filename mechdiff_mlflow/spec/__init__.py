@@ -1,1 +1,1 @@
-"""What is asked for: pairs, prompts, sites, ranks and scales, validated before anything is loaded."""
+"""Requests: pairs, prompts, sites, ranks and scales, validated before anything is loaded."""

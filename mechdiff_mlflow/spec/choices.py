@@ -1,4 +1,4 @@
-"""Words out of a few, as users type them."""
+"""Choices from a fixed set of words, as users type them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Choice(str, Enum):
 
     @classmethod
     def title(cls) -> str:
-        """What the word chooses, for errors."""
+        """Name of the choice in errors."""
         return cls.__name__
 
     @classmethod

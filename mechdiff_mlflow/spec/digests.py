@@ -1,4 +1,4 @@
-"""What identifies a file by its bytes."""
+"""Digests of files."""
 
 from __future__ import annotations
 

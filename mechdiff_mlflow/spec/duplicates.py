@@ -1,4 +1,4 @@
-"""Prompts that ask the same twice: repeats in a split, and near duplicates among splits.
+"""Duplicate prompts: repeats in a split, and near duplicates between splits.
 
 Near ones are found without comparing all with all. Sets of word trigrams whose Jaccard similarity is 4/5 or
 more share one of their rarest trigrams, and how many of those must be looked at follows from the two sizes
@@ -25,11 +25,12 @@ Ints = NDArray[np.int64]
 
 
 def repeats(said: Mapping[int, tuple[Sequence[tuple[str, str]], str | None]]) -> list[tuple[int, int]]:
-    """Lines that say what an earlier one says, which comes first in each pair, unless one group holds both.
+    """Pairs of line numbers, an earlier line and its repeat, unless one group holds both.
+
+    Texts are equal if their composed forms (NFC) differ in white space at most.
 
     Args:
-        said: By number of the line its turns (role, text) and its group. Texts are equal whose composed
-            forms (NFC) differ in white space at most.
+        said: For each line number its turns (role, text) and its group.
     """
     first: dict[tuple[tuple[str, str], ...], tuple[int, str | None]] = {}
     found = []
@@ -42,7 +43,7 @@ def repeats(said: Mapping[int, tuple[Sequence[tuple[str, str]], str | None]]) ->
 
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:
-    """The word trigrams of a text, case-folded, in NFKC, without punctuation; of a shorter one all of it."""
+    """The word trigrams of a text, case-folded, in NFKC, without punctuation; a shorter text is one item."""
     words = _words(text)
     return frozenset(zip(words, words[1:], words[2:], strict=False) if len(words) >= 3 else [tuple(words)])
 
@@ -51,8 +52,8 @@ def near_duplicates(texts: Sequence[str], splits: Sequence[int]) -> Iterator[tup
     """Every pair of texts of different splits that share `NEAR_DUPLICATE` of their trigrams.
 
     Args:
-        texts: All splits' texts, one split after the other.
-        splits: Of each text its split, counted from 0 and rising.
+        texts: The texts of all splits, one split after the other.
+        splits: The split of each text, counted from 0 and rising.
     """
     split = np.asarray(splits, dtype=np.int64)
     doc, token = _ranked(texts, split)

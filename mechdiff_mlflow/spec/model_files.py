@@ -1,7 +1,7 @@
-"""A local checkpoint or adapter, looked at before transformers and peft read it.
+"""Checks of a local checkpoint or adapter before transformers and peft read it.
 
-They are made for files that one trusts: they allocate what a configuration claims, follow whatever paths an
-index names, fall back to pickles, and peft imports the module that an adapter's configuration asks for.
+Those trust their files: they allocate what a configuration claims, follow the paths of an index, fall back to
+pickles, and import a module that an adapter's configuration names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the user asks for, validated before any model is loaded: frozen values and their text forms."""
+"""Requests, validated before any model is loaded: ranks, scales, cells and pairs, with their text forms."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rank:
     """How many directions a map may use; `full` is no limit.
 
     Args:
-        k: At least 1, or None for full. On the command line 0 also means full, as in the seed experiment.
+        k: At least 1, or None for full. On the command line 0 is full too, as in the original experiment.
     """
 
     k: int | None
@@ -62,11 +62,7 @@ class Rank:
 
 @dataclass(frozen=True, slots=True)
 class Alpha:
-    """How the scale α of the mapped vector is set: one value is fixed, several are chosen from on val.
-
-    Args:
-        values: Finite, not negative, increasing.
-    """
+    """The scale α of the mapped vector: one fixed value, or an increasing grid to choose from on val."""
 
     values: tuple[float, ...]
 
@@ -110,15 +106,7 @@ class Alpha:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One map to fit and patch: where, by which solver, of which rank and scale.
-
-    Args:
-        site: Where the map is fitted and patched.
-        solver: Row of the solvers' table.
-        family: `update` bounds rank(W − I), `content` rank(W).
-        rank: The bound.
-        alpha: Fixed, or chosen on val.
-    """
+    """One map to fit and patch; family `update` bounds rank(W − I), `content` rank(W)."""
 
     site: Site
     solver: str
@@ -139,12 +127,7 @@ NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 
 
 class BaseModelSpec(_Frozen):
-    """The base side.
-
-    Args:
-        model: Hugging Face id, or path relative to the spec file.
-        revision: Branch, tag or commit; resolved to a commit when loaded.
-    """
+    """The base side: a Hugging Face id, or a path relative to the spec file; a branch, tag or commit."""
 
     model: NonEmpty
     revision: NonEmpty | None = None
@@ -168,7 +151,7 @@ class TunedModelSpec(_Frozen):
 
     @property
     def plant(self) -> Plant | None:
-        """What is planted.
+        """The planted change.
 
         Raises:
             MechdiffError: `planted` is malformed.
@@ -221,7 +204,7 @@ class PairSpec(_Frozen):
     modules: ModuleOverride | None = None
     trust_remote_code: bool = False
     root: Annotated[Path, Field(exclude=True)] = Path()
-    """Directory that relative paths start from; set by `load`."""
+    """Folder of the spec, where relative paths start; set by `load`."""
 
     @model_validator(mode="after")
     def _plain_weights(self) -> PairSpec:
@@ -274,23 +257,9 @@ class PairSpec(_Frozen):
             self.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True
         )
 
-    def _with_plant(self, plant: Plant) -> PairSpec:
-        return self.model_copy(
-            update={
-                "name": f"planted-{plant.slug}",
-                "description": f"The base of {self.name}, and the same with a known change planted: {plant}.",
-                "tuned": TunedModelSpec(planted=str(plant)),
-            }
-        )
-
     @classmethod
     def parse(cls, text: str, *, root: Path, source: str = "pair spec") -> PairSpec:
-        """Read a YAML text.
-
-        Args:
-            text: The spec.
-            root: Directory that relative paths start from.
-            source: What to call the text in errors.
+        """Read a YAML text, called `source` in errors, whose relative paths start at `root`.
 
         Raises:
             MechdiffError: The text is not YAML, has unknown or missing keys, or values out of range.
@@ -320,7 +289,15 @@ class PairSpec(_Frozen):
             MechdiffError: There is none of these, or it is not a valid spec.
         """
         if pair.startswith(PLANTED):
-            return cls.load("cultural-demo")._with_plant(Plant.parse(pair.removeprefix(PLANTED)))
+            plant, demo = Plant.parse(pair.removeprefix(PLANTED)), cls.load("cultural-demo")
+            return demo.model_copy(
+                update={
+                    "name": f"planted-{plant.slug}",
+                    "description": f"The base of {demo.name}, and the same with a known change planted: "
+                    f"{plant}.",
+                    "tuned": TunedModelSpec(planted=str(plant)),
+                }
+            )
         shipped = shipped_pairs()
         path = shipped.get(pair, Path(pair))
         if not untrusted.is_there(path):
@@ -346,17 +323,14 @@ def shipped_pairs() -> dict[str, Path]:
 
 
 def explain(error: ValidationError | TypeError) -> str:
-    """Pydantic's errors on one line: where, what, and for unknown keys which keys there are."""
+    """Pydantic's errors on one line: where, and what is wrong."""
     if not isinstance(error, ValidationError):
         return "its keys must be plain words"
     parts = []
     for item in error.errors():
         where = ".".join(str(step)[:80] for step in item["loc"]) or "spec"
-        what = (
-            "unknown key, remove it"
-            if item["type"] == "extra_forbidden"
-            else item["msg"].removeprefix("Value error, ")
-        )
+        is_unknown = item["type"] == "extra_forbidden"
+        what = "unknown key, remove it" if is_unknown else item["msg"].removeprefix("Value error, ")
         parts.append(f"{where}: {what}")
     more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
     return "; ".join(parts[:5]) + more

@@ -1,4 +1,4 @@
-"""What is planted in a base where the tuned model is a known change of it."""
+"""A known change that is planted in a base to make its tuned model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FORM = "<hook>:L<layer>:r<rank>[:alpha<α>][:gain<gain>][:seed<seed>]"
 
 @dataclass(frozen=True, slots=True)
 class Plant:
-    """What is planted, written `attn_out:L14:r4:alpha0.7:gain100:seed0`; the last three have defaults.
+    """A planted change, written `attn_out:L14:r4:alpha0.7:gain100:seed0`; the last three have defaults.
 
     Args:
         site: Where; `attn_out` or `mlp_out`.
@@ -56,7 +56,7 @@ class Plant:
         )
 
     def check_width(self, d: int) -> None:
-        """Make sure that the change can be planted in d dimensions.
+        """Check that the change can be planted in d dimensions.
 
         Raises:
             MechdiffError: The rank is above d/4, where a scaled change could not be told from others.

@@ -1,4 +1,4 @@
-"""Which tokens of a prompt are read and replaced."""
+"""Positions: the tokens of a prompt that are read and replaced."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from mechdiff_mlflow.spec.choices import Choice
 
 
 class Position(Choice):
-    """Which token or mean of tokens is read and replaced; KL is always read at the last token."""
+    """The token, or mean of tokens, that is read and replaced; KL is always read at the last token."""
 
     DECISION = "decision"
     """The last token of the templated prompt, whose next token is the first of the answer (K=1)."""

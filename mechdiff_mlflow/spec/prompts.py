@@ -1,4 +1,4 @@
-"""Prompts: files of conversations, splits, and what they are as tokens."""
+"""Prompts: conversations in files, in splits, and as tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.duplicates import near_duplicates, repeats
-from mechdiff_mlflow.text import cut
+from mechdiff_mlflow.text import cut, is_text
 
 MAX_FILE_BYTES = 256 << 20
 MAX_LINE_BYTES = 1 << 20
@@ -26,10 +26,9 @@ class TokenizedPrompts:
     """Unpadded token ids of n prompts, and the position of each that is read and replaced.
 
     Args:
-        ids: Token ids, one tuple a prompt; the decision token is the last of each.
-        positions: For each prompt the index into `ids` of the token whose activations are captured and
-            patched; `len(ids) - 1` is the decision token.
-        spans: For each prompt how many tokens from there on are averaged and moved together; empty is one.
+        ids: One tuple per prompt; the decision token is its last.
+        positions: Index of each prompt's first token that is read and replaced.
+        spans: How many tokens of each prompt, from there on, are averaged and moved together; empty is one.
     """
 
     ids: tuple[tuple[int, ...], ...]
@@ -58,12 +57,7 @@ class TokenizedPrompts:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One conversation, ending with the user's turn.
-
-    Args:
-        messages: Its turns.
-        group: Name of the prompts that are drawn together when intervals are made; None of one by itself.
-    """
+    """One conversation, ending with the user's turn; prompts of one group are resampled together."""
 
     messages: tuple[Message, ...]
     group: str | None = None
@@ -103,7 +97,7 @@ class PromptSet:
 
     @property
     def n_groups(self) -> int:
-        """How many prompts or groups of them are independent of each other."""
+        """Number of prompts, or groups of them, that are independent of each other."""
         return len({*self.groups}) or len(self)
 
     def first(self, n: int | None, *, option: str = "--n") -> PromptSet:
@@ -125,11 +119,8 @@ class PromptSet:
 def read_prompts(path: Path, split: str, *, system: str | None = None) -> PromptSet:
     """Read a JSONL file of `{"text": …}` or `{"messages": [{"role": …, "content": …}, …]}` lines.
 
-    Args:
-        path: UTF-8 file, one object a line; blank lines are skipped. `group` names prompts that belong
-            together, such as paraphrases; other keys are ignored.
-        split: Which split it is.
-        system: System prompt put before every `text`.
+    Blank lines are skipped; `system` goes before every `text`; `group` names prompts that belong together,
+    such as paraphrases; other keys are ignored.
 
     Raises:
         MechdiffError: The file is missing, empty or not UTF-8, a line (named by number) is malformed, or a
@@ -187,9 +178,9 @@ def _prompt(line: str, where: str, system: str | None) -> Prompt:
     text, messages, group = (
         [entry.get(key) for key in ("text", "messages", "group")] if isinstance(entry, dict) else [None] * 3
     )
-    if group is not None and not (isinstance(group, str) and _is_text(group)):
+    if group is not None and not _is_text(group):
         raise MechdiffError(f'{where} has the group {cut(repr(group))}; write a name, e.g. "group": "g1".')
-    if isinstance(text, str) and _is_text(text) and messages is None:
+    if _is_text(text) and messages is None:
         turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         return Prompt((*turns, {"role": "user", "content": text}), group)
     if text is None and isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
@@ -202,10 +193,8 @@ def _prompt(line: str, where: str, system: str | None) -> Prompt:
     if text is not None and messages is not None:
         what, remedy = 'both a "text" and "messages"', "leave one of them out"
     elif isinstance(text, str):
-        what, remedy = (
-            "a text that is blank, or holds NUL or half a character",
-            "correct it or remove the line",
-        )
+        what = "a text that is blank, or holds NUL or half a character"
+        remedy = "correct it or remove the line"
     elif isinstance(messages, list) and messages:
         what = "a message of no role system, user or assistant, or without a plain text as its content"
         remedy = "correct it or remove the line"
@@ -227,16 +216,14 @@ _MISTAKES = {
     r"#|//|/\*": "remove the comment",
     r"\{\s*[^\"\s]|\{\s*\"[^\"]*\"\s*:\s*[\u2018\u201c']": "write straight double quotes",
 }
-"""What people write instead of JSON (of the parser's complaint or of the line), and what then to do."""
+"""Common mistakes, as patterns of the parser's complaint or of the line, and their remedies."""
 
 
 def _remedy(line: str, complaint: str = "") -> str:
-    found = (
-        what
-        for pattern, what in _MISTAKES.items()
-        if re.match(pattern, complaint) or re.match(pattern, line[:10_000])
-    )
-    return next(found, 'write one object a line, e.g. {"text": "…"}')
+    for pattern, what in _MISTAKES.items():
+        if re.match(pattern, complaint) or re.match(pattern, line[:10_000]):
+            return what
+    return 'write one object a line, e.g. {"text": "…"}'
 
 
 def _check_repeats(path: Path, prompts: Mapping[int, Prompt]) -> None:
@@ -253,18 +240,14 @@ def _check_repeats(path: Path, prompts: Mapping[int, Prompt]) -> None:
         )
 
 
-def _is_message(message: object) -> bool:
-    return (
-        isinstance(message, dict)
-        and message.get("role") in ("system", "user", "assistant")
-        and isinstance(message.get("content"), str)
-        and _is_text(message["content"])
-    )
+def _is_message(message: Any) -> bool:
+    known = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
+    return known and _is_text(message.get("content"))
 
 
-def _is_text(text: str) -> bool:
-    """Whether a tokenizer can read it as one: something, without NUL and halves of characters."""
-    return bool(text.strip()) and "\0" not in text and not re.search("[\ud800-\udfff]", text)
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether a tokenizer can read it: a text that is not blank, without NUL and lone surrogates."""
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value and is_text(value)
 
 
 def check_disjoint(sets: Iterable[PromptSet]) -> None:

@@ -1,4 +1,4 @@
-"""Bytes from elsewhere: read within bounds, parsed without surprises, and paths that stay where they belong.
+"""Untrusted files: read within bounds, parsed strictly, and paths kept where they belong.
 
 docs/threat-model.md says which files these are and what is checked where.
 """
@@ -39,10 +39,10 @@ def size_of(path: Path, limit: int) -> int:
 
 
 def read_text(path: Path, limit: int, what: str) -> str:
-    """The UTF-8 text of a regular file of at most `limit` bytes; `what` is what errors call it.
+    """The UTF-8 text of a regular file of at most `limit` bytes, called `what` in errors.
 
     Raises:
-        MechdiffError: It is not one.
+        MechdiffError: It is not such a file.
     """
     try:
         size = size_of(path, limit)
@@ -54,10 +54,10 @@ def read_text(path: Path, limit: int, what: str) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text, as the standard has it: no repeated keys, NaN or Infinity.
+    """The value of a strict JSON text: no repeated keys, NaN or Infinity.
 
     Raises:
-        ValueError: It is none, or is nested or has numbers beyond reason.
+        ValueError: It is not JSON, is nested too deeply or has too long a number.
     """
     try:
         return json.loads(text, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
@@ -66,13 +66,12 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML text of plain data; `source` is what errors call it.
+    """The value of a YAML text of plain data, called `source` in errors.
 
     Aliases make small texts expand without bound when they are printed or copied, so there are none.
 
     Raises:
-        MechdiffError: It is no YAML, or has aliases, repeated keys, tags of other languages, or is nested
-            more than `MAX_DEPTH` deep.
+        MechdiffError: It is not YAML, or has aliases, repeated keys or tags, or is nested too deeply.
     """
     try:
         depth = 0
@@ -101,10 +100,10 @@ def is_there(path: Path) -> bool:
 
 
 def inside(root: Path, name: str, what: str) -> Path:
-    """The path that `name`, written in a file of `root`, means; `..` and symbolic links are followed.
+    """The path of `name`, called `what` in errors, from `root`; `..` and symbolic links are followed.
 
     Raises:
-        MechdiffError: It lies outside of `root`; `what` is what errors call it.
+        MechdiffError: It lies outside of `root`.
     """
     try:
         path = (root / name).resolve()
@@ -117,16 +116,11 @@ def inside(root: Path, name: str, what: str) -> Path:
 
 
 def safetensors_header(file: BinaryIO, size: int, limit: int) -> dict[str, Any]:
-    """The header at the start of a safetensors file of `size` bytes, which must describe all of it.
-
-    Args:
-        file: At its start; left behind the header.
-        size: Of the whole file.
-        limit: On the header, in bytes.
+    """The header of a safetensors file of `size` bytes, read from its start; it must describe all of it.
 
     Raises:
-        ValueError: The header is longer than that or than the file, is not JSON, or claims other shapes or
-            sizes than the file holds.
+        ValueError: The header is longer than `limit` bytes or than the file, is not JSON, or claims other
+            shapes or sizes than the file holds.
     """
     n_header = int.from_bytes(file.read(8), "little")
     if size < 8 or n_header > min(limit, size - 8):

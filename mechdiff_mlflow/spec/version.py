@@ -1,4 +1,4 @@
-"""Which version of this package it is: by its number, and by its source."""
+"""The version of this package: its number, and a digest of its source."""
 
 from __future__ import annotations
 

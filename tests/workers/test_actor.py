@@ -50,7 +50,7 @@ def test_a_worker_gives_what_the_task_gives(recipe: Recipe, lazy: Pair, small_ba
     some = worker.run(task, [3, 5])
     assert all(torch.equal(some[name], expected[name][[3, 5]]) for name in expected if "patched" not in name)
     assert worker.ask(Pair.prompts_of, "val") == lazy.prompts_of("val")
-    assert not lazy.base.residence._models, "asking for prompts and digests loads no model"
+    assert not lazy.base.model_cache._models, "asking for prompts and digests loads no model"
 
 
 def test_a_worker_says_what_is_wrong_instead_of_dying(recipe: Recipe, lazy: Pair) -> None:

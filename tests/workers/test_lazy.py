@@ -38,7 +38,7 @@ def test_answers_are_the_same(kind: str, toy: Path, tmp_path: Path) -> None:
     eager, lazy = load_pair(spec, options=options), load_pair(spec, options=options, lazily=True)
     assert lazy.fingerprint == eager.fingerprint
     assert (lazy.n_layers, lazy.tokenizers_agree) == (eager.n_layers, eager.tokenizers_agree)
-    assert not lazy.base.residence._models
+    assert not lazy.base.model_cache._models
     assert_same(answers(LocalWorkers(lazy)), answers(LocalWorkers(eager)))
 
 

@@ -111,7 +111,7 @@ def test_numbers_are_those_of_one_process_to_the_bit(workers: Any, local: Pair) 
     assert workers.ask(model_sizes) == LocalWorkers(local).ask(model_sizes)
     assert workers.ask(n_heads_of, 1) == 2
     assert torch.equal(workers.ask(unembedding, "base"), local.base.unembedding())
-    assert not workers.pair.base.residence._models, "the driver holds no model"
+    assert not workers.pair.base.model_cache._models, "the driver holds no model"
 
 
 def test_workers_import_no_mlflow(workers: Any) -> None:

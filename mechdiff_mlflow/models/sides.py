@@ -1,0 +1,151 @@
+"""One side of a pair: a model that is loaded when needed, its tokenizer and its patch engine."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+
+from mechdiff_mlflow.engine import CleanRunCache, MemoryBudget, PatchEngine
+from mechdiff_mlflow.engine.model.architecture import Decoder
+from mechdiff_mlflow.engine.model.sums import sites_of
+from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.models.checkpoints import layer_digests, module_names
+from mechdiff_mlflow.models.model_cache import ModelCache
+from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.spec.sites import Site
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How much the engine holds at a time.
+
+    Args:
+        batch_size: Prompts in a chunk.
+        max_rows: Patched rows that go up the layers together; None is 8192, and 32768 on a GPU.
+        head_rows: Rows whose logits exist together; None is 2048, and 8192 on a GPU.
+        memory_budget: Bytes beside the weights, to which the others are lowered; None is no further bound.
+        sequential: `yes` holds one model at a time, `no` both; `auto` one where two do not fit.
+    """
+
+    batch_size: int = 32
+    max_rows: int | None = None
+    head_rows: int | None = None
+    memory_budget: int | None = None
+    sequential: str = "auto"
+
+
+@dataclass(eq=False)
+class Side:
+    """One of the two models, `base` or `tuned`.
+
+    Args:
+        revision: Commit on the hub, or `sha256:` and the digest of local weights; with an adapter, both.
+        key: The model's key in the cache; two sides may share one and switch its adapter.
+        switch: Context in which the model is this side.
+        make_engine: Builds the patch engine, inside `switch`.
+        n_embeddings: Tokens that the model has embeddings for; None if unknown.
+        max_tokens: Length of the longest prompt that it has positions for; None for no bound.
+        outline: Gives the model without weights; None where it cannot be made.
+    """
+
+    role: str
+    tokenizer: transformers.PreTrainedTokenizerBase
+    revision: str
+    n_layers: int
+    load: Callable[[], nn.Module]
+    key: str
+    switch: Callable[[], contextlib.AbstractContextManager[object]]
+    make_engine: Callable[[nn.Module], PatchEngine]
+    model_cache: ModelCache
+    n_embeddings: int | None = None
+    max_tokens: int | None = None
+    outline: Callable[[], Decoder | None] = lambda: None
+    _digests: list[str] | None = field(default=None, init=False)
+    _sites: frozenset[Site] | None = field(default=None, init=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The causal LM in eval mode; loaded, and the other one freed, if only one is held at a time."""
+        return self.model_cache.model(self.key, self.load)
+
+    @contextlib.contextmanager
+    def engine(self) -> Iterator[PatchEngine]:
+        """The patch engine, while the model is this side."""
+        with self.switch(), self.model_cache.engine(self.role, self.model, self.make_engine) as engine:
+            if self.model_cache.one_at_a_time and self._digests is None:
+                self._digests = layer_digests(engine.forward.decoder)  # now: loading it again costs more
+            if self._sites is None:
+                self._sites = frozenset(sites_of(engine.forward.decoder))
+            yield engine
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """Where the model can be read and patched; loads it the first time."""
+        if self._sites is None:
+            with self.engine():
+                pass
+        return self._sites or frozenset()
+
+    def unembedding(self) -> Tensor:
+        """The matrix from what the last norm leaves to logits, [vocabulary, width], without that norm.
+
+        Raises:
+            MechdiffError: The model has no output embeddings of its own, or not in memory.
+        """
+        with self.switch():
+            head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
+        weight = getattr(head, "weight", None)
+        if not isinstance(weight, Tensor) or weight.is_meta or not weight.is_floating_point():
+            raise MechdiffError(
+                f"The {self.role} model has no output embeddings that can be read (it has none, or they are "
+                "offloaded or quantized), which logit_subspace is restricted by; use another solver."
+            )
+        return weight.detach().clone() if self.model_cache.one_at_a_time else weight.detach()
+
+    def layer_digests(self) -> list[str]:
+        """A digest of each decoder block's weights; empty where they are not in memory."""
+        if self._digests is None:
+            with self.engine() as engine:
+                self._digests = layer_digests(engine.forward.decoder)
+        return self._digests
+
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """16 hex digits over the vocabulary and the chat template."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        return digest(vocabulary, str(self.tokenizer.chat_template))
+
+
+def engine_maker(spec: PairSpec, bounds: EngineOptions) -> Callable[[nn.Module], PatchEngine]:
+    """A function that makes the patch engines of both sides, which share one memory budget."""
+    budget = None if bounds.memory_budget is None else MemoryBudget(bounds.memory_budget)
+    cache = CleanRunCache(budget)
+
+    def make_engine(model: nn.Module) -> PatchEngine:
+        # A GPU is kept busy by larger matrices; where memory runs out, the engine takes less.
+        times = 4 if next(model.parameters()).is_cuda else 1
+        return PatchEngine(
+            model,
+            overrides=module_names(spec),
+            batch_size=bounds.batch_size,
+            max_rows=bounds.max_rows or 8192 * times,
+            head_rows=bounds.head_rows or 2048 * times,
+            budget=budget,
+            cache=cache,
+        )
+
+    return make_engine
+
+
+def digest(*parts: str) -> str:
+    """16 hex digits that identify texts in order."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
