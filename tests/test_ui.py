@@ -111,7 +111,11 @@ def test_the_view_opens_with_runs_filter_and_columns(server: str, tmp_path: Path
 
 def test_the_view_opens_with_its_charts(server: str, tmp_path: Path) -> None:
     store = open_store(server)
-    dom = page(view_url(store, store.experiment_id("toy"), charts=True), tmp_path, once="js-plotly-plot")
+    dom = page(
+        view_url(store, store.experiment_id("toy")) + "&compareRunsMode=CHART",
+        tmp_path,
+        once="js-plotly-plot",
+    )
     text = re.sub(r"<[^>]+>", " ", dom)
     assert "Maps (4)" in re.sub(r"\s+", " ", text)
     for title in ("Parallel Coordinates", "rank vs. drop_pct", "rank vs. alpha vs. drop_pct"):
