@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 from reference.plain_study import PlainPair, PlainSite, bootstrap_drop, draws, drop, exact_sign_flip, min_rank
-from toy import write_pair, write_prompts
 
 from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
 from mechdiff_mlflow.experiments.sweep import least_ranks
@@ -31,15 +30,6 @@ CLOSE = {"rel": 1e-6, "abs": 1e-9}
 ALPHAS = (0.9, 1.2)
 SITE = Site(2, Hook.ATTN_OUT)
 SEED, N_RESAMPLES = 5, 300
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy pair in float64."""
-    path = write_pair(tmp_path_factory.mktemp("choices"))
-    path.write_text(path.read_text() + "dtype: float64\n")
-    write_prompts(path.parent, n_train=40, n_val=8, n_test=8)
-    return path
 
 
 @pytest.fixture(scope="module")

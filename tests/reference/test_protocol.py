@@ -16,7 +16,7 @@ import pytest
 import torch
 from cli.conftest import client, empty_store, here, mechdiff  # noqa: F401
 from reference.plain_study import HOOKS, PlainPair, PlainSite, bootstrap_drop, draws, drop, min_rank
-from toy import FIRST_CHANGED, write_pair, write_prompts
+from toy import FIRST_CHANGED
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
@@ -32,15 +32,6 @@ from mechdiff_mlflow.spec.sites import Hook, Site
 Invoke = Callable[..., Any]
 CLOSE = {"rel": 1e-6, "abs": 1e-9}
 ALPHAS = (0.3, 0.7, 1.4)
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy pair in float64, so that both sides agree far below what a wrong choice would change."""
-    path = write_pair(tmp_path_factory.mktemp("reference"))
-    path.write_text(path.read_text() + "dtype: float64\n")
-    write_prompts(path.parent, n_train=40, n_val=8, n_test=8)
-    return path
 
 
 @pytest.fixture(scope="module")
