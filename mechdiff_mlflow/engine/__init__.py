@@ -6,7 +6,6 @@ result = engine.score(prompts, [VariantGroup(site, replacements), VariantGroup.i
 result.divergences[0].kl_patched_clean  # [N, v] nats
 """
 
-from mechdiff_mlflow.engine.memory.budget import MemoryBudget
 from mechdiff_mlflow.engine.memory.clean_runs import CleanRunCache, CleanRuns
 from mechdiff_mlflow.engine.model.architecture import ModuleNames
 from mechdiff_mlflow.engine.patch_engine import PatchEngine
@@ -18,7 +17,6 @@ __all__ = [
     "MODES",
     "CleanRunCache",
     "CleanRuns",
-    "MemoryBudget",
     "ModuleNames",
     "PatchEngine",
     "PlumbingCheck",

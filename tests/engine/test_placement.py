@@ -15,8 +15,7 @@ from test_recorded import assert_bits
 from test_safety import assert_same, groups, same_scores, state
 from torch import nn
 
-from mechdiff_mlflow.engine import PatchEngine
-from mechdiff_mlflow.engine.memory.budget import MemoryBudget
+from mechdiff_mlflow.engine import CleanRunCache, PatchEngine
 from mechdiff_mlflow.spec.sites import Hook, Site
 
 PROMPTS = tiny.prompts(9, 5, 12, 5, 7, 3)
@@ -47,7 +46,7 @@ def test_offloaded_models_give_the_same(place: Place, mode: str, tmp_path: Path)
     offloaded = place(copy.deepcopy(model).eval(), tmp_path)
     assert any(p.is_meta for p in offloaded.parameters())
     before = state(offloaded) | {"parameters": {}}
-    engine = PatchEngine(offloaded, mode=mode, batch_size=4, budget=MemoryBudget(2**21))
+    engine = PatchEngine(offloaded, mode=mode, batch_size=4, cache=CleanRunCache(2**21))
     assert engine.mode == ("sweep" if mode == "auto" else "naive")
     found = engine.score(PROMPTS, groups())
     assert same_scores(found, plain.score(PROMPTS, groups()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
@@ -34,16 +34,6 @@ class Chunk:
             return hidden[:, -self.suffix].clone()
         tokens = self.spanned(hidden)
         return tokens.to(torch.promote_types(tokens.dtype, torch.float32)).mean(1).to(tokens.dtype)
-
-    def part(self, prompts: slice) -> Chunk:
-        """Some of the prompts, padded as they are."""
-        return replace(
-            self,
-            index=self.index[prompts],
-            ids=self.ids[prompts],
-            mask=self.mask[prompts],
-            positions=self.positions[prompts],
-        )
 
     def spanned(self, hidden: Tensor) -> Tensor:
         """The tokens of the span, [n, span, width]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,11 +30,6 @@ class Recording:
 
     def __len__(self) -> int:
         return len(self.chunk)
-
-    def part(self, prompts: slice) -> Recording:
-        """The recording of some of the prompts; views of the same numbers."""
-        clean = {site: x[prompts] for site, x in self.clean.items()}
-        return replace(self, chunk=self.chunk.part(prompts), clean=clean, logits=self.logits[prompts])
 
     def finite(self) -> Tensor:
         """Whether activations and logits are numbers [n, sites + 1], on the logits' device."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -31,13 +31,6 @@ class CachedRecording(Recording):
     """A recording with the keys and values of each prompt's prefix, block by block."""
 
     prefixes: list[tuple[Tensor, Tensor]]
-
-    def part(self, prompts: slice) -> CachedRecording:
-        """The recording of some of the prompts; views of the same numbers."""
-        prefixes = [(keys[prompts], values[prompts]) for keys, values in self.prefixes]
-        recording = Recording.part(self, prompts)  # `super()` is lost in a dataclass with slots
-        assert isinstance(recording, CachedRecording)
-        return replace(recording, prefixes=prefixes)
 
 
 class MaskedPath:

@@ -92,7 +92,7 @@ class ScoreResult:
     """What became of N prompts under every variant."""
 
     divergences: tuple[Divergences, ...]  # one for each group, in order; fields [N, v] in float64 on the CPU
-    clean: Mapping[Site, Tensor]  # own activations [N, width] at the groups' sites, on the CPU
+    clean: Mapping[Site, Tensor]  # own activations [N, width] at the groups' sites
 
 
 def in_parts(
