@@ -134,10 +134,7 @@ class PatchEngine:
         """Run every prompt once clean, and keep what patches at the sites need, as far as memory allows.
 
         Activations are kept on `device`, the rest on the model's own. Unless `now`, the first `score` of what
-        is returned runs the prompts, or `complete` does.
-
-        Raises:
-            MechdiffError: As `capture`.
+        is returned runs the prompts, or `complete` does. Raises as `capture`.
         """
         self._check(prompts, sites)
         recorded = CleanRuns(prompts, sites, self.forward.device, self._cache, device)
@@ -155,11 +152,7 @@ class PatchEngine:
         return sum(recorded.give_up() for recorded in list(self._recorded))
 
     def complete(self, recorded: CleanRuns) -> None:
-        """Run the prompts that were not run yet.
-
-        Raises:
-            MechdiffError: An activation is not finite, or a prompt does not fit in memory.
-        """
+        """Run the prompts that were not run yet; raises as `capture`."""
         if recorded.is_complete:
             return
         sites = recorded.sites

@@ -103,11 +103,7 @@ class Weight:
         return product
 
     def minus_identity(self) -> Weight:
-        """W − I, the update.
-
-        Raises:
-            MechdiffError: d_in and d_out differ.
-        """
+        """W − I, the update, which needs equal widths."""
         if self.d_in != self.d_out:
             raise MechdiffError(
                 f"The update W − I of a map from {self.d_in} to {self.d_out} dimensions is undefined; "
@@ -247,11 +243,7 @@ class AffineMap:
         return (self.weight.minus_identity() if update else self.weight).rank()
 
     def check_rank(self, k: int, family: Family | str) -> None:
-        """Make sure that the map is what it claims to be.
-
-        Raises:
-            MechdiffError: rank(W) (content) or rank(W − I) (update) is above k.
-        """
+        """Refuse the map if rank(W) (content) or rank(W − I) (update) is above k."""
         if k >= min(self.d_in, self.d_out):
             return
         if (rank := self.weight_rank(family)) > k:

@@ -3,7 +3,7 @@
 Everything starts from one value a prompt, and prompts are what is resampled, or whole groups of prompts that
 belong together. A quantity that the data leave undefined is None, never infinite: a ratio whose denominator
 is not above its floor, a correlation with a constant. An interval has no bounds (None) when any resample
-leaves the quantity undefined.
+leaves the quantity undefined. Arrays that are not paired, finite and of two prompts are a `MechdiffError`.
 """
 
 from __future__ import annotations
@@ -102,9 +102,6 @@ def drop_pct(
 
     With the raw cross-patch as reference this is drop_pct, with the best control it is skill_pct. KL is in
     nats, of the same prompts, [n]; a reference below 10 noise floors (nats), or of 0, leaves it undefined.
-
-    Raises:
-        MechdiffError: The arrays are not paired, finite and of at least two prompts.
     """
     reference, mapped = _paired(kl_reference=kl_reference, kl_mapped=kl_mapped)
     estimate = float(_drops(mapped.mean(keepdims=True), reference.mean(keepdims=True))[0])
@@ -135,9 +132,6 @@ def drop_difference(
 
     Each is KL_reference and KL_mapped in nats, [n] and [m], and has its groups as in `Bootstrap`; the second
     set is drawn with the next seed.
-
-    Raises:
-        MechdiffError: Arrays are not paired, finite and of at least two prompts.
     """
     estimates, resampled = [], []
     for (kl_reference, kl_mapped), seed, of in zip(
@@ -246,9 +240,6 @@ def correlation(
     """Do the prompts whose mapped activation points right profit most?
 
     Of cos(ŷ − μ_t, y − μ_t) and KL_raw − KL_mapped in nats, [n] each; every resample is ranked anew.
-
-    Raises:
-        MechdiffError: The arrays are not paired, finite and of at least two prompts.
     """
     a, b = _paired(cosine=cosine, kl_decrease=kl_decrease)
     once, counts = np.ones((1, len(a))), bootstrap.counts(len(a))
@@ -295,9 +286,6 @@ def sign_flip_p(
 
     Signs are flipped at random, together in each group where there are groups;
     p = (1 + #{flipped mean as large}) / (n_flips + 1).
-
-    Raises:
-        MechdiffError: Fewer than two differences, or some not finite.
     """
     (d,) = _paired(differences=differences)
     if groups:
@@ -315,10 +303,7 @@ def _flips(n: int, n_flips: int, seed: int) -> Floats:
 def permutation_p(observed: float, permuted: ArrayLike, *, atol: float = 0.0) -> float:
     """(1 + #{permuted ≤ observed}) / (B + 1), for a quantity where smaller is better, such as KL_mapped.
 
-    Values of B shuffled pairs that are within `atol` count as equal, against rounding.
-
-    Raises:
-        MechdiffError: There are none, or some are not finite.
+    Values of B ≥ 1 shuffled pairs that are within `atol` count as equal, against rounding.
 
     Reference: Phipson & Smyth (2010), Permutation p-values should never be zero.
     """
@@ -333,9 +318,6 @@ def permutation_p(observed: float, permuted: ArrayLike, *, atol: float = 0.0) ->
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's adjusted p-values, in the order given; None (not tested) stays None and counts for nothing.
-
-    Raises:
-        MechdiffError: A value is not in [0, 1].
 
     Reference: Holm (1979), A simple sequentially rejective multiple test procedure.
     """

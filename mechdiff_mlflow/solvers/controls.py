@@ -83,11 +83,7 @@ def random_orthogonal(p: PairedSpectrum, *, seed: int) -> AffineMap:
 
 
 def wrong_layer(p: PairedSpectrum, *, other: AffineMap | None) -> AffineMap:
-    """The map of another site, as it is.
-
-    Raises:
-        MechdiffError: It is missing, or has other widths.
-    """
+    """The map of another site, which must have the same widths, as it is."""
     if other is None:
         raise MechdiffError(
             "The control wrong_layer needs the map of another site; give other=…, or leave it out."

@@ -114,11 +114,7 @@ def limits_within(budget: int, most: ChunkLimits, shape: ModelShape, load: Load)
 
 
 def parse_bytes(text: str) -> int:
-    """Read `8GiB`, `500MB`, `1.5GB` or a number of bytes.
-
-    Raises:
-        MechdiffError: `text` is none of these, or under one byte.
-    """
+    """Read `8GiB`, `500MB`, `1.5GB` or a number of bytes; refuse other texts, and sizes under one byte."""
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]?i?B)?", text)
     unit = _UNITS.get(found[2] or "B") if found else None
     if found is None or unit is None or int(float(found[1]) * unit) < 1:

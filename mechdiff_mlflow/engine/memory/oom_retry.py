@@ -18,11 +18,7 @@ _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory",
 
 @dataclass(frozen=True, slots=True)
 class ChunkLimits:
-    """How much an engine holds at a time.
-
-    Raises:
-        MechdiffError: One is under 1.
-    """
+    """How much an engine holds at a time; each is at least 1."""
 
     batch_size: int = 16  # prompts in one forward
     max_rows: int = 8192  # patched tokens that go up the layers together
@@ -76,10 +72,7 @@ class ChunkRunner:
         """Call `work` on every chunk; where memory runs out, again on the same prompts in smaller chunks.
 
         `patched` says that it runs patched tokens, whose limits then shrink too. The limits `at_most` are of
-        this run alone.
-
-        Raises:
-            MechdiffError: Not even one prompt fits.
+        this run alone. Where not even one prompt fits, a `MechdiffError` says so.
         """
         start, before = 0, None
         while start < len(plan):

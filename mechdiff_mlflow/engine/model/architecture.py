@@ -72,22 +72,14 @@ class Decoder:
 
     @classmethod
     def of(cls, model: nn.Module, names: ModuleNames | None = None) -> Decoder:
-        """Find the blocks of `model`.
-
-        Raises:
-            MechdiffError: They cannot be told from their names; the message says which override to set.
-        """
+        """Find the blocks of `model`; where names do not tell, the error says which override to set."""
         names = names or ModuleNames()
         config = text_config(model)
         layers = _find_layers(model, int(config.num_hidden_layers), names)
         return cls(model, layers, tuple(_resolve(layer, names) for layer in layers), int(config.hidden_size))
 
     def check(self, site: Site) -> None:
-        """Make sure that `site` exists.
-
-        Raises:
-            MechdiffError: The layer is beyond the last, or its block lacks the sublayer.
-        """
+        """Refuse a site whose layer is beyond the last, or whose block lacks the sublayer."""
         n = len(self.blocks)
         if site.layer >= n:
             raise MechdiffError(f"Layer {site.layer} does not exist: the model has {n} layers, 0 to {n - 1}.")
@@ -121,11 +113,7 @@ class Decoder:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model in `model`.
-
-    Raises:
-        MechdiffError: `model` is no transformers model.
-    """
+    """The configuration of the language model in `model`, which must be one of transformers."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise MechdiffError(

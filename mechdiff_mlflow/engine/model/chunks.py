@@ -78,11 +78,7 @@ def _suffix(prompts: TokenizedPrompts, i: int) -> tuple[int, int]:
 
 
 def check_prompts(prompts: TokenizedPrompts, vocabulary: int) -> None:
-    """Make sure that every prompt can be run.
-
-    Raises:
-        MechdiffError: There are no prompts, one is empty, or a token or position does not exist.
-    """
+    """Refuse no prompts, empty ones, and tokens, positions or spans that do not exist."""
     if not len(prompts):
         raise MechdiffError("There are no prompts; give at least one.")
     for i, (ids, position) in enumerate(zip(prompts.ids, prompts.positions, strict=True)):

@@ -38,11 +38,7 @@ class Recording:
         return torch.stack([torch.isfinite(x).all(-1).to(device) for x in tensors], 1)
 
     def check_finite(self, finite: Tensor | None = None) -> None:
-        """Raise unless activations and logits are numbers; `finite` is what `finite()` said, if it was asked.
-
-        Raises:
-            MechdiffError: One is NaN or infinite; names it and the prompt.
-        """
+        """Refuse activations or logits that are not numbers; `finite` is what `finite()` said, if asked."""
         finite = (self.finite() if finite is None else finite).cpu()
         if not finite.all():
             row, which = (int(i) for i in (~finite).nonzero()[0])

@@ -34,12 +34,9 @@ class CachedRecording(Recording):
 
 
 class MaskedPath:
-    """One forward that fills a cache, then one forward of all variants behind it.
+    """One forward that fills a cache, then one of all variants behind it, whose logits are held together.
 
-    Logits of all patched tokens of a forward are in memory together.
-
-    Raises:
-        UnsupportedError: Some blocks see a window of the prompt only, which one mask for all cannot say.
+    Models of which some blocks see a window are not supported: one mask for all cannot say that.
     """
 
     name = "masked"

@@ -85,11 +85,7 @@ class Trial:
 
     @classmethod
     def of(cls, forward: PromptForward, chunk: Chunk, sites: Sequence[Site]) -> Trial:
-        """One disturbed variant at each site.
-
-        Raises:
-            MechdiffError: A site is not reached by a forward, or replacing its activation changes nothing.
-        """
+        """One disturbed variant at each site; refuses sites that are not reached or change no logits."""
         naive = NaivePath(forward)
         recording = naive.record(chunk, sites)
         for site in sites:
@@ -130,11 +126,7 @@ class Trial:
 
 
 def path_named(name: str, forward: PromptForward, limits: ChunkLimits, fusion: Fusion) -> ComputePath:
-    """The way of computing patched runs that `MODES` calls so.
-
-    Raises:
-        UnsupportedError: It cannot do this model.
-    """
+    """The way of computing patched runs that `MODES` calls so; unsupported if it cannot do the model."""
     if name == "naive":
         return NaivePath(forward)
     if name == "masked":

@@ -34,11 +34,7 @@ _UNDERSTOOD = frozenset({"s_aux", "position_ids", "cache_position"})
 
 
 class SweepPath:
-    """One recording forward, then one pass up the blocks for all variants together.
-
-    Raises:
-        UnsupportedError: The model's attention cannot be routed.
-    """
+    """One recording forward, then one pass up the blocks for all variants together."""
 
     name = "sweep"
 

@@ -67,11 +67,7 @@ class SweepRecorder:
             yield
 
     def recording(self, recording: Recording) -> SweepRecording:
-        """All that was heard, beside the forward's own recording.
-
-        Raises:
-            UnsupportedError: Some block's attention was not.
-        """
+        """All that was heard, beside the forward's own recording; unsupported if an attention was not."""
         if self._prefixes.keys() != set(range(self._first, len(self._own))):
             raise UnsupportedError("Some blocks of the model do not use transformers' attention interface.")
         return SweepRecording(

@@ -37,11 +37,7 @@ class VariantGroup:
         return cls(site, lambda index, clean: clean.unsqueeze(1), n_variants=1, always_run=True)
 
     def count(self, n_prompts: int, width: int) -> int:
-        """The number of variants v.
-
-        Raises:
-            MechdiffError: The replacements are not [n_prompts, v, width] with v >= 1.
-        """
+        """The number of variants v, once it is sure that the replacements are [n_prompts, v, width]."""
         if isinstance(self.replacements, Tensor):
             shape = tuple(self.replacements.shape)
             if len(shape) != 3 or shape[0] != n_prompts or shape[1] < 1 or shape[2] != width:
@@ -119,11 +115,7 @@ def in_parts(
 
 
 class ScoreBoard:
-    """Scores of N prompts under all variants: every group owns a range of columns.
-
-    Raises:
-        MechdiffError: The replacements of a group have the wrong shape.
-    """
+    """Scores of N prompts under all variants: every group owns a range of columns."""
 
     def __init__(self, groups: Sequence[VariantGroup], n_prompts: int, width: int) -> None:
         self._groups = groups
@@ -139,8 +131,7 @@ class ScoreBoard:
     def variants(self, recording: Recording) -> tuple[list[Variants], Tensor]:
         """The vectors to run for a chunk, and which of [n, columns] are clean activations and need no run.
 
-        Raises:
-            MechdiffError: The recording is not finite, or replacements have the wrong shape or are not.
+        Refuses a recording or replacements that are not finite.
         """
         index = recording.chunk.index
         values = [self._values(group, recording) for group in self._groups]
@@ -174,11 +165,7 @@ class ScoreBoard:
     def add(
         self, recording: Recording, same: Tensor, scored: Sequence[tuple[Tensor, Tensor, Divergences]]
     ) -> None:
-        """Put a chunk's scored rows (owner, column, divergences) in their places.
-
-        Raises:
-            MechdiffError: The logits of a row were not finite.
-        """
+        """Put a chunk's scored rows (owner, column, divergences), which must be finite, in their places."""
         index = recording.chunk.index
         chunk = Divergences.zeros(len(index), self._scores.top1_agrees.shape[1])
         exact = Divergences.zeros(1)
