@@ -20,8 +20,7 @@ from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan, check_prompts,
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.model.sums import without_unlike
 from mechdiff_mlflow.engine.paths.attention_heads import AttentionHeads
-from mechdiff_mlflow.engine.paths.startup_check import MODES, ComputePath, choose_path, path_named
-from mechdiff_mlflow.engine.paths.sweep import SweepPath
+from mechdiff_mlflow.engine.paths.startup_check import MODES, ComputePath, choose_path
 from mechdiff_mlflow.engine.paths.variants import ScoreBoard, ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
@@ -77,8 +76,8 @@ class PatchEngine:
         # By weak references, in both directions: what was recorded must not keep a model in memory.
         self._recorded: weakref.WeakSet[CleanRuns] = weakref.WeakSet()
         self._mode = mode
-        self._paths = {False: (self._chosen(limits, spans=False), limits)}
-        if not isinstance(self._paths[False][0], SweepPath):
+        self._paths = {False: self._chosen(spans=False)}
+        if self.mode != "sweep":
             self._fusion = Fusion()  # what is captured is what a clean run of the path has
         self.forward.n_prompts = 0
 
@@ -95,7 +94,7 @@ class PatchEngine:
     @property
     def mode(self) -> str:
         """How patched runs are computed: "sweep", "masked" or "naive"."""
-        return self._paths[False][0].name
+        return self._paths[False].name
 
     @property
     def limits(self) -> ChunkLimits:
@@ -163,7 +162,7 @@ class PatchEngine:
             if recorded.is_full:
                 recording = self._forward_alone(chunk, sites)
             else:
-                recording = self._path(limits, spans=chunk.span > 1).record(chunk, sites)
+                recording = self._path(chunk).record(chunk, sites)
             recording.check_finite()
             recorded.add(recording)
             recorded.keep(recording)
@@ -239,7 +238,7 @@ class PatchEngine:
         board = ScoreBoard(groups, len(recorded), self.width)
 
         def run(chunk: Chunk, limits: ChunkLimits) -> None:
-            path = self._path(limits, spans=chunk.span > 1)
+            path = self._path(chunk)
             recording = recorded.kept(chunk)
             if recording is None:
                 recording = path.record(chunk, recorded.to_record(sites))
@@ -248,7 +247,7 @@ class PatchEngine:
             recorded.add(recording)
             scored = [
                 (rows.owner, rows.column, compare_rows(rows.logits, next_token, rows.owner))
-                for rows in path.run(recording, variants)
+                for rows in path.run(recording, variants, limits)
             ]
             board.add(recording, same, scored)
             recorded.keep(recording)
@@ -304,19 +303,17 @@ class PatchEngine:
         )
         return limits_within(self._cache.budget, self.limits, shape, load)
 
-    def _path(self, limits: ChunkLimits, *, spans: bool) -> ComputePath:
-        """How patched runs are computed within some limits."""
+    def _path(self, chunk: Chunk) -> ComputePath:
+        """How patched runs of a chunk are computed."""
+        spans = chunk.span > 1
         if spans not in self._paths:
             counted = self.forward.n_prompts
-            self._paths[spans] = self._chosen(limits, spans=spans), limits
+            self._paths[spans] = self._chosen(spans=spans)
             self.forward.n_prompts = counted
-        path, made_for = self._paths[spans]
-        if made_for != limits:
-            path = path_named(path.name, self.forward, limits, self._fusion)
-            self._paths[spans] = path, limits
-        return path
+        return self._paths[spans]
 
-    def _chosen(self, limits: ChunkLimits, *, spans: bool) -> ComputePath:
+    def _chosen(self, *, spans: bool) -> ComputePath:
+        limits = self._runner.limits
         return self._tried(lambda: choose_path(self.forward, self._mode, limits, self._fusion, spans=spans))
 
     def _tried(self, work: Callable[[], _R]) -> _R:

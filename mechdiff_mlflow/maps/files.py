@@ -46,16 +46,6 @@ def encode(tensors: Mapping[str, Tensor], header: Mapping[str, Any], suffix: str
     raise _unknown_suffix(suffix)
 
 
-def write(path: str | Path, content: bytes) -> None:
-    """Write what `encode` made."""
-    try:
-        Path(path).write_bytes(content)
-    except OSError as error:
-        raise MechdiffError(
-            f"Cannot write the map {path} ({error.strerror}); choose another place."
-        ) from error
-
-
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the header of a file that `write` made, checked as far as this module knows them.
 
