@@ -13,14 +13,5 @@ from mechdiff_mlflow.engine.paths.startup_check import MODES
 from mechdiff_mlflow.engine.paths.variants import ScoreResult, VariantGroup
 from mechdiff_mlflow.engine.plumbing import PlumbingCheck, check_plumbing
 
-__all__ = [
-    "MODES",
-    "CleanRunCache",
-    "CleanRuns",
-    "ModuleNames",
-    "PatchEngine",
-    "PlumbingCheck",
-    "ScoreResult",
-    "VariantGroup",
-    "check_plumbing",
-]
+__all__ = ["MODES", "CleanRunCache", "CleanRuns", "ModuleNames", "PatchEngine", "PlumbingCheck"]
+__all__ += ["ScoreResult", "VariantGroup", "check_plumbing"]

@@ -14,18 +14,5 @@ from mechdiff_mlflow.solvers.table import (
     solver_named,
 )
 
-__all__ = [
-    "SETTINGS",
-    "SOLVERS",
-    "OffSpan",
-    "PairedSpectrum",
-    "Setting",
-    "Settings",
-    "Solution",
-    "Solver",
-    "check_possible",
-    "fit_spectrum",
-    "identity_scale",
-    "solver_named",
-    "unembedding_directions",
-]
+__all__ = ["SETTINGS", "SOLVERS", "OffSpan", "PairedSpectrum", "Setting", "Settings", "Solution", "Solver"]
+__all__ += ["check_possible", "fit_spectrum", "identity_scale", "solver_named", "unembedding_directions"]

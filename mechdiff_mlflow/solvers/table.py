@@ -91,7 +91,7 @@ class Solver:
 
 def _no_update(p: PairedSpectrum, family: Family) -> Factors:
     """W = I."""
-    return Factors(p.vx.new_zeros(p.d_in, 0), p.vx.new_zeros(0, p.d_out), (0,))
+    return Factors(p.vx[:, :0], p.vy.mT[:0], (0,))
 
 
 SHRINK = Setting("shrink", 0.05, "Covariance shrinkage, 0 to 1.", high=1.0)

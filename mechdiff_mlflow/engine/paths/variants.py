@@ -146,10 +146,9 @@ class ScoreBoard:
         recorded, finite_values, same_as_clean = torch.split(answers, [recorded.shape[1], n, n], 1)
         recording.check_finite(recorded)
         if not finite_values.all():
-            row, column = (int(i) for i in (~finite_values).nonzero()[0])
-            name, site = self._name(column)
+            prompt, name, site = self._first(~finite_values, index)
             raise MechdiffError(
-                f"{name} of prompt {int(index[row])} at {site} is NaN or beyond the range of "
+                f"{name} of prompt {prompt} at {site} is NaN or beyond the range of "
                 f"{recording.clean[site].dtype}; look at the map that made it."
             )
         variants = []
@@ -174,7 +173,13 @@ class ScoreBoard:
             for owner, column, found in scored:
                 values[owner, column] = getattr(found, field.name).cpu().double()
             values[same] = getattr(exact, field.name)
-            self._check_finite(values, index)
+            finite = torch.isfinite(values)
+            if not finite.all():
+                prompt, name, site = self._first(~finite, index)
+                raise MechdiffError(
+                    f"{name} at {site} makes the logits of prompt {prompt} NaN or infinite; load the "
+                    "model in bfloat16 or float32, or look at the map that made the replacement."
+                )
             getattr(self._scores, field.name)[index] = values
 
     def result(self, clean: Mapping[Site, Tensor]) -> ScoreResult:
@@ -183,19 +188,11 @@ class ScoreBoard:
         divergences = tuple(self._scores.map(itemgetter((slice(None), slice(*ends)))) for ends in ranges)
         return ScoreResult(divergences, clean)
 
-    def _check_finite(self, values: Tensor, index: Tensor) -> None:
-        finite = torch.isfinite(values)
-        if not finite.all():
-            row, column = (int(i) for i in (~finite).nonzero()[0])
-            name, site = self._name(column)
-            raise MechdiffError(
-                f"{name} at {site} makes the logits of prompt {int(index[row])} NaN or infinite; load the "
-                "model in bfloat16 or float32, or look at the map that made the replacement."
-            )
-
-    def _name(self, column: int) -> tuple[str, Site]:
+    def _first(self, where: Tensor, index: Tensor) -> tuple[int, str, Site]:
+        """Prompt, name and site of the first replacement at which `where` [n, columns] is true."""
+        row, column = (int(i) for i in where.nonzero()[0])
         group = bisect_right(self._ends, column)
-        return f"Replacement {column - self._starts[group]}", self._groups[group].site
+        return int(index[row]), f"Replacement {column - self._starts[group]}", self._groups[group].site
 
     def _values(self, group: VariantGroup, recording: Recording) -> Tensor:
         clean, index = recording.clean[group.site], recording.chunk.index
