@@ -75,7 +75,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_plain_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a small safetensors file, finite float64 or float32; refuses others."""
     try:
-        return _decode_safetensors(path)[0]
+        return _decode_safetensors(path, is_map=False)[0]
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise MechdiffError(f"{path} holds no plain tensors ({reason}); fetch it again.") from error
@@ -114,7 +114,7 @@ def _decode_pt(path: Path) -> tuple[dict[str, Tensor], Any]:
     return loaded, text
 
 
-def _decode_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+def _decode_safetensors(path: Path, is_map: bool = True) -> tuple[dict[str, Tensor], Any]:
     size = untrusted.size_of(path, MAX_BYTES)
     with path.open("rb") as file:
         header = untrusted.safetensors_header(file, size, _MAX_HEADER)
@@ -122,10 +122,22 @@ def _decode_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         dtypes = {entry["dtype"] for entry in header.values()}
         if len(header) > _MAX_TENSORS or not dtypes <= {"F64", "F32"}:
             raise ValueError(f"it holds over {_MAX_TENSORS} tensors, or others than F64 and F32")
+        if is_map:  # what the header claims is then worth reading
+            _check_shapes({name: entry["shape"] for name, entry in header.items()})
         file.seek(0)
         loaded = safetensors.torch.load(file.read(size))
     _check_tensors(loaded)
     return loaded, metadata.get("metadata")
+
+
+def _check_shapes(shapes: Mapping[str, list[int]]) -> None:
+    """Raise ValueError unless these are the shapes of a map's parts."""
+    if not {*PARTS[:4]} <= shapes.keys() <= {*PARTS}:
+        raise ValueError(f"it holds {', '.join(sorted(shapes))[:100]}")
+    left = shapes["left"]
+    ends = [left[:1], shapes.get("right", left)[1:]]
+    if [shapes["mean_in"], shapes["mean_out"]] != ends or shapes["diagonal"] not in ([], ends[0]):
+        raise ValueError(f"its parts do not fit together: {shapes}")
 
 
 _DECODERS = {".pt": _decode_pt, ".safetensors": _decode_safetensors}

@@ -153,7 +153,8 @@ def _reduced(function: object, arguments: Any) -> Any:
     match function, arguments:
         case _Global(), () if function == _ORDERED:
             return {}
-        case _Global(), (Tensor() as numbers, offset, size, stride, *_) if function == _REBUILD:
+        # A seventh argument would say that the numbers are to be negated or conjugated.
+        case _Global(), (Tensor() as numbers, offset, size, stride, _, _) if function == _REBUILD:
             return numbers.as_strided(size, stride, offset)
     raise ValueError("it calls what is no tensor; nothing was run")
 
