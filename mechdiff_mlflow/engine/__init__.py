@@ -6,7 +6,6 @@ result = engine.score(prompts, [VariantGroup(site, replacements), VariantGroup.i
 result.divergences[0].kl_patched_clean  # [N, v] nats
 """
 
-from mechdiff_mlflow.engine.memory.budget import MemoryBudget
 from mechdiff_mlflow.engine.memory.clean_runs import CleanRunCache, CleanRuns
 from mechdiff_mlflow.engine.model.architecture import ModuleNames
 from mechdiff_mlflow.engine.patch_engine import PatchEngine
@@ -14,15 +13,5 @@ from mechdiff_mlflow.engine.paths.startup_check import MODES
 from mechdiff_mlflow.engine.paths.variants import ScoreResult, VariantGroup
 from mechdiff_mlflow.engine.plumbing import PlumbingCheck, check_plumbing
 
-__all__ = [
-    "MODES",
-    "CleanRunCache",
-    "CleanRuns",
-    "MemoryBudget",
-    "ModuleNames",
-    "PatchEngine",
-    "PlumbingCheck",
-    "ScoreResult",
-    "VariantGroup",
-    "check_plumbing",
-]
+__all__ = ["MODES", "CleanRunCache", "CleanRuns", "ModuleNames", "PatchEngine", "PlumbingCheck"]
+__all__ += ["ScoreResult", "VariantGroup", "check_plumbing"]

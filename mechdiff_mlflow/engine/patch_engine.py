@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,25 +11,16 @@ from torch import Tensor, nn
 
 from mechdiff_mlflow.engine.gradients import score_gradients
 from mechdiff_mlflow.engine.kernels.fusion import Fusion
-from mechdiff_mlflow.engine.memory.activations import Activations
-from mechdiff_mlflow.engine.memory.budget import Load, MemoryBudget, ModelShape, limits_within
+from mechdiff_mlflow.engine.memory.budget import Load, ModelShape, limits_within
 from mechdiff_mlflow.engine.memory.clean_runs import CleanRunCache, CleanRuns
-from mechdiff_mlflow.engine.memory.oom_retry import (
-    ChunkLimits,
-    ChunkRunner,
-    Source,
-    T,
-    does_not_fit,
-    is_out_of_memory,
-)
+from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits, ChunkRunner, does_not_fit, is_out_of_memory
 from mechdiff_mlflow.engine.model.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.model.attention_routing import implementation
 from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan, check_prompts, in_chunks
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.model.sums import without_unlike
 from mechdiff_mlflow.engine.paths.attention_heads import AttentionHeads
-from mechdiff_mlflow.engine.paths.startup_check import MODES, ComputePath, choose_path, path_named
-from mechdiff_mlflow.engine.paths.sweep import SweepPath
+from mechdiff_mlflow.engine.paths.startup_check import MODES, ComputePath, choose_path
 from mechdiff_mlflow.engine.paths.variants import ScoreBoard, ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
@@ -48,9 +39,9 @@ class PatchEngine:
 
     The model is a transformers causal LM in eval mode, or a PEFT wrapper of one. Patched runs are computed in
     a mode of `MODES`; "auto" takes the first that agrees with "naive". The limits are those of `ChunkLimits`;
-    from a budget smaller ones follow call by call, and what is captured beyond it goes to disk. `fused`
-    computes norms, rotations and gated MLPs by the engine's kernels where they give the same. Engines that
-    share a cache of clean runs give way to each other when memory runs out.
+    from the budget of `cache` smaller ones follow call by call. `fused` computes norms, rotations and gated
+    MLPs by the engine's kernels where they give the same. Engines that share a cache of clean runs give way
+    to each other when memory runs out.
 
     Raises:
         MechdiffError: The model's modules are not recognised, replacing their outputs does not change the
@@ -66,7 +57,6 @@ class PatchEngine:
         max_rows: int = 8192,
         head_rows: int = 2048,
         mode: str = "auto",
-        budget: MemoryBudget | None = None,
         fused: bool = True,
         cache: CleanRunCache | None = None,
     ) -> None:
@@ -81,14 +71,13 @@ class PatchEngine:
         if overrides is None or overrides == ModuleNames(layers=overrides.layers):
             self.forward.decoder = self._tried(lambda: without_unlike(self.forward))
         self._fusion = Fusion.of(self.forward.decoder) if fused else Fusion()
-        self._cache = cache or CleanRunCache(budget)
+        self._cache = cache or CleanRunCache()
         self._runner = ChunkRunner(limits, self._cache.give_up)
         # By weak references, in both directions: what was recorded must not keep a model in memory.
         self._recorded: weakref.WeakSet[CleanRuns] = weakref.WeakSet()
         self._mode = mode
-        self._paths = {False: (self._chosen(limits, spans=False), limits)}
-        self._budget = budget
-        if not isinstance(self._paths[False][0], SweepPath):
+        self._paths = {False: self._chosen(spans=False)}
+        if self.mode != "sweep":
             self._fusion = Fusion()  # what is captured is what a clean run of the path has
         self.forward.n_prompts = 0
 
@@ -105,7 +94,7 @@ class PatchEngine:
     @property
     def mode(self) -> str:
         """How patched runs are computed: "sweep", "masked" or "naive"."""
-        return self._paths[False][0].name
+        return self._paths[False].name
 
     @property
     def limits(self) -> ChunkLimits:
@@ -119,26 +108,19 @@ class PatchEngine:
 
     def capture(
         self, prompts: TokenizedPrompts, sites: Sequence[Site], *, device: torch.device | str = "cpu"
-    ) -> Mapping[Site, Tensor]:
+    ) -> dict[Site, Tensor]:
         """The model's own activations at `prompts.positions`, kept on a device.
 
-        For each site [N, width] in the model's dtype, in the order of the N prompts. Over the budget each
-        look-up reads a file.
+        For each site [N, width] in the model's dtype, in the order of the N prompts.
 
         Raises:
             MechdiffError: A site, token or position does not exist, an activation is not finite, or a prompt
                 does not fit in memory.
         """
         self._check(prompts, sites)
-        captured = Activations(len(prompts), sites, device, self._budget)
-
-        def record(chunk: Chunk, limits: ChunkLimits) -> None:
-            recording = self._forward_alone(chunk, sites)
-            recording.check_finite()
-            captured.add(recording)
-
-        self._each_chunk(ChunkPlan(prompts, self.forward.device), record, len(sites))
-        return captured
+        captured = CleanRuns(prompts, sites, self.forward.device, rows_on=device)
+        self.complete(captured)
+        return captured.activations
 
     def record(
         self,
@@ -151,14 +133,10 @@ class PatchEngine:
         """Run every prompt once clean, and keep what patches at the sites need, as far as memory allows.
 
         Activations are kept on `device`, the rest on the model's own. Unless `now`, the first `score` of what
-        is returned runs the prompts, or `complete` does.
-
-        Raises:
-            MechdiffError: As `capture`.
+        is returned runs the prompts, or `complete` does. Raises as `capture`.
         """
         self._check(prompts, sites)
-        rows = Activations(len(prompts), sites, device, self._budget)
-        recorded = CleanRuns(prompts, rows, self.forward.device, self._cache)
+        recorded = CleanRuns(prompts, sites, self.forward.device, self._cache, device)
         self._recorded.add(recorded)
         if now:
             self.complete(recorded)
@@ -173,27 +151,23 @@ class PatchEngine:
         return sum(recorded.give_up() for recorded in list(self._recorded))
 
     def complete(self, recorded: CleanRuns) -> None:
-        """Run the prompts that were not run yet.
-
-        Raises:
-            MechdiffError: An activation is not finite, or a prompt does not fit in memory.
-        """
+        """Run the prompts that were not run yet; raises as `capture`."""
         if recorded.is_complete:
             return
         sites = recorded.sites
 
-        def record(piece: Chunk | Recording, limits: ChunkLimits) -> None:
-            if isinstance(piece, Recording):
+        def record(chunk: Chunk, limits: ChunkLimits) -> None:
+            if recorded.kept(chunk) is not None:
                 return
             if recorded.is_full:
-                recording = self._forward_alone(piece, sites)
+                recording = self._forward_alone(chunk, sites)
             else:
-                recording = self._path(limits, spans=piece.span > 1).record(piece, sites)
+                recording = self._path(chunk).record(chunk, sites)
             recording.check_finite()
             recorded.add(recording)
             recorded.keep(recording)
 
-        self._each_chunk(recorded, record, len(sites), keeps_runs=True)
+        self._each_chunk(recorded, record, len(sites), n_columns=0 if recorded.is_full else 1)
 
     def clean_noise(self, prompts: TokenizedPrompts) -> Tensor:
         """How far apart two clean runs of the same prompts are, in nats: [N, 2], float64 on the CPU.
@@ -249,17 +223,11 @@ class PatchEngine:
         """The attention heads of a layer; see `AttentionHeads` for what is raised."""
         return AttentionHeads(self.forward, layer, self._runner)
 
-    def score(
-        self,
-        prompts: TokenizedPrompts | CleanRuns,
-        groups: Sequence[VariantGroup],
-        progress: Callable[[int], None] | None = None,
-    ) -> ScoreResult:
+    def score(self, prompts: TokenizedPrompts | CleanRuns, groups: Sequence[VariantGroup]) -> ScoreResult:
         """Run every prompt once clean and once for every variant, and compare next-token distributions.
 
         However many groups there are, at one site or several, each prompt is run through the whole model
-        once; where a clean run of it was recorded and kept, not at all. `progress` is called after each chunk
-        with the number of prompts done so far.
+        once; where a clean run of it was recorded and kept, not at all.
 
         Raises:
             MechdiffError: A site, token or position does not exist, replacements have the wrong shape, an
@@ -269,25 +237,24 @@ class PatchEngine:
         recorded = self._to_score(prompts, sites)
         board = ScoreBoard(groups, len(recorded), self.width)
 
-        def run(piece: Chunk | Recording, limits: ChunkLimits) -> None:
-            chunk = piece.chunk if isinstance(piece, Recording) else piece
-            path = self._path(limits, spans=chunk.span > 1)
-            recording = (
-                piece if isinstance(piece, Recording) else path.record(chunk, recorded.to_record(sites))
-            )
+        def run(chunk: Chunk, limits: ChunkLimits) -> None:
+            path = self._path(chunk)
+            recording = recorded.kept(chunk)
+            if recording is None:
+                recording = path.record(chunk, recorded.to_record(sites))
             next_token = NextToken.of(recording.logits)
             variants, same = board.variants(recording)  # and all that was recorded is finite
             recorded.add(recording)
             scored = [
                 (rows.owner, rows.column, compare_rows(rows.logits, next_token, rows.owner))
-                for rows in path.run(recording, variants)
+                for rows in path.run(recording, variants, limits)
             ]
             board.add(recording, same, scored)
-            if piece is chunk:
-                recorded.keep(recording)
+            recorded.keep(recording)
 
-        self._each_chunk(recorded, run, len(sites), board.n_columns, keeps_runs=True, progress=progress)
-        return board.result(recorded.clean(sites))
+        self._each_chunk(recorded, run, len(sites), n_columns=max(1, board.n_columns), patched=True)
+        clean = recorded.activations
+        return board.result({site: clean[site] for site in sites})
 
     def _forward_alone(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
         # As the path does that scores such a chunk: both must give the same to the bit.
@@ -298,8 +265,7 @@ class PatchEngine:
     def _to_score(self, prompts: TokenizedPrompts | CleanRuns, sites: Sequence[Site]) -> CleanRuns:
         if not isinstance(prompts, CleanRuns):
             self._check(prompts, sites)
-            rows = Activations(len(prompts), sites, "cpu", self._budget)
-            return CleanRuns(prompts, rows, self.forward.device, None)
+            return CleanRuns(prompts, sites, self.forward.device)
         if not self.owns(prompts):
             raise MechdiffError("The prompts were recorded by another engine; record them with this one.")
         for site in sites:
@@ -310,24 +276,20 @@ class PatchEngine:
 
     def _each_chunk(
         self,
-        source: Source[T],
-        work: Callable[[T, ChunkLimits], None],
+        plan: ChunkPlan,
+        work: Callable[[Chunk, ChunkLimits], None],
         n_sites: int,
-        n_columns: int = 0,
         *,
-        keeps_runs: bool = False,
-        progress: Callable[[int], None] | None = None,
+        n_columns: int = 0,
+        patched: bool = False,
     ) -> None:
         """Call `work` on every chunk; on the same prompts again, in smaller chunks, when memory runs out."""
-        done, at_most = 0, self._affordable(source.prompts, n_sites, max(n_columns, int(keeps_runs)))
-        for n in self._runner.run(source, work, patched=n_columns > 0, at_most=at_most):
-            done += n
-            if progress is not None:
-                progress(done)
+        at_most = self._affordable(plan.prompts, n_sites, n_columns)
+        self._runner.run(plan, work, patched=patched, at_most=at_most)
 
     def _affordable(self, prompts: TokenizedPrompts, n_sites: int, n_columns: int) -> ChunkLimits | None:
         """The limits that the budget allows for a call."""
-        if self._budget is None:
+        if self._cache.budget is None:
             return None
         decoder = self.forward.decoder
         eager = implementation(decoder) == "eager"
@@ -339,21 +301,19 @@ class PatchEngine:
             n_columns=n_columns,
             tree=self.mode == "masked" or bool(prompts.spans),
         )
-        return limits_within(self._budget.working, self.limits, shape, load)
+        return limits_within(self._cache.budget, self.limits, shape, load)
 
-    def _path(self, limits: ChunkLimits, *, spans: bool) -> ComputePath:
-        """How patched runs are computed within some limits."""
+    def _path(self, chunk: Chunk) -> ComputePath:
+        """How patched runs of a chunk are computed."""
+        spans = chunk.span > 1
         if spans not in self._paths:
             counted = self.forward.n_prompts
-            self._paths[spans] = self._chosen(limits, spans=spans), limits
+            self._paths[spans] = self._chosen(spans=spans)
             self.forward.n_prompts = counted
-        path, made_for = self._paths[spans]
-        if made_for != limits:
-            path = path_named(path.name, self.forward, limits, self._fusion)
-            self._paths[spans] = path, limits
-        return path
+        return self._paths[spans]
 
-    def _chosen(self, limits: ChunkLimits, *, spans: bool) -> ComputePath:
+    def _chosen(self, *, spans: bool) -> ComputePath:
+        limits = self._runner.limits
         return self._tried(lambda: choose_path(self.forward, self._mode, limits, self._fusion, spans=spans))
 
     def _tried(self, work: Callable[[], _R]) -> _R:

@@ -33,11 +33,7 @@ class PlumbingCheck:
 
 
 def check_plumbing(engine: PatchEngine, prompts: TokenizedPrompts, n_prompts: int = 4) -> list[PlumbingCheck]:
-    """Run every check on so many of the prompts, the shortest and the longest.
-
-    Raises:
-        MechdiffError: The prompts cannot be run.
-    """
+    """Run every check on so many of the prompts, the shortest and the longest."""
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts.ids[i]))
     chosen = [*by_length[: n_prompts // 2], *by_length[n_prompts // 2 :][-(n_prompts - n_prompts // 2) :]]
     some = prompts.take(chosen)

@@ -81,7 +81,7 @@ class ModelOptions(Request):
     memory_budget: int | None = technical(
         "none",
         Kind("size", parse_bytes, none="none"),
-        "Memory beside the weights, e.g. 8GiB or 500MB; what exceeds it goes to disk. none: no bound.",
+        "Working memory beside the weights, e.g. 8GiB or 500MB. none: no bound.",
     )
 
     @property

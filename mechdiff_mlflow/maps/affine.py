@@ -53,10 +53,8 @@ class Weight:
         for name, t in parts.items():
             object.__setattr__(self, name, mapfiles.plain_tensor(f"The weight's part {name}", t))
         shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in parts.items())
-        right = self.right
-        fits = self.left.ndim == 2 and (
-            right is None or (right.ndim == 2 and self.left.shape[1] == right.shape[0])
-        )
+        left, right = self.left, self.right
+        fits = left.ndim == 2 and (right is None or (right.ndim == 2 and left.shape[1] == right.shape[0]))
         if not fits or (self.diagonal.ndim and self.diagonal.shape != (self.d_in,)):
             raise MechdiffError(f"The parts of a weight do not fit together: {shapes}.")
         if self.d_in != self.d_out and bool(self.diagonal.any()):
@@ -103,11 +101,7 @@ class Weight:
         return product
 
     def minus_identity(self) -> Weight:
-        """W − I, the update.
-
-        Raises:
-            MechdiffError: d_in and d_out differ.
-        """
+        """W − I, the update, which needs equal widths."""
         if self.d_in != self.d_out:
             raise MechdiffError(
                 f"The update W − I of a map from {self.d_in} to {self.d_out} dimensions is undefined; "
@@ -127,8 +121,8 @@ class Weight:
         core = self.right @ self.left
         size = core.norm() + self.diagonal.abs()
         core.diagonal().add_(self.diagonal)
-        n_null = len(core) - int(torch.linalg.matrix_rank(core, atol=self.d_in * _eps(core) * size, rtol=0.0))
-        return self.d_in - n_null
+        rank = int(torch.linalg.matrix_rank(core, atol=self.d_in * _eps(core) * size, rtol=0.0))
+        return self.d_in - len(core) + rank
 
     def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Weight:
         """The same weight in another dtype, on another device; None leaves that as it is."""
@@ -138,10 +132,7 @@ class Weight:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Weight):
             return NotImplemented
-        if (self.right is None) != (other.right is None):
-            return False
-        same = _same(self.diagonal, other.diagonal) and _same(self.left, other.left)
-        return same and (self.right is None or other.right is None or _same(self.right, other.right))
+        return all(_same(getattr(self, name), getattr(other, name)) for name in ("diagonal", "left", "right"))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -247,11 +238,7 @@ class AffineMap:
         return (self.weight.minus_identity() if update else self.weight).rank()
 
     def check_rank(self, k: int, family: Family | str) -> None:
-        """Make sure that the map is what it claims to be.
-
-        Raises:
-            MechdiffError: rank(W) (content) or rank(W − I) (update) is above k.
-        """
+        """Refuse the map if rank(W) (content) or rank(W − I) (update) is above k."""
         if k >= min(self.d_in, self.d_out):
             return
         if (rank := self.weight_rank(family)) > k:
@@ -261,8 +248,7 @@ class AffineMap:
 
     def to_bytes(self, suffix: str = ".pt") -> bytes:
         """The content of the file that `save` writes; equal maps give equal bytes."""
-        header = {"alpha": self.alpha, "meta": dict(self.meta)}
-        content = mapfiles.encode(self._tensors(), header, suffix)
+        content = mapfiles.encode(self._tensors(), {"alpha": self.alpha, "meta": self.meta}, suffix)
         if suffix == ".pt":
             object.__setattr__(self, "_sha256", hashlib.sha256(content).hexdigest())
         return content
@@ -286,7 +272,13 @@ class AffineMap:
         Raises:
             MechdiffError: The suffix is another, or the file cannot be written.
         """
-        mapfiles.write(path, self.to_bytes(Path(path).suffix))
+        content = self.to_bytes(Path(path).suffix)
+        try:
+            Path(path).write_bytes(content)
+        except OSError as error:
+            raise MechdiffError(
+                f"Cannot write the map {path} ({error.strerror}); choose another place."
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> AffineMap:
@@ -329,11 +321,8 @@ class AffineMap:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AffineMap):
             return NotImplemented
-        return (
-            _same(self.mean_in, other.mean_in)
-            and _same(self.mean_out, other.mean_out)
-            and (self.weight, self.alpha, self.meta) == (other.weight, other.alpha, other.meta)
-        )
+        means = _same(self.mean_in, other.mean_in) and _same(self.mean_out, other.mean_out)
+        return means and (self.weight, self.alpha, self.meta) == (other.weight, other.alpha, other.meta)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -358,7 +347,9 @@ def _digest_of(tensor: Tensor) -> str:
     return known[1]
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 

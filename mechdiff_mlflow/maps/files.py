@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,7 @@ _MAX_TENSORS = 100
 
 
 def encode(tensors: Mapping[str, Tensor], header: Mapping[str, Any], suffix: str) -> bytes:
-    """The bytes of a file holding `tensors` and the JSON-able `header`.
-
-    Raises:
-        MechdiffError: `suffix` is neither `.pt` nor `.safetensors`.
-    """
+    """The bytes of a file holding `tensors` and the JSON-able `header`, as `.pt` or `.safetensors`."""
     # A clone owns just its own elements: torch.save would write the whole storage behind a view.
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     text = json.dumps({"format": FORMAT, "version": VERSION, **header}, sort_keys=True, allow_nan=False)
@@ -48,20 +44,6 @@ def encode(tensors: Mapping[str, Tensor], header: Mapping[str, Any], suffix: str
         torch.save({**own, "metadata": text}, buffer)
         return buffer.getvalue()
     raise _unknown_suffix(suffix)
-
-
-def write(path: str | Path, content: bytes) -> None:
-    """Write what `encode` made.
-
-    Raises:
-        MechdiffError: The file cannot be written.
-    """
-    try:
-        Path(path).write_bytes(content)
-    except OSError as error:
-        raise MechdiffError(
-            f"Cannot write the map {path} ({error.strerror}); choose another place."
-        ) from error
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -91,24 +73,16 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_plain_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a small safetensors file, finite float64 or float32.
-
-    Raises:
-        MechdiffError: The file is missing, damaged, or holds others.
-    """
+    """The tensors of a small safetensors file, finite float64 or float32; refuses others."""
     try:
-        return _safetensors(path)[0]
+        return _decode_safetensors(path, is_map=False)[0]
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise MechdiffError(f"{path} holds no plain tensors ({reason}); fetch it again.") from error
 
 
 def plain_tensor(what: str, t: object) -> Tensor:
-    """A tensor as numbers in memory: without gradients and the bits of lazy views.
-
-    Raises:
-        MechdiffError: It is no dense tensor with data, or claims a shape beyond reason.
-    """
+    """A dense tensor of credible size as numbers in memory: without gradients and lazy views."""
     if (
         not isinstance(t, Tensor)
         or t.layout != torch.strided
@@ -140,38 +114,30 @@ def _decode_pt(path: Path) -> tuple[dict[str, Tensor], Any]:
     return loaded, text
 
 
-def _decode_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    loaded, header = _safetensors(path, _check_map)
-    return loaded, header["__metadata__"]["metadata"]
+def _decode_safetensors(path: Path, is_map: bool = True) -> tuple[dict[str, Tensor], Any]:
+    size = untrusted.size_of(path, MAX_BYTES)
+    with path.open("rb") as file:
+        header = untrusted.safetensors_header(file, size, _MAX_HEADER)
+        metadata = header.pop("__metadata__", {})
+        dtypes = {entry["dtype"] for entry in header.values()}
+        if len(header) > _MAX_TENSORS or not dtypes <= {"F64", "F32"}:
+            raise ValueError(f"it holds over {_MAX_TENSORS} tensors, or others than F64 and F32")
+        if is_map:  # what the header claims is then worth reading
+            _check_shapes({name: entry["shape"] for name, entry in header.items()})
+        file.seek(0)
+        loaded = safetensors.torch.load(file.read(size))
+    _check_tensors(loaded)
+    return loaded, metadata.get("metadata")
 
 
-def _check_map(header: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a safetensors header is that of a map: what it claims is then worth reading."""
-    if untrusted.parse_json(header["__metadata__"]["metadata"]).get("format") != FORMAT:
-        raise ValueError(f"its format is not {FORMAT!r}")
-    shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+def _check_shapes(shapes: Mapping[str, list[int]]) -> None:
+    """Raise ValueError unless these are the shapes of a map's parts."""
     if not {*PARTS[:4]} <= shapes.keys() <= {*PARTS}:
         raise ValueError(f"it holds {', '.join(sorted(shapes))[:100]}")
     left = shapes["left"]
     ends = [left[:1], shapes.get("right", left)[1:]]
     if [shapes["mean_in"], shapes["mean_out"]] != ends or shapes["diagonal"] not in ([], ends[0]):
         raise ValueError(f"its parts do not fit together: {shapes}")
-
-
-def _safetensors(
-    path: Path, check: Callable[[Mapping[str, Any]], None] = lambda header: None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    size = untrusted.size_of(path, MAX_BYTES)
-    with path.open("rb") as file:
-        header = untrusted.safetensors_header(file, size, _MAX_HEADER)
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        if len(tensors) > _MAX_TENSORS or any(entry["dtype"] not in ("F64", "F32") for entry in tensors):
-            raise ValueError(f"it holds over {_MAX_TENSORS} tensors, or others than F64 and F32")
-        check(header)
-        file.seek(0)
-        loaded = safetensors.torch.load(file.read(size))
-    _check_tensors(loaded)
-    return loaded, header
 
 
 _DECODERS = {".pt": _decode_pt, ".safetensors": _decode_safetensors}

@@ -56,11 +56,7 @@ class _Meta(BaseModel):
 
 
 def check_meta(meta: Mapping[str, Any], source: object) -> None:
-    """Check what a map from elsewhere says of itself; `source` is what errors call it.
-
-    Raises:
-        MechdiffError: A field that is known here has another type or an unknown value.
-    """
+    """Refuse a map's meta in which a known field has another type or value; errors call it `source`."""
     try:
         _Meta.model_validate(dict(meta))
     except (ValidationError, TypeError) as error:

@@ -1,19 +1,17 @@
 """The one reader of `.pt` files, of ours and of strangers: a dictionary of tensors and plain values.
 
 `torch.load(weights_only=True)` runs nothing that the file names, but may call `bytearray`, which allocates
-whatever it is told (1.5 GB from a file of 3 KB, torch 2.13), and its zip reader may see other members than
-ours. So the members are read here, the pickle is walked without doing what it says, each storage must claim
-what its record has, and torch gets a new zip of what was checked.
+whatever it is told (1.5 GB from a file of 3 KB, torch 2.13). So members are read here, of the pickle the few
+instructions are followed that such a dictionary has, and each storage must claim what its record has.
 """
 
 from __future__ import annotations
 
-import io
 import pickletools
 import re
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,10 +35,10 @@ _STORAGES = {
     "torch LongStorage": torch.int64,
     "torch IntStorage": torch.int32,
 }
-_REBUILD = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
+_REBUILD, _ORDERED = "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
 _PLAIN = {"BINUNICODE", "BININT", "BININT1", "BININT2", "BINFLOAT", "LONG1", "NEWFALSE", "NEWTRUE", "NONE"}
-_FIXED_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _VALUES = {"NEWFALSE": False, "NEWTRUE": True, "NONE": None}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
 # Into a dictionary or list that is below on the stack: how many values, None for all down to a mark.
 _FILLS = {"SETITEM": 2, "APPEND": 1, "SETITEMS": None, "APPENDS": None}
 BOTH_FLOATS = (torch.float64, torch.float32)
@@ -55,9 +53,29 @@ def load(path: Path, limit: int, dtypes: Sequence[torch.dtype] = BOTH_FLOATS) ->
             that inflate, or tensors that claim more than the file holds.
     """
     size = untrusted.size_of(path, limit)
-    with path.open("rb") as file:
-        zipped = _checked(file, size, dtypes)
-    loaded = torch.load(zipped, map_location="cpu", weights_only=True)
+    with path.open("rb") as file, zipfile.ZipFile(_InSmallReads(file)) as archive:  # type: ignore[arg-type]
+        members = archive.infolist()
+        # Inflated entries could be of any size; torch stores its own plainly.
+        if sum(member.file_size for member in members) > size:
+            raise ValueError("it unpacks to more than its own size")
+        names = _names(members)
+        if names["data.pkl"].file_size > _MAX_PICKLE:
+            raise ValueError(f"its pickle has over {_MAX_PICKLE} bytes")
+        content = {name: _read(archive, member) for name, member in names.items()}
+    if content.get("byteorder", sys.byteorder.encode()) != sys.byteorder.encode():
+        raise ValueError("it is of a machine with the other byte order")
+    unclaimed = {name for name in names if name.startswith("data/")}
+
+    def storage(key: str, dtype: torch.dtype, n_items: int) -> Tensor:
+        held = content.get(f"data/{key}")
+        if held is None or len(held) != n_items * dtype.itemsize:
+            raise ValueError("its storages claim other sizes than they have")
+        unclaimed.discard(f"data/{key}")
+        return torch.frombuffer(held, dtype=dtype) if held else torch.empty(0, dtype=dtype)
+
+    loaded = value_of(bytes(content["data.pkl"]), storage, dtypes)
+    if unclaimed:
+        raise ValueError("its storages claim other sizes than they have")
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise ValueError("it holds no dictionary")
     for name, t in loaded.items():
@@ -67,38 +85,18 @@ def load(path: Path, limit: int, dtypes: Sequence[torch.dtype] = BOTH_FLOATS) ->
     return loaded
 
 
-def _checked(file: BinaryIO, size: int, dtypes: Sequence[torch.dtype]) -> io.BytesIO:
-    """A zip of what `torch.load` needs of the zip in `file`, and no more than that."""
-    with zipfile.ZipFile(_InSmallReads(file)) as archive:
-        members = archive.infolist()
-        # Inflated entries could be of any size; torch stores its own plainly.
-        if sum(member.file_size for member in members) > size:
-            raise ValueError("it unpacks to more than its own size")
-        names = _names(members)
-        if names["data.pkl"].file_size > _MAX_PICKLE:
-            raise ValueError(f"its pickle has over {_MAX_PICKLE} bytes")
-        claimed = storages(archive.read(names["data.pkl"]), dtypes)
-        held = {name: m.file_size for name, m in names.items() if name.startswith("data/")}
-        if claimed != held:
-            raise ValueError("its storages claim other sizes than they have")
-        if "byteorder" in names and archive.read(names["byteorder"]) != sys.byteorder.encode():
-            raise ValueError("it is of a machine with the other byte order")
-        for member in members:  # reading checks the checksums
-            for _ in _blocks(archive, member):
-                pass
-        return _again(archive, {n: m for n, m in names.items() if n in ("data.pkl", "version", *held)})
+def value_of(
+    pickle: bytes,
+    storage: Callable[[str, torch.dtype, int], Tensor],
+    dtypes: Sequence[torch.dtype] = BOTH_FLOATS,
+) -> Any:
+    """What the pickle of a dictionary says; `storage` gives a record's numbers, by name, dtype and count.
 
-
-def storages(pickle: bytes, dtypes: Sequence[torch.dtype] = BOTH_FLOATS) -> dict[str, int]:
-    """Bytes of each storage that the pickle of a dictionary claims, by the name of its record.
-
-    Raises:
-        ValueError: It has another instruction or names another global than `torch.save` writes for that.
+    Raises ValueError at an instruction or global other than `torch.save` writes for that.
     """
-    item_bytes = {name: dtype.itemsize for name, dtype in _STORAGES.items() if dtype in dtypes}
+    storages = {name: dtype for name, dtype in _STORAGES.items() if dtype in dtypes}
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
-    found: dict[str, int] = {}
     for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
         name = opcode.name
         if count == _MAX_INSTRUCTIONS:
@@ -108,36 +106,37 @@ def storages(pickle: bytes, dtypes: Sequence[torch.dtype] = BOTH_FLOATS) -> dict
         if name in _PLAIN:
             stack.append(_VALUES.get(name, argument))
         elif name == "GLOBAL":
-            if argument not in item_bytes and argument not in _REBUILD:
+            if argument not in (*storages, _REBUILD, _ORDERED):
                 raise ValueError(f"it names {str(argument)[:80].replace(' ', '.')}; nothing was run")
             stack.append(_Global(argument))
-        elif name in ("MARK", "EMPTY_DICT", "EMPTY_LIST"):
-            stack.append(_MARK if name == "MARK" else _OTHER)
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name in ("EMPTY_DICT", "EMPTY_LIST"):
+            stack.append({} if name == "EMPTY_DICT" else [])
         elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
+            [memo[argument]] = stack[-1:]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
-        elif name in _FIXED_TUPLES:
-            stack.append(tuple(_pop(stack, _FIXED_TUPLES[name])))
-        elif name == "TUPLE":
-            stack.append(tuple(_pop_to_mark(stack)))
+        elif name in _TUPLES:
+            stack.append(tuple(_pop(stack, _TUPLES[name])))
         elif name in _FILLS:
-            n = _FILLS[name]
-            _pop_to_mark(stack) if n is None else _pop(stack, n)
+            values, [target] = _pop(stack, _FILLS[name]), stack[-1:]
+            if isinstance(target, dict):
+                target.update(zip(values[::2], values[1::2], strict=True))
+            else:
+                target.extend(values)
         elif name == "REDUCE":
-            function, _ = _pop(stack, 2)
-            if not isinstance(function, _Global) or function not in _REBUILD:
-                raise ValueError("it calls what is no tensor; nothing was run")
-            stack.append(_OTHER)
+            stack.append(_reduced(*_pop(stack, 2)))
         elif name == "BINPERSID":
-            [identifier] = _pop(stack, 1)
-            key, n_bytes = _storage(identifier, item_bytes)
-            if found.setdefault(key, n_bytes) != n_bytes:
-                raise ValueError(f"storage {key} claims two sizes")
-            stack.append(_OTHER)
+            match _pop(stack, 1):
+                case [("storage", _Global() as kind, str(key), "cpu", int(n_items))] if kind in storages:
+                    stack.append(storage(key, storages[kind], n_items))
+                case _:
+                    raise ValueError("it names a storage that is not of numbers on the CPU")
         else:
             raise ValueError(f"its pickle has the instruction {name}; nothing was run")
-    return found
+    [value] = stack
+    return value
 
 
 class _Global(str):
@@ -146,29 +145,31 @@ class _Global(str):
     __slots__ = ()
 
 
-_MARK, _OTHER = object(), object()
+_MARK = object()
 
 
-def _storage(identifier: object, item_bytes: Mapping[str, int]) -> tuple[str, int]:
-    match identifier:
-        case ("storage", _Global() as kind, str(key), "cpu", int(n_items)) if kind in item_bytes:
-            return f"data/{key}", n_items * item_bytes[kind]
-    raise ValueError("it names a storage that is not of numbers on the CPU")
+def _reduced(function: object, arguments: Any) -> Any:
+    """The empty dictionary or the tensor that a call gives."""
+    match function, arguments:
+        case _Global(), () if function == _ORDERED:
+            return {}
+        # A seventh argument would say that the numbers are to be negated or conjugated.
+        case _Global(), (Tensor() as numbers, offset, size, stride, _, _) if function == _REBUILD:
+            return numbers.as_strided(size, stride, offset)
+    raise ValueError("it calls what is no tensor; nothing was run")
 
 
-def _pop(stack: list[Any], n: int) -> list[Any]:
-    if n > len(stack):
+def _pop(stack: list[Any], n: int | None) -> list[Any]:
+    """The last n values, or all down to a mark, which goes too."""
+    if n is None:
+        start = next((i for i in reversed(range(len(stack))) if stack[i] is _MARK), -1)
+    else:
+        start = len(stack) - n
+    if start < 0:
         raise ValueError("its pickle takes what is not there")
-    taken = stack[len(stack) - n :]
-    del stack[len(stack) - n :]
-    return taken
-
-
-def _pop_to_mark(stack: list[Any]) -> list[Any]:
-    start = next((i for i in reversed(range(len(stack))) if stack[i] is _MARK), None)
-    if start is None:
-        raise ValueError("its pickle takes what is not there")
-    return _pop(stack, len(stack) - start)[1:]
+    taken = stack[start:]
+    del stack[start:]
+    return taken if n is not None else taken[1:]
 
 
 def _names(members: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
@@ -187,25 +188,13 @@ def _names(members: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
     return found
 
 
-def _again(archive: zipfile.ZipFile, names: dict[str, zipfile.ZipInfo]) -> io.BytesIO:
-    """A new zip of these members."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as copy:
-        for name, member in names.items():
-            with (
-                archive.open(member) as source,
-                copy.open(f"archive/{name}", "w", force_zip64=True) as target,
-            ):
-                while block := source.read(_MAX_READ):
-                    target.write(block)
-    buffer.seek(0)
-    return buffer
-
-
-def _blocks(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
+def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytearray:
+    """The content of a member, whose checksum is checked on the way."""
+    content = bytearray()
     with archive.open(member) as source:
         while block := source.read(_MAX_READ):
-            yield block
+            content += block
+    return content
 
 
 class _InSmallReads:

@@ -1,4 +1,7 @@
-"""How alike activations are: of base and tuned, and of mapped and tuned. No model is run for these."""
+"""How alike activations are: of base and tuned, and of mapped and tuned. No model is run for these.
+
+Rows that are not paired or not finite are a `MechdiffError`.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +43,6 @@ def rho(x: Tensor, y: Tensor, mapped: Tensor) -> float | None:
     """‖Y − Ŷ‖ / ‖Y − X‖: the part of the change that the map leaves; no unit. None where nothing changed.
 
     X are base, Y tuned and Ŷ mapped base activations of the same prompts, [n, d] each.
-
-    Raises:
-        MechdiffError: The rows are not paired, not finite, or of different widths.
     """
     x, y = paired_rows(x, y)
     mapped, _ = paired_rows(mapped, y)
@@ -59,9 +59,6 @@ def centred_cosines(y: Tensor, mapped: Tensor, mean: Tensor) -> Tensor:
     """cos(ŷ − μ_t, y − μ_t) of each prompt, float64 [n]; NaN where either has no length.
 
     μ_t is the tuned `mean` [d] over the training prompts; tuned y and mapped ŷ are [n, d].
-
-    Raises:
-        MechdiffError: The rows are not paired or not finite.
     """
     y, mapped = paired_rows(y, mapped)
     a, b = y - mean.to(y), mapped - mean.to(y)
@@ -70,22 +67,14 @@ def centred_cosines(y: Tensor, mapped: Tensor, mean: Tensor) -> Tensor:
 
 
 def explained_variance(y: Tensor, mapped: Tensor) -> float | None:
-    """1 − ‖Y − Ŷ‖² / ‖Y − ȳ‖² of [n, d] each: 1 is perfect, 0 what the mean gives; None if y is constant.
-
-    Raises:
-        MechdiffError: The rows are not paired or not finite.
-    """
+    """1 − ‖Y − Ŷ‖² / ‖Y − ȳ‖² of [n, d] each: 1 is perfect, 0 what the mean gives; None if y is constant."""
     y, mapped = paired_rows(y, mapped)
     centred = _centred(y)
     return None if centred is None else 1.0 - float(((y - mapped) ** 2).sum() / (centred**2).sum())
 
 
 def paired_rows(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both [n, ·] in float64, once it is sure that they can be fitted.
-
-    Raises:
-        MechdiffError: They are not two matrices of the same number (at least one) of finite rows.
-    """
+    """Both [n, ·] in float64, if they are matrices of as many finite rows, at least one; else an error."""
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) == 0:
         raise MechdiffError(
             f"Base and tuned activations are paired row by row, and their shapes are {list(x.shape)} and "

@@ -3,7 +3,7 @@
 Everything starts from one value a prompt, and prompts are what is resampled, or whole groups of prompts that
 belong together. A quantity that the data leave undefined is None, never infinite: a ratio whose denominator
 is not above its floor, a correlation with a constant. An interval has no bounds (None) when any resample
-leaves the quantity undefined.
+leaves the quantity undefined. Arrays that are not paired, finite and of two prompts are a `MechdiffError`.
 """
 
 from __future__ import annotations
@@ -102,21 +102,17 @@ def drop_pct(
 
     With the raw cross-patch as reference this is drop_pct, with the best control it is skill_pct. KL is in
     nats, of the same prompts, [n]; a reference below 10 noise floors (nats), or of 0, leaves it undefined.
-
-    Raises:
-        MechdiffError: The arrays are not paired, finite and of at least two prompts.
     """
     reference, mapped = _paired(kl_reference=kl_reference, kl_mapped=kl_mapped)
-    estimate = float(_drops(mapped.mean(keepdims=True), reference.mean(keepdims=True))[0])
     if not is_defined(reference, mapped, noise_floor):
         return Interval(None, None, None, bootstrap.level)
-    return bootstrap.interval(estimate, _drops(*bootstrap.means(mapped, reference)))
+    return bootstrap.interval(_drop(mapped, reference), _drops(*bootstrap.means(mapped, reference)))
 
 
 def is_defined(kl_reference: Floats, kl_mapped: Floats, noise_floor: float) -> bool:
     """Whether there is a drop: the reference is large enough to divide by, and `FLOORS` noise floors."""
-    (drop,) = _drops(kl_mapped.mean(keepdims=True), kl_reference.mean(keepdims=True))
-    return not math.isnan(drop) and above_floor(float(kl_reference.mean()), noise_floor)
+    is_number = not math.isnan(_drop(kl_mapped, kl_reference))
+    return is_number and above_floor(float(kl_reference.mean()), noise_floor)
 
 
 def above_floor(kl_nats: float, noise_floor: float) -> bool:
@@ -135,16 +131,13 @@ def drop_difference(
 
     Each is KL_reference and KL_mapped in nats, [n] and [m], and has its groups as in `Bootstrap`; the second
     set is drawn with the next seed.
-
-    Raises:
-        MechdiffError: Arrays are not paired, finite and of at least two prompts.
     """
     estimates, resampled = [], []
     for (kl_reference, kl_mapped), seed, of in zip(
         (first, second), (bootstrap.seed, bootstrap.seed + 1), groups, strict=True
     ):
         reference, mapped = _paired(kl_reference=kl_reference, kl_mapped=kl_mapped)
-        estimates.append(float(_drops(mapped.mean(keepdims=True), reference.mean(keepdims=True))[0]))
+        estimates.append(_drop(mapped, reference))
         resampled.append(_drops(*replace(bootstrap, seed=seed, groups=of).means(mapped, reference)))
     gap = estimates[0] - estimates[1]
     return bootstrap.interval(None if math.isnan(gap) else gap, resampled[0] - resampled[1])
@@ -184,21 +177,10 @@ def min_k(
 
     A rank counts only if all larger tested ranks reach the target too: one lucky rank is not low-rank
     control. The full map counts as its width. KL is in nats: `kl_raw` [n], `kl_mapped` [len(ks), n], the
-    noise floor as in `drop_pct`. All ranks share the resamples.
-
-    Raises:
-        MechdiffError: The arrays are not paired, ranks repeat or are none, or the target is not finite.
+    noise floor as in `drop_pct`. Ranks are distinct, and share the resamples.
     """
-    table = np.asarray(kl_mapped, dtype=np.float64)
-    if table.ndim != 2 or len(table) != len(ks) or len(ks) == 0 or len({*ks}) < len(ks):
-        raise MechdiffError(
-            f"The ranks {list(ks)} do not name the rows of KL of shape {list(table.shape)}; give each tested "
-            "rank once, with one row."
-        )
-    if not math.isfinite(target_pct):
-        raise MechdiffError(f"The target drop is {target_pct}; give a finite percentage.")
     order = np.argsort(ks)
-    ranks, rows = [int(ks[i]) for i in order], table[order]
+    ranks, rows = [int(ks[i]) for i in order], np.asarray(kl_mapped, dtype=np.float64)[order]
     drops = tuple(drop_pct(kl_raw, row, noise_floor=noise_floor, bootstrap=bootstrap) for row in rows)
     estimates = [drop.estimate for drop in drops]
     if any(estimate is None for estimate in estimates):
@@ -210,19 +192,14 @@ def min_k(
     firsts = _first_of_the_reached(reached)
     tail = (1 - bootstrap.level) / 2
     low, high = np.quantile(firsts, [tail, 1 - tail], method="inverted_cdf")
-    named: list[int | None] = [*ranks, None]
-    sure = [drop.low is not None and drop.low >= target_pct for drop in drops]
     plain = [estimate is not None and estimate >= target_pct for estimate in estimates]
-    return MinK(
-        target_pct=float(target_pct),
-        k=named[int(_first_of_the_reached(np.array([plain]))[0])],
-        low=named[int(low)],
-        high=named[int(high)],
-        level=bootstrap.level,
-        p_reached=float((firsts < len(ranks)).mean()),
-        conservative_k=named[int(_first_of_the_reached(np.array([sure]))[0])],
-        drops=drops,
+    sure = [drop.low is not None and drop.low >= target_pct for drop in drops]
+    named: list[int | None] = [*ranks, None]
+    k, conservative_k, low_k, high_k = (
+        named[int(i)] for i in (*_first_of_the_reached(np.array([plain, sure])), low, high)
     )
+    p_reached = float((firsts < len(ranks)).mean())
+    return MinK(float(target_pct), k, low_k, high_k, bootstrap.level, p_reached, conservative_k, drops)
 
 
 def _first_of_the_reached(reached: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -246,9 +223,6 @@ def correlation(
     """Do the prompts whose mapped activation points right profit most?
 
     Of cos(ŷ − μ_t, y − μ_t) and KL_raw − KL_mapped in nats, [n] each; every resample is ranked anew.
-
-    Raises:
-        MechdiffError: The arrays are not paired, finite and of at least two prompts.
     """
     a, b = _paired(cosine=cosine, kl_decrease=kl_decrease)
     once, counts = np.ones((1, len(a))), bootstrap.counts(len(a))
@@ -295,9 +269,6 @@ def sign_flip_p(
 
     Signs are flipped at random, together in each group where there are groups;
     p = (1 + #{flipped mean as large}) / (n_flips + 1).
-
-    Raises:
-        MechdiffError: Fewer than two differences, or some not finite.
     """
     (d,) = _paired(differences=differences)
     if groups:
@@ -315,27 +286,16 @@ def _flips(n: int, n_flips: int, seed: int) -> Floats:
 def permutation_p(observed: float, permuted: ArrayLike, *, atol: float = 0.0) -> float:
     """(1 + #{permuted ≤ observed}) / (B + 1), for a quantity where smaller is better, such as KL_mapped.
 
-    Values of B shuffled pairs that are within `atol` count as equal, against rounding.
-
-    Raises:
-        MechdiffError: There are none, or some are not finite.
+    Values of B ≥ 1 shuffled pairs that are within `atol` count as equal, against rounding.
 
     Reference: Phipson & Smyth (2010), Permutation p-values should never be zero.
     """
     values = np.asarray(permuted, dtype=np.float64)
-    if values.ndim != 1 or len(values) == 0 or not math.isfinite(observed) or not np.isfinite(values).all():
-        raise MechdiffError(
-            f"A permutation test needs finite values, not {observed} against {values.size} permuted ones of "
-            f"which {int((~np.isfinite(values)).sum())} are not finite; permute at least once."
-        )
     return (1 + int((values <= observed + atol).sum())) / (len(values) + 1)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's adjusted p-values, in the order given; None (not tested) stays None and counts for nothing.
-
-    Raises:
-        MechdiffError: A value is not in [0, 1].
 
     Reference: Holm (1979), A simple sequentially rejective multiple test procedure.
     """
@@ -348,6 +308,11 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, (len(tested) - place) * p))
         adjusted[i] = largest
     return adjusted
+
+
+def _drop(mapped: Floats, reference: Floats) -> float:
+    """The drop of the means of values of each prompt, in percent; NaN as in `_drops`."""
+    return float(_drops(mapped.mean(keepdims=True), reference.mean(keepdims=True))[0])
 
 
 def _drops(mapped: Floats, reference: Floats) -> Floats:

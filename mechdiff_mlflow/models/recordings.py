@@ -20,8 +20,8 @@ Key = tuple[str, str, Position]
 class Recordings:
     """Clean runs that patches need, and activations that are asked for again.
 
-    Activations lie in main memory, or in files over a budget. The engine keeps the clean runs that fit beside
-    the models, and drops them when memory runs out or its model is freed.
+    The engine keeps the clean runs that fit beside the models, and drops them when memory runs out or its
+    model is freed.
     """
 
     _recorded: dict[Key, CleanRuns] = field(default_factory=dict)

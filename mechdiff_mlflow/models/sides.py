@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from mechdiff_mlflow.engine import CleanRunCache, MemoryBudget, PatchEngine
+from mechdiff_mlflow.engine import CleanRunCache, PatchEngine
 from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.engine.model.sums import sites_of
 from mechdiff_mlflow.errors import MechdiffError
@@ -127,8 +127,7 @@ class Side:
 
 def engine_maker(spec: PairSpec, bounds: EngineOptions) -> Callable[[nn.Module], PatchEngine]:
     """A function that makes the patch engines of both sides, which share one memory budget."""
-    budget = None if bounds.memory_budget is None else MemoryBudget(bounds.memory_budget)
-    cache = CleanRunCache(budget)
+    cache = CleanRunCache(bounds.memory_budget)
 
     def make_engine(model: nn.Module) -> PatchEngine:
         # A GPU is kept busy by larger matrices; where memory runs out, the engine takes less.
@@ -139,7 +138,6 @@ def engine_maker(spec: PairSpec, bounds: EngineOptions) -> Callable[[nn.Module],
             batch_size=bounds.batch_size,
             max_rows=bounds.max_rows or 8192 * times,
             head_rows=bounds.head_rows or 2048 * times,
-            budget=budget,
             cache=cache,
         )
 

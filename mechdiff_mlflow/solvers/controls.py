@@ -6,6 +6,7 @@ A control has alpha 1 like every new map; compare it under the alpha of the map 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,12 +21,12 @@ from mechdiff_mlflow.solvers.table import SHRINK
 
 def zero(p: PairedSpectrum) -> AffineMap:
     """Y = 0."""
-    return AffineMap(p.mean_x, torch.zeros_like(p.mean_y), _nothing(p))
+    return mean_only(replace(p, mean_y=torch.zeros_like(p.mean_y)))
 
 
 def mean_only(p: PairedSpectrum) -> AffineMap:
     """Y = μ_t, whatever the prompt."""
-    return AffineMap(p.mean_x, p.mean_y, _nothing(p))
+    return AffineMap(p.mean_x, p.mean_y, Weight.low_rank(p.vx[:, :0], p.vy.mT[:0]))
 
 
 def mean_shift(p: PairedSpectrum) -> AffineMap:
@@ -83,11 +84,7 @@ def random_orthogonal(p: PairedSpectrum, *, seed: int) -> AffineMap:
 
 
 def wrong_layer(p: PairedSpectrum, *, other: AffineMap | None) -> AffineMap:
-    """The map of another site, as it is.
-
-    Raises:
-        MechdiffError: It is missing, or has other widths.
-    """
+    """The map of another site, which must have the same widths, as it is."""
     if other is None:
         raise MechdiffError(
             "The control wrong_layer needs the map of another site; give other=…, or leave it out."
@@ -138,10 +135,9 @@ def control_map(
 
 def applicable_controls(p: PairedSpectrum, *, other: AffineMap | None = None) -> tuple[str, ...]:
     """The names of `CONTROLS` that this site's widths allow; `wrong_layer` only when there is another map."""
-    impossible = _OF_EQUAL_WIDTHS if p.d_in != p.d_out else ()
-    return tuple(
-        name for name in CONTROLS if name not in impossible and (name != "wrong_layer" or other is not None)
-    )
+    impossible = () if p.d_in == p.d_out else _OF_EQUAL_WIDTHS
+    impossible += () if other is not None else ("wrong_layer",)
+    return tuple(name for name in CONTROLS if name not in impossible)
 
 
 def shuffled_pairs(
@@ -163,12 +159,8 @@ def shuffled_pairs(
         yield p.permuted(order.to(p.sx.device))
 
 
-def _nothing(p: PairedSpectrum) -> Weight:
-    return Weight.low_rank(p.vx.new_zeros(p.d_in, 0), p.vx.new_zeros(0, p.d_out))
-
-
 def _diagonal(p: PairedSpectrum, scale: Tensor) -> Weight:
-    return Weight(scale, p.vx.new_zeros(p.d_in, 0), p.vx.new_zeros(0, p.d_out))
+    return Weight(scale, p.vx[:, :0], p.vy.mT[:0])
 
 
 def _power(cov: ShrunkCovariance, exponent: float) -> tuple[Tensor, float]:

@@ -86,11 +86,7 @@ def logit_subspace(
 
 
 def unembedding_directions(unembedding: Tensor, q: int, *others: Tensor) -> Tensor:
-    """The q directions of the residual stream that move the logits of unembeddings [vocabulary, d] most.
-
-    Raises:
-        MechdiffError: q is not in 1 … d.
-    """
+    """The q ≤ d directions of the residual stream that move logits most, of unembeddings [vocabulary, d]."""
     d = unembedding.shape[1]
     if not 1 <= q <= d:
         raise MechdiffError(f"q is {q}; give a number of directions from 1 to the width {d}.")

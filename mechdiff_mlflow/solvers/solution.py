@@ -93,11 +93,7 @@ class Solution:
 
 
 def check_rank(solver: str, ranked: bool, rank: int | None, width: int) -> None:
-    """Make sure that a solver has maps of a rank.
-
-    Raises:
-        MechdiffError: It has none of any rank, or the rank is above the width.
-    """
+    """Refuse a rank above the width, and any rank of a solver that has no maps of rank k."""
     if rank is None:
         return
     if not ranked:

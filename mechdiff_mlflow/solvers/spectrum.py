@@ -78,11 +78,7 @@ class PairedSpectrum:
         return replace(self, uy=uy, cross=self.ux.mT @ uy)
 
     def scaled(self, factor: float) -> PairedSpectrum:
-        """The spectrum of x paired with factor·y.
-
-        Raises:
-            MechdiffError: `factor` is not finite and above 0.
-        """
+        """The spectrum of x paired with factor·y, for a finite factor above 0."""
         if not 0 < factor < math.inf:
             raise MechdiffError(f"Activations cannot be scaled by {factor}; give a finite factor above 0.")
         return replace(self, mean_y=factor * self.mean_y, sy=factor * self.sy)

@@ -1,10 +1,12 @@
-"""The table of solvers, which the command line, the docs and the tests walk."""
+"""The table of solvers and their settings, which the command line, the docs and the tests walk."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +16,62 @@ from mechdiff_mlflow.maps.affine import JSON, Family
 from mechdiff_mlflow.solvers.factors import Factors
 from mechdiff_mlflow.solvers.procrustes import procrustes, procrustes_scaled
 from mechdiff_mlflow.solvers.regression import logit_subspace, reduced_rank, ridge
-from mechdiff_mlflow.solvers.settings import Setting
 from mechdiff_mlflow.solvers.solution import OffSpan, Solution, check_rank
 from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
+from mechdiff_mlflow.spec.options import Kind, Option, number, one_of
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a user can set of a fit: a number in [low, high], a whole one where the default is, or a word."""
+
+    name: str  # of the param of a run, of a map's meta and of the argument in Python
+    default: Any  # in the type that the setting has in Python
+    help: str  # one line
+    low: float = 0.0
+    high: float = math.inf
+    choices: tuple[Any, ...] = ()  # the words allowed, where it is no number
+    none: str = ""  # the word that a user types for None; empty where None is not allowed
+
+    @property
+    def kind(self) -> Kind:
+        """How it is typed and read."""
+        whole = "whole number" if isinstance(self.default, int) else "number"
+        return Kind("|".join(self.words) or whole, self._parse, self.none)
+
+    @property
+    def field(self) -> Any:
+        """The field of a dataclass that has the setting; requests make an option of it."""
+        option = Option(self.kind, self.help, self.default)
+        return dataclasses.field(default=self.default, metadata={"option": option})
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What a user may type, where it is no number."""
+        return tuple(word for word in (self.none, *map(str, self.choices)) if word)
+
+    def _parse(self, text: str) -> Any:
+        option = "--" + self.name.replace("_", "-")
+        if self.choices:
+            return self.checked(one_of(option, *self.words).parse(text))
+        value = number(option, self.default).parse(text)
+        return self.checked(int(value) if isinstance(self.default, int) and value % 1 == 0 else value)
+
+    def checked(self, value: object) -> Any:
+        """`value` in the type that the setting has, if it is allowed; else an error."""
+        if value is None and self.none:
+            return None
+        if self.choices:
+            if value not in self.choices:
+                raise MechdiffError(f"{self.name} is {value!r}; use one of {', '.join(self.words)}.")
+            return self.choices[self.choices.index(value)]
+        whole = isinstance(self.default, int)
+        is_number = isinstance(value, int if whole else (int, float)) and value != math.inf
+        if not is_number or not self.low <= value <= self.high:  # type: ignore[operator]
+            title = "a whole number" if whole else "a number"
+            high = f"to {self.high:.12g}" if self.high < math.inf else "up"
+            raise MechdiffError(f"{self.name} is {value!r}; give {title} from {self.low:.12g} {high}.")
+        return value if whole else float(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +91,7 @@ class Solver:
 
 def _no_update(p: PairedSpectrum, family: Family) -> Factors:
     """W = I."""
-    return Factors(p.vx.new_zeros(p.d_in, 0), p.vx.new_zeros(0, p.d_out), (0,))
+    return Factors(p.vx[:, :0], p.vy.mT[:0], (0,))
 
 
 SHRINK = Setting("shrink", 0.05, "Covariance shrinkage, 0 to 1.", high=1.0)
@@ -70,45 +125,48 @@ ALPHA_FIT = Setting(
     choices=("after", "inside"),
 )
 
-_ROWS = (
-    Solver(
-        "procrustes_scaled",
-        "whiten with shrunk covariances, rotate, stretch, colour again",
-        procrustes_scaled,
-        settings=(SHRINK,),
-    ),
-    Solver(
-        "reduced_rank",
-        "least squares of rank k: the optimal map of each rank",
-        reduced_rank,
-        settings=(RIDGE, OUTPUT_METRIC, SHRINK),
-        tensors=("fisher",),
-    ),
-    Solver(
-        "ridge", "least squares pulled to 0 (content) or to the identity (update)", ridge, settings=(RIDGE,)
-    ),
-    Solver("procrustes", "the rotation nearest to the rows", procrustes),
-    Solver(
-        "logit_subspace",
-        "reduced rank towards the part of y in given output directions",
-        logit_subspace,
-        settings=(RIDGE,),
-        tensors=("basis",),
-        tensor_settings=(DIRECTIONS, UNEMBEDDING),
-    ),
-    Solver(
-        "mean_shift", "add the difference of the means", _no_update, families=(Family.UPDATE,), ranked=False
-    ),
-    Solver(
-        "identity",
-        "the base activation as it is",
-        _no_update,
-        families=(Family.UPDATE,),
-        ranked=False,
-        centred=False,
-    ),
-)
-SOLVERS: Mapping[str, Solver] = MappingProxyType({row.name: row for row in _ROWS})
+SOLVERS: Mapping[str, Solver] = {
+    row.name: row
+    for row in (
+        Solver(
+            "procrustes_scaled",
+            "whiten with shrunk covariances, rotate, stretch, colour again",
+            procrustes_scaled,
+            settings=(SHRINK,),
+        ),
+        Solver(
+            "reduced_rank",
+            "least squares of rank k: the optimal map of each rank",
+            reduced_rank,
+            settings=(RIDGE, OUTPUT_METRIC, SHRINK),
+            tensors=("fisher",),
+        ),
+        Solver(
+            "ridge",
+            "least squares pulled to 0 (content) or to the identity (update)",
+            ridge,
+            settings=(RIDGE,),
+        ),
+        Solver("procrustes", "the rotation nearest to the rows", procrustes),
+        Solver(
+            "logit_subspace",
+            "reduced rank towards the part of y in given output directions",
+            logit_subspace,
+            settings=(RIDGE,),
+            tensors=("basis",),
+            tensor_settings=(DIRECTIONS, UNEMBEDDING),
+        ),
+        Solver("mean_shift", "add the difference of the means", _no_update, (Family.UPDATE,), ranked=False),
+        Solver(
+            "identity",
+            "the base activation as it is",
+            _no_update,
+            (Family.UPDATE,),
+            ranked=False,
+            centred=False,
+        ),
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,11 +191,7 @@ SETTINGS: tuple[Setting, ...] = (
 
 
 def solver_named(name: str) -> Solver:
-    """The row called `name`.
-
-    Raises:
-        MechdiffError: There is none.
-    """
+    """The row called `name`, or an error that lists them."""
     if name not in SOLVERS:
         raise MechdiffError(f"Solver {name!r} is unknown; use one of {', '.join(SOLVERS)}.")
     return SOLVERS[name]
@@ -146,11 +200,7 @@ def solver_named(name: str) -> Solver:
 def check_possible(
     solver: str, family: Family | str, d_in: int, d_out: int, rank: int | None = None
 ) -> tuple[Solver, Family]:
-    """The row and the family, once it is sure that they go with these widths, and with maps of a rank.
-
-    Raises:
-        MechdiffError: They do not.
-    """
+    """The row and the family, if they go with these widths, and with maps of a rank; else an error."""
     row, family = solver_named(solver), Family.parse(family)
     if family not in row.families:
         raise MechdiffError(

@@ -1,4 +1,4 @@
-"""Prints what a large scoring, a large capture, and one whose runs are kept hold at their peak, and numbers.
+"""Prints what a large scoring, and one whose runs are kept, hold at their peak, and numbers.
 
 python measure_peak.py BUDGET|none; run by test_budget.py in processes of their own.
 """
@@ -15,7 +15,7 @@ import tiny
 import torch
 from transformers import LlamaConfig
 
-from mechdiff_mlflow.engine import MemoryBudget, PatchEngine, VariantGroup
+from mechdiff_mlflow.engine import CleanRunCache, PatchEngine, VariantGroup
 from mechdiff_mlflow.engine.memory.budget import parse_bytes
 from mechdiff_mlflow.spec.sites import Hook, Site
 
@@ -48,26 +48,22 @@ def main() -> None:
         num_key_value_heads=2,
         initializer_range=0.2,
     )
-    budget = None if sys.argv[1] == "none" else MemoryBudget(parse_bytes(sys.argv[1]))
-    engine = PatchEngine(tiny.build(config), batch_size=32, budget=budget)
+    budget = None if sys.argv[1] == "none" else parse_bytes(sys.argv[1])
+    engine = PatchEngine(tiny.build(config), batch_size=32, cache=CleanRunCache(budget))
     offsets = torch.randn(N_VARIANTS, WIDTH, generator=torch.Generator().manual_seed(0))
     groups = [VariantGroup(s, lambda i, x: x[:, None] + offsets, N_VARIANTS) for s in SITES]
-    many, few = tiny.prompts(*[3] * 15_000), tiny.prompts(*range(20, 52))
+    few = tiny.prompts(*range(20, 52))
     some = tiny.prompts(*[n for n in range(20, 52) for _ in range(12)])
 
     def score() -> torch.Tensor:
         return torch.stack([x.kl_patched_clean.mean() for x in engine.score(few, groups).divergences])
-
-    def capture() -> torch.Tensor:
-        captured = engine.capture(many, SITES)
-        return torch.stack([captured[site].double().norm() for site in SITES])
 
     def keep() -> torch.Tensor:
         recorded = engine.record(some, SITES)
         print(recorded.n_kept, "kept", file=sys.stderr)
         return torch.stack([x.kl_patched_clean.mean() for x in engine.score(recorded, groups).divergences])
 
-    print(json.dumps({"score": peak_of(score), "capture": peak_of(capture), "keep": peak_of(keep)}))
+    print(json.dumps({"score": peak_of(score), "keep": peak_of(keep)}))
 
 
 main()

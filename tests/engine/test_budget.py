@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,11 +16,10 @@ from hypothesis import strategies as st
 from test_elastic import assert_equal_scores
 from test_safety import groups
 
-from mechdiff_mlflow.engine import MemoryBudget, PatchEngine
+from mechdiff_mlflow.engine import CleanRunCache, PatchEngine
 from mechdiff_mlflow.engine.memory.budget import Load, ModelShape, limits_within, needed, parse_bytes, size
 from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.spec.sites import Hook, Site
 
 LLAMA_8B = ModelShape(
     n_layers=32,
@@ -35,8 +32,12 @@ LLAMA_8B = ModelShape(
     number=2,
     keeps_scores=False,
 )
-SITES = [Site(layer, hook) for layer in range(2) for hook in Hook]
 PROMPTS = tiny.prompts(9, 5, 12, 5, 7, 3, 9, 6)
+
+
+def total(limits: ChunkLimits, load: Load) -> int:
+    return sum(needed(limits, LLAMA_8B, load).values())
+
 
 powers = st.integers(0, 14).map(lambda n: 2**n)
 
@@ -52,20 +53,20 @@ def test_bounds_fit_the_budget_and_none_is_larger_than_asked(
     try:
         limits = limits_within(budget, most, LLAMA_8B, load)
     except MechdiffError:
-        assert needed(ChunkLimits(1, 1, 1), LLAMA_8B, load).total > budget
+        assert total(ChunkLimits(1, 1, 1), load) > budget * 3 // 4
         return
-    assert needed(limits, LLAMA_8B, load).total <= budget
+    assert total(limits, load) <= budget * 3 // 4
     assert limits == limits.within(most)
-    if needed(most, LLAMA_8B, load).total <= budget:
+    if total(most, load) <= budget * 3 // 4:
         assert limits == most
 
 
 def test_what_an_8b_model_needs() -> None:
     """128 tokens: the recorded keys and values alone are 2 · 2 · 32 · 1024 bytes a token, 16 MiB a prompt."""
     one = needed(ChunkLimits(1, 1, 1), LLAMA_8B, Load(128, n_columns=1))
-    assert one.chunk > 128 * 32 * 2 * 1024 * 2
-    assert one.head == 128_256 * 6 + 4096 * 2
-    assert needed(ChunkLimits(32, 8192, 2048), LLAMA_8B, Load(128, n_columns=384)).total < 8 * 2**30
+    assert one["batch_size"] > 128 * 32 * 2 * 1024 * 2
+    assert one["head_rows"] == 128_256 * 6 + 4096 * 2
+    assert total(ChunkLimits(32, 8192, 2048), Load(128, n_columns=384)) < 8 * 2**30
     with pytest.raises(
         MechdiffError, match=r"One prompt of 128 tokens needs more than .*--memory-budget \d+"
     ):
@@ -76,7 +77,7 @@ def test_the_least_budget_that_is_named_is_enough() -> None:
     with pytest.raises(MechdiffError) as refused:
         limits_within(1, ChunkLimits(), LLAMA_8B, Load(128))
     named = str(refused.value).split("--memory-budget ")[1].split()[0]
-    assert limits_within(MemoryBudget(parse_bytes(named)).working, ChunkLimits(), LLAMA_8B, Load(128))
+    assert limits_within(parse_bytes(named), ChunkLimits(), LLAMA_8B, Load(128))
 
 
 @pytest.mark.parametrize(
@@ -103,71 +104,9 @@ def test_results_are_the_same_under_any_budget(mode: str) -> None:
     model = tiny.llama(n_layers=2, dtype=torch.float64)
     expected = PatchEngine(model, mode=mode).score(PROMPTS, groups(5))
     for kib in (300, 1000, 10_000):
-        engine = PatchEngine(model, mode=mode, budget=MemoryBudget(kib * 1024))
+        engine = PatchEngine(model, mode=mode, cache=CleanRunCache(kib * 1024))
         assert_equal_scores(engine.score(PROMPTS, groups(5)), expected)
         assert engine.limits == ChunkLimits(), "a budget limits each call, not what memory allows"
-
-
-def spilled_folders() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("mechdiff-activations-*"))
-
-
-def test_activations_over_the_budget_lie_on_disk_while_they_are_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    model = tiny.llama(n_layers=2)
-    expected = PatchEngine(model).capture(PROMPTS, SITES)
-    budget = MemoryBudget(600 * 1024)
-    budget.reserve(147 * 1024)  # by somebody else
-    engine = PatchEngine(model, budget=budget, batch_size=3)
-    spilled = engine.capture(PROMPTS, SITES)
-    (folder,) = spilled_folders()
-    assert {path.suffix for path in folder.iterdir()} == {".safetensors"}
-    assert list(spilled) == SITES
-    for site in SITES:
-        torch.testing.assert_close(spilled[site], expected[site], rtol=1e-5, atol=1e-5)
-    with pytest.raises(KeyError):
-        spilled[Site(7, Hook.MLP_OUT)]
-    kept = engine.capture(PROMPTS[:1], SITES[:1])
-    assert spilled_folders() == {folder}, "what fits stays in memory"
-    del spilled, kept
-    gc.collect()
-    assert not spilled_folders()
-    assert budget.reserve(3 * 1024), "and is given back"
-
-
-def test_folders_are_gone_after_an_error(tmp_path: Path) -> None:
-    program = (
-        "import tiny, torch\n"
-        "from mechdiff_mlflow.engine import MemoryBudget, PatchEngine\n"
-        "from mechdiff_mlflow.spec.sites import Site\n"
-        "budget = MemoryBudget(2**20); budget.reserve(2**18)\n"
-        "engine = PatchEngine(tiny.llama(n_layers=2), budget=budget)\n"
-        "kept = engine.capture(tiny.prompts(4, 5), [Site.parse('L1/mlp_out')])\n"
-        "assert kept.folder.exists()\n"
-        "raise KeyboardInterrupt"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stderr.rstrip().endswith("KeyboardInterrupt")
-    assert not list(tmp_path.glob("mechdiff-*"))
-
-
-def test_a_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    budget = MemoryBudget(2**20)
-    budget.reserve(2**18)
-    engine = PatchEngine(tiny.llama(n_layers=2), budget=budget)
-    with pytest.raises(
-        MechdiffError, match=r"cannot be written to .*nowhere.*set TMPDIR to a folder with room"
-    ):
-        engine.capture(PROMPTS, SITES)
 
 
 @pytest.mark.slow
@@ -186,6 +125,6 @@ def test_the_peak_stays_within_the_budget() -> None:
         )
         for use, (peak, found) in json.loads(done.stdout).items():
             peaks[use, words], numbers[use, words] = peak, torch.tensor(found)
-    for use in ("score", "capture", "keep"):
+    for use in ("score", "keep"):
         torch.testing.assert_close(numbers[use, "32MiB"], numbers[use, "none"], rtol=1e-4, atol=1e-6)
         assert peaks[use, "32MiB"] <= budget < peaks[use, "none"], peaks

@@ -156,10 +156,3 @@ def test_functions_are_given_prompts_and_their_own_activations() -> None:
     eager = VariantGroup(site, own[:, None] + offsets)
     first, second = engine.score(prompts, [lazy, eager]).divergences
     torch.testing.assert_close(first.kl_patched_clean, second.kl_patched_clean)
-
-
-def test_progress_counts_prompts() -> None:
-    prompts, seen = tiny.prompts(*LENGTHS), list[int]()
-    engine = PatchEngine(tiny.llama(), batch_size=3)
-    engine.score(prompts, [VariantGroup.identity(Site(0, Hook.MLP_OUT))], seen.append)
-    assert seen == [3, 6, 7]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,18 @@ import test_spans
 import tiny
 import torch
 from families import FAMILIES
-from test_elastic import SmallMemory, assert_equal_scores, out_of_device_memory
+from test_elastic import assert_equal_scores, out_of_device_memory
 from test_safety import Bomb, assert_same, groups, state
 
 from mechdiff_mlflow.engine import (
     CleanRunCache,
     CleanRuns,
-    MemoryBudget,
     PatchEngine,
     ScoreResult,
     VariantGroup,
 )
 from mechdiff_mlflow.engine.memory import clean_runs as free
+from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits
 from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import Divergences, compare_rows
@@ -141,11 +142,16 @@ def test_what_a_score_began_is_completed() -> None:
     captured, before = engine.capture(PROMPTS, SITES), engine.n_forwards
     recorded = engine.record(PROMPTS, SITES, now=False)
 
-    def stop(done: int) -> None:
+    keep = recorded.keep
+
+    def stop(recording: Recording) -> None:
+        keep(recording)
         raise KeyboardInterrupt
 
+    recorded.keep = stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        engine.score(recorded, groups(), stop)
+        engine.score(recorded, groups())
+    recorded.keep = keep  # type: ignore[method-assign]
     assert 0 < recorded.n_kept < N
     engine.complete(recorded)
     assert engine.n_forwards == before + N
@@ -154,20 +160,24 @@ def test_what_a_score_began_is_completed() -> None:
 
 def kept_bytes(mode: str) -> int:
     """Of all prompts."""
-    budget = MemoryBudget(2**30)
-    before = budget.kept
-    recorded = PatchEngine(tiny.llama(n_layers=2), mode=mode, budget=budget, batch_size=2).record(
+    cache = CleanRunCache(2**30)
+    recorded = PatchEngine(tiny.llama(n_layers=2), mode=mode, cache=cache, batch_size=2).record(
         PROMPTS, SITES
     )
     assert recorded.n_kept == N
-    return budget.kept - before - sum(recorded.activations[site].nbytes for site in SITES)
+    return held(cache)
+
+
+def held(cache: CleanRunCache) -> int:
+    return sum(cache._held.values())
 
 
 def test_what_is_kept_of_a_prompt_is_what_the_docs_say() -> None:
-    budget, n_tokens, n = MemoryBudget(2**30), 60, 3
-    engine = PatchEngine(tiny.llama(n_layers=2), budget=budget)
+    cache, n_tokens, n = CleanRunCache(2**30), 60, 3
+    engine = PatchEngine(tiny.llama(n_layers=2), cache=cache)
     recorded = engine.record(tiny.prompts(*[n_tokens] * n), SITES)
-    found = (budget.kept - sum(recorded.activations[site].nbytes for site in SITES)) / n
+    assert recorded.n_kept == n
+    found = held(cache) / n
     keys, width, layers = 2 * 8, 32, 2
     said = 4 * (2 * n_tokens * keys * layers + 2 * width * layers + len(SITES) * width + tiny.VOCABULARY)
     assert found == pytest.approx(said, rel=0.1)
@@ -179,10 +189,10 @@ def test_of_what_does_not_fit_a_part_is_kept(mode: str) -> None:
     expected = PatchEngine(model, mode=mode, batch_size=2).score(PROMPTS, groups())
     wanted = kept_bytes(mode)
     for share, least, most in ((0.0, 0, 0), (0.6, 1, N - 1), (1.1, N, N)):
-        budget = MemoryBudget(2**24)  # of which 2 MiB may be kept by recordings
-        budget.reserve(2**21 - int(share * wanted) - 4 * len(SITES) * N * 32)
-        engine = PatchEngine(model, mode=mode, batch_size=2, budget=budget)
-        held = budget.kept
+        cache = CleanRunCache(2**24)  # of which 2 MiB may be kept by recordings
+        others = Counter({torch.device("cpu"): 2**21 - int(share * wanted)})
+        cache.reserve(others)
+        engine = PatchEngine(model, mode=mode, batch_size=2, cache=cache)
         recorded = engine.record(PROMPTS, SITES)
         assert least <= recorded.n_kept <= most, (share, recorded.n_kept)
         before = engine.n_forwards
@@ -191,7 +201,7 @@ def test_of_what_does_not_fit_a_part_is_kept(mode: str) -> None:
         if mode != "naive":
             assert engine.n_forwards == before + 2 * (N - recorded.n_kept)
         del recorded
-        assert budget.kept == held, "all is given back with the recording"
+        assert held(cache) == others.total(), "all is given back with the recording"
 
 
 def test_many_recordings_share_what_one_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,26 +260,13 @@ def test_when_memory_runs_out_the_kept_goes_first(mode: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("from_end", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
-def test_kept_chunks_are_scored_in_parts_once_chunks_are_smaller(mode: str, from_end: int) -> None:
-    model = tiny.llama(n_layers=2, dtype=torch.float64)
+def test_kept_chunks_stay_whole_once_chunks_are_smaller(mode: str, from_end: int) -> None:
+    engine = PatchEngine(tiny.llama(n_layers=2, dtype=torch.float64), mode=mode, batch_size=7)
     prompts = tiny.prompts(9, 5, 12, 5, 7, 3, 9, from_end=from_end)
-    memory = SmallMemory(model)
-    engine = PatchEngine(model, mode=mode, batch_size=7)
-    expected = engine.score(prompts, groups(3))
-    recorded = engine.record(prompts, SITES)
-    memory.room = 40
-    with pytest.warns(UserWarning, match="Memory ran out"):
-        engine.score(tiny.prompts(*[12] * 7), groups(3))
-    assert engine.limits.batch_size < 7
-    assert recorded.n_kept == 0, "everybody's"
-    memory.room = 10**9
-    engine = PatchEngine(model, mode=mode, batch_size=7)
-    recorded = engine.record(prompts, SITES)
-    engine._runner.limits = engine.limits.less(4, patched=True) or engine.limits
-    before, seen = engine.n_forwards, list[int]()
-    assert_equal_scores(engine.score(recorded, groups(3), seen.append), expected)
-    assert seen == [2, 4, 6, 7]
-    assert recorded.n_kept == N
+    expected, recorded = engine.score(prompts, groups(3)), engine.record(prompts, SITES)
+    engine._runner.limits = ChunkLimits(2, 100, 100)
+    before = engine.n_forwards
+    assert_equal_scores(engine.score(recorded, groups(3)), expected)
     if mode != "naive":
         assert engine.n_forwards == before
 

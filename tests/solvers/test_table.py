@@ -183,14 +183,14 @@ def test_update_of_another_width_names_the_solvers_that_can(
 
 
 def test_the_settings_of_all_solvers_are_listed_once_with_their_defaults() -> None:
-    assert {s.option: s.text(s.default) for s in SETTINGS} == {
-        "--shrink": "0.05",
-        "--ridge": "0.01",
-        "--output-metric": "identity",
-        "--directions": "16",
-        "--unembedding": "tuned",
-        "--off-span": "auto",
-        "--alpha-fit": "after",
+    assert {s.name: s.kind.text(s.default) for s in SETTINGS} == {
+        "shrink": "0.05",
+        "ridge": "0.01",
+        "output_metric": "identity",
+        "directions": "16",
+        "unembedding": "tuned",
+        "off_span": "auto",
+        "alpha_fit": "after",
     }
     assert Protocol() == Protocol(**{s.name: s.default for s in SETTINGS})
     assert {field.name for field in fields(Settings)} == {s.name for s in SETTINGS}
@@ -200,9 +200,10 @@ def test_the_settings_of_all_solvers_are_listed_once_with_their_defaults() -> No
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: s.name)
 def test_the_text_of_a_setting_reads_as_its_value(setting: Setting) -> None:
     typed = setting.words or [str(setting.default), "1"]
-    assert all(setting.text(setting.parse(text)) == text for text in typed)
-    assert all(setting.checked(setting.parse(text)) == setting.parse(text) for text in typed)
-    assert setting.parse(setting.text(setting.default)) == setting.default
+    kind = setting.kind
+    assert all(kind.text(kind.read(text)) == text for text in typed)
+    assert all(setting.checked(kind.read(text)) == kind.read(text) for text in typed)
+    assert kind.read(kind.text(setting.default)) == setting.default
 
 
 @pytest.mark.parametrize(
@@ -225,5 +226,5 @@ def test_the_text_of_a_setting_reads_as_its_value(setting: Setting) -> None:
 def test_a_text_that_is_no_value_of_a_setting_says_what_is(name: str, text: str, message: str) -> None:
     setting = next(s for s in SETTINGS if s.name == name)
     with pytest.raises(MechdiffError) as refused:
-        setting.parse(text)
+        setting.kind.read(text)
     assert str(refused.value) == message

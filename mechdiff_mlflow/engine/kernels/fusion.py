@@ -7,7 +7,6 @@ left as it is, so an architecture that we do not know runs at its own speed. Wha
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,15 +63,19 @@ class Fusion:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model computes with the kernels while the context is open."""
+        """The model computes with the kernels while the context is open, in one thread at a time."""
+        own = [getattr(home, _ROTARY) for home in self.rotations]
         try:
             for module, forward in self.forwards:
                 module.__dict__["forward"] = forward
-            with _rotating(self.rotations):
-                yield
+            for home, rotate in zip(self.rotations, own, strict=True):
+                setattr(home, _ROTARY, partial(_rotate, rotate))
+            yield
         finally:
             for module, _ in self.forwards:
                 module.__dict__.pop("forward", None)
+            for home, rotate in zip(self.rotations, own, strict=True):
+                setattr(home, _ROTARY, rotate)
 
 
 def _fused(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -142,31 +145,6 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 
 def _generator(device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(0)
-
-
-_lock = threading.Lock()
-_users: dict[ModuleType, tuple[int, Callable[..., Any]]] = {}
-"""Python modules whose rotation is replaced now: by how many engines, and what it was."""
-
-
-@contextmanager
-def _rotating(homes: Sequence[ModuleType]) -> Iterator[None]:
-    # The function is shared by all models of an architecture, so that engines in several threads count.
-    with _lock:
-        for home in homes:
-            users, own = _users.get(home, (0, getattr(home, _ROTARY)))
-            _users[home] = users + 1, own
-            setattr(home, _ROTARY, partial(_rotate, own))
-    try:
-        yield
-    finally:
-        with _lock:
-            for home in homes:
-                users, own = _users.pop(home)
-                if users > 1:
-                    _users[home] = users - 1, own
-                else:
-                    setattr(home, _ROTARY, own)
 
 
 def _rotate(own: Callable[..., Any], q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **more: Any) -> Any:

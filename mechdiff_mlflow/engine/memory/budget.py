@@ -12,46 +12,6 @@ from mechdiff_mlflow.errors import MechdiffError
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
-_WORKING_QUARTERS = 3
-"""Of four: what forwards and patched rows may take; the rest is for what is kept."""
-
-
-class MemoryBudget:
-    """Bytes beside the weights: three quarters to work with, one to keep activations and recordings in.
-
-    Both models of a pair share one budget: they work in turns, and what is kept is counted together.
-
-    Raises:
-        MechdiffError: The total is not positive.
-    """
-
-    def __init__(self, total: int) -> None:
-        if total < 1:
-            raise MechdiffError(f"A memory budget of {total} bytes is nothing; give e.g. 8GiB.")
-        self.total = total
-        self.working = total * _WORKING_QUARTERS // 4
-        self._left = total - self.working
-        self._spared = self._left // 2
-
-    @property
-    def kept(self) -> int:
-        """Bytes that are reserved now."""
-        return self.total - self.working - self._left
-
-    def reserve(self, n_bytes: int, *, sparing: bool = False) -> bool:
-        """Whether so many bytes may be kept; they then count until released.
-
-        `sparing` leaves half of all that may be kept to others, to whom it matters more.
-        """
-        if n_bytes > self._left - (self._spared if sparing else 0):
-            return False
-        self._left -= n_bytes
-        return True
-
-    def release(self, n_bytes: int) -> None:
-        """Give back what was reserved."""
-        self._left += n_bytes
-
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -102,22 +62,8 @@ class Load:
     tree: bool = False  # whether variants stand side by side behind a mask (the path masked)
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
-    """Bytes, an upper estimate: of a chunk of prompts, of patched tokens, of rows of logits."""
-
-    chunk: int
-    rows: int
-    head: int
-
-    @property
-    def total(self) -> int:
-        """All three."""
-        return self.chunk + self.rows + self.head
-
-
-def needed(limits: ChunkLimits, shape: ModelShape, load: Load) -> Need:
-    """What a call takes at most beside the weights and the activations it returns.
+def needed(limits: ChunkLimits, shape: ModelShape, load: Load) -> dict[str, int]:
+    """Bytes that a call takes at most beside the weights and the activations it returns, by limit.
 
     With e bytes a number, T tokens a prompt, S of them re-run, w the width, i of the MLP, a of the query and
     k of the key heads, V the vocabulary, L layers, s sites and c patched runs a prompt:
@@ -141,43 +87,34 @@ def needed(limits: ChunkLimits, shape: ModelShape, load: Load) -> Need:
         in_tree = min(n_rows, load.n_columns * load.suffix)
         row += 2 * e * shape.n_layers * shape.kv_width + (2 * e + 4 * shape.n_heads) * (t + in_tree)
     n_head = min(limits.head_rows, limits.batch_size * max(1, load.n_columns))
-    return Need(
-        chunk=limits.batch_size * (recorded + block + scores + logits + replacements),
-        rows=n_rows * row,
-        head=n_head * (shape.vocabulary * (e + 4) + w * e),
-    )
+    return {
+        "batch_size": limits.batch_size * (recorded + block + scores + logits + replacements),
+        "max_rows": n_rows * row,
+        "head_rows": n_head * (shape.vocabulary * (e + 4) + w * e),
+    }
 
 
-def limits_within(n_bytes: int, most: ChunkLimits, shape: ModelShape, load: Load) -> ChunkLimits:
-    """The largest limits, found by halving what takes most, whose need is at most `n_bytes`.
+def limits_within(budget: int, most: ChunkLimits, shape: ModelShape, load: Load) -> ChunkLimits:
+    """The largest limits, found by halving what takes most, that need three quarters of the budget (bytes).
 
     Raises:
         MechdiffError: Not even one prompt and one row fit.
     """
-    limits = most
-    while (need := needed(limits, shape, load)).total > n_bytes:
-        halves = {
-            "batch_size": need.chunk if limits.batch_size > 1 else 0,
-            "max_rows": need.rows if limits.max_rows > 1 else 0,
-            "head_rows": need.head if limits.head_rows > 1 else 0,
-        }
-        name = max(halves, key=lambda name: halves[name])
-        if not halves[name]:
-            least = size(-(-need.total * 4 // _WORKING_QUARTERS))
+    limits, working = most, budget * 3 // 4
+    while (total := sum((need := needed(limits, shape, load)).values())) > working:
+        halves = {name: n_bytes for name, n_bytes in need.items() if getattr(limits, name) > 1}
+        if not any(halves.values()):
             raise MechdiffError(
                 f"One prompt of {load.n_tokens} tokens needs more than the memory budget leaves for it "
-                f"({size(n_bytes)}); give --memory-budget {least} or more."
+                f"({size(working)}); give --memory-budget {size(-(-total * 4 // 3))} or more."
             )
+        name = max(halves, key=lambda name: halves[name])
         limits = replace(limits, **{name: getattr(limits, name) // 2})
     return limits
 
 
 def parse_bytes(text: str) -> int:
-    """Read `8GiB`, `500MB`, `1.5GB` or a number of bytes.
-
-    Raises:
-        MechdiffError: `text` is none of these, or under one byte.
-    """
+    """Read `8GiB`, `500MB`, `1.5GB` or a number of bytes; refuse other texts, and sizes under one byte."""
     found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMGT]?i?B)?", text)
     unit = _UNITS.get(found[2] or "B") if found else None
     if found is None or unit is None or int(float(found[1]) * unit) < 1:

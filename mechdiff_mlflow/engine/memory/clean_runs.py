@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.engine.memory.activations import Activations
-from mechdiff_mlflow.engine.memory.budget import MemoryBudget
 from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan
 from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
@@ -26,37 +24,36 @@ _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _SHARE = 4
 """Without a budget all recordings may take one part in so many of the memory that is free but for them."""
+_BUDGET_SHARE = 8
+"""With a budget they may take one part in so many of it."""
 
 
 class CleanRunCache:
-    """The clean runs that engines keep, within a budget or else a share of what is free.
+    """The clean runs that engines keep, within a budget in bytes or else a share of what is free.
 
     Engines that share one give up everything when memory runs out. It holds nothing alive: clean runs go with
     their last user.
     """
 
-    def __init__(self, budget: MemoryBudget | None = None) -> None:
-        self._budget = budget
+    def __init__(self, budget: int | None = None) -> None:
+        self.budget = budget
         self._held: Counter[torch.device] = Counter()
         self._recorded: weakref.WeakSet[CleanRuns] = weakref.WeakSet()
 
-    def reserve(self, n_bytes: Mapping[torch.device, int]) -> bool:
+    def reserve(self, n_bytes: Counter[torch.device]) -> bool:
         """Whether what takes so many bytes, and exists already, may be kept; it counts until released."""
-        if self._budget is not None:
-            # Activations that do not fit are read from files; recordings are run again, which is no loss.
-            return self._budget.reserve(sum(n_bytes.values()), sparing=True)
-        held = self._held + Counter(n_bytes)
-        if any(held[device] > (free_bytes(device) + held[device]) // _SHARE for device in n_bytes):
-            return False
-        self._held = held
-        return True
-
-    def release(self, n_bytes: Mapping[torch.device, int]) -> None:
-        """Give back what was reserved."""
-        if self._budget is not None:
-            self._budget.release(sum(n_bytes.values()))
+        held = self._held + n_bytes
+        if self.budget is not None:
+            fits = held.total() <= self.budget // _BUDGET_SHARE
         else:
-            self._held = self._held - Counter(n_bytes)
+            fits = all(held[device] <= (free_bytes(device) + held[device]) // _SHARE for device in n_bytes)
+        if fits:
+            self._held = held
+        return fits
+
+    def release(self, n_bytes: Counter[torch.device]) -> None:
+        """Give back what was reserved."""
+        self._held = self._held - n_bytes
 
     def add(self, recorded: CleanRuns) -> None:
         """Take in clean runs that may be given up."""
@@ -67,30 +64,34 @@ class CleanRunCache:
         return sum(recorded.give_up() for recorded in list(self._recorded))
 
 
-class CleanRuns:
+class CleanRuns(ChunkPlan):
     """Clean runs of N prompts: activations at some sites, and of what fits in memory all that patches need.
 
     Made by `PatchEngine.record`. The prompts that do not fit are run again whenever they are patched. Sites
     and prompts never change; what is kept is given up when memory runs out, and freed with this object.
-    `rows`, of these prompts and sites, are filled as chunks come in; without a cache nothing else is kept.
+    Activations are filled in as chunks are run, on `rows_on`; without a cache nothing else is kept.
     """
 
     def __init__(
-        self, prompts: TokenizedPrompts, rows: Activations, device: torch.device, cache: CleanRunCache | None
+        self,
+        prompts: TokenizedPrompts,
+        sites: Sequence[Site],
+        device: torch.device,
+        cache: CleanRunCache | None = None,
+        rows_on: torch.device | str = "cpu",
     ) -> None:
-        self.prompts, self.sites = prompts, tuple(rows)
-        self.activations, self._cache = rows, cache  # [N, width] of each site, once every prompt was run
-        self._plan = ChunkPlan(prompts, device)
-        self._kept: dict[int, Recording] = {}  # by the place in the order at which each begins
-        self._begins: list[int | None] = [None] * len(prompts)  # for each place, where its recording begins
-        self._done = torch.zeros(len(prompts), dtype=torch.bool)
-        self._reserved: list[weakref.finalize[Any, Any]] = []
+        super().__init__(prompts, device)
+        self.sites = tuple(dict.fromkeys(sites))
         self.is_full = cache is None  # so that no more is kept
+        self._rows_on, self._cache = torch.device(rows_on), cache
+        self._rows: Tensor | None = None  # [N, sites, width]
+        self._copied_from: torch.device | None = None  # the GPU from which copies may be under way
+        self._done = torch.zeros(len(prompts), dtype=torch.bool)
+        self._kept: dict[int, Recording] = {}  # by the first prompt of each
+        self._reserved: Counter[torch.device] = Counter()
         if cache is not None:
             cache.add(self)
-
-    def __len__(self) -> int:
-        return len(self.prompts)
+            weakref.finalize(self, cache.release, self._reserved)
 
     @property
     def is_complete(self) -> bool:
@@ -102,26 +103,27 @@ class CleanRuns:
         """Prompts that can be patched without another clean run."""
         return sum(map(len, self._kept.values()))
 
-    def clean(self, sites: Sequence[Site]) -> Mapping[Site, Tensor]:
-        """The activations at some sites, on the CPU."""
-        return self.activations.of(sites)
+    @property
+    def activations(self) -> dict[Site, Tensor]:
+        """Rows [N, width] by site, in the model's dtype, once every prompt was run."""
+        if self._rows is None:
+            return {}
+        if self._copied_from is not None:
+            torch.cuda.synchronize(self._copied_from)
+        return dict(zip(self.sites, self._rows.unbind(1), strict=True))
 
     def has(self, sites: Iterable[Site]) -> bool:
         """Whether all of these were asked for."""
         return set(sites) <= set(self.sites)
 
-    def n_tokens(self, start: int) -> int:
-        """Length of the prompt at a place in the order."""
-        return self._plan.n_tokens(start)
+    def take(self, start: int, size: int) -> Chunk:
+        """A chunk as it is kept, whatever its size, or else as `ChunkPlan.take`."""
+        kept = self._kept.get(self.order[start])
+        return super().take(start, size) if kept is None else kept.chunk
 
-    def take(self, start: int, size: int) -> Chunk | Recording:
-        """At most `size` prompts from a place in the order on: as they are kept, or to be run."""
-        begins = self._begins[start]
-        if begins is None:
-            ahead = self._begins[start : start + size]
-            return self._plan.take(start, next((i for i, b in enumerate(ahead) if b is not None), size))
-        kept, first = self._kept[begins], start - begins
-        return kept if first == 0 and len(kept) <= size else kept.part(slice(first, first + size))
+    def kept(self, chunk: Chunk) -> Recording | None:
+        """The clean run of a chunk that `take` gave, if it is kept."""
+        return self._kept.get(int(chunk.index[0]))
 
     def to_record(self, sites: Sequence[Site]) -> Sequence[Site]:
         """Where a chunk must be recorded of which some sites are to be patched."""
@@ -129,44 +131,57 @@ class CleanRuns:
 
     def add(self, recording: Recording) -> None:
         """Take over the activations of a chunk that was run."""
-        if not self._done[recording.chunk.index].all():
-            self.activations.add(recording)
-            self._done[recording.chunk.index] = True
+        index = recording.chunk.index
+        if self.sites and not self._done[index].all():
+            self._store(index, [recording.clean[site] for site in self.sites])
+        self._done[index] = True
+
+    def _store(self, index: Tensor, clean: Sequence[Tensor]) -> None:
+        # One copy between devices, not one a site.
+        rows = torch.stack([x.to(clean[0].device) for x in clean], 1)  # [n, sites, width]
+        if self._rows is None:
+            # A copy into pinned memory goes on while the GPU computes.
+            pinned = rows.is_cuda and self._rows_on.type == "cpu"
+            shape = (len(self), *rows.shape[1:])
+            self._rows = torch.empty(shape, dtype=rows.dtype, device=self._rows_on, pin_memory=pinned)
+        if self._rows.is_pinned():
+            for i, row in zip(index.tolist(), rows, strict=True):
+                self._rows[i].copy_(row, non_blocking=True)
+            self._copied_from = rows.device
+        else:
+            self._rows[index.to(self._rows.device)] = rows.to(self._rows.device)
 
     def keep(self, recording: Recording) -> None:
         """Keep a chunk that was run, if it fits; after the first that does not, none is."""
-        if self.is_full:
+        first = int(recording.chunk.index[0])
+        if self._cache is None or self.is_full or first in self._kept:
             return
-        assert self._cache is not None
-        if _storage(recording.logits).nbytes() > recording.logits.nbytes:  # a view of those of all tokens
+        if recording.logits.untyped_storage().nbytes() > recording.logits.nbytes:  # those of all tokens
             recording = replace(recording, logits=recording.logits.clone())
         n_bytes = _bytes_on(recording)
-        if not self._cache.reserve(n_bytes):
+        if self._cache.reserve(n_bytes):
+            self._reserved.update(n_bytes)
+            self._kept[first] = recording
+        else:
             self.is_full = True
-            return
-        self._reserved.append(weakref.finalize(self, self._cache.release, n_bytes))
-        begins = self._plan.order.index(int(recording.chunk.index[0]))
-        self._kept[begins] = recording
-        self._begins[begins : begins + len(recording)] = [begins] * len(recording)
 
     def give_up(self) -> int:
         """Keep nothing any more; says of how many prompts something was kept."""
         n_kept = self.n_kept
         self._kept.clear()
-        self._begins = [None] * len(self.prompts)
         self.is_full = True
-        for release in self._reserved:
-            release()
-        self._reserved.clear()
+        if self._cache is not None:
+            self._cache.release(self._reserved)
+            self._reserved.clear()
         return n_kept
 
 
-def _bytes_on(recording: Recording) -> dict[torch.device, int]:
+def _bytes_on(recording: Recording) -> Counter[torch.device]:
     """What a recording holds, by device; what is shared counts once."""
-    storages = {(x.device, _storage(x).data_ptr()): _storage(x).nbytes() for x in _tensors(recording)}
+    storages = {(x.device, x.untyped_storage().data_ptr()): x.untyped_storage() for x in _tensors(recording)}
     sizes: Counter[torch.device] = Counter()
-    for (device, _), n_bytes in storages.items():
-        sizes[device] += n_bytes
+    for (device, _), storage in storages.items():
+        sizes[device] += storage.nbytes()
     return sizes
 
 
@@ -177,14 +192,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     parts: Iterable[Any] = value if isinstance(value, (tuple, list)) else ()
     if is_dataclass(value):
         parts = [getattr(value, field.name) for field in fields(value)]
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         parts = value.values()
     for part in parts:
         yield from _tensors(part)
-
-
-def _storage(x: Tensor) -> torch.UntypedStorage:
-    return x.untyped_storage()
 
 
 def free_bytes(device: torch.device) -> int:

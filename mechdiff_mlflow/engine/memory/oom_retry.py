@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Sized
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 
 import torch
 
+from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
-
-T = TypeVar("T", bound=Sized)
-T_co = TypeVar("T_co", bound=Sized, covariant=True)
 
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says where it raises no `OutOfMemoryError`: on the CPU, and in cuBLAS."""
@@ -22,11 +18,7 @@ _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory",
 
 @dataclass(frozen=True, slots=True)
 class ChunkLimits:
-    """How much an engine holds at a time.
-
-    Raises:
-        MechdiffError: One is under 1.
-    """
+    """How much an engine holds at a time; each is at least 1."""
 
     batch_size: int = 16  # prompts in one forward
     max_rows: int = 8192  # patched tokens that go up the layers together
@@ -44,11 +36,7 @@ class ChunkLimits:
 
     def within(self, other: ChunkLimits) -> ChunkLimits:
         """The smaller of each."""
-        return ChunkLimits(
-            min(self.batch_size, other.batch_size),
-            min(self.max_rows, other.max_rows),
-            min(self.head_rows, other.head_rows),
-        )
+        return ChunkLimits(*map(min, astuple(self), astuple(other)))
 
     def less(self, n_prompts: int, *, patched: bool) -> ChunkLimits | None:
         """What to try after these failed on n prompts together; None when there is nothing smaller.
@@ -63,20 +51,6 @@ class ChunkLimits:
         return ChunkLimits(max(1, n_prompts // 2), *rows)
 
 
-class Source(Protocol[T_co]):
-    """Prompts in some order, a few of which are taken at a time; what is taken has a length."""
-
-    prompts: TokenizedPrompts
-
-    def __len__(self) -> int: ...
-
-    def n_tokens(self, start: int) -> int:
-        """Length of the prompt at a place in the order."""
-
-    def take(self, start: int, size: int) -> T_co:
-        """At least one and at most `size` prompts from a place in the order on."""
-
-
 class ChunkRunner:
     """Runs prompts in chunks, and takes smaller ones from then on when memory runs out.
 
@@ -89,25 +63,21 @@ class ChunkRunner:
 
     def run(
         self,
-        source: Source[T],
-        work: Callable[[T, ChunkLimits], None],
+        plan: ChunkPlan,
+        work: Callable[[Chunk, ChunkLimits], None],
         *,
         patched: bool,
         at_most: ChunkLimits | None = None,
-    ) -> Iterator[int]:
-        """How many prompts each chunk had, once `work` is through with it.
+    ) -> None:
+        """Call `work` on every chunk; where memory runs out, again on the same prompts in smaller chunks.
 
-        Where memory runs out, smaller chunks begin again at the same prompt: `work` may be called on it
-        again. `patched` says that it runs patched tokens, whose limits then shrink too. The limits `at_most`
-        are of this run alone.
-
-        Raises:
-            MechdiffError: Not even one prompt fits.
+        `patched` says that it runs patched tokens, whose limits then shrink too. The limits `at_most` are of
+        this run alone. Where not even one prompt fits, a `MechdiffError` says so.
         """
         start, before = 0, None
-        while start < len(source):
+        while start < len(plan):
             limits = self.limits if at_most is None else self.limits.within(at_most)
-            chunk = source.take(start, limits.batch_size)
+            chunk = plan.take(start, limits.batch_size)
             n = len(chunk)
             try:
                 work(chunk, limits)
@@ -118,11 +88,10 @@ class ChunkRunner:
             else:
                 if before is not None:
                     warnings.warn(
-                        f"Memory ran out with chunks of {before}; going on with {self.limits}.", stacklevel=3
+                        f"Memory ran out with chunks of {before}; going on with {self.limits}.", stacklevel=4
                     )
                     before = None
                 start += n
-                yield n
                 continue
             # Only here are the frames gone that held what the failed attempt had computed.
             del chunk
@@ -131,14 +100,14 @@ class ChunkRunner:
                 warnings.warn(
                     f"Memory ran out; what was kept of {given_up} recorded prompts is given up, and they are "
                     "run again where they are needed.",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 continue
             release_memory()
             before = before or limits
             less = limits.less(n, patched=patched)
             if less is None:
-                raise does_not_fit(f"One prompt of {source.n_tokens(start)} tokens does", reason)
+                raise does_not_fit(f"One prompt of {plan.n_tokens(start)} tokens does", reason)
             self.limits = less
 
 

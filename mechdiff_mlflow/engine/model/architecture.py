@@ -21,15 +21,8 @@ from torch import nn
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-_ATTENTION = (
-    "self_attn",
-    "attn",
-    "attention",
-    "self_attention",
-    "linear_attn",
-    "temporal_block",
-    "norm_attn_norm.attn",
-)
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn", "temporal_block")
+_ATTENTION += ("norm_attn_norm.attn",)
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "mlp_block", "fc2")
 _POST_NORMS = (
     ("post_attention_layernorm", "post_feedforward_layernorm"),
@@ -72,22 +65,14 @@ class Decoder:
 
     @classmethod
     def of(cls, model: nn.Module, names: ModuleNames | None = None) -> Decoder:
-        """Find the blocks of `model`.
-
-        Raises:
-            MechdiffError: They cannot be told from their names; the message says which override to set.
-        """
+        """Find the blocks of `model`; where names do not tell, the error says which override to set."""
         names = names or ModuleNames()
         config = text_config(model)
         layers = _find_layers(model, int(config.num_hidden_layers), names)
         return cls(model, layers, tuple(_resolve(layer, names) for layer in layers), int(config.hidden_size))
 
     def check(self, site: Site) -> None:
-        """Make sure that `site` exists.
-
-        Raises:
-            MechdiffError: The layer is beyond the last, or its block lacks the sublayer.
-        """
+        """Refuse a site whose layer is beyond the last, or whose block lacks the sublayer."""
         n = len(self.blocks)
         if site.layer >= n:
             raise MechdiffError(f"Layer {site.layer} does not exist: the model has {n} layers, 0 to {n - 1}.")
@@ -121,11 +106,7 @@ class Decoder:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model in `model`.
-
-    Raises:
-        MechdiffError: `model` is no transformers model.
-    """
+    """The configuration of the language model in `model`, which must be one of transformers."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise MechdiffError(
@@ -145,11 +126,8 @@ def _find_layers(model: nn.Module, n_layers: int, names: ModuleNames) -> nn.Modu
             )
         return layers
     attention = (names.attention,) if names.attention else _ATTENTION
-    fitting = {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers
-    }
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    fitting = {path: module for path, module in lists.items() if len(module) == n_layers}
     found = {
         path: module
         for path, module in fitting.items()
@@ -160,9 +138,8 @@ def _find_layers(model: nn.Module, n_layers: int, names: ModuleNames) -> nn.Modu
         home = paths.get(model.get_input_embeddings(), "").rpartition(".")[0]  # type: ignore[operator]
         found = {path: found[path] for path in found if path.rpartition(".")[0] == home} or found
     if len(found) != 1:
-        what = f"none of {_module_lists(model) or 'none'} fits"
-        if found:
-            what = f"several could be ({', '.join(found)})"
+        none = f"none of {_module_lists(model) or 'none'} fits"
+        what = f"several could be ({', '.join(found)})" if found else none
         raise MechdiffError(
             f"The {n_layers} decoder blocks of {type(model).__name__} were not recognised: {what}; "
             "set modules.layers in the pair's spec, and modules.attention if its name is unusual."
@@ -176,21 +153,15 @@ def _module_lists(model: nn.Module) -> str:
 
 
 def _resolve(layer: nn.Module, names: ModuleNames) -> Block:
-    attention = _first(layer, (names.attention,) if names.attention else _ATTENTION)
-    mlp = _first(layer, (names.mlp,) if names.mlp else _MLP)
-    for name, module in (("attention", attention), ("mlp", mlp)):
-        if getattr(names, name) is not None and module is None:
-            raise MechdiffError(
-                f"modules.{name} is {getattr(names, name)!r}, which {type(layer).__name__} does not have; "
-                f"its modules are {', '.join(n for n, _ in layer.named_children())}."
-            )
+    attention = _override(layer, names, "attention") or _first(layer, _ATTENTION)
+    mlp = _override(layer, names, "mlp") or _first(layer, _MLP)
     attn_out = _takes_residual(attention, "dense")
     mlp_out = _takes_residual(mlp, "dense_4h_to_h", "down_proj")
     for norms in _POST_NORMS:
         if all(_submodule(layer, name) is not None for name in norms):
             attn_out, mlp_out = (_submodule(layer, name) for name in norms)
-    attn_out = _required(layer, "attn_out", names.attn_out) if names.attn_out else attn_out
-    mlp_out = _required(layer, "mlp_out", names.mlp_out) if names.mlp_out else mlp_out
+    attn_out = _override(layer, names, "attn_out") or attn_out
+    mlp_out = _override(layer, names, "mlp_out") or mlp_out
     return Block(layer, attention, mlp, attn_out, mlp_out)
 
 
@@ -201,9 +172,11 @@ def _takes_residual(sublayer: nn.Module | None, *projections: str) -> nn.Module 
     return sublayer
 
 
-def _required(layer: nn.Module, key: str, name: str) -> nn.Module:
-    module = _submodule(layer, name)
-    if module is None:
+def _override(layer: nn.Module, names: ModuleNames, key: str) -> nn.Module | None:
+    """The module that the user names, if any."""
+    name = getattr(names, key)
+    module = None if name is None else _submodule(layer, name)
+    if name is not None and module is None:
         raise MechdiffError(
             f"modules.{key} is {name!r}, which {type(layer).__name__} does not have; its modules are "
             f"{', '.join(n for n, _ in layer.named_modules() if n)}."

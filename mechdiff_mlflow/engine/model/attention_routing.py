@@ -86,11 +86,7 @@ def routed(decoder: Decoder, attends: Sequence[Attend]) -> Iterator[None]:
 
 
 def own_attention(attention: nn.Module | None, name: str) -> Attend:
-    """The function behind an implementation: "eager" is defined beside the model, and others may be.
-
-    Raises:
-        UnsupportedError: There is no attention, or it does not use transformers' attention interface.
-    """
+    """The function behind an implementation, if the module uses transformers' attention interface."""
     if attention is None:
         raise UnsupportedError("Some blocks of the model have no attention that was recognised.")
     for cls in type(attention).__mro__:

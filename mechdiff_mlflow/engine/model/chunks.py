@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
@@ -34,16 +34,6 @@ class Chunk:
             return hidden[:, -self.suffix].clone()
         tokens = self.spanned(hidden)
         return tokens.to(torch.promote_types(tokens.dtype, torch.float32)).mean(1).to(tokens.dtype)
-
-    def part(self, prompts: slice) -> Chunk:
-        """Some of the prompts, padded as they are."""
-        return replace(
-            self,
-            index=self.index[prompts],
-            ids=self.ids[prompts],
-            mask=self.mask[prompts],
-            positions=self.positions[prompts],
-        )
 
     def spanned(self, hidden: Tensor) -> Tensor:
         """The tokens of the span, [n, span, width]."""
@@ -88,11 +78,7 @@ def _suffix(prompts: TokenizedPrompts, i: int) -> tuple[int, int]:
 
 
 def check_prompts(prompts: TokenizedPrompts, vocabulary: int) -> None:
-    """Make sure that every prompt can be run.
-
-    Raises:
-        MechdiffError: There are no prompts, one is empty, or a token or position does not exist.
-    """
+    """Refuse no prompts, empty ones, and tokens, positions or spans that do not exist."""
     if not len(prompts):
         raise MechdiffError("There are no prompts; give at least one.")
     for i, (ids, position) in enumerate(zip(prompts.ids, prompts.positions, strict=True)):

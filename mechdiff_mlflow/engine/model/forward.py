@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,11 +31,6 @@ class Recording:
     def __len__(self) -> int:
         return len(self.chunk)
 
-    def part(self, prompts: slice) -> Recording:
-        """The recording of some of the prompts; views of the same numbers."""
-        clean = {site: x[prompts] for site, x in self.clean.items()}
-        return replace(self, chunk=self.chunk.part(prompts), clean=clean, logits=self.logits[prompts])
-
     def finite(self) -> Tensor:
         """Whether activations and logits are numbers [n, sites + 1], on the logits' device."""
         device = self.logits.device
@@ -43,11 +38,7 @@ class Recording:
         return torch.stack([torch.isfinite(x).all(-1).to(device) for x in tensors], 1)
 
     def check_finite(self, finite: Tensor | None = None) -> None:
-        """Raise unless activations and logits are numbers; `finite` is what `finite()` said, if it was asked.
-
-        Raises:
-            MechdiffError: One is NaN or infinite; names it and the prompt.
-        """
+        """Refuse activations or logits that are not numbers; `finite` is what `finite()` said, if asked."""
         finite = (self.finite() if finite is None else finite).cpu()
         if not finite.all():
             row, which = (int(i) for i in (~finite).nonzero()[0])

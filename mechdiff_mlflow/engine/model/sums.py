@@ -46,16 +46,15 @@ class Sums:
         Where blocks have both sublayers those are looked at, and otherwise those that have one: the rest of
         a hybrid, as its state spaces, add more than is recognised.
         """
-        blocks = [{hook: captured.get(Site(i, hook)) for hook in Hook} for i in range(n_blocks)]
-        parts = [[x for hook in _SUBLAYERS if (x := block[hook]) is not None] for block in blocks]
+        rows = {site: x.cpu().double() for site, x in captured.items()}
+        parts = [[rows[s] for h in _SUBLAYERS if (s := Site(i, h)) in rows] for i in range(n_blocks)]
         most = max(map(len, parts))
         scales, worst = [], 0.0
-        for block, given in zip(blocks, parts, strict=True):
-            before, after = block[Hook.RESID_PRE], block[Hook.RESID_POST]
+        for i, given in enumerate(parts):
+            before, after = (rows.get(Site(i, hook)) for hook in (Hook.RESID_PRE, Hook.RESID_POST))
             if not most or len(given) < most or before is None or after is None:
                 continue
-            total = torch.stack([x.cpu().double() for x in given]).sum(0)
-            before, after = before.cpu().double(), after.cpu().double()
+            total = torch.stack(given).sum(0)
             scale = float(((after - before) * total).sum() / (total * total).sum())
             scales.append(scale)
             worst = max(worst, distance(after, before + scale * total))

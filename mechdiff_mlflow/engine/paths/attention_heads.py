@@ -70,8 +70,7 @@ class AttentionHeads:
             rows.extend(read)
             order.append(chunk.index)
 
-        for _ in self._runner.run(ChunkPlan(prompts, self._forward.device), record, patched=False):
-            pass
+        self._runner.run(ChunkPlan(prompts, self._forward.device), record, patched=False)
         z = torch.cat(rows)[torch.argsort(torch.cat(order))]
         if z.shape[1] % self.n_heads:
             raise MechdiffError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,31 +32,21 @@ class CachedRecording(Recording):
 
     prefixes: list[tuple[Tensor, Tensor]]
 
-    def part(self, prompts: slice) -> CachedRecording:
-        """The recording of some of the prompts; views of the same numbers."""
-        prefixes = [(keys[prompts], values[prompts]) for keys, values in self.prefixes]
-        recording = Recording.part(self, prompts)  # `super()` is lost in a dataclass with slots
-        assert isinstance(recording, CachedRecording)
-        return replace(recording, prefixes=prefixes)
-
 
 class MaskedPath:
-    """One forward that fills a cache, then one forward of all variants behind it.
+    """One forward that fills a cache, then one of all variants behind it, whose logits are held together.
 
-    Logits of all patched tokens of a forward are in memory together.
-
-    Raises:
-        UnsupportedError: Some blocks see a window of the prompt only, which one mask for all cannot say.
+    Models of which some blocks see a window are not supported: one mask for all cannot say that.
     """
 
     name = "masked"
 
-    def __init__(self, forward: PromptForward, limits: ChunkLimits) -> None:
+    def __init__(self, forward: PromptForward) -> None:
         config = text_config(forward.decoder.model)
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
             raise UnsupportedError("Some blocks of the model see a window of the prompt only.")
-        self._forward, self._max_rows = forward, min(limits.max_rows, limits.head_rows)
+        self._forward = forward
 
     def record(self, chunk: Chunk, sites: Sequence[Site]) -> CachedRecording:
         """The clean run of a chunk, with its cache."""
@@ -67,11 +57,12 @@ class MaskedPath:
         prefixes = [(layer.keys[:, :, :n_prefix], layer.values[:, :, :n_prefix]) for layer in cache.layers]
         return CachedRecording(chunk, recording.clean, recording.logits, prefixes)
 
-    def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
+    def run(self, recording: Recording, variants: Sequence[Variants], limits: ChunkLimits) -> Iterator[Rows]:
         """Logits of every prompt under every variant."""
         assert isinstance(recording, CachedRecording)
         chunk = recording.chunk
-        for prompts, part in in_parts(len(chunk), variants, self._max_rows // chunk.suffix):
+        n_rows = min(limits.max_rows, limits.head_rows) // chunk.suffix
+        for prompts, part in in_parts(len(chunk), variants, n_rows):
             columns = [column for group in part for column in group.columns]
             logits = self._forward_rows(recording, prompts, part, len(columns))
             owner = torch.arange(prompts.start, prompts.stop).repeat_interleave(len(columns))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
@@ -14,6 +14,7 @@ from torch import Tensor
 from mechdiff_mlflow.engine.kernels.fusion import Fusion
 from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits, is_out_of_memory
 from mechdiff_mlflow.engine.model.architecture import Decoder
+from mechdiff_mlflow.engine.model.attention_routing import UnsupportedError
 from mechdiff_mlflow.engine.model.chunks import Chunk, in_chunks
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
 from mechdiff_mlflow.engine.model.hooks import activation_hook
@@ -40,7 +41,7 @@ class NaivePath:
         """The clean run of a chunk."""
         return self._forward.record(chunk, sites)
 
-    def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
+    def run(self, recording: Recording, variants: Sequence[Variants], limits: ChunkLimits) -> Iterator[Rows]:
         """Logits of every prompt under every variant, one variant at a time."""
         chunk = recording.chunk
         owner = torch.arange(len(chunk))
@@ -85,11 +86,7 @@ class Trial:
 
     @classmethod
     def of(cls, forward: PromptForward, chunk: Chunk, sites: Sequence[Site]) -> Trial:
-        """One disturbed variant at each site.
-
-        Raises:
-            MechdiffError: A site is not reached by a forward, or replacing its activation changes nothing.
-        """
+        """One disturbed variant at each site; refuses sites that are not reached or change no logits."""
         naive = NaivePath(forward)
         recording = naive.record(chunk, sites)
         for site in sites:
@@ -100,7 +97,7 @@ class Trial:
                 )
         recording.check_finite()
         variants = [_disturbed(recording, site, column) for column, site in enumerate(sites)]
-        rows = [row.logits for row in naive.run(recording, variants)]
+        rows = [row.logits for row in naive.run(recording, variants, ChunkLimits())]
         for site, logits in zip(sites, rows, strict=True):
             if torch.equal(logits, recording.logits):
                 raise MechdiffError(
@@ -110,36 +107,25 @@ class Trial:
                 )
         return cls(recording, variants, torch.stack(rows, 1))  # [n, variants, vocabulary]
 
-    def disagreement(self, path: ComputePath) -> float:
-        """Largest distance of a row's logits from the reference, relative to what the patch does to them."""
+    def check(self, path: ComputePath, limits: ChunkLimits) -> None:
+        """Refuse a path whose logits are off by too much of what the patch does to them."""
         recording = path.record(self.recording.chunk, [group.site for group in self.variants])
         # Rows that enter among many may be treated differently from rows that enter among few.
         first, n = self.variants[0], len(self.variants)
         crowd = Variants(first.site, first.values.repeat(1, _CROWD, 1), range(n, n + _CROWD))
-        alone = self._disagreement(path.run(recording, self.variants), self.logits)
         among_many = torch.cat([self.logits, self.logits[:, :1].expand(-1, _CROWD, -1)], 1)
-        return max(alone, self._disagreement(path.run(recording, [*self.variants, crowd]), among_many))
-
-    def _disagreement(self, found_rows: Iterable[Rows], expected: Tensor) -> float:
-        found = torch.full_like(expected, torch.nan)
-        for rows in found_rows:
-            found[rows.owner, rows.column] = rows.logits
-        error = (found.double() - expected.double()).norm(dim=-1)
-        effect = (expected.double() - self.recording.logits.double().unsqueeze(1)).norm(dim=-1)
-        return float((error / effect).max())
-
-
-def path_named(name: str, forward: PromptForward, limits: ChunkLimits, fusion: Fusion) -> ComputePath:
-    """The way of computing patched runs that `MODES` calls so.
-
-    Raises:
-        UnsupportedError: It cannot do this model.
-    """
-    if name == "naive":
-        return NaivePath(forward)
-    if name == "masked":
-        return MaskedPath(forward, limits)
-    return SweepPath(forward, limits, fusion)
+        for variants, expected in (
+            (self.variants, self.logits),
+            ([*self.variants, crowd], among_many),
+        ):
+            found = torch.full_like(expected, torch.nan)
+            for rows in path.run(recording, variants, limits):
+                found[rows.owner, rows.column] = rows.logits
+            error = (found.double() - expected.double()).norm(dim=-1)
+            effect = (expected.double() - self.recording.logits.double().unsqueeze(1)).norm(dim=-1)
+            off = float((error / effect).max())
+            if not off <= _TOLERANCE.get(expected.dtype, 0.3):
+                raise UnsupportedError(f"Its logits are off by {off:.1e} of the effect of a patch.")
 
 
 def choose_path(
@@ -158,33 +144,32 @@ def choose_path(
     trials = list(_trials(forward, span=2 if spans else 1))
     reasons: list[str] = []
     for name in modes:
-        reason = _unfit(partial(path_named, name, forward, limits, fusion), trials)
-        if reason is None:
-            if mode == "auto" and name != modes[0]:
-                warnings.warn(
-                    f"Patches of {_name(forward.decoder)} are computed the slower way {name!r}: {reasons[0]}",
-                    stacklevel=4,
-                )
-            return path_named(name, forward, limits, fusion)
-        reasons.append(reason)
+        try:
+            path = _path_named(name, forward, fusion)
+            for trial in trials:
+                trial.check(path, limits)
+        except Exception as error:  # whatever a model not foreseen may raise, another way may do
+            if is_out_of_memory(error):
+                raise
+            known = isinstance(error, MechdiffError)
+            reasons.append(str(error) if known else f"{type(error).__name__}: {error}")
+            continue
+        if mode == "auto" and reasons:
+            warnings.warn(
+                f"Patches of {_name(forward.decoder)} are computed the slower way {name!r}: {reasons[0]}",
+                stacklevel=4,
+            )
+        return path
     remedy = "take a model of another family" if mode == "auto" else "use mode 'auto'"
     raise MechdiffError(
         f"Mode {mode!r} does not fit {_name(forward.decoder)} ({reasons[-1].rstrip('.')}); {remedy}."
     )
 
 
-def _unfit(way: Callable[[], ComputePath], trials: Iterable[Trial]) -> str | None:
-    """Why a way must not be taken, or None."""
-    for trial in trials:
-        try:
-            disagreement = trial.disagreement(way())
-        except Exception as error:  # whatever a model not foreseen may raise, another way may do
-            if is_out_of_memory(error):
-                raise
-            return f"{error}" if isinstance(error, MechdiffError) else f"{type(error).__name__}: {error}"
-        if not disagreement <= _TOLERANCE.get(trial.logits.dtype, 0.3):
-            return f"Its logits are off by {disagreement:.1e} of the effect of a patch."
-    return None
+def _path_named(name: str, forward: PromptForward, fusion: Fusion) -> ComputePath:
+    if name == "naive":
+        return NaivePath(forward)
+    return MaskedPath(forward) if name == "masked" else SweepPath(forward, fusion)
 
 
 def _trials(forward: PromptForward, span: int) -> Iterable[Trial]:

@@ -34,17 +34,12 @@ _UNDERSTOOD = frozenset({"s_aux", "position_ids", "cache_position"})
 
 
 class SweepPath:
-    """One recording forward, then one pass up the blocks for all variants together.
-
-    Raises:
-        UnsupportedError: The model's attention cannot be routed.
-    """
+    """One recording forward, then one pass up the blocks for all variants together."""
 
     name = "sweep"
 
-    def __init__(self, forward: PromptForward, limits: ChunkLimits, fusion: Fusion) -> None:
-        self._forward, self._decoder = forward, forward.decoder
-        self._limits, self._fusion = limits, fusion
+    def __init__(self, forward: PromptForward, fusion: Fusion) -> None:
+        self._forward, self._decoder, self._fusion = forward, forward.decoder, fusion
         self._kind = routing.implementation(self._decoder)
         self._own = [routing.own_attention(block.attention, self._kind) for block in self._decoder.blocks]
 
@@ -61,11 +56,11 @@ class SweepPath:
         ):
             return recorder.recording(self._forward.record(chunk, sorted(needed)))
 
-    def run(self, recording: Recording, variants: Sequence[Variants]) -> Iterator[Rows]:
+    def run(self, recording: Recording, variants: Sequence[Variants], limits: ChunkLimits) -> Iterator[Rows]:
         """Logits of every prompt under every variant, `head_rows` at a time."""
         assert isinstance(recording, SweepRecording)
         chunk = recording.chunk
-        for prompts, part in in_parts(len(chunk), variants, self._limits.max_rows // chunk.suffix):
+        for prompts, part in in_parts(len(chunk), variants, limits.max_rows // chunk.suffix):
             ascent = _Ascent(self._decoder, recording, prompts, eager=self._kind == "eager")
             with self._fusion.applied():
                 hidden = ascent.run(part)  # [V, b, width]
@@ -74,8 +69,8 @@ class SweepPath:
             owner = torch.arange(prompts.start, prompts.stop).repeat_interleave(n_variants)
             column = torch.tensor(ascent.columns).repeat(n_prompts)
             with self._fusion.applied(), head(self._forward, recording.output_length) as logits:
-                for start in range(0, len(rows), self._limits.head_rows):
-                    some = slice(start, start + self._limits.head_rows)
+                for start in range(0, len(rows), limits.head_rows):
+                    some = slice(start, start + limits.head_rows)
                     yield Rows(owner[some], column[some], logits(rows[some]))
 
 

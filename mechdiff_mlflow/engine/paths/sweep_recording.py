@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,22 +35,6 @@ class SweepRecording(Recording):
     leaving: list[Tensor]  # the same as they leave it
     arguments: list[dict[str, Any]]  # what else each block was called with, cut to the suffix
     output_length: int | None  # length of the tuple that a block returns, or None for a plain tensor
-
-    def part(self, prompts: slice) -> SweepRecording:
-        """The recording of some of the prompts; views of the same numbers."""
-
-        def cut(x: Tensor) -> Tensor:
-            return x[prompts] if x.shape[0] > 1 else x
-
-        recording = Recording.part(self, prompts)  # `super()` is lost in a dataclass with slots
-        assert isinstance(recording, SweepRecording)
-        return replace(
-            recording,
-            prefixes={i: prefix.of(prompts) for i, prefix in self.prefixes.items()},
-            entering=[x[prompts] for x in self.entering],
-            leaving=[x[prompts] for x in self.leaving],
-            arguments=[map_tensors(arguments, cut) for arguments in self.arguments],
-        )
 
 
 class SweepRecorder:
@@ -83,11 +67,7 @@ class SweepRecorder:
             yield
 
     def recording(self, recording: Recording) -> SweepRecording:
-        """All that was heard, beside the forward's own recording.
-
-        Raises:
-            UnsupportedError: Some block's attention was not.
-        """
+        """All that was heard, beside the forward's own recording; unsupported if an attention was not."""
         if self._prefixes.keys() != set(range(self._first, len(self._own))):
             raise UnsupportedError("Some blocks of the model do not use transformers' attention interface.")
         return SweepRecording(

@@ -37,11 +37,7 @@ class VariantGroup:
         return cls(site, lambda index, clean: clean.unsqueeze(1), n_variants=1, always_run=True)
 
     def count(self, n_prompts: int, width: int) -> int:
-        """The number of variants v.
-
-        Raises:
-            MechdiffError: The replacements are not [n_prompts, v, width] with v >= 1.
-        """
+        """The number of variants v, once it is sure that the replacements are [n_prompts, v, width]."""
         if isinstance(self.replacements, Tensor):
             shape = tuple(self.replacements.shape)
             if len(shape) != 3 or shape[0] != n_prompts or shape[1] < 1 or shape[2] != width:
@@ -92,7 +88,7 @@ class ScoreResult:
     """What became of N prompts under every variant."""
 
     divergences: tuple[Divergences, ...]  # one for each group, in order; fields [N, v] in float64 on the CPU
-    clean: Mapping[Site, Tensor]  # own activations [N, width] at the groups' sites, on the CPU
+    clean: Mapping[Site, Tensor]  # own activations [N, width] at the groups' sites
 
 
 def in_parts(
@@ -119,11 +115,7 @@ def in_parts(
 
 
 class ScoreBoard:
-    """Scores of N prompts under all variants: every group owns a range of columns.
-
-    Raises:
-        MechdiffError: The replacements of a group have the wrong shape.
-    """
+    """Scores of N prompts under all variants: every group owns a range of columns."""
 
     def __init__(self, groups: Sequence[VariantGroup], n_prompts: int, width: int) -> None:
         self._groups = groups
@@ -139,8 +131,7 @@ class ScoreBoard:
     def variants(self, recording: Recording) -> tuple[list[Variants], Tensor]:
         """The vectors to run for a chunk, and which of [n, columns] are clean activations and need no run.
 
-        Raises:
-            MechdiffError: The recording is not finite, or replacements have the wrong shape or are not.
+        Refuses a recording or replacements that are not finite.
         """
         index = recording.chunk.index
         values = [self._values(group, recording) for group in self._groups]
@@ -155,10 +146,9 @@ class ScoreBoard:
         recorded, finite_values, same_as_clean = torch.split(answers, [recorded.shape[1], n, n], 1)
         recording.check_finite(recorded)
         if not finite_values.all():
-            row, column = (int(i) for i in (~finite_values).nonzero()[0])
-            name, site = self._name(column)
+            prompt, name, site = self._first(~finite_values, index)
             raise MechdiffError(
-                f"{name} of prompt {int(index[row])} at {site} is NaN or beyond the range of "
+                f"{name} of prompt {prompt} at {site} is NaN or beyond the range of "
                 f"{recording.clean[site].dtype}; look at the map that made it."
             )
         variants = []
@@ -174,11 +164,7 @@ class ScoreBoard:
     def add(
         self, recording: Recording, same: Tensor, scored: Sequence[tuple[Tensor, Tensor, Divergences]]
     ) -> None:
-        """Put a chunk's scored rows (owner, column, divergences) in their places.
-
-        Raises:
-            MechdiffError: The logits of a row were not finite.
-        """
+        """Put a chunk's scored rows (owner, column, divergences), which must be finite, in their places."""
         index = recording.chunk.index
         chunk = Divergences.zeros(len(index), self._scores.top1_agrees.shape[1])
         exact = Divergences.zeros(1)
@@ -187,7 +173,13 @@ class ScoreBoard:
             for owner, column, found in scored:
                 values[owner, column] = getattr(found, field.name).cpu().double()
             values[same] = getattr(exact, field.name)
-            self._check_finite(values, index)
+            finite = torch.isfinite(values)
+            if not finite.all():
+                prompt, name, site = self._first(~finite, index)
+                raise MechdiffError(
+                    f"{name} at {site} makes the logits of prompt {prompt} NaN or infinite; load the "
+                    "model in bfloat16 or float32, or look at the map that made the replacement."
+                )
             getattr(self._scores, field.name)[index] = values
 
     def result(self, clean: Mapping[Site, Tensor]) -> ScoreResult:
@@ -196,19 +188,11 @@ class ScoreBoard:
         divergences = tuple(self._scores.map(itemgetter((slice(None), slice(*ends)))) for ends in ranges)
         return ScoreResult(divergences, clean)
 
-    def _check_finite(self, values: Tensor, index: Tensor) -> None:
-        finite = torch.isfinite(values)
-        if not finite.all():
-            row, column = (int(i) for i in (~finite).nonzero()[0])
-            name, site = self._name(column)
-            raise MechdiffError(
-                f"{name} at {site} makes the logits of prompt {int(index[row])} NaN or infinite; load the "
-                "model in bfloat16 or float32, or look at the map that made the replacement."
-            )
-
-    def _name(self, column: int) -> tuple[str, Site]:
+    def _first(self, where: Tensor, index: Tensor) -> tuple[int, str, Site]:
+        """Prompt, name and site of the first replacement at which `where` [n, columns] is true."""
+        row, column = (int(i) for i in where.nonzero()[0])
         group = bisect_right(self._ends, column)
-        return f"Replacement {column - self._starts[group]}", self._groups[group].site
+        return int(index[row]), f"Replacement {column - self._starts[group]}", self._groups[group].site
 
     def _values(self, group: VariantGroup, recording: Recording) -> Tensor:
         clean, index = recording.clean[group.site], recording.chunk.index
