@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.options import (
     LAYER,
     MAP_ALPHA,
@@ -245,6 +246,14 @@ class HeadsRequest(PositionOptions, ReportedOptions, ExperimentRequest):
     )
 
 
+def _document(text: str) -> str:
+    if not text.endswith((".md", ".html")):
+        raise MechdiffError(
+            f"{text[:200]} has an unknown suffix; name a .md or .html file, both are written."
+        )
+    return text
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReportRequest(PairOptions, TrackingOptions):
     """Write up what the runs of a pair show: results, tables, curves, controls, caveats.
@@ -256,7 +265,9 @@ class ReportRequest(PairOptions, TrackingOptions):
       mechdiff report --pair cultural-demo --out mechdiff-report.md
     """
 
-    out: str = technical("mechdiff-report.md", TEXT, "File to write; .md and .html are both written.")
+    out: str = technical(
+        "mechdiff-report.md", Kind("file", _document), "File to write; .md and .html are both written."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,4 +284,6 @@ class CompareRequest(SeedOptions, StoreOptions):
     """
 
     pairs: tuple[str, ...] = option(..., TEXT, "", is_argument=True, is_repeated=True)
-    out: str = technical("mechdiff-compare.md", TEXT, "File to write; .md and .html are both written.")
+    out: str = technical(
+        "mechdiff-compare.md", Kind("file", _document), "File to write; .md and .html are both written."
+    )
