@@ -254,6 +254,9 @@ def _document(text: str) -> str:
     return text
 
 
+DOCUMENT = Kind("file", _document)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReportRequest(PairOptions, TrackingOptions):
     """Write up what the runs of a pair show: results, tables, curves, controls, caveats.

@@ -1,4 +1,4 @@
-"""A report as blocks of Markdown and figures, written as Markdown with pictures beside it and as one HTML file."""
+"""A report of Markdown and figures, written as a Markdown file with pictures and as one HTML file."""
 
 from __future__ import annotations
 

@@ -251,6 +251,7 @@ class RayWorkers(Workers):
 
     def _start(self, number: int) -> None:
         """Have a worker say that it is ready, as soon as it has done what it is doing."""
+        self._loaded.pop(number, None)
         self._starting[self._actors[number].call.remote("load")] = number
 
     def _wait(self, running: Mapping[Any, object]) -> Any:
@@ -292,7 +293,6 @@ class RayWorkers(Workers):
         except self._ray.exceptions.RayTaskError:
             raise  # a fault of ours, with its traceback
         except self._ray.exceptions.RayError as error:
-            self._loaded.pop(number, None)
             return _reason(error)
         for text in outcome.warnings:
             warnings.warn(text, stacklevel=2)
