@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM, Lfm2Config
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
-from mechdiff_mlflow.experiments.doctor import Check, examine
 from mechdiff_mlflow.experiments.fitting import wrong_layer_site
-from mechdiff_mlflow.experiments.possible import check_cells
+from mechdiff_mlflow.experiments.preflight import Check, check_cells, examine
 from mechdiff_mlflow.models.pairs import Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts

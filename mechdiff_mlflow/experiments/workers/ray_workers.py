@@ -19,7 +19,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.doctor import require_sound
+from mechdiff_mlflow.experiments.preflight import require_sound
 from mechdiff_mlflow.experiments.workers.cluster import OWN, connected
 from mechdiff_mlflow.experiments.workers.tasks import Task, Tensors
 from mechdiff_mlflow.experiments.workers.workers import Answer, ComputeEnvironment, LocalWorkers, Workers
