@@ -25,13 +25,12 @@ from mechdiff_mlflow.experiments.options import (
     StoreOptions,
     TrackingOptions,
     TrainOptions,
-    WorkerOptions,
     count,
     one_alpha,
 )
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.sweep import SweepSite, Targets, cells_of
-from mechdiff_mlflow.spec.options import TEXT, Kind, listed, option, technical, whole
+from mechdiff_mlflow.spec.options import TEXT, Kind, listed, one_of, option, technical, whole
 from mechdiff_mlflow.spec.pair_spec import Cell, PairSpec, Rank
 from mechdiff_mlflow.spec.sites import Hook
 
@@ -42,11 +41,31 @@ AS_IN_ORIGINAL = f"{ORIGINAL_N}-or-all"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentRequest(PairOptions, SeedOptions, ModelOptions, WorkerOptions, TrackingOptions):
+class ExperimentRequest(PairOptions, SeedOptions, ModelOptions, TrackingOptions):
     """A request that loads a pair, measures it, and keeps what it finds as runs.
 
     It writes nothing else, so that what a run's tag says of it can be begun again.
     """
+
+    engine: str = technical(
+        "local",
+        one_of("--engine", "local", "ray"),
+        "Who runs the models: local, this process; ray, workers of a Ray cluster.",
+    )
+    address: str = technical(
+        "own",
+        TEXT,
+        "With --engine ray: own starts a cluster on this machine; auto or host:port joins one.",
+        is_resumed=False,
+    )
+    workers: int = technical(
+        "1", whole("--workers", 4, least=1, most=4096), "With --engine ray: how many workers hold the pair."
+    )
+    gpus_per_worker: int | None = technical(
+        "auto",
+        whole("--gpus-per-worker", 2, least=1, most=64, none="auto"),
+        "With --engine ray: GPUs of each worker; more than one for a pair with a device map.",
+    )
 
     @property
     def kind(self) -> str:
