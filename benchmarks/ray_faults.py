@@ -151,7 +151,7 @@ def workers_of(nodes: Any) -> list[int]:
     }
     listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = (line.split(None, 2) for line in listed.splitlines()[1:])
-    ready = ("ray::PairWorker", "ray::PairWorker.run", "ray::PairWorker.ping")
+    ready = ("ray::PairWorker", "ray::PairWorker.call")
     return [int(pid) for pid, parent, command in rows if parent in raylets and command.strip() in ready]
 
 

@@ -40,7 +40,7 @@ from torch import nn
 from benchmarks.gpu import Shape
 from mechdiff_mlflow.engine import PatchEngine
 from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
-from mechdiff_mlflow.experiments.doctor import require_sound
+from mechdiff_mlflow.experiments.preflight import require_sound
 from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers
 from mechdiff_mlflow.models.model_cache import ModelCache

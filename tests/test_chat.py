@@ -16,7 +16,7 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.doctor import examine
+from mechdiff_mlflow.experiments.preflight import examine
 from mechdiff_mlflow.models import bounded as bounds
 from mechdiff_mlflow.models import chat
 from mechdiff_mlflow.models.chat import read, tokenize

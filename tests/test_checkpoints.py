@@ -18,7 +18,7 @@ from test_pairs import activations
 from transformers import AutoModelForCausalLM
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.doctor import examine
+from mechdiff_mlflow.experiments.preflight import examine
 from mechdiff_mlflow.models.checkpoints import Checkpoint
 from mechdiff_mlflow.models.pairs import Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import PairSpec

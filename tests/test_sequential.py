@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.atlas import atlas
-from mechdiff_mlflow.experiments.doctor import examine, require_sound
+from mechdiff_mlflow.experiments.preflight import examine, require_sound
 from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
 from mechdiff_mlflow.experiments.workers import LocalWorkers
 from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair

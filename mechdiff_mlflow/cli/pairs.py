@@ -8,8 +8,8 @@ from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.options import command
 from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.doctor import examine
 from mechdiff_mlflow.experiments.options import ModelOptions
+from mechdiff_mlflow.experiments.preflight import examine
 from mechdiff_mlflow.spec.options import TEXT, option
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.tracking.commands.computing import load_as_asked

@@ -25,7 +25,7 @@ from mechdiff_mlflow.experiments.options import (
     ReportedOptions,
     StoreOptions,
 )
-from mechdiff_mlflow.experiments.possible import check_map, check_pair
+from mechdiff_mlflow.experiments.preflight import check_map, check_pair
 from mechdiff_mlflow.experiments.steering import prompt_set, site_of, steer
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models.attach import Tokens

@@ -24,6 +24,9 @@ from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Cell
 from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Site
 
+SHUFFLED = "shuffled"
+"""The control that is made of fits of shuffled pairs."""
+
 Key = tuple[Site, str, str, float]
 """Site, solver, family and the α that a fit divides y by."""
 
@@ -77,18 +80,12 @@ class Fitter:
         """The maps among which val chooses."""
         return self._offers(cell, {alpha: self._solution(cell, alpha) for alpha in self._fits(cell)})
 
-    def shuffled(self, cell: Cell) -> list[list[AffineMap]]:
-        """The `offers` when base and tuned rows are paired at random, once for each permutation."""
-        if not self.protocol.permutations:
-            return []
-        by_alpha = {alpha: self._shuffled_solutions(cell, alpha) for alpha in self._fits(cell)}
-        return [
-            self._offers(cell, {alpha: solutions[b] for alpha, solutions in by_alpha.items()})
-            for b in range(self.protocol.permutations)
-        ]
+    def controls(self, cell: Cell) -> list[tuple[str, list[AffineMap]]]:
+        """Controls by name, each at every scale that the map may have, and unscaled: the same freedom.
 
-    def nulls(self, cell: Cell) -> dict[str, list[AffineMap]]:
-        """Every control at every scale that the map may have, and unscaled: the same freedom."""
+        `shuffled` stands once for each permutation, with the `offers` when base and tuned rows are paired at
+        random.
+        """
         spectrum, scales = self._spectrum(cell.site), sorted({1.0, *self.alphas(cell)})
         # All cells of a site share its controls; the wrong layer's map alone depends on the solver.
         wrong_layer = cell.site, f"wrong_layer {cell.solver} {cell.family}"
@@ -96,13 +93,18 @@ class Fitter:
             there = wrong_layer_site(cell.site, self.workers.pair)
             other = self._solution(replace(cell, site=there), 1.0).map()
             self._controls[wrong_layer] = controls.control_map("wrong_layer", spectrum, other=other)
-        nulls = {}
+        found = []
         for name in controls.applicable_controls(spectrum, other=self._controls[wrong_layer]):
             key = wrong_layer if name == "wrong_layer" else (cell.site, name)
             if key not in self._controls:
                 self._controls[key] = controls.control_map(name, spectrum, seed=self.protocol.seed)
-            nulls[name] = [self._controls[key].with_alpha(a) for a in ([1.0] if name == "zero" else scales)]
-        return nulls
+            alphas = [1.0] if name == "zero" else scales
+            found.append((name, [self._controls[key].with_alpha(alpha) for alpha in alphas]))
+        by_alpha = {alpha: self._shuffled_solutions(cell, alpha) for alpha in self._fits(cell)}
+        for b in range(self.protocol.permutations):
+            solutions = {alpha: shuffled[b] for alpha, shuffled in by_alpha.items()}
+            found.append((SHUFFLED, self._offers(cell, solutions)))
+        return found
 
     def seconds(self, cell: Cell) -> float:
         """Seconds of the factorisations that all ranks of the cell's site, solver and family share."""
@@ -140,17 +142,17 @@ class Fitter:
 
     def _shuffled_solutions(self, cell: Cell, alpha: float) -> list[Solution]:
         """One a permutation, kept: each takes as long as the fit itself, and all ranks share it."""
-        key = self._key(cell, alpha)
-        if key not in self._shuffled:
-            times, spectrum = self.protocol.permutations, self._spectrum(cell.site)
+        key, times, protocol = self._key(cell, alpha), self.protocol.permutations, self.protocol
+        if times and key not in self._shuffled:
+            mixed = controls.shuffled_pairs(
+                self._spectrum(cell.site), times, protocol.seed, self.prompts.groups
+            )
             self._shuffled[key] = []
             with self.stage("fitting shuffled pairs", times) as advance:
-                for mixed in controls.shuffled_pairs(
-                    spectrum, times, self.protocol.seed, self.prompts.groups
-                ):
-                    self._shuffled[key].append(self._solve(cell, mixed, alpha))
+                for spectrum in mixed:
+                    self._shuffled[key].append(self._solve(cell, spectrum, alpha))
                     advance(1)
-        return self._shuffled[key]
+        return self._shuffled.get(key, [])
 
     def _solve(self, cell: Cell, spectrum: PairedSpectrum, alpha: float) -> Solution:
         if alpha == 0:
@@ -175,15 +177,14 @@ class Fitter:
         """Top directions of the unembedding, [q, d]."""
         if self._basis is None:
             roles = ("tuned", "base") if self.protocol.unembedding == "joint" else ("tuned",)
-            matrices = [self.workers.ask(unembedding, role) for role in roles]
-            if any(matrix.shape[1] != width for matrix in matrices):
+            first, *others = (self.workers.ask(unembedding, role) for role in roles)
+            widths = [matrix.shape[1] for matrix in (first, *others)]
+            if set(widths) != {width}:
                 raise MechdiffError(
-                    f"The unembeddings read {' and '.join(str(m.shape[1]) for m in matrices)} dimensions and "
-                    f"the tuned activations have {width}; use --unembedding tuned, or another solver."
+                    f"The unembeddings read {' and '.join(map(str, widths))} dimensions and the tuned "
+                    f"activations have {width}; use --unembedding tuned, or another solver."
                 )
-            self._basis = solvers.unembedding_directions(
-                matrices[0], self.protocol.directions, *matrices[1:]
-            ).cpu()
+            self._basis = solvers.unembedding_directions(first, self.protocol.directions, *others).cpu()
         return self._basis
 
     def _fisher(self, site: Site) -> Tensor:

@@ -93,31 +93,6 @@ class ModelOptions(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerOptions(Request):
-    """Who runs the models."""
-
-    engine: str = technical(
-        "local",
-        one_of("--engine", "local", "ray"),
-        "Who runs the models: local, this process; ray, workers of a Ray cluster.",
-    )
-    address: str = technical(
-        "own",
-        TEXT,
-        "With --engine ray: own starts a cluster on this machine; auto or host:port joins one.",
-        is_resumed=False,
-    )
-    workers: int = technical(
-        "1", whole("--workers", 4, least=1, most=4096), "With --engine ray: how many workers hold the pair."
-    )
-    gpus_per_worker: int | None = technical(
-        "auto",
-        whole("--gpus-per-worker", 2, least=1, most=64, none="auto"),
-        "With --engine ray: GPUs of each worker; more than one for a pair with a device map.",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PairOptions(Request):
     """Which pair."""
 
@@ -210,19 +185,6 @@ class MismatchOptions(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiteOptions(Request):
-    """Which site."""
-
-    layer: int = option("26", LAYER, "Decoder block, counted from 0.")
-    hook: Hook = option("attn_out", HOOK, "resid_pre, attn_out, mlp_out or resid_post.")
-
-    @property
-    def site(self) -> Site:
-        """Layer and hook."""
-        return Site(self.layer, self.hook)
-
-
-@dataclass(frozen=True, kw_only=True)
 class SolverOptions(Settings, Request):
     """How maps are fitted."""
 
@@ -239,9 +201,11 @@ class SolverOptions(Settings, Request):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CellOptions(SiteOptions, SolverOptions):
+class CellOptions(SolverOptions):
     """One map to fit."""
 
+    layer: int = option("26", LAYER, "Decoder block, counted from 0.")
+    hook: Hook = option("attn_out", HOOK, "resid_pre, attn_out, mlp_out or resid_post.")
     k: Rank = option("full", Kind("rank", Rank.parse), "Rank; full or 0: no bound.")
     alpha: Alpha = option(
         "auto",
@@ -252,4 +216,4 @@ class CellOptions(SiteOptions, SolverOptions):
     @property
     def cell(self) -> Cell:
         """Where and how the map is fitted."""
-        return Cell(self.site, self.solver, self.family, self.k, self.alpha)
+        return Cell(Site(self.layer, self.hook), self.solver, self.family, self.k, self.alpha)

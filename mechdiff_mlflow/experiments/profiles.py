@@ -45,10 +45,10 @@ def layer_profile(study: Study) -> pd.DataFrame:
     base, tuned = study.computing.ask(model_sizes)
     if base != tuned:
         raise MechdiffError(
-            f"Base has {base.n_layers} layers of width {base.width} and tuned {tuned.n_layers} of "
-            f"{tuned.width}; an unmapped patch needs models of one shape."
+            f"Base has {base[0]} layers of width {base[1]} and tuned {tuned[0]} of {tuned[1]}; an unmapped "
+            "patch needs models of one shape."
         )
-    sites = [Site(layer, Hook.RESID_POST) for layer in range(base.n_layers)]
+    sites = [Site(layer, Hook.RESID_POST) for layer in range(base[0])]
     columns: dict[str, list[float | None]] = {"layer": [float(site.layer) for site in sites]}
     swapped, noise = {}, {}
     for name, taker in DIRECTIONS.items():

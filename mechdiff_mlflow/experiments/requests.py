@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.options import (
     LAYER,
     MAP_ALPHA,
@@ -24,13 +25,12 @@ from mechdiff_mlflow.experiments.options import (
     StoreOptions,
     TrackingOptions,
     TrainOptions,
-    WorkerOptions,
     count,
     one_alpha,
 )
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.sweep import SweepSite, Targets, cells_of
-from mechdiff_mlflow.spec.options import TEXT, Kind, listed, option, technical, whole
+from mechdiff_mlflow.spec.options import TEXT, Kind, listed, one_of, option, technical, whole
 from mechdiff_mlflow.spec.pair_spec import Cell, PairSpec, Rank
 from mechdiff_mlflow.spec.sites import Hook
 
@@ -41,11 +41,31 @@ AS_IN_ORIGINAL = f"{ORIGINAL_N}-or-all"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentRequest(PairOptions, SeedOptions, ModelOptions, WorkerOptions, TrackingOptions):
+class ExperimentRequest(PairOptions, SeedOptions, ModelOptions, TrackingOptions):
     """A request that loads a pair, measures it, and keeps what it finds as runs.
 
     It writes nothing else, so that what a run's tag says of it can be begun again.
     """
+
+    engine: str = technical(
+        "local",
+        one_of("--engine", "local", "ray"),
+        "Who runs the models: local, this process; ray, workers of a Ray cluster.",
+    )
+    address: str = technical(
+        "own",
+        TEXT,
+        "With --engine ray: own starts a cluster on this machine; auto or host:port joins one.",
+        is_resumed=False,
+    )
+    workers: int = technical(
+        "1", whole("--workers", 4, least=1, most=4096), "With --engine ray: how many workers hold the pair."
+    )
+    gpus_per_worker: int | None = technical(
+        "auto",
+        whole("--gpus-per-worker", 2, least=1, most=64, none="auto"),
+        "With --engine ray: GPUs of each worker; more than one for a pair with a device map.",
+    )
 
     @property
     def kind(self) -> str:
@@ -245,6 +265,17 @@ class HeadsRequest(PositionOptions, ReportedOptions, ExperimentRequest):
     )
 
 
+def _document(text: str) -> str:
+    if not text.endswith((".md", ".html")):
+        raise MechdiffError(
+            f"{text[:200]} has an unknown suffix; name a .md or .html file, both are written."
+        )
+    return text
+
+
+DOCUMENT = Kind("file", _document)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReportRequest(PairOptions, TrackingOptions):
     """Write up what the runs of a pair show: results, tables, curves, controls, caveats.
@@ -256,7 +287,9 @@ class ReportRequest(PairOptions, TrackingOptions):
       mechdiff report --pair cultural-demo --out mechdiff-report.md
     """
 
-    out: str = technical("mechdiff-report.md", TEXT, "File to write; .md and .html are both written.")
+    out: str = technical(
+        "mechdiff-report.md", Kind("file", _document), "File to write; .md and .html are both written."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,4 +306,6 @@ class CompareRequest(SeedOptions, StoreOptions):
     """
 
     pairs: tuple[str, ...] = option(..., TEXT, "", is_argument=True, is_repeated=True)
-    out: str = technical("mechdiff-compare.md", TEXT, "File to write; .md and .html are both written.")
+    out: str = technical(
+        "mechdiff-compare.md", Kind("file", _document), "File to write; .md and .html are both written."
+    )

@@ -100,7 +100,7 @@ def capture(
         with patchable(pair, role, prompts, position, sites) as (engine, recorded):
             engine.complete(recorded)
             return Rows.of(recorded.activations, sites)
-    with (pair.base if role == "base" else pair.tuned).engine() as engine:
+    with pair.side(role).engine() as engine:
         tokens = pair.tokens(role, prompts, position)
         if prompts.split == "train":  # asked for once, by a fit, and nothing is patched on them
             return engine.capture(tokens, sites)
@@ -114,6 +114,6 @@ def patchable(
     pair: Pair, role: str, prompts: PromptSet, position: Position, sites: Sequence[Site]
 ) -> Iterator[tuple[PatchEngine, CleanRuns]]:
     """The engine of one model, and prompts that are recorded for patches at some sites."""
-    with (pair.base if role == "base" else pair.tuned).engine() as engine:
+    with pair.side(role).engine() as engine:
         tokens = pair.tokens(role, prompts, position)
         yield engine, pair.recordings.to_patch(engine, (role, prompts.digest, position), tokens, sites)

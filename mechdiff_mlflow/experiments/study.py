@@ -6,7 +6,7 @@ Every split is recorded once per model however many sites, ranks, scales, solver
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -20,7 +20,6 @@ from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
 from mechdiff_mlflow.experiments.rows import IDENTITY, SiteRows
 from mechdiff_mlflow.experiments.summary import (
-    SHUFFLED,
     alignment,
     mean_of_defined,
     p_against_null,
@@ -37,33 +36,6 @@ from mechdiff_mlflow.spec.sites import Site
 
 FLOOR_LIMIT_NATS = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 """An identity patch that moves the logits further than rounding can is a broken patch, not noise."""
-
-
-@dataclass(eq=False)
-class _Patch:
-    """A map to report, the maps among which val chooses its controls, and what it chose."""
-
-    cell: Cell
-    map: AffineMap
-    nulls: Mapping[str, Sequence[AffineMap]]
-    shuffled: Sequence[Sequence[AffineMap]]
-    controls: dict[str, list[AffineMap]] = field(default_factory=dict)
-    null: str = ""
-
-    @property
-    def candidates(self) -> Iterable[AffineMap]:
-        return chain(*self.nulls.values(), *self.shuffled)
-
-    @property
-    def reported(self) -> Iterable[AffineMap]:
-        return chain([self.map], *self.controls.values())
-
-    def choose(self, val: SiteRows) -> None:
-        """Take the scale that does best on val of each control and shuffle; the null is the best control."""
-        self.controls = {name: [_best(maps, val)] for name, maps in self.nulls.items()}
-        if self.shuffled:
-            self.controls |= {SHUFFLED: [_best(maps, val) for maps in self.shuffled]}
-        self.null = min(self.controls, key=lambda name: float(val.kl(self.controls[name]).mean()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +94,9 @@ class Study:
                 advance(1)
         wanted: list[tuple[Site, AffineMap]] = []
         for cell, maps in zip(cells, offers, strict=True):
+            wanted += [(cell.site, map_) for map_ in (maps if self._is_scored(maps) else ())]
             # What `patch` will want of val is scored along: val is run once.
-            later = chain(*fitter.nulls(cell).values(), *fitter.shuffled(cell))
-            wanted += [(cell.site, map_) for map_ in (*(maps if self._is_scored(maps) else ()), *later)]
+            wanted += [(cell.site, map_) for _, tried in fitter.controls(cell) for map_ in tried]
         val = self._score("val", wanted)
         found = [self._choose(cell, maps, val[cell.site]) for cell, maps in zip(cells, offers, strict=True)]
         if len(found) > 1:  # reported together, and people take the best
@@ -154,37 +126,40 @@ class Study:
         self.computing.prepare(self.prompt_sets, self.protocol.position)
         fitter = self._fitter
         fitter.record([cell for cell, _ in fits])
-        patches = [_Patch(cell, map_, fitter.nulls(cell), fitter.shuffled(cell)) for cell, map_ in fits]
-        val = self._score("val", [(p.cell.site, map_) for p in patches for map_ in p.candidates])
-        for patch in patches:
-            patch.choose(val[patch.cell.site])
-        split = self.protocol.split
-        report = self._score(split, [(p.cell.site, map_) for p in patches for map_ in p.reported])
+        tried = [(cell.site, fitter.controls(cell)) for cell, _ in fits]
+        val = self._score("val", [(at, map_) for at, named in tried for _, maps in named for map_ in maps])
+        chosen = [_best_controls(named, val[at]) for at, named in tried]
+        wanted = [
+            (cell.site, one)
+            for (cell, map_), (controls, _) in zip(fits, chosen, strict=True)
+            for one in (map_, *chain(*controls.values()))
+        ]
+        report = self._score(self.protocol.split, wanted)
         seed, groups = self.protocol.seed, self.report_prompts.groups
         p_null = [
-            p_against_null(report[patch.cell.site], patch.map, patch.controls[patch.null], seed, groups)
-            for patch in patches
+            p_against_null(report[cell.site], map_, controls[null], seed, groups)
+            for (cell, map_), (controls, null) in zip(fits, chosen, strict=True)
         ]
         # Whoever looks at many sees the luckiest (Holm 1979, A simple sequentially rejective procedure).
-        p_holm = stats.holm(p_null) if len(patches) > 1 else [None]
+        p_holm = stats.holm(p_null) if len(fits) > 1 else [None]
         records: list[PatchRecord] = []
-        for i, patch in enumerate(patches):
-            rows, mine = report[patch.cell.site], any(patch.map is fitted for fitted in self._fitted)
+        for i, (cell, map_) in enumerate(fits):
+            rows, mine = report[cell.site], any(map_ is fitted for fitted in self._fitted)
             record = summarise(
-                replace(patch.cell, alpha=Alpha((patch.map.alpha,))),
-                patch.map,
+                replace(cell, alpha=Alpha((map_.alpha,))),
+                map_,
                 rows,
-                controls=patch.controls,
-                null=patch.null,
+                controls=chosen[i][0],
+                null=chosen[i][1],
                 prompts=self.report_prompts,
                 # Of the cells reported here none has been taken yet.
-                leak=selection.leaks(patch.map, self.report_prompts, but=selection.CELL if mine else None),
+                leak=selection.leaks(map_, self.report_prompts, but=selection.CELL if mine else None),
                 bootstrap=self.bootstrap,
-                seconds=self._seconds[split],
+                seconds=self._seconds[self.protocol.split],
                 p_null=p_null[i],
                 p_holm=p_holm[i],
             )
-            self._check_identity(patch.cell.site, rows.patched[IDENTITY].mean_kl)
+            self._check_identity(cell.site, rows.patched[IDENTITY].mean_kl)
             each(i, record)
             records.append(record)
         return records
@@ -282,3 +257,13 @@ class Study:
 
 def _best(maps: Iterable[AffineMap], rows: SiteRows) -> AffineMap:
     return min(maps, key=lambda map_: rows.patched[map_.digest].mean_kl)
+
+
+def _best_controls(
+    named: Iterable[tuple[str, Sequence[AffineMap]]], val: SiteRows
+) -> tuple[dict[str, list[AffineMap]], str]:
+    """Of each control and shuffle the map that does best on val, and the best control, which is the null."""
+    found: dict[str, list[AffineMap]] = {}
+    for name, maps in named:
+        found.setdefault(name, []).append(_best(maps, val))
+    return found, min(found, key=lambda name: float(val.kl(found[name]).mean()))

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from mechdiff_mlflow.experiments.fitting import SHUFFLED
 from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, SiteRows
 from mechdiff_mlflow.maps.affine import AffineMap
@@ -17,9 +18,6 @@ from mechdiff_mlflow.spec.prompts import PromptSet
 
 MIN_CKA_PROMPTS = 4
 MIN_CORRELATED_PROMPTS = 3
-
-SHUFFLED = "shuffled"
-"""The control that is made of fits of shuffled pairs."""
 
 
 def alignment(map_: AffineMap, rows: SiteRows) -> tuple[float | None, NDArray[np.float64]]:

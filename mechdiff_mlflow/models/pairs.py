@@ -66,6 +66,10 @@ class Pair:
         """The spec's name."""
         return self.spec.name
 
+    def side(self, role: str) -> Side:
+        """The `base` or the `tuned` side."""
+        return self.base if role == "base" else self.tuned
+
     @property
     def n_layers(self) -> int:
         """Layers that both models have."""

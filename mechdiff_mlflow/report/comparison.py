@@ -12,7 +12,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.document import Block, Bullets, Document, Grid, Heading
+from mechdiff_mlflow.report.document import Block, Document, bullets, grid
 from mechdiff_mlflow.report.evidence import Evidence, Measured
 from mechdiff_mlflow.report.profiles import first_difference
 from mechdiff_mlflow.text import text_of
@@ -106,14 +106,14 @@ def comparison(first: Evidence, second: Evidence, tables: PerPrompt, *, seed: in
             "bootstrap that draws each pair's prompts by themselves. Where an interval includes 0, there is "
             "no evidence of a difference."
         ),
-        Heading("Where"),
-        Bullets([_where(first), _where(second)]),
-        Heading("How transportable"),
+        "## Where",
+        bullets([_where(first), _where(second)]),
+        "## How transportable",
         _transport_table(first, second, tables, seed),
-        Heading("How low-rank"),
-        *_rank_blocks(first, second),
-        Heading("Caveats"),
-        Bullets(
+        "## How low-rank",
+        _ranks(first, second),
+        "## Caveats",
+        bullets(
             [
                 "Intervals are per row, not corrected for the number of rows.",
                 f"KL_raw below {wording.NEGLIGIBLE_NATS:g} nats is negligible: no behaviour hangs on it.",
@@ -131,43 +131,55 @@ def _where(evidence: Evidence) -> str:
     return f"`{evidence.pair}`: {first_difference(evidence.atlas)}"
 
 
-def _transport_table(first: Evidence, second: Evidence, tables: PerPrompt, seed: int) -> Grid:
+def _transport_table(first: Evidence, second: Evidence, tables: PerPrompt, seed: int) -> str:
     a, b = first.pair, second.pair
     rows = []
     for match in matches(first, second):
         one, other, gap = match.first, match.second, difference(match, tables, seed=seed)
-        kls = [wording.number(one.kl_raw), wording.number(other.kl_raw)]
-        drops = [
-            wording.percent(interval) for interval in (one.drop, other.drop, gap, one.skill, other.skill)
-        ]
-        says = verdict(match, gap, a, b)
-        rows.append([match.what, *kls, *drops, says, f"`{one.run_id}`", f"`{other.run_id}`"])
-    columns = (
-        "cell", f"KL_raw {a}", f"KL_raw {b}", f"drop % {a}", f"drop % {b}", "difference, points",
-        f"skill % {a}", f"skill % {b}", "verdict", f"run {a}", f"run {b}",
-    )  # fmt: skip
-    return Grid(columns, rows)
+        rows.append(
+            {
+                "cell": match.what,
+                f"KL_raw {a}": wording.number(one.kl_raw),
+                f"KL_raw {b}": wording.number(other.kl_raw),
+                f"drop % {a}": wording.percent(one.drop),
+                f"drop % {b}": wording.percent(other.drop),
+                "difference, points": wording.percent(gap),
+                f"skill % {a}": wording.percent(one.skill),
+                f"skill % {b}": wording.percent(other.skill),
+                "verdict": verdict(match, gap, a, b),
+                f"run {a}": f"`{one.run_id}`",
+                f"run {b}": f"`{other.run_id}`",
+            }
+        )
+    return grid(rows)
 
 
-def _rank_blocks(first: Evidence, second: Evidence) -> list[Block]:
+def _ranks(first: Evidence, second: Evidence) -> str:
     keys = ["site", "solver", "family", "alpha", "target_pct"]
     if not len(first.least_ranks) or not len(second.least_ranks):
-        return ["Not measured on both; run mechdiff sweep on both."]
+        return "Not measured on both; run mechdiff sweep on both."
     both = first.least_ranks.merge(second.least_ranks, on=keys, suffixes=("_a", "_b"))
     if not len(both):
-        return ["The sweeps of the two have no site, α and target in common."]
+        return "The sweeps of the two have no site, α and target in common."
     rows = []
     for row in wording.rows_of(both):
-        texts = [" ".join(wording.ranks(row, suffix)) for suffix in ("_a", "_b")]
         says = "the intervals are disjoint" if _disjoint(row) else "no evidence of a difference"
         for evidence in (first, second):
             at = [p for p in evidence.patches if (str(p.site), p.alpha) == (row["site"], row["alpha"])]
             if any(map(wording.negligible, at)):
                 says = f"says little: KL_raw of {evidence.pair} is negligible"
-        cell = [str(row["site"]), str(row["family"]), text_of(row["alpha"]), text_of(row["target_pct"])]
-        rows.append([*cell, *texts, says])
-    columns = ("site", "family", "α", "target %", f"min k {first.pair}", f"min k {second.pair}", "verdict")
-    return [Grid(columns, rows)]
+        rows.append(
+            {
+                "site": str(row["site"]),
+                "family": str(row["family"]),
+                "α": text_of(row["alpha"]),
+                "target %": text_of(row["target_pct"]),
+                f"min k {first.pair}": " ".join(wording.ranks(row, "_a")),
+                f"min k {second.pair}": " ".join(wording.ranks(row, "_b")),
+                "verdict": says,
+            }
+        )
+    return grid(rows)
 
 
 def _disjoint(row: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -92,12 +92,10 @@ class Evidence:
     patches: Sequence[Measured]  # the newest run of every cell and conditions, by site and rank
     parents: pd.DataFrame  # runs above them: run_id, name, kind, started, `tag.mechdiff.command`
     least_ranks: pd.DataFrame  # rows of the sweeps' `least_ranks.json`, newest first, with their run_id
-    atlas: pd.DataFrame | None = None  # the newest atlas's `atlas.json`
-    atlas_run: str = ""
-    layers: pd.DataFrame | None = None  # the newest `layers.json`
-    layers_run: str = ""
-    heads: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # by site the newest `heads.json`
-    left_out: int = 0  # patch runs of other states of the pair, which are not comparable
+    atlas: pd.DataFrame | None  # the newest `atlas.json`, with its run_id
+    layers: pd.DataFrame | None  # the newest `layers.json`, likewise
+    heads: Mapping[str, pd.DataFrame]  # by site the newest `heads.json`, likewise
+    left_out: int  # patch runs of other states of the pair, which are not comparable
 
     @classmethod
     def of(cls, pair: str, runs: pd.DataFrame, tables: Mapping[str, Mapping[str, pd.DataFrame]]) -> Evidence:
@@ -141,16 +139,19 @@ class Evidence:
                 newest[cell] = patch
         above = {patch.parent_id or patch.run_id for patch in newest.values()}
         used = {run_id for found in tables.values() for run_id in found}
+        by_run = {name: _by_run(runs, found) for name, found in tables.items()}
         return cls(
-            pair,
-            markdown(fingerprint, 80),
-            sorted(newest.values(), key=lambda p: (p.site, p.solver, p.family, p.k or math.inf, p.alpha)),
-            runs[runs["run_id"].isin(above | used)],
-            _stacked(runs, tables.get("least_ranks.json", {})),
-            *_newest(runs, tables.get("atlas.json", {})),
-            *_newest(runs, tables.get("layers.json", {})),
-            _by_site(runs, tables.get("heads.json", {})),
-            len(every) - len(own),
+            pair=pair,
+            fingerprint=markdown(fingerprint, 80),
+            patches=sorted(
+                newest.values(), key=lambda p: (p.site, p.solver, p.family, p.k or math.inf, p.alpha)
+            ),
+            parents=runs[runs["run_id"].isin(above | used)],
+            least_ranks=_stacked(by_run.get("least_ranks.json", [])),
+            atlas=next(iter(by_run.get("atlas.json", [])), None),
+            layers=next(iter(by_run.get("layers.json", [])), None),
+            heads={str(table["site"].iloc[0]): table for table in reversed(by_run.get("heads.json", []))},
+            left_out=len(every) - len(own),
         )
 
     def quoted(self) -> list[Quoted]:
@@ -249,27 +250,18 @@ def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> M
     )
 
 
-def _newest(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame | None, str]:
-    run_id = next((run_id for run_id in runs["run_id"] if run_id in found), None)
-    return (None, "") if run_id is None else (found[run_id], str(run_id))
+def _by_run(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> list[pd.DataFrame]:
+    """The tables of runs that have any rows, newest first, each with the id of its run."""
+    return [found[run].assign(run_id=run) for run in runs["run_id"] if run in found and len(found[run])]
 
 
-def _stacked(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+def _stacked(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """The rows of several runs, newest first, each question once."""
-    parts = [found[run_id].assign(run_id=run_id) for run_id in runs["run_id"] if run_id in found]
     keys = ["site", "solver", "family", "alpha", "target_pct"]
     stacked: pd.DataFrame = pd.DataFrame()
     if parts:
         stacked = pd.concat(parts).drop_duplicates(keys).sort_values(keys).reset_index(drop=True)
     return stacked
-
-
-def _by_site(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    newest: dict[str, pd.DataFrame] = {}
-    for run_id in runs["run_id"]:
-        if run_id in found and len(found[run_id]):
-            newest.setdefault(str(found[run_id]["site"].iloc[0]), found[run_id].assign(run_id=run_id))
-    return newest
 
 
 def _interval(row: Row, key: str) -> Interval | None:

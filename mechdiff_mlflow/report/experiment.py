@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.curves import curve_figures
-from mechdiff_mlflow.report.document import Block, Bullets, Code, Document, Grid, Heading
+from mechdiff_mlflow.report.document import Block, Document, bullets, grid
 from mechdiff_mlflow.report.evidence import Evidence, Measured, Quoted
 from mechdiff_mlflow.report.figures import bars
 from mechdiff_mlflow.report.profiles import atlas_figures, first_difference, heads_blocks, layers_blocks
@@ -33,16 +33,16 @@ def report(evidence: Evidence) -> Document:
             "from which layer on; does a linear map causally transport base activations to tuned ones; what "
             "is the smallest rank that suffices; which attention heads carry the difference."
         ),
-        Heading("Results"),
+        "## Results",
         f"**RQ2 (causal transport).** {_conditions(patches)}",
-        Bullets([wording.transport(patch) for patch in patches] or ["No site yet."]),
-        *([Bullets(scales)] if scales else ()),
+        bullets([wording.transport(patch) for patch in patches] or ["No site yet."]),
+        *([bullets(scales)] if scales else ()),
         *_rank_control(evidence),
     ]
     if evidence.atlas is not None:
         blocks.append(f"**Where.** {first_difference(evidence.atlas)}")
     blocks += [
-        Heading("Tables"),
+        "## Tables",
         "Quoted above, one row a site:",
         _patch_table(patches),
         *([f"All {len(cells)} cells:", _patch_table(cells)] if cells else ()),
@@ -51,20 +51,20 @@ def report(evidence: Evidence) -> Document:
     ]
     if evidence.atlas is not None:
         blocks += [
-            Heading("Atlas"),
-            f"Every layer and hook, from run `{evidence.atlas_run}`; grey has no value.",
+            "## Atlas",
+            f"Every layer and hook, from run `{evidence.atlas['run_id'].iloc[0]}`; grey has no value.",
             *atlas_figures(evidence.atlas),
         ]
     if evidence.layers is not None:
-        blocks += layers_blocks(evidence.layers, evidence.layers_run)
+        blocks += layers_blocks(evidence.layers)
     for site, table in evidence.heads.items():
         blocks += heads_blocks(site, table)
     blocks += [
-        Heading("Caveats"),
-        Bullets(caveats(evidence, quoted)),
-        Heading("Reproduce"),
-        Code(_commands(evidence)),
-        Heading("Runs"),
+        "## Caveats",
+        bullets(caveats(evidence, quoted)),
+        "## Reproduce",
+        "\n".join(["```bash", *_commands(evidence), "```"]),
+        "## Runs",
         _run_table(evidence),
     ]
     return Document(f"What the fine-tune changed: {evidence.pair}", blocks)
@@ -134,58 +134,69 @@ def _rank_control(evidence: Evidence) -> list[Block]:
     rows = wording.rows_of(evidence.least_ranks)
     if not rows:
         return ["**RQ3 (rank-k control).** Not measured: no sweep has been run."]
-    columns = ["site", "family", "α", "target %", "min k", "interval", "reached in", "conservative k", "run"]
-    cells = [
-        [
-            str(row["site"]),
-            str(row["family"]),
-            text_of(row["alpha"]),
-            text_of(row["target_pct"]),
-            *wording.ranks(row),
-            f"{100 * row['p_reached']:.0f} %",
-            wording.rank(row["conservative_k"], int(row["width"])),
-            f"`{row['run_id']}`",
-        ]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        k, ends = wording.ranks(row)
+        cells.append(
+            {
+                "site": str(row["site"]),
+                "family": str(row["family"]),
+                "α": text_of(row["alpha"]),
+                "target %": text_of(row["target_pct"]),
+                "min k": k,
+                "interval": ends,
+                "reached in": f"{100 * row['p_reached']:.0f} %",
+                "conservative k": wording.rank(row["conservative_k"], int(row["width"])),
+                "run": f"`{row['run_id']}`",
+            }
+        )
     return [
         (
             "**RQ3 (rank-k control).** The smallest tested rank from which on every rank reaches the target; "
             "k ≪ d is said up to a quarter of the width. Family update counts rank(W − I), content rank(W)."
         ),
-        Bullets([wording.low_rank(row, evidence.patches, LOW_RANK_SHARE) for row in rows]),
-        Grid(columns, cells),
+        bullets([wording.low_rank(row, evidence.patches, LOW_RANK_SHARE) for row in rows]),
+        grid(cells),
     ]
 
 
-def _patch_table(patches: Sequence[Measured]) -> Grid:
-    columns = (
-        "site", "solver", "family", "k", "α", "split", "n", "KL_raw", "KL_mapped", "drop %", "skill %",
-        "best control", "floor", "ρ", "settings", "run",
-    )  # fmt: skip
-    rows = []
-    for p in patches:
-        cell = [str(p.site), p.solver, p.family, p.rank, text_of(p.alpha), p.conditions.split]
-        kls = [wording.number(p.kl_raw), wording.number(p.kl_mapped)]
-        quality = [wording.percent(p.drop), wording.percent(p.skill), p.null]
-        last = [wording.number(p.noise_floor, 2), wording.number(p.rho), p.settings, f"`{p.run_id}`"]
-        rows.append([*cell, str(p.conditions.n), *kls, *quality, *last])
-    return Grid(columns, rows)
+def _patch_table(patches: Sequence[Measured]) -> str:
+    return grid(
+        [
+            {
+                "site": str(p.site),
+                "solver": p.solver,
+                "family": p.family,
+                "k": p.rank,
+                "α": text_of(p.alpha),
+                "split": p.conditions.split,
+                "n": str(p.conditions.n),
+                "KL_raw": wording.number(p.kl_raw),
+                "KL_mapped": wording.number(p.kl_mapped),
+                "drop %": wording.percent(p.drop),
+                "skill %": wording.percent(p.skill),
+                "best control": p.null,
+                "floor": wording.number(p.noise_floor, 2),
+                "ρ": wording.number(p.rho),
+                "settings": p.settings,
+                "run": f"`{p.run_id}`",
+            }
+            for p in patches
+        ]
+    )
 
 
 def _controls(patches: Sequence[Measured]) -> list[Block]:
-    blocks: list[Block] = [Heading("Controls")]
+    figures = []
     for patch in patches:
-        if not patch.controls:
-            continue
         values = {"mapped": patch.kl_mapped, **patch.controls}
         values |= {} if patch.kl_raw is None else {"raw": patch.kl_raw}
         ordered = dict(sorted(values.items(), key=lambda item: item[1]))
         title = f"{patch.site}: mean KL of the map and of every control"
-        blocks.append(
+        figures.append(
             bars(f"controls-{patch.site.slug}", title, ordered, x_label="KL, nats", marked="mapped")
         )
-    return blocks if len(blocks) > 1 else []
+    return ["## Controls", *figures] if figures else []
 
 
 def _commands(evidence: Evidence) -> list[str]:
@@ -199,12 +210,15 @@ def _commands(evidence: Evidence) -> list[str]:
     return [*dict.fromkeys(ours), f"mechdiff report --pair {evidence.pair}"]
 
 
-def _run_table(evidence: Evidence) -> Grid:
-    rows = evidence.parents.sort_values("started")
-    return Grid(
-        ("run", "kind", "name", "started"),
+def _run_table(evidence: Evidence) -> str:
+    return grid(
         [
-            [f"`{row.run_id}`", markdown(row.kind), markdown(row.name_), f"{row.started:%Y-%m-%d %H:%M} UTC"]
-            for row in rows.rename(columns={"name": "name_"}).itertuples()
-        ],
+            {
+                "run": f"`{row['run_id']}`",
+                "kind": markdown(row["kind"]),
+                "name": markdown(row["name"]),
+                "started": f"{row['started']:%Y-%m-%d %H:%M} UTC",
+            }
+            for row in wording.rows_of(evidence.parents.sort_values("started"))
+        ]
     )

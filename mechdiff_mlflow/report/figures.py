@@ -160,11 +160,10 @@ def write_figures(figures: Sequence[Figure], title: str, folder: Path) -> dict[s
 
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0;font-size:.85rem}"
+    "table{border-collapse:collapse;margin:1rem 0;font-size:.85rem;display:block;overflow-x:auto}"
     "th,td{border:1px solid #ddd;padding:.25rem .5rem;text-align:left}th{background:#f4f4f4}"
     "code,pre{background:#f4f4f4;border-radius:3px;font-size:.85rem}code{padding:0 .2rem}"
     "pre{padding:.6rem;overflow-x:auto}figure{margin:1rem 0}"
-    ".wide{overflow-x:auto}"
 )
 
 

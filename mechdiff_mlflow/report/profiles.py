@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from mechdiff_mlflow.measures.stats import above_floor
-from mechdiff_mlflow.report.document import Block, Bullets, Grid, Heading
+from mechdiff_mlflow.report.document import Block, bullets, grid
 from mechdiff_mlflow.report.figures import Curve, Figure, curves, heatmap
 from mechdiff_mlflow.spec.sites import Hook
 
@@ -83,11 +83,11 @@ def _floats(column: pd.Series[Any]) -> list[float]:
     return [float(value) for value in column]
 
 
-def layers_blocks(table: pd.DataFrame, run_id: str) -> list[Block]:
+def layers_blocks(table: pd.DataFrame) -> list[Block]:
     """The section on layers."""
     return [
-        Heading("Layers (RQ1: do the representations differ?)"),
-        f"**RQ1 (where).** {layers_sentence(table)} Run `{run_id}`.",
+        "## Layers (RQ1: do the representations differ?)",
+        f"**RQ1 (where).** {layers_sentence(table)} Run `{table['run_id'].iloc[0]}`.",
         *layer_figures(table),
     ]
 
@@ -160,16 +160,19 @@ def heads_sentence(table: pd.DataFrame) -> str:
 def heads_blocks(site: str, table: pd.DataFrame) -> list[Block]:
     """The section on the heads of one site."""
     single = table[table["choice"] == "single"].sort_values("coverage", ascending=False)
-    rows = [[str(r["heads"]), f"{r['KL']:.4g}", f"{r['coverage']:.3f}"] for r in single.to_dict("records")]
+    rows = [
+        {"head alone": str(r["heads"]), "KL, nats": f"{r['KL']:.4g}", "coverage": f"{r['coverage']:.3f}"}
+        for r in single.to_dict("records")
+    ]
     return [
-        Heading(f"Heads of {site} (RQ4: which heads carry the difference?)"),
+        f"## Heads of {site} (RQ4: which heads carry the difference?)",
         f"**RQ4 (heads).** {heads_sentence(table)}",
-        Bullets(
+        bullets(
             [
                 "Heads are replaced before o_proj, on val chosen greedily, reported on the report split.",
                 "Coverage need not add up: heads interact through everything downstream.",
             ]
         ),
-        Grid(("head alone", "KL, nats", "coverage"), rows),
+        grid(rows),
         *heads_figures(table),
     ]

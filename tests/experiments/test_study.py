@@ -15,9 +15,9 @@ from scipy import stats as scipy_stats
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
 from mechdiff_mlflow.experiments.atlas import AtlasRecord, atlas
+from mechdiff_mlflow.experiments.fitting import SHUFFLED
 from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
 from mechdiff_mlflow.experiments.rows import capture
-from mechdiff_mlflow.experiments.summary import SHUFFLED
 from mechdiff_mlflow.experiments.workers import LocalWorkers
 from mechdiff_mlflow.measures import similarity, stats
 from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair

@@ -249,8 +249,8 @@ def test_a_comparison(
 def test_a_patch_that_is_no_identity_is_refused(
     dtype: str, limit: float, spec: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64 an identity patch may move KL by 1e-9 nats and no more; the doctor has the same limit."""
-    from mechdiff_mlflow.experiments import doctor, workers
+    """In float64 an identity patch may move KL by 1e-9 nats and no more."""
+    from mechdiff_mlflow.experiments import workers
 
     score = workers.LocalWorkers.score
 
@@ -271,8 +271,6 @@ def test_a_patch_that_is_no_identity_is_refused(
                 study.patch(fits)
         else:
             study.patch(fits)
-        (check,) = [check for check in doctor.examine(pair) if check.name == "identity patch"]
-        assert check.passed != refused, check.seen
 
 
 def test_skill_has_the_same_noise_floor_as_drop(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,15 +9,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from asking import replacements
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.workers.actor import PairWorker, Recipe
 from mechdiff_mlflow.experiments.workers.cluster import connected
-from mechdiff_mlflow.experiments.workers.ray_workers import _gpus_of_each
+from mechdiff_mlflow.experiments.workers.ray_workers import PairWorker, _gpus_of_each
 from mechdiff_mlflow.experiments.workers.tasks import Capture, Score
 from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
@@ -31,14 +31,14 @@ def lazy(toy: Path) -> Pair:
 
 
 @pytest.fixture
-def recipe(lazy: Pair, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+def worker(lazy: Pair, monkeypatch: pytest.MonkeyPatch) -> PairWorker:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    return Recipe(lazy.spec, "cpu", lazy.options, lazy.fingerprint, source_sha256(), needs_token=True)
+    return PairWorker(lazy.spec, "cpu", lazy.options, lazy.fingerprint, source_sha256(), needs_token=True)
 
 
-def test_a_worker_gives_what_the_task_gives(recipe: Recipe, lazy: Pair, small_batches: Pair) -> None:
-    worker = PairWorker()
-    loaded = worker.load(recipe)
+def test_a_worker_gives_what_the_task_gives(worker: PairWorker, lazy: Pair, small_batches: Pair) -> None:
+    loaded = worker.call("load").loaded
+    assert loaded is not None
     assert loaded.device == "cpu"
     assert loaded.environment.engine_mode == "sweep"
     task = Score(lazy.prompts_of("val"), Position.DECISION, replacements())
@@ -53,9 +53,7 @@ def test_a_worker_gives_what_the_task_gives(recipe: Recipe, lazy: Pair, small_ba
     assert not lazy.base.model_cache._models, "asking for prompts and digests loads no model"
 
 
-def test_a_worker_says_what_is_wrong_instead_of_dying(recipe: Recipe, lazy: Pair) -> None:
-    worker = PairWorker()
-    worker.load(recipe)
+def test_a_worker_says_what_is_wrong_instead_of_dying(worker: PairWorker, lazy: Pair) -> None:
     task = Capture(lazy.prompts_of("val"), Position.DECISION, "base", (Site(99, Hook.ATTN_OUT),))
     found = worker.call("run", task, range(len(task.prompts)))
     assert found.value is None
@@ -72,21 +70,23 @@ def test_a_worker_says_what_is_wrong_instead_of_dying(recipe: Recipe, lazy: Pair
     ],
 )
 def test_a_worker_that_is_not_like_the_driver_is_not_let_in(
-    recipe: Recipe, change: dict[str, str], error: str
+    worker: PairWorker, change: dict[str, Any], error: str
 ) -> None:
     with pytest.raises(MechdiffError, match=error):
-        PairWorker().load(replace(recipe, **change))
+        replace(worker, **change).load()
 
 
-def test_a_cluster_that_everybody_can_use_is_refused(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_everybody_can_use_is_refused(
+    worker: PairWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for mode in (None, "disabled"):
         monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
         if mode:
             monkeypatch.setenv("RAY_AUTH_MODE", mode)
-        found = PairWorker().call("load", recipe)
+        found = replace(worker).call("load")
         assert found.error is not None
         assert "asks for no token" in found.error
-        assert PairWorker().call("load", replace(recipe, needs_token=False)).error is None
+        assert replace(worker, needs_token=False).call("load").error is None
 
 
 @pytest.mark.parametrize("address", ["a b:1", "ray://x:1", "10.0.0.1", "x:123456", "x:1\n", "$(id):1", ""])
@@ -144,7 +144,7 @@ def test_a_worker_takes_the_gpus_it_needs(
 
 def test_a_worker_needs_no_mlflow() -> None:
     code = (
-        "import sys, mechdiff_mlflow.experiments.workers.actor\n"
+        "import sys, mechdiff_mlflow.experiments.workers.ray_workers\n"
         "print(*sorted({'mlflow', 'ray'} & set(sys.modules)))"
     )
     done = subprocess.run(

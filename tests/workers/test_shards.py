@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mechdiff_mlflow.engine.model.chunks import in_chunks
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.workers import LocalWorkers
-from mechdiff_mlflow.experiments.workers.shards import chunks_of, merged, shards_of
 from mechdiff_mlflow.experiments.workers.tasks import Capture, Gradients, Score
+from mechdiff_mlflow.experiments.workers.workers import chunks_of, merged, shards_of
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts

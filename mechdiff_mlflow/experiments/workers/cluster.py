@@ -54,14 +54,11 @@ def connected(address: str, n_workers: int) -> Iterator[Any]:
     if "ray" in sys.modules and importlib.import_module("ray").is_initialized():
         yield importlib.import_module("ray")  # the caller's connection, and the caller's to close
         return
-    own = address == OWN
-    if not own and address != "auto":
-        _check_reachable(address)
-    with _environment(_of_our_own() if own else _of_others(address)):
+    with _environment(_of_our_own() if address == OWN else _of_others(address)):
         ray = importlib.import_module("ray")
         try:
-            with _terminable():
-                _start(ray, n_workers) if own else _join(ray, address)
+            with _same_sigterm():
+                _start(ray, n_workers) if address == OWN else _join(ray, address)
             yield ray
         finally:
             ray.shutdown()
@@ -98,36 +95,20 @@ def _of_our_own() -> Mapping[str, str]:
 
 
 def _of_others(address: str) -> Mapping[str, str]:
-    loopback = _LOOPBACK if address != "auto" and _is_loopback(address) else {}
     defaults = {"RAY_AUTH_MODE": "token", "RAY_NUM_REDIS_GET_RETRIES": "3"}
     given = {name: os.environ.get(name, default) for name, default in defaults.items()}
-    return _QUIET | loopback | given
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
+    if address == "auto":
+        return _QUIET | given
     host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def _is_loopback(address: str) -> bool:
-    host, _ = _host_and_port(address)
-    with contextlib.suppress(ValueError):  # a name
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    return False
-
-
-def _check_reachable(address: str) -> None:
-    """Ray itself would try for minutes.
-
-    Raises:
-        MechdiffError: Nobody listens at the address.
-    """
-    try:
-        socket.create_connection(_host_and_port(address), timeout=_REACH_S).close()
+    host = host.strip("[]")
+    try:  # Ray itself would try for minutes
+        with socket.create_connection((host, int(port)), timeout=_REACH_S) as reached:
+            is_here = ipaddress.ip_address(reached.getpeername()[0]).is_loopback
     except (OSError, OverflowError) as error:
         raise MechdiffError(
             f"Nobody listens at {address} ({error}); pass the --address that ray start printed on the head."
         ) from None
+    return _QUIET | given | (_LOOPBACK if is_here else {})
 
 
 @lru_cache(maxsize=1)
@@ -150,14 +131,12 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def _same_sigterm() -> Iterator[None]:
     """Keep who handles SIGTERM: Ray's own handler would end a run without saying how."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.getsignal(signal.SIGTERM)
+    is_main = threading.current_thread() is threading.main_thread()
     try:
         yield
     finally:
-        if before is not None:
+        if is_main and before is not None:
             signal.signal(signal.SIGTERM, before)

@@ -1,8 +1,8 @@
 """Workers that remember on disk what is finished: a command that is killed loses the shard it was in.
 
 An entry is a safetensors file whose name has a digest of all that its numbers depend on, and the digest of
-the file itself. It is written under another name, synced and renamed, so it is whole or not there; one that
-is damaged is deleted and computed again.
+the file itself. It is written under another name and renamed; one that is damaged is deleted and computed
+again.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Journal(Workers):
         return None
 
     def _write(self, key: str, result: Tensors) -> Path:
-        """Keep a result under its name, once it is on the disk.
+        """Keep a result under its name.
 
         Raises:
             MechdiffError: The disk is full, or refuses; nothing is left behind.
@@ -110,9 +110,7 @@ class Journal(Workers):
             part = Path(name)
             safetensors.torch.save_file(tensors, part)
             path = self.folder / f"{key}-{file_sha256(part)}.safetensors"
-            _sync(part)
             os.replace(part, path)
-            _sync(self.folder)
             return path
         except (OSError, safetensors.SafetensorError) as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
@@ -135,14 +133,3 @@ def _tensor(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:  # maps the file, and reads what is touched
         tensor: Tensor = file.get_tensor(name)
     return tensor
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or what a folder lists, is on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # folders cannot be opened there
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

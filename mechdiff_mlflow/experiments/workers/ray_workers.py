@@ -7,53 +7,123 @@ prompts, so it does not matter who computed what, or how often.
 from __future__ import annotations
 
 import os
+import platform
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
+from torch import Tensor
+
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.workers.actor import Loaded, Outcome, PairWorker, Recipe
+from mechdiff_mlflow.experiments.preflight import require_sound
 from mechdiff_mlflow.experiments.workers.cluster import OWN, connected
 from mechdiff_mlflow.experiments.workers.tasks import Task, Tensors
-from mechdiff_mlflow.experiments.workers.workers import Answer, ComputeEnvironment, Workers
-from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.experiments.workers.workers import Answer, ComputeEnvironment, LocalWorkers, Workers
+from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
+from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.version import source_sha256
 
 MAX_DEATHS = 3
-"""Workers that may die of one thing before it is not handed to another."""
+"""Workers that may die of one thing before it is not tried again."""
 
 _NOTICE_AFTER_S = 60.0
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """One call of a worker."""
+@dataclass(frozen=True)
+class Loaded:
+    """A worker that is ready: what its numbers depend on, where its models are, its machine and process."""
 
-    what: str  # as errors call it
-    call: tuple[Any, ...]  # method of `PairWorker`, and its arguments
-    prompts: tuple[object, ...] = ()  # what tells its prompts from those of other jobs; empty for none
+    environment: ComputeEnvironment
+    device: str
+    n_parameters: int
+    host: str
+    pid: int
 
 
-@dataclass(eq=False)
-class WorkerHandle:
-    """One worker of the cluster."""
+@dataclass(frozen=True)
+class Outcome:
+    """The result of a call."""
 
-    actor: Any  # Ray's handle of it
-    awaited: Any  # what Ray will resolve to its next answer; None when it is idle
-    job: int | None = None  # index of its job; None while it loads, or does what nobody waits for any more
-    loaded: Loaded | None = None  # what it said of itself once it had the pair
-    prompts: set[tuple[object, ...]] = field(default_factory=set)  # of its jobs: it may have recordings
+    loaded: Loaded | None  # who answers; None where the pair could not be loaded
+    value: Any  # the answer
+    error: str | None  # sentence of the MechdiffError instead; it would come again anywhere
+    warnings: tuple[str, ...]  # said on the way
+
+
+@dataclass
+class PairWorker:
+    """The process of a worker: it holds the pair, imports no MLflow and writes nothing."""
+
+    spec: PairSpec  # dtype in force
+    device: str
+    options: EngineOptions
+    fingerprint: str  # of the driver's pair
+    source: str  # digest of the driver's code
+    needs_token: bool  # whether the cluster must be one that not everybody can use
+    _workers: LocalWorkers | None = None
+    _loaded: Loaded | None = None
+
+    def call(self, method: str, *arguments: Any) -> Outcome:
+        """Call one of the methods below, with the pair loaded."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", UserWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            value, error = None, None
+            try:
+                self.load()
+                value = getattr(self, method)(*arguments)
+            except MechdiffError as problem:
+                error = str(problem)
+        texts = (str(warning.message) for warning in said if warning.category is UserWarning)
+        return Outcome(self._loaded, value, error, tuple(dict.fromkeys(texts)))
+
+    def load(self) -> None:
+        """Load the pair, unless that is done, and make sure that it is the driver's and sound."""
+        if self._loaded is not None:
+            return
+        host = platform.node() or "a worker"
+        if self.needs_token and os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
+            raise MechdiffError(
+                "The Ray cluster asks for no token, so whoever reaches it can run code on it; start its "
+                "nodes with RAY_AUTH_MODE=token, or set RAY_AUTH_MODE=disabled here to use it as it is."
+            )
+        if source_sha256() != self.source:
+            raise MechdiffError(
+                f"{host} has other code of mechdiff than the driver began with; install one version on "
+                "all nodes, and leave it as it is until the command has ended."
+            )
+        pair = load_pair(self.spec, device=self.device, options=self.options)
+        if pair.fingerprint != self.fingerprint:
+            raise MechdiffError(
+                f"Pair {pair.name} on {host} is {pair.fingerprint} and the driver's is "
+                f"{self.fingerprint}; give all nodes the same weights, tokenizers and prompts."
+            )
+        require_sound(pair)
+        self._workers = LocalWorkers(pair)
+        n_parameters = sum(weight.numel() for weight in pair.tuned.model.parameters())
+        self._loaded = Loaded(self._workers.environment, pair.device, n_parameters, host, os.getpid())
+
+    def run(self, task: Task, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Do a task for some of its prompts."""
+        assert self._workers is not None
+        found = task.part(rows).done(self._workers.pair)
+        return {name: rows_of.detach().cpu().contiguous().clone() for name, rows_of in found.items()}
+
+    def ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
+        """Answer a question about the pair."""
+        assert self._workers is not None
+        return self._workers.ask(question, *arguments)
 
 
 class RayWorkers(Workers):
     """Runs the models of a pair in the workers of a cluster.
 
-    A worker that dies is replaced and its job given to another; what a job says is wrong with it is wrong
-    everywhere, and ends the work.
+    Ray starts a worker again when it dies, where there is room, and its job is given to another; what a job
+    says is wrong with it is wrong everywhere, and ends the work.
 
     Args:
         pair: Of this process, whose models are never touched: see `load_pair(lazily=True)`.
@@ -76,30 +146,35 @@ class RayWorkers(Workers):
         gpus_per_worker: int | None = None,
     ) -> None:
         super().__init__(pair)
+        self._actors: list[Any] = []  # Ray's handles of the workers, which go by their places here
+        self._loaded: dict[int, Loaded] = {}  # what those that are ready have said of themselves
+        self._idle: list[int] = []
+        self._starting: dict[Any, int] = {}  # by what Ray will resolve once it is ready
         self._stack = ExitStack()
         self._ray: Any = self._stack.enter_context(connected(address, n_workers))
-        self._stack.callback(self._kill_all)
-        self._handles: list[WorkerHandle] = []
-        self._environment: ComputeEnvironment | None = None
-        self._failed_starts = 0
-        self._n_workers = n_workers
         try:
             n_gpus = _gpus_of_each(self._ray, pair, device, gpus_per_worker)
-            recipe = Recipe(
-                spec=pair.spec,
-                device=("cuda" if n_gpus else "cpu") if device == "auto" else device,
-                options=pair.options,
-                fingerprint=pair.fingerprint,
-                source=source_sha256(),
-                needs_token=os.environ.get("RAY_AUTH_MODE", "").lower() == "token",
+            worker = self._ray.remote(PairWorker).options(
+                num_cpus=1,
+                num_gpus=n_gpus,
+                max_restarts=-1,
+                max_task_retries=MAX_DEATHS - 1,
+                scheduling_strategy="SPREAD",
             )
-            self._recipe = self._ray.put(recipe)
-            self._remote = self._ray.remote(PairWorker).options(
-                num_cpus=1, num_gpus=n_gpus, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
-            )
-            while not self.loaded:
-                self._start_missing()
-                self._wait()
+            for number in range(n_workers):
+                actor = worker.remote(
+                    spec=pair.spec,
+                    device=("cuda" if n_gpus else "cpu") if device == "auto" else device,
+                    options=pair.options,
+                    fingerprint=pair.fingerprint,
+                    source=source_sha256(),
+                    needs_token=os.environ.get("RAY_AUTH_MODE", "").lower() == "token",
+                )
+                self._actors.append(actor)
+                self._stack.callback(self._ray.kill, actor)
+                self._start(number)
+            while not self._loaded:
+                self._wait({})
         except BaseException:
             self.close()
             raise
@@ -107,153 +182,132 @@ class RayWorkers(Workers):
     @property
     def loaded(self) -> list[Loaded]:
         """The workers that are ready."""
-        return [handle.loaded for handle in self._handles if handle.loaded is not None]
+        return list(self._loaded.values())
 
     @cached_property
     def environment(self) -> ComputeEnvironment:
         """The first worker's environment; workers with another are not let in."""
-        assert self._environment is not None
-        return self._environment
+        return self.loaded[0].environment
 
     @property
     def max_shards(self) -> int:
         """Few large shards where a worker holds one model at a time: each costs loading both."""
-        return self._n_workers if self.environment.one_at_a_time else super().max_shards
+        return len(self._actors) if self.environment.one_at_a_time else super().max_shards
 
     def run(self, task: Task, shards: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensors]]:
         """Share the shards out; the task travels once however many there are."""
-        whole, digest = self._ray.put(task), task.prompts.digest
-        jobs = []
-        for rows in shards:
-            what = f"{type(task).__name__} of {len(rows)} {task.prompts.split} prompts"
-            jobs.append(Job(what, ("run", whole, rows), (digest, *rows)))
-        yield from self._share_out(jobs)
+        whole = self._ray.put(task)
+        what = [f"{type(task).__name__} of {len(rows)} {task.prompts.split} prompts" for rows in shards]
+        yield from self._share_out(what, [("run", whole, rows) for rows in shards])
 
     def ask(self, question: Callable[..., Answer], *arguments: object) -> Answer:
         """Ask any worker."""
-        ((_, value),) = self._share_out([Job(question.__name__, ("ask", question, *arguments))])
+        ((_, value),) = self._share_out([question.__name__], [("ask", question, *arguments)])
         return cast(Answer, value)
 
     def close(self) -> None:
         """Let the workers go, and a cluster of our own."""
         self._stack.close()
 
-    def _kill_all(self) -> None:
-        while self._handles:
-            self._remove(self._handles[0])
-
-    def _share_out(self, jobs: Sequence[Job]) -> Iterator[tuple[int, Any]]:
-        """The answers of all jobs as they come, each with its index."""
-        waiting = deque(range(len(jobs)))
-        n_unanswered = len(jobs)
+    def _share_out(self, what: Sequence[str], jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """The answers of jobs as they come, each with its index; `what` is how errors call them."""
+        waiting, n_unanswered = list(range(len(jobs))), len(jobs)
         deaths: Counter[int] = Counter()
-        for handle in self._handles:
-            if handle.awaited is None:  # it may have died since, and no job is to blame
-                handle.awaited = handle.actor.call.remote("ping")
+        running: dict[Any, tuple[int, int]] = {}  # by what Ray will resolve: the worker and the job
+        for number in self._idle:  # it may have died since
+            self._start(number)
+        self._idle.clear()
         try:
             while n_unanswered:
-                self._start_missing()
-                for handle in self._handles:
-                    if waiting and handle.awaited is None:
-                        self._hand_out(handle, waiting, jobs)
-                index, answer = self._wait()
-                if index is None:
+                while waiting and self._idle:
+                    number = self._idle.pop()
+                    # Of the shards first its own, whose prompts it may have recorded for another task.
+                    index = min(waiting, key=lambda i: i % len(self._actors) != number)
+                    waiting.remove(index)
+                    call = self._actors[number].call.options(max_task_retries=0)
+                    running[call.remote(*jobs[index])] = number, index
+                resolved = self._wait(running)
+                if resolved is None:
                     continue
-                if isinstance(answer, Outcome):
-                    if answer.error is not None:
-                        raise MechdiffError(answer.error)
+                number, index = running.pop(resolved)
+                outcome = self._outcome(resolved, number)
+                if isinstance(outcome, Outcome):
+                    self._idle.append(number)
                     n_unanswered -= 1
-                    yield index, answer.value
+                    yield index, outcome.value
                     continue
+                self._start(number)
                 deaths[index] += 1
                 if deaths[index] >= MAX_DEATHS:
                     raise MechdiffError(
-                        f"{jobs[index].what} killed {MAX_DEATHS} workers one after the other ({answer}); it "
-                        "may need more memory than they have: lower --batch-size or --memory-budget, then "
-                        "start again."
+                        f"{what[index]} killed {MAX_DEATHS} workers one after the other ({outcome}); it may "
+                        "need more memory than they have: lower --batch-size or --memory-budget, then start "
+                        "again."
                     )
                 waiting.append(index)  # last in line: if it is to blame, the others are done before
         finally:
-            for handle in self._handles:
-                handle.job = None
+            for number, _ in running.values():
+                self._start(number)
 
-    def _hand_out(self, handle: WorkerHandle, waiting: deque[int], jobs: Sequence[Job]) -> None:
-        """Give a worker a job whose prompts it knows, if there is one; otherwise the first in line."""
-        known = (i for i in waiting if jobs[i].prompts and jobs[i].prompts in handle.prompts)
-        index = next(known, waiting[0])
-        waiting.remove(index)
-        handle.job, handle.awaited = index, handle.actor.call.remote(*jobs[index].call)
-        handle.prompts.add(jobs[index].prompts)
+    def _start(self, number: int) -> None:
+        """Have a worker say that it is ready, as soon as it has done what it is doing."""
+        self._loaded.pop(number, None)
+        self._starting[self._actors[number].call.remote("load")] = number
 
-    def _wait(self) -> tuple[int | None, Outcome | str]:
-        """Wait until a worker answers or dies: its job, if any, and the outcome or why it died."""
-        handles = {handle.awaited: handle for handle in self._handles if handle.awaited is not None}
-        ready, _ = self._ray.wait(list(handles), num_returns=1, timeout=_NOTICE_AFTER_S)
-        if not ready:
-            if not self.loaded:
-                free = self._ray.available_resources()
-                warnings.warn(
-                    f"No worker has started for {_NOTICE_AFTER_S:.0f} s; the cluster has "
-                    f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free.",
-                    stacklevel=2,
-                )
-            return None, ""
-        handle = handles[ready[0]]
-        handle.awaited, index, handle.job = None, handle.job, None
+    def _wait(self, running: Mapping[Any, object]) -> Any:
+        """What Ray has resolved of `running`; None when a worker is ready, or nothing happens for a while.
+
+        Raises:
+            MechdiffError: All workers have died while they loaded the pair.
+        """
+        found, _ = self._ray.wait([*self._starting, *running], timeout=_NOTICE_AFTER_S)
+        if not found and not self._loaded:
+            free = self._ray.available_resources()
+            warnings.warn(
+                f"No worker has started for {_NOTICE_AFTER_S:.0f} s; the cluster has "
+                f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free.",
+                stacklevel=2,
+            )
+        if not found or found[0] in running:
+            return found[0] if found else None
+        number = self._starting.pop(found[0])
+        outcome = self._outcome(found[0], number)
+        if isinstance(outcome, Outcome):
+            self._idle.append(number)
+            return None
+        what = f"A worker died {MAX_DEATHS} times while it loaded {self.pair.name} ({outcome})"
+        if not (self._idle or self._starting or running):
+            raise MechdiffError(f"{what}; look at its memory, and that mechdiff is installed on every node.")
+        self._ray.kill(self._actors[number])
+        warnings.warn(f"{what}; going on with the others.", stacklevel=2)
+        return None
+
+    def _outcome(self, resolved: Any, number: int) -> Outcome | str:
+        """The outcome of a call of a worker, or why it died.
+
+        Raises:
+            MechdiffError: The outcome is one, or the worker is not like the others.
+        """
         try:
-            outcome: Outcome = self._ray.get(ready[0])
+            outcome: Outcome = self._ray.get(resolved)
         except self._ray.exceptions.RayTaskError:
             raise  # a fault of ours, with its traceback
         except self._ray.exceptions.RayError as error:
-            self._remove(handle)
-            reason = _reason(error)
-            if handle.loaded is None:
-                self._count_failed_start(reason)
-            return index, reason
+            return _reason(error)
         for text in outcome.warnings:
             warnings.warn(text, stacklevel=2)
-        if handle.loaded is None:
-            if outcome.error is not None:
-                raise MechdiffError(outcome.error)
-            self._admit(handle, outcome.value)
-        return index, outcome
-
-    def _admit(self, handle: WorkerHandle, loaded: Loaded) -> None:
-        theirs, ours = loaded.environment, self._environment or loaded.environment
+        if outcome.error is not None:
+            raise MechdiffError(outcome.error)
+        assert outcome.loaded is not None, "or there is an error"
+        self._loaded[number] = outcome.loaded
+        theirs, ours = outcome.loaded.environment, self.environment
         if theirs != ours:
             raise MechdiffError(
-                f"{loaded.host} computes with {theirs.hardware} ({theirs.engine_mode}) and other workers "
-                f"with {ours.hardware} ({ours.engine_mode}); use nodes of one kind, so that numbers do not "
-                "depend on who computed them."
+                f"{outcome.loaded.host} computes with {theirs.hardware} ({theirs.engine_mode}) and other "
+                f"workers with {ours.hardware} ({ours.engine_mode}); use nodes of one kind, so that numbers "
+                "do not depend on who computed them."
             )
-        handle.loaded, self._environment = loaded, ours
-        self._failed_starts = 0
-
-    def _count_failed_start(self, reason: str) -> None:
-        """Stop, or go on with those that are there, when there is no sense in starting more workers."""
-        self._failed_starts += 1
-        if self._failed_starts < MAX_DEATHS:
-            return
-        what = f"{MAX_DEATHS} workers died one after the other while they loaded {self.pair.name}"
-        if not self.loaded:
-            raise MechdiffError(
-                f"{what} ({reason}); look at their memory, and that mechdiff is installed on every node."
-            )
-        if self._failed_starts == MAX_DEATHS:
-            warnings.warn(f"{what} ({reason}); going on with those that are there.", stacklevel=2)
-
-    def _start_missing(self) -> None:
-        """Ask for workers; each starts when the cluster has room."""
-        if not self._handles and self._failed_starts >= MAX_DEATHS:
-            self._failed_starts = 0  # nobody is left: try again
-        while len(self._handles) < self._n_workers and self._failed_starts < MAX_DEATHS:
-            actor = self._remote.remote()
-            self._handles.append(WorkerHandle(actor, actor.call.remote("load", self._recipe)))
-
-    def _remove(self, handle: WorkerHandle) -> None:
-        self._handles.remove(handle)
-        with suppress(self._ray.exceptions.RayError):
-            self._ray.kill(handle.actor)
+        return outcome
 
 
 def _gpus_of_each(ray: Any, pair: Pair, device: str, asked: int | None) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import ClassVar, TypeAlias, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -218,8 +217,7 @@ class CleanNoise(Task):
 
     def run(self, pair: Pair) -> Tensors:
         """See `PatchEngine.clean_noise`."""
-        side = pair.base if self.role == "base" else pair.tuned
-        with side.engine() as engine:
+        with pair.side(self.role).engine() as engine:
             return {"KL": engine.clean_noise(pair.tokens(self.role, self.prompts, self.position))}
 
 
@@ -276,7 +274,7 @@ class HeadPatches(Task):
             MechdiffError: The heads of the two models cannot be told apart or differ in number or width.
         """
         site = Site(self.layer, Hook.ATTN_OUT)
-        base, tuned = self._head_outputs(pair)
+        base, tuned = self._head_outputs(pair, site)
         chosen = torch.zeros(len(self.sets), tuned.shape[1], 1, dtype=torch.bool)
         for row, heads in enumerate(self.sets):
             chosen[row, list(heads)] = True
@@ -291,32 +289,25 @@ class HeadPatches(Task):
             (found,) = engine.score(recorded, [group]).divergences
         return {"KL": found.kl_patched_clean}
 
-    def _head_outputs(self, pair: Pair) -> tuple[Tensor, Tensor]:
+    def _head_outputs(self, pair: Pair, site: Site) -> tuple[Tensor, Tensor]:
         """Outputs of each head of base and tuned before the output projection, [n, heads, width]."""
-        known = _HEAD_OUTPUTS.setdefault(pair, {})
-        key = (self.layer, self.prompts.digest, self.position)
-        if key not in known:
-            if any(layer != self.layer for layer, *_ in known):
-                known.clear()
-            found = []
-            for role, side in (("base", pair.base), ("tuned", pair.tuned)):
-                with side.engine() as engine:
-                    tokens = pair.tokens(role, self.prompts, self.position)
-                    found.append(engine.heads(self.layer).capture(tokens))
-            base, tuned = found
-            if base.shape != tuned.shape:
-                raise MechdiffError(
-                    f"Base and tuned have heads of {list(base.shape[1:])} and {list(tuned.shape[1:])} "
-                    f"(number, width) in layer {self.layer}; heads can be substituted only where they "
-                    "correspond."
-                )
-            known[key] = base, tuned
-        return known[key]
-
-
-_HEAD_OUTPUTS: WeakKeyDictionary[Pair, dict[tuple[int, str, Position], tuple[Tensor, Tensor]]]
-_HEAD_OUTPUTS = WeakKeyDictionary()
-"""Kept for one layer: a greedy search asks for the same prompts again and again."""
+        found = []
+        for role in ("base", "tuned"):
+            key = (f"heads of {role}", self.prompts.digest, self.position)
+            known = pair.recordings.captured(key, [site])
+            if known is None:
+                tokens = pair.tokens(role, self.prompts, self.position)
+                with pair.side(role).engine() as engine:
+                    known = {site: engine.heads(site.layer).capture(tokens)}
+                pair.recordings.add(key, known)
+            found.append(known[site])
+        base, tuned = found
+        if base.shape != tuned.shape:
+            raise MechdiffError(
+                f"Base and tuned have heads of {list(base.shape[1:])} and {list(tuned.shape[1:])} "
+                f"(number, width) in layer {site.layer}; heads can be substituted only where they correspond."
+            )
+        return base, tuned
 
 
 def _variants(

@@ -5,18 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import groupby
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from mechdiff_mlflow.engine.model.chunks import ChunkPlan
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.rows import Replacements, SiteRows
-from mechdiff_mlflow.experiments.workers.shards import MAX_SHARDS, merged, shards_of
 from mechdiff_mlflow.experiments.workers.tasks import (
     Capture,
     CleanNoise,
+    LazyTensors,
     Score,
     Task,
     Tensors,
@@ -24,21 +26,16 @@ from mechdiff_mlflow.experiments.workers.tasks import (
 )
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
-from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Site
 
 Answer = TypeVar("Answer")
 
+MAX_SHARDS = 32
+"""Shards of a task: enough to lose little with one, few enough to cost nothing each."""
+
 _NOISE_PROMPTS = 4
 """Prompts that are read twice for the noise floor."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSize:
-    """Decoder blocks of a model, and the width of its residual stream."""
-
-    n_layers: int
-    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +55,13 @@ def compute_environment(pair: Pair) -> ComputeEnvironment:
     return ComputeEnvironment(mode, f"{name}, torch {torch.__version__}", pair.one_at_a_time)
 
 
-def model_sizes(pair: Pair) -> tuple[ModelSize, ModelSize]:
-    """Sizes of base and tuned."""
-    with pair.base.engine() as engine:
-        base = ModelSize(engine.n_layers, engine.width)
-    with pair.tuned.engine() as engine:
-        return base, ModelSize(engine.n_layers, engine.width)
+def model_sizes(pair: Pair) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Decoder blocks of base and of tuned, and the width of their residual streams."""
+    sizes = []
+    for side in (pair.base, pair.tuned):
+        with side.engine() as engine:
+            sizes.append((engine.n_layers, engine.width))
+    return sizes[0], sizes[1]
 
 
 def n_heads_of(pair: Pair, layer: int) -> int:
@@ -78,7 +76,7 @@ def n_heads_of(pair: Pair, layer: int) -> int:
 
 def unembedding(pair: Pair, role: str) -> Tensor:
     """See `Side.unembedding`."""
-    return (pair.base if role == "base" else pair.tuned).unembedding()
+    return pair.side(role).unembedding()
 
 
 class Workers(ABC):
@@ -185,3 +183,48 @@ class LocalWorkers(Workers):
     def ask(self, question: Callable[..., Answer], *arguments: object) -> Answer:
         """Answer from the pair in this process."""
         return question(self.pair, *arguments)
+
+
+def chunks_of(prompts: TokenizedPrompts, batch_size: int) -> list[list[int]]:
+    """Prompts that the engine runs together, in the order in which it takes them."""
+
+    def alike(i: int) -> tuple[int, int]:
+        return len(prompts.ids[i]) - prompts.positions[i], prompts.span(i)
+
+    chunks = []
+    for _, group in groupby(ChunkPlan(prompts, torch.device("cpu")).order, key=alike):
+        rows = list(group)
+        chunks += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    return chunks
+
+
+def shards_of(task: Task, pair: Pair, at_most: int = MAX_SHARDS) -> list[list[int]]:
+    """The prompts of each shard, ascending; one shard where the two models would be cut differently.
+
+    A shard is made of whole chunks of the engine, so each chunk holds the very prompts that it would hold
+    without shards, and every number is the same to the bit.
+    """
+    whole = [list(range(len(task.prompts)))]
+    if not task.divisible or at_most < 2:
+        return whole
+    size = pair.options.batch_size
+    first, *others = (chunks_of(pair.tokens(role, task.prompts, task.position), size) for role in task.roles)
+    if any(other != first for other in others):
+        return whole
+    at_once = -(-len(first) // at_most)
+    runs = (first[start : start + at_once] for start in range(0, len(first), at_once))
+    return [sorted(i for chunk in run for i in chunk) for run in runs]
+
+
+def merged(parts: Sequence[tuple[Sequence[int], Tensors]]) -> Tensors:
+    """Rows of all prompts from those of shards: each with which prompts it has."""
+    first = parts[0][1]
+    return first if len(parts) == 1 else LazyTensors({name: partial(_merged, parts, name) for name in first})
+
+
+def _merged(parts: Sequence[tuple[Sequence[int], Tensors]], name: str) -> Tensor:
+    first = parts[0][1][name]
+    together = first.new_empty(sum(len(rows) for rows, _ in parts), *first.shape[1:])
+    for rows, part in parts:
+        together[torch.tensor(rows)] = part[name]
+    return together

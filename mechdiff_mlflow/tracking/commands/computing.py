@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.doctor import require_sound
 from mechdiff_mlflow.experiments.options import ModelOptions
+from mechdiff_mlflow.experiments.preflight import require_sound
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.requests import ExperimentRequest
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers, Workers

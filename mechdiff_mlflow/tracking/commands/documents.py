@@ -10,7 +10,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.requests import CompareRequest, ReportRequest
 from mechdiff_mlflow.report import experiment as reports
 from mechdiff_mlflow.report.comparison import comparison, matches, needed_runs
-from mechdiff_mlflow.report.document import Document, check_out, joined
+from mechdiff_mlflow.report.document import Document, joined
 from mechdiff_mlflow.report.evidence import Evidence
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.tracking.commands.session import command_line
@@ -38,9 +38,8 @@ def write_report(request: ReportRequest) -> Written:
     """Write up what the runs of a pair show.
 
     Raises:
-        MechdiffError: Nothing can be written there, or no run of the pair has been made.
+        MechdiffError: No run of the pair has been made, or nothing can be written there.
     """
-    check_out(Path(request.out))
     name = PairSpec.load(request.pair).name
     store = open_store(request.tracking_uri)
     experiment = experiment_of(store, request.experiment, name)
@@ -54,12 +53,11 @@ def write_comparison(request: CompareRequest) -> Written:
     """Compare fine-tunes by their runs, each with the first.
 
     Raises:
-        MechdiffError: There are not two pairs, nothing can be written there, or a pair has no runs.
+        MechdiffError: There are not two pairs, a pair has no runs, or nothing can be written there.
     """
     names = [PairSpec.load(pair).name for pair in request.pairs]
     if len(names) < 2 or len(set(names)) < len(names):
         raise MechdiffError(f"Pairs {', '.join(names)} cannot be compared; name two or more different ones.")
-    check_out(Path(request.out))
     store = open_store(request.tracking_uri)
     first, *others = (evidence_of(store, name, experiment_of(store, None, name)) for name in names)
     documents = []

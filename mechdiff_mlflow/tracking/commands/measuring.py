@@ -8,7 +8,7 @@ from functools import partial
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
-from mechdiff_mlflow.experiments.possible import check_cells, check_map, check_pair
+from mechdiff_mlflow.experiments.preflight import check_cells, check_map, check_pair
 from mechdiff_mlflow.experiments.requests import (
     ORIGINAL_N,
     FitRequest,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments import atlas as measured_atlas
-from mechdiff_mlflow.experiments.possible import check_cells, check_pair, check_sites
+from mechdiff_mlflow.experiments.preflight import check_cells, check_pair, check_sites
 from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
 from mechdiff_mlflow.experiments.requests import AtlasRequest, HeadsRequest, LayersRequest
 from mechdiff_mlflow.models.pairs import Pair

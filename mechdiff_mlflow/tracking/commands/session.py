@@ -16,7 +16,7 @@ import pandas as pd
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Protocol, Study
-from mechdiff_mlflow.experiments.possible import check_pair
+from mechdiff_mlflow.experiments.preflight import check_pair
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.requests import ExperimentRequest
 from mechdiff_mlflow.experiments.sweep import LeastRank
