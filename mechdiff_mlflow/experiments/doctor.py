@@ -100,7 +100,7 @@ def _templates(pair: Pair, prompts: PromptSet) -> str:
     lengths = [len(ids) for found in read.values() for ids in found]
     starts = {}
     for role in read:
-        bos = pair.readers.of(role).bos_token_id
+        bos = pair.readers.tokenizer_for(role).bos_token_id
         counts = sorted({ids.count(bos) if bos is not None else 0 for ids in read[role]})
         starts[role] = " or ".join({0: "no", 1: "one"}.get(count, str(count)) for count in counts) + " BOS"
     same = starts["base"] == starts["tuned"]

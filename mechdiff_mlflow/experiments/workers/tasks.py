@@ -218,8 +218,7 @@ class CleanNoise(Task):
 
     def run(self, pair: Pair) -> Tensors:
         """See `PatchEngine.clean_noise`."""
-        side = pair.base if self.role == "base" else pair.tuned
-        with side.engine() as engine:
+        with pair.side(self.role).engine() as engine:
             return {"KL": engine.clean_noise(pair.tokens(self.role, self.prompts, self.position))}
 
 

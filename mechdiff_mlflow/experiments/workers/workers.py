@@ -78,7 +78,7 @@ def n_heads_of(pair: Pair, layer: int) -> int:
 
 def unembedding(pair: Pair, role: str) -> Tensor:
     """See `Side.unembedding`."""
-    return (pair.base if role == "base" else pair.tuned).unembedding()
+    return pair.side(role).unembedding()
 
 
 class Workers(ABC):
