@@ -25,9 +25,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -154,7 +155,10 @@ def make_pair(shape: Shape, folder: Path, device: str) -> Pair:
             return model
 
         revision = f"random weights, {role}"
-        return Side(role, words, revision, shape.layers, load, role, nullcontext, engine, model_cache)
+        checkpoint: Any = SimpleNamespace(
+            n_layers=shape.layers, n_embeddings=None, max_tokens=None, outline=lambda: None
+        )
+        return Side(role, checkpoint, words, revision, load, role, engine, model_cache)
 
     base, tuned = side("base"), side("tuned")
     for one in (base, tuned):

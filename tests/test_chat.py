@@ -151,9 +151,9 @@ def test_the_remedy_for_a_greedy_template_works(tight: None, spec: Path) -> None
 
 def test_nobody_waits_for_a_child_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "SECONDS", 1)
-    monkeypatch.setattr(bounds, "_PATIENCE", 1)
+    monkeypatch.setattr(bounds, "_CLOCK", 1)
     with pytest.raises(MechdiffError, match="Sleeping took over 1 s"):
-        bounds.bounded("Sleeping", lambda: time.sleep(60))
+        bounds.run_bounded("Sleeping", lambda: time.sleep(60))
 
 
 def test_a_child_changes_nothing_here_and_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,10 +161,10 @@ def test_a_child_changes_nothing_here_and_leaves_no_process(monkeypatch: pytest.
     fork = os.fork
     monkeypatch.setattr(os, "fork", lambda: children.append(fork()) or children[-1])
     here: list[int] = []
-    assert bounds.bounded("x", lambda: [*here, here.append(1)]) == [None]
+    assert bounds.run_bounded("x", lambda: [*here, here.append(1)]) == [None]
     assert here == []
     with pytest.raises(MechdiffError, match=r"^x failed \(ZeroDivisionError: division by zero\)"):
-        bounds.bounded("x", lambda: 1 / 0)
+        bounds.run_bounded("x", lambda: 1 / 0)
     assert len(children) == 2
     for child in children:
         with pytest.raises(ChildProcessError):

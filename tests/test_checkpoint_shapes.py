@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +60,7 @@ def plain(model: torch.nn.Module, pair: Pair, role: str) -> tuple[Tensor, Tensor
 
 
 def check_side(pair: Pair, role: str, expected: torch.nn.Module) -> None:
-    side = pair.base if role == "base" else pair.tuned
+    side = pair.side(role)
     activations, logits = plain(expected, pair, role)
     tokens = pair.tokens(role, pair.prompts_of("val"), Position.DECISION)
     with side.engine() as engine:
@@ -75,10 +74,6 @@ def prefixed(prefix: str) -> Callable[[Weights], Weights]:
     return lambda weights: {prefix + name: weight for name, weight in weights.items()}
 
 
-def inside(after: str, wrapper: str) -> Callable[[Weights], Weights]:
-    return lambda weights: {k.replace(after, after + wrapper): v for k, v in weights.items()}
-
-
 def without(part: str) -> Callable[[Weights], Weights]:
     return lambda weights: {name: weight for name, weight in weights.items() if part not in name}
 
@@ -87,24 +82,8 @@ def plus(**more: Tensor) -> Callable[[Weights], Weights]:
     return lambda weights: weights | {name.replace("__", "."): weight for name, weight in more.items()}
 
 
-def checkpointed(weights: Weights) -> Weights:
-    return {k.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."): v for k, v in weights.items()}
-
-
 FITTING = {
     "as it was": dict,
-    "torch.compile": prefixed("_orig_mod."),
-    "DDP": prefixed("module."),
-    "DDP of compiled": prefixed("module._orig_mod."),
-    "FSDP": prefixed("_fsdp_wrapped_module."),
-    "decoder compiled": inside("model.", "_orig_mod."),
-    "layers compiled": lambda weights: {
-        re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", name): weight for name, weight in weights.items()
-    },
-    "activation checkpoints": checkpointed,
-    "PEFT's wrapper, merged": prefixed("base_model.model."),
-    "Lightning": prefixed("_forward_module."),
-    "a language model of a multimodal one": prefixed("language_model."),
     "rotations saved": plus(model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(4)),
     "scales of a cache": plus(model__layers__0__self_attn__k_scale=torch.ones(1)),
 }
@@ -115,7 +94,7 @@ FITTING = {
 def test_what_fits_is_the_model_that_was_saved(spec: Path, shape: str, side: str) -> None:
     expected = AutoModelForCausalLM.from_pretrained(spec.parent / side)
     edit(spec.parent / side, FITTING[shape])
-    pair = load(spec, sequential="yes" if shape == "DDP" else "no")
+    pair = load(spec, sequential="yes" if shape == "rotations saved" else "no")
     check_side(pair, side, expected)
     if side == "base":
         ids = torch.tensor([[1, 2, 3]])
@@ -127,11 +106,7 @@ def test_a_tied_head_may_be_saved_or_not(spec: Path) -> None:
     net = LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(folder, tie_word_embeddings=True)).eval()
     net.save_pretrained(folder)
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    for change in (
-        dict,
-        lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"]},
-        prefixed("module."),
-    ):
+    for change in (dict, lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"]}):
         edit(folder, change)
         check_side(load(spec), "tuned", net)
 
@@ -167,6 +142,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "an unknown prefix": (
         lambda f: edit(f, prefixed("policy.")),
         r"lacks 39 of its weights .* is given 39 .* remove 'policy\.' from the names in its files",
+    ),
+    "a wrapper of torch.compile": (
+        lambda f: edit(f, prefixed("_orig_mod.")),
+        r"remove '_orig_mod\.' from the names in its files",
     ),
     "a wrapper and a missing layer": (
         lambda f: edit(f, lambda w: prefixed("module.")(without("layers.1.")(w))),
@@ -299,16 +278,10 @@ def test_pickles_are_converted_by_what_the_error_says(spec: Path) -> None:
     check_side(load(spec), "tuned", expected)
 
 
-def test_sharded_and_wrapped(spec: Path) -> None:
+def test_sharded(spec: Path) -> None:
     folder = spec.parent / "tuned"
     expected = AutoModelForCausalLM.from_pretrained(folder)
     sharded(folder)
-    index = folder / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    content["weight_map"] = {f"_orig_mod.{k}": v for k, v in content["weight_map"].items()}
-    index.write_text(json.dumps(content))
-    for shard in folder.glob("model-*.safetensors"):
-        save_file(prefixed("_orig_mod.")(load_file(shard)), shard, metadata={"format": "pt"})
     check_side(load(spec), "tuned", expected)
 
 

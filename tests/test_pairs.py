@@ -27,7 +27,7 @@ def load(spec: Path, **options: str) -> Pair:
 
 
 def activations(pair: Pair, role: str) -> torch.Tensor:
-    side = pair.base if role == "base" else pair.tuned
+    side = pair.side(role)
     tokens = pair.tokens(role, pair.prompts_of("val"), Position.DECISION)
     with side.engine() as engine:
         return engine.capture(tokens, [SITE])[SITE]
@@ -120,7 +120,7 @@ def test_prompts_are_checked_before_weights_are_loaded(
 
 def test_the_asked_dtype_is_that_of_both_models(toy: Path) -> None:
     pair = load(toy, dtype="float64")
-    assert {side.model.dtype for side in (pair.base, pair.tuned)} == {torch.float64}
+    assert {side.model.dtype for side in pair.sides} == {torch.float64}
     assert pair.spec.dtype == "float64"
 
 

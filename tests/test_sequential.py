@@ -74,7 +74,7 @@ def test_clean_runs_go_with_their_model(toy: Path, loads: list[str]) -> None:
     for _ in range(2):
         LocalWorkers(pair).score(prompts, Position.DECISION, {site: {}})
     with pair.tuned.engine() as engine:
-        recorded = pair.recordings.to_patch(
+        recorded = pair.recordings.recorded(
             *(engine, ("tuned", prompts.digest, Position.DECISION)),
             *(pair.tokens("tuned", prompts, Position.DECISION), [site]),
         )

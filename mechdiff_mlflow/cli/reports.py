@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.options import command, pair_name
-from mechdiff_mlflow.cli.recovery import list_stuck
+from mechdiff_mlflow.cli.resume import list_stuck
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.options import StoreOptions
 from mechdiff_mlflow.experiments.requests import CompareRequest, ReportRequest

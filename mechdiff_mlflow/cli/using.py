@@ -166,7 +166,9 @@ def _loaded(request: UseRequest, check: Callable[[PairSpec, Pair], None]) -> tup
 
     def check_both(pair: Pair) -> None:
         check(spec, pair)
-        check_map(the_map, request.map, site_of(the_map), pair, any_pair=request.allow_pair_mismatch)
+        check_map(
+            the_map, request.map, site_of(the_map), pair, allow_pair_mismatch=request.allow_pair_mismatch
+        )
 
     with bars() as stage, stage("loading both models", 1):
         both_held = dataclasses.replace(request, sequential="no")

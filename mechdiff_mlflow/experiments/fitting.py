@@ -207,7 +207,7 @@ def wrong_layer_site(site: Site, pair: Pair) -> Site:
     n_layers = pair.n_layers
     step = max(1, n_layers // 8)
     wanted = site.layer + (step if site.layer + step < n_layers else -step)
-    outlines = [outline for side in (pair.base, pair.tuned) if (outline := side.outline()) is not None]
+    outlines = pair.outlines()
     others = sorted({*range(n_layers)} - {site.layer}, key=lambda layer: abs(layer - wanted))
     there = (replace(site, layer=layer) for layer in others)
     return next((other for other in there if all(outline.has(other) for outline in outlines)), site)

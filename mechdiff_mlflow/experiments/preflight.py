@@ -55,7 +55,7 @@ def check_sites(sites: Iterable[Site], pair: Pair) -> None:
     Raises:
         MechdiffError: A layer or a hook does not exist.
     """
-    outlines = [outline for side in (pair.base, pair.tuned) if (outline := side.outline()) is not None]
+    outlines = pair.outlines()
     for site in dict.fromkeys(sites):
         if site.layer >= pair.n_layers:
             n = pair.n_layers
@@ -103,11 +103,11 @@ def check_cells(cells: Sequence[Cell], protocol: Protocol, pair: Pair) -> None:
             )
 
 
-def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, any_pair: bool) -> None:
+def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, allow_pair_mismatch: bool) -> None:
     """Make sure that the map that the user calls `name` fits its site of a pair, and was fitted on the pair.
 
     Raises:
-        MechdiffError: It does not; or it was not, and `any_pair` is false.
+        MechdiffError: It does not; or it was not, and `allow_pair_mismatch` is false.
     """
     check_sites([site], pair)
     widths = _widths(pair)
@@ -117,7 +117,7 @@ def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, any_pair: b
             f"{widths[0]} to {widths[1]}; use a map that was fitted on this pair."
         )
     theirs = map_.meta.get("fingerprint", "unknown")
-    if theirs != pair.fingerprint and not any_pair:
+    if theirs != pair.fingerprint and not allow_pair_mismatch:
         raise MechdiffError(
             f"Map {name} was fitted on pair {theirs} and this is {pair.fingerprint} (other weights, "
             "tokenizer, template, dtype or prompts, or an earlier mechdiff); name its own pair, fit again, "
@@ -127,8 +127,8 @@ def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, any_pair: b
 
 def _widths(pair: Pair) -> tuple[int, int] | None:
     """The widths of base and tuned, as their configurations say."""
-    base, tuned = pair.base.outline(), pair.tuned.outline()
-    return None if base is None or tuned is None else (base.width, tuned.width)
+    outlines = pair.outlines()
+    return (outlines[0].width, outlines[1].width) if len(outlines) == 2 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ def _templates(pair: Pair, prompts: PromptSet) -> str:
     lengths = [len(ids) for found in read.values() for ids in found]
     starts = {}
     for role in read:
-        bos = pair.readers.of(role).bos_token_id
+        bos = pair.readers.tokenizer_for(role).bos_token_id
         counts = sorted({ids.count(bos) if bos is not None else 0 for ids in read[role]})
         starts[role] = " or ".join({0: "no", 1: "one"}.get(count, str(count)) for count in counts) + " BOS"
     same = starts["base"] == starts["tuned"]

@@ -13,7 +13,6 @@ from torch import Tensor
 from mechdiff_mlflow.engine import CleanRuns, PatchEngine
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models.pairs import Pair
-from mechdiff_mlflow.models.recordings import Rows
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Site
@@ -85,7 +84,7 @@ def capture(
     *,
     to_patch: bool = False,
 ) -> Mapping[Site, Tensor]:
-    """Activations of one model at some sites, [n, d] in the model's dtype.
+    """Activations of one model at some sites, perhaps at others too, [n, d] in the model's dtype.
 
     Where they are known already nothing is run, otherwise one forward a prompt; its clean run is kept for
     patches of the tuned model, and `to_patch` of base too.
@@ -99,14 +98,14 @@ def capture(
     if prompts.split != "train" and (role == "tuned" or to_patch):
         with patchable(pair, role, prompts, position, sites) as (engine, recorded):
             engine.complete(recorded)
-            return Rows.of(recorded.activations, sites)
+            return recorded.activations
     with pair.side(role).engine() as engine:
         tokens = pair.tokens(role, prompts, position)
         if prompts.split == "train":  # asked for once, by a fit, and nothing is patched on them
             return engine.capture(tokens, sites)
         known = pair.recordings.everything(key)
         pair.recordings.add(key, engine.capture(tokens, [site for site in sites if site not in known]))
-        return Rows.of(pair.recordings.everything(key), sites)
+        return pair.recordings.everything(key)
 
 
 @contextmanager
@@ -116,4 +115,4 @@ def patchable(
     """The engine of one model, and prompts that are recorded for patches at some sites."""
     with pair.side(role).engine() as engine:
         tokens = pair.tokens(role, prompts, position)
-        yield engine, pair.recordings.to_patch(engine, (role, prompts.digest, position), tokens, sites)
+        yield engine, pair.recordings.recorded(engine, (role, prompts.digest, position), tokens, sites)

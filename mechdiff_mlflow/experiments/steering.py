@@ -14,7 +14,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 from mechdiff_mlflow.measures.metrics import next_token_divergences
 from mechdiff_mlflow.models.attach import Tokens, attached
-from mechdiff_mlflow.models.bounded import bounded
+from mechdiff_mlflow.models.bounded import run_bounded
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.models.sides import Side
 from mechdiff_mlflow.spec.pair_spec import Position
@@ -140,5 +140,5 @@ def _continue(
         )
     said = out.sequences[:, length:].tolist()
     what = f"Decoding with the {side.role} tokenizer"  # whose decoder may grow what it gets
-    texts = bounded(what, lambda: tokenizer.batch_decode(said, skip_special_tokens=True))
+    texts = run_bounded(what, lambda: tokenizer.batch_decode(said, skip_special_tokens=True))
     return [text.strip() for text in texts], out.logits[0]

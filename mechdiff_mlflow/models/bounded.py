@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import gc
 import json
+import multiprocessing
 import os
-import select
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 from mechdiff_mlflow.errors import MechdiffError
@@ -23,17 +22,27 @@ SECONDS = 20
 BYTES = 2 << 30
 """Memory that it may take beyond what this process has."""
 
-_PATIENCE = 15
+_CLOCK = 15
 """Times its processor time that it may take by the clock, as on a busy machine."""
 
+_TOO_MUCH_MEMORY = {"ended": f"took over {BYTES >> 20} MiB of memory, more than is allowed"}
 
-def bounded(what: str, work: Callable[[], Any], *, seconds: int = 0) -> Any:
+
+def run_bounded(
+    what: str,
+    work: Callable[[], Any],
+    *,
+    seconds: int = 0,
+    remedy: str = "do not use this tokenizer or chat template, or set template: base, tuned or none to go "
+    "without it",
+) -> Any:
     """What `work` gives, from a copy of this process that ends with it; only where there is fork, on Linux.
 
     Args:
         what: What is worked on, at the start of errors.
         work: Gives something that JSON can hold; what it changes is lost.
         seconds: Processor time beside `SECONDS`.
+        remedy: What to do, at the end of errors.
 
     Raises:
         MechdiffError: `work` raised one, or took more time or memory.
@@ -41,53 +50,29 @@ def bounded(what: str, work: Callable[[], Any], *, seconds: int = 0) -> Any:
     if not sys.platform.startswith("linux"):
         return work()
     seconds += SECONDS
-    mine, its = os.pipe()
+    answer, its_end = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_answer, args=(work, its_end, seconds))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the child needs none of their locks
-        child = os.fork()
-    if child == 0:
-        try:
-            os.close(mine)
-            _answer(work, its, seconds)
-        finally:
-            os._exit(0)
-    os.close(its)
+        child.start()
+    its_end.close()
+    found: dict[str, Any] = {"ended": f"took over {seconds} s of processor time, more than is allowed"}
     try:
-        answer = _read(mine, time.monotonic() + _PATIENCE * seconds)
+        if answer.poll(_CLOCK * seconds):
+            found = json.loads(answer.recv_bytes())
+    except (EOFError, ValueError, RecursionError):  # killed, or aborted as its libraries do without memory
+        child.join()
+        found = found if child.exitcode == -signal.SIGXCPU else _TOO_MUCH_MEMORY
     finally:
-        os.close(mine)
-        ended = 0
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # where children are not kept
-            os.kill(child, signal.SIGKILL)
-            ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if answer is None or -ended == signal.SIGXCPU:
-        raise MechdiffError(
-            f"{what} took over {seconds} s of processor time, more than is allowed; {_REMEDY}."
-        )
-    try:
-        found = json.loads(answer)
-    except (ValueError, RecursionError):  # killed, or aborted as its libraries do without memory
-        found = {"ended": f"took over {BYTES >> 20} MiB of memory, more than is allowed"}
+        answer.close()
+        child.kill()
+        child.join()
     if "result" in found:
         return found["result"]
-    raise MechdiffError(found.get("refused") or f"{what} {found['ended']}; {_REMEDY}.")
+    raise MechdiffError(found.get("refused") or f"{what} {found['ended']}; {remedy}.")
 
 
-_REMEDY = "do not use this tokenizer or chat template, or set template: base, tuned or none to go without it"
-
-
-def _read(file: int, until: float) -> bytes | None:
-    """All that is written to a pipe; None when that takes too long."""
-    parts: list[bytes] = []
-    while select.select([file], [], [], max(0.0, until - time.monotonic()))[0]:
-        part = os.read(file, 1 << 20)
-        if not part:
-            return b"".join(parts)
-        parts.append(part)
-    return None
-
-
-def _answer(work: Callable[[], Any], file: int, seconds: int) -> None:
+def _answer(work: Callable[[], Any], pipe: Connection, seconds: int) -> None:
     """In the child: do the work within bounds, and write what came of it."""
     import resource  # there is none on Windows
 
@@ -114,8 +99,8 @@ def _answer(work: Callable[[], Any], file: int, seconds: int) -> None:
     except MechdiffError as error:
         found = {"refused": str(error)}
     except MemoryError:
-        found = {"ended": f"took over {BYTES >> 20} MiB of memory, more than is allowed"}
+        found = _TOO_MUCH_MEMORY
     except BaseException as error:
         found = {"ended": f"failed ({type(error).__name__}: {str(error)[:200]})"}
-    with open(file, "wb") as pipe:
-        pipe.write(json.dumps(found).encode())
+    pipe.send_bytes(json.dumps(found).encode())
+    os._exit(0)  # nothing of the parent's is to be run at exit here

@@ -7,16 +7,20 @@ import datetime
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import transformers.utils.chat_template_utils
 from transformers import PreTrainedTokenizerBase
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.models.bounded import bounded
+from mechdiff_mlflow.models.bounded import run_bounded
+from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.positions import Position
 from mechdiff_mlflow.spec.prompts import Message, Prompt, PromptSet, TokenizedPrompts
+
+if TYPE_CHECKING:
+    from mechdiff_mlflow.models.sides import Side
 
 TODAY = datetime.date(2024, 7, 26)
 """The date that a template which asks for it is told, so that every day gives the same tokens.
@@ -79,7 +83,7 @@ def read(
         tokens = [dataclasses.asdict(tokenize(tokenizer, s, chat=chat, position=position)) for s in sets]
         return {"sets": tokens, "remarks": _remarks(tokenizer, sets) if chat else []}
 
-    found = bounded(what, work, seconds=sum(map(len, sets)) // _PROMPTS_A_SECOND)
+    found = run_bounded(what, work, seconds=sum(map(len, sets)) // _PROMPTS_A_SECOND)
     tokens = (
         TokenizedPrompts(tuple(map(tuple, s["ids"])), tuple(s["positions"]), tuple(s["spans"]))
         for s in found["sets"]
@@ -89,22 +93,10 @@ def read(
 
 @dataclass(frozen=True, eq=False)
 class Readers:
-    """Reads prompts for both sides of a pair, each set once; mappings are by role.
+    """Reads prompts for both sides of a pair, each set once; sides are by role, all prompts by split."""
 
-    Args:
-        name: The pair's name.
-        tokenizers: With their chat templates.
-        n_embeddings: Tokens that the models have embeddings for; None if unknown.
-        max_tokens: Length of the longest prompt that they have positions for; None for no bound.
-        template: Which side's template is used, as in the pair's spec.
-        prompts: All prompts of the pair, by split.
-    """
-
-    name: str
-    tokenizers: Mapping[str, PreTrainedTokenizerBase]
-    n_embeddings: Mapping[str, int | None]
-    max_tokens: Mapping[str, int | None]
-    template: str
+    spec: PairSpec
+    sides: Mapping[str, Side]
     prompts: Mapping[str, PromptSet]
     _readings: dict[tuple[str, str, Position], Reading] = field(default_factory=dict)
 
@@ -118,9 +110,9 @@ class Readers:
         if own is None or own.prompts[: len(prompts)] != prompts.prompts:
             return self._reading(role, position, [prompts], prompts.digest).sets[0]
         at = list(self.prompts).index(prompts.split)
-        return self.all_of(role, position).sets[at][: len(prompts)]
+        return self.all_prompts(role, position).sets[at][: len(prompts)]
 
-    def all_of(self, role: str, position: Position) -> Reading:
+    def all_prompts(self, role: str, position: Position) -> Reading:
         """All prompts of the pair as one side sees them.
 
         Raises:
@@ -131,61 +123,64 @@ class Readers:
     @property
     def remarks(self) -> list[str]:
         """What the chat templates in use leave out of the prompts or lack, one sentence each."""
-        found = [r for role in self.tokenizers for r in self.all_of(role, Position.DECISION).remarks]
+        found = [r for role in self.sides for r in self.all_prompts(role, Position.DECISION).remarks]
         return list(dict.fromkeys(found))
 
-    def of(self, role: str) -> PreTrainedTokenizerBase:
+    def tokenizer_for(self, role: str) -> PreTrainedTokenizerBase:
         """The tokenizer that one side's prompts are read through."""
-        return self.tokenizers[self._reader(role)]
+        return self.sides[self._reader(role)].tokenizer
 
     def _reader(self, role: str) -> str:
-        return self.template if self.template in self.tokenizers else role
+        return self.spec.template if self.spec.template in self.sides else role
 
     def _reading(self, role: str, position: Position, sets: Sequence[PromptSet], which: str) -> Reading:
         reader = self._reader(role)
         key = (reader, which, position)
         if key not in self._readings:
             self._check_templates()
-            what = f"Reading prompts through the {reader} tokenizer of {self.name}"
-            tokenizer, chat = self.tokenizers[reader], self.template != "none"
+            what = f"Reading prompts through the {reader} tokenizer of {self.spec.name}"
+            tokenizer, chat = self.sides[reader].tokenizer, self.spec.template != "none"
             found = read(lambda: tokenizer, sets, what=what, chat=chat, position=position)
-            for side in self.tokenizers if reader == self.template else (reader,):
-                self._check_embedded(found, reader, side)
+            for role in self.sides if reader == self.spec.template else (reader,):
+                self._check_embedded(found, reader, self.sides[role])
                 for prompts, tokens in zip(sets, found.sets, strict=True):
-                    self._check_lengths(prompts, tokens, side)
+                    _check_lengths(prompts, tokens, self.sides[role])
             self._readings[key] = found
         return self._readings[key]
 
     def _check_templates(self) -> None:
-        has = [role for role, it in self.tokenizers.items() if getattr(it, "chat_template", None)]
-        needs = {"own": [*self.tokenizers], "none": []}.get(self.template, [self.template])
+        asked = self.spec.template
+        has = [role for role, side in self.sides.items() if getattr(side.tokenizer, "chat_template", None)]
+        needs = {"own": [*self.sides], "none": []}.get(asked, [asked])
         lack = [role for role in needs if role not in has]
         if lack:
             other = f"template: {has[0]} for both to read the {has[0]} side's, or " if has else ""
             raise MechdiffError(
-                f"The {' and the '.join(lack)} tokenizer of {self.name} has no chat template, which "
-                f"template: {self.template} asks for; set {other}template: none in the pair spec."
+                f"The {' and the '.join(lack)} tokenizer of {self.spec.name} has no chat template, which "
+                f"template: {asked} asks for; set {other}template: none in the pair spec."
             )
 
-    def _check_embedded(self, found: Reading, reader: str, side: str) -> None:
-        rows = self.n_embeddings[side]
+    def _check_embedded(self, found: Reading, reader: str, side: Side) -> None:
+        rows = side.checkpoint.n_embeddings
         top = max((max(ids) for tokens in found.sets for ids in tokens.ids), default=0)
         if rows is not None and top >= rows:
-            token = str(self.tokenizers[reader].convert_ids_to_tokens(top))[:80]
+            token = str(self.sides[reader].tokenizer.convert_ids_to_tokens(top))[:80]
             other = "base" if reader == "tuned" else "tuned"
             raise MechdiffError(
-                f"The {reader} tokenizer gives token {top} ({token!r}) and the {side} model has embeddings "
-                f"for {rows}; set template: {other}, or none, or save the model with its embeddings resized."
+                f"The {reader} tokenizer gives token {top} ({token!r}) and the {side.role} model has "
+                f"embeddings for {rows}; set template: {other}, or none, or save the model with its "
+                "embeddings resized."
             )
 
-    def _check_lengths(self, prompts: PromptSet, tokens: TokenizedPrompts, side: str) -> None:
-        most, lengths = self.max_tokens[side], [len(ids) for ids in tokens.ids]
-        if most is not None and max(lengths, default=0) > most:
-            longest = lengths.index(max(lengths))
-            raise MechdiffError(
-                f"Prompt {longest + 1} of {prompts.split} has {lengths[longest]} tokens and {side} has "
-                f"positions for {most}; shorten or remove it, and any other that is as long."
-            )
+
+def _check_lengths(prompts: PromptSet, tokens: TokenizedPrompts, side: Side) -> None:
+    most, lengths = side.checkpoint.max_tokens, [len(ids) for ids in tokens.ids]
+    if most is not None and max(lengths, default=0) > most:
+        longest = lengths.index(max(lengths))
+        raise MechdiffError(
+            f"Prompt {longest + 1} of {prompts.split} has {lengths[longest]} tokens and {side.role} has "
+            f"positions for {most}; shorten or remove it, and any other that is as long."
+        )
 
 
 def tokenize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import warnings
@@ -23,16 +22,12 @@ from torch import nn
 from mechdiff_mlflow.engine import ModuleNames
 from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.models import peft_adapters
 from mechdiff_mlflow.models.load_report import load_whole
 from mechdiff_mlflow.models.planted import plant_in
 from mechdiff_mlflow.models.revisions import code_commit, commit_of, folder_digest
 from mechdiff_mlflow.spec.model_files import check_model
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.plant import Plant
-
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
-_TOKENIZER_SETTINGS = ("*token*.json", "merges.txt", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -42,20 +37,20 @@ class Checkpoint:
     Args:
         spec: The pair that it belongs to.
         reference: Hugging Face id, or path relative to the spec file.
-        asked_revision: Branch, tag or commit; `load_pair` asks for the commit, see `pinned`.
+        commit: Of a repository on the hub, see `with_commits`; a folder has none.
         device: Where it is put, unless the spec has a device map.
         plant: A change that is made to it once loaded.
     """
 
     spec: PairSpec
     reference: str
-    asked_revision: str | None
+    commit: str | None
     device: str
     plant: Plant | None = None
 
     @cached_property
     def place(self) -> str:
-        """Path, or id."""
+        """Path, or hub id."""
         place = self.spec.locate(self.reference)
         if os.path.isabs(place):
             check_model(Path(place))
@@ -79,7 +74,7 @@ class Checkpoint:
         if Path(self.place).is_dir():
             found = folder_digest(Path(self.place), code=self.spec.trust_remote_code)
         else:
-            found = f"{self.place}@{self._commit}"
+            found = f"{self.place}@{self.commit}"
         found += f"+code:{self._code_commit}" if self._code_commit else ""
         return found if self.plant is None else f"{found}+planted:{self.plant}"
 
@@ -87,12 +82,12 @@ class Checkpoint:
     def n_layers(self) -> int:
         """Decoder blocks; as its configuration says where they are not found."""
         outline = self.outline()
-        return len(outline.blocks) if outline else int(self.config.get_text_config().num_hidden_layers)
+        return len(outline.blocks) if outline else int(self._text_config.num_hidden_layers)
 
     @property
     def n_embeddings(self) -> int | None:
         """Tokens that it has embeddings for, as its configuration says; None where it does not."""
-        found = getattr(self.config.get_text_config(), "vocab_size", None)
+        found = getattr(self._text_config, "vocab_size", None)
         return found if isinstance(found, int) else None
 
     def load(self) -> nn.Module:
@@ -107,8 +102,7 @@ class Checkpoint:
             device_map = {"": self.device}  # such weights cannot be moved later
         with self._explained(), quiet_transformers():
             options = {"dtype": getattr(torch, self.spec.dtype), "device_map": device_map}
-            what = f"Model {self.place} of pair {self.spec.name!r}"
-            model = load_whole(self._auto, self.place, what, **options, **quantized, **self._options)
+            model = load_whole(self._auto, self.place, self._name, **options, **quantized, **self._options)
         if device_map is None:
             model.to(self.device)
         if self.plant is not None:
@@ -120,12 +114,11 @@ class Checkpoint:
 
     def n_bytes(self) -> int:
         """Size of the weights once loaded, from the configuration alone; 0 where it does not say."""
-        model = self._skeleton_if_any
-        if model is None:
+        if self._skeleton_if_any is None:
             return 0
         number = {"8bit": 1.0, "4bit": 0.5}.get(self.spec.quantization or "")
         number = number or getattr(torch, self.spec.dtype).itemsize
-        return int(number * sum(weight.numel() for weight in model.parameters()))
+        return int(number * sum(weight.numel() for weight in self._skeleton_if_any.parameters()))
 
     def outline(self) -> Decoder | None:
         """Its blocks without any weights; None where they are not found without loading it."""
@@ -152,17 +145,10 @@ class Checkpoint:
             if found.is_encoder_decoder or not (own or any(type(found) in a._model_mapping for a in known)):
                 kind = "an encoder with a decoder" if found.is_encoder_decoder else "no causal language model"
                 raise MechdiffError(
-                    f"Model {self.place} of pair {self.spec.name!r} is {kind} ({found.model_type}), where "
-                    "prompts are continued by a decoder alone; name a decoder-only model."
+                    f"{self._name} is {kind} ({found.model_type}), where prompts are continued by a decoder "
+                    "alone; name a decoder-only model."
                 )
             return found
-
-    @cached_property
-    def _commit(self) -> str | None:
-        if Path(self.place).is_dir():
-            return None
-        with self._explained():
-            return commit_of(self.place, self.asked_revision, "config.json")
 
     @cached_property
     def _code_commit(self) -> str | None:
@@ -171,19 +157,23 @@ class Checkpoint:
             return None
         with self._explained():
             file = transformers.utils.cached_file
-            options = {"revision": self._commit, "_raise_exceptions_for_missing_entries": False}
+            options = {"revision": self.commit, "_raise_exceptions_for_missing_entries": False}
             found = (file(self.place, name, **options) for name in ("config.json", "tokenizer_config.json"))
             return code_commit([Path(path) for path in found if path is not None])
 
     @property
     def width(self) -> int:
         """Dimensions of its residual stream, as its configuration says."""
-        return int(self.config.get_text_config().hidden_size)
+        return int(self._text_config.hidden_size)
+
+    @property
+    def _text_config(self) -> Any:
+        return self.config.get_text_config()
 
     @property
     def max_tokens(self) -> int | None:
         """Length of the longest prompt that it has positions for; None where there is no bound."""
-        config = self.config.get_text_config()
+        config = self._text_config
         most = getattr(config, "max_position_embeddings", None)
         scaling = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None) or {}
         factor = scaling.get("factor") if isinstance(scaling, dict) else None
@@ -207,7 +197,7 @@ class Checkpoint:
     @property
     def _options(self) -> dict[str, Any]:
         code = {"code_revision": self._code_commit} if self._code_commit else {}
-        return {"revision": self._commit, "trust_remote_code": self.spec.trust_remote_code, **code}
+        return {"revision": self.commit, "trust_remote_code": self.spec.trust_remote_code, **code}
 
     def _quantization(self) -> dict[str, Any]:
         bits = self.spec.quantization
@@ -218,15 +208,19 @@ class Checkpoint:
                 f"Pair {self.spec.name!r} asks for {bits} weights and bitsandbytes is not installed; install "
                 "mechdiff-mlflow[quantized], or remove quantization from the spec."
             )
-        if bits == "8bit":
-            config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-        else:
-            compute = getattr(torch, self.spec.dtype)
-            config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
+        config = transformers.BitsAndBytesConfig(
+            load_in_8bit=bits == "8bit",
+            load_in_4bit=bits == "4bit",
+            bnb_4bit_compute_dtype=getattr(torch, self.spec.dtype),
+        )
         return {"quantization_config": config}
 
+    @property
+    def _name(self) -> str:
+        return f"Model {self.place} of pair {self.spec.name!r}"
+
     def _explained(self) -> contextlib.AbstractContextManager[None]:
-        return explained(f"Model {self.place} of pair {self.spec.name!r}", self.place)
+        return explained(self._name, self.place)
 
 
 @contextlib.contextmanager
@@ -256,38 +250,7 @@ def explained(what: str, place: str) -> Iterator[None]:
         raise MechdiffError(f"{what} cannot be loaded ({reason[:300]}); {remedy}.") from error
 
 
-def load_adapter(spec: PairSpec, model: nn.Module) -> Any:
-    """The spec's PEFT adapter on a model.
-
-    Raises:
-        MechdiffError: The adapter is missing or malformed, or cannot be switched off.
-    """
-    with _explained_adapter(spec), quiet_transformers():
-        return peft_adapters.put_on(model, adapter_folder(spec))
-
-
-def check_adapter(spec: PairSpec, base: Checkpoint) -> None:
-    """Refuse the spec's adapter, where its configuration says enough, before the base is loaded.
-
-    Raises:
-        MechdiffError: peft is not installed, or the adapter is missing, malformed or cannot be patched.
-    """
-    if importlib.util.find_spec("peft") is None:
-        raise MechdiffError(
-            f"Pair {spec.name!r} has a PEFT adapter and peft is not installed; install mechdiff-mlflow[peft]."
-        )
-    with _explained_adapter(spec):
-        names = (name for name, _ in base.skeleton.named_modules())
-        peft_adapters.check_config(adapter_folder(spec), base.width, names)
-
-
-def _explained_adapter(spec: PairSpec) -> contextlib.AbstractContextManager[None]:
-    assert spec.tuned.adapter is not None
-    place = spec.locate(spec.tuned.adapter)
-    return explained(f"Adapter {place} of pair {spec.name!r}", place)
-
-
-def pinned(spec: PairSpec) -> PairSpec:
+def with_commits(spec: PairSpec) -> PairSpec:
     """The spec with its revisions as commits, so that everything is loaded from the same ones.
 
     Raises:
@@ -303,53 +266,6 @@ def pinned(spec: PairSpec) -> PairSpec:
                 commit = commit_of(place, side.revision, file)
             sides[role] = side.model_copy(update={"revision": commit})
     return spec.model_copy(update=sides)
-
-
-def adapter_folder(spec: PairSpec) -> Path:
-    """The folder of the spec's PEFT adapter, downloaded if it is on the hub and not yet here.
-
-    Raises:
-        MechdiffError: It is missing or damaged, or names code.
-    """
-    assert spec.tuned.adapter is not None
-    place = spec.locate(spec.tuned.adapter)
-    with _explained_adapter(spec):
-        commit = None
-        if not Path(place).is_dir():
-            commit = commit_of(place, spec.tuned.revision, "adapter_config.json")
-        return peft_adapters.adapter_folder(place, commit, (*_VOCABULARIES, *_TOKENIZER_SETTINGS))
-
-
-def adapter_revision(spec: PairSpec) -> str:
-    """Revision of the spec's PEFT adapter: id and commit, or `sha256:` and the digest of its files."""
-    folder = adapter_folder(spec)
-    if str(folder) == spec.locate(spec.tuned.adapter or ""):
-        return folder_digest(folder)
-    return f"{spec.tuned.adapter}@{folder.name}"  # snapshots of the hub are called after their commit
-
-
-def adapter_tokenizer(spec: PairSpec, base: Checkpoint) -> transformers.PreTrainedTokenizerBase:
-    """The adapter's own tokenizer, or the base's with the adapter's special tokens and chat template.
-
-    Raises:
-        MechdiffError: A file of the tokenizer is malformed.
-    """
-    folder = adapter_folder(spec)
-    with explained(f"Tokenizer of adapter {folder} of pair {spec.name!r}", str(folder)):
-        if any(any(folder.glob(name)) for name in _VOCABULARIES):
-            own = transformers.AutoTokenizer.from_pretrained(
-                folder, config=base.config, trust_remote_code=spec.trust_remote_code
-            )
-            own.chat_template = own.chat_template or base.tokenizer.chat_template
-            return own
-        settings: dict[str, Any] = {}
-        for file in folder.glob("tokenizer_config.json"):
-            for name, value in json.loads(file.read_text("utf-8")).items():
-                if name == "chat_template" or name.endswith("_token"):
-                    settings[name] = value["content"] if isinstance(value, dict) else value
-        for file in folder.glob("chat_template.jinja"):
-            settings["chat_template"] = file.read_text("utf-8")
-    return base.tokenizer_with(settings) if settings else base.tokenizer
 
 
 def module_names(spec: PairSpec) -> ModuleNames | None:

@@ -6,24 +6,14 @@ Here that table is read, and such a model refused.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-import safetensors.torch
-from torch import Tensor, nn
+from torch import nn
 
 from mechdiff_mlflow.errors import MechdiffError
-
-_WRAPPER = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module"
-    r"|_forward_module|_dp_module|base_model\.model|pretrained_model|language_model)\."
-)
-"""What torch.compile, DDP, FSDP, checkpointing, Lightning, PEFT and others put into the names of weights."""
 
 _NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|\.[qkv]_(scale|zero_point)$|(^|\.)mtp[._]")
 """Buffers of old releases, scales of quantized caches, and heads that guess further tokens."""
@@ -84,8 +74,6 @@ class Misfit:
 def load_whole(auto: Any, place: str, what: str, **options: Any) -> nn.Module:
     """The model at `place`, a hub id or folder, with all its weights; errors call it `what`.
 
-    Weights that carry the prefix of a wrapper, such as `_orig_mod.`, are loaded without it if then all fit.
-
     Raises:
         MechdiffError: Weights are missing, left over or of another shape, or it is an adapter.
     """
@@ -95,18 +83,8 @@ def load_whole(auto: Any, place: str, what: str, **options: Any) -> nn.Module:
         raise MechdiffError(
             f"{what} is a PEFT adapter of another model; name it as tuned: {{adapter: …}} in the spec."
         )
-    misfit = Misfit.of(model, report)
-    if misfit:
-        bare = _unwrapped(place, options.pop("revision", None))
-        kind, config, generation = type(model), model.config, getattr(model, "generation_config", None)
-        del model
-        if bare is not None:
-            options.pop("trust_remote_code", None)
-            model, report = kind.from_pretrained(None, config=config, state_dict=bare, **options)
-            model.generation_config = generation
-            model.config._name_or_path = place
-        if bare is None or Misfit.of(model, report):
-            raise MechdiffError(f"{what} does not fit its weights: it {misfit}; {misfit.remedy}.")
+    if misfit := Misfit.of(model, report):
+        raise MechdiffError(f"{what} does not fit its weights: it {misfit}; {misfit.remedy}.")
     loaded: nn.Module = model
     return loaded
 
@@ -117,24 +95,6 @@ def untied(model: nn.Module, missing: Iterable[str]) -> tuple[str, ...]:
     named = dict(model.named_parameters(remove_duplicate=False))
     there = {id(weight) for name, weight in named.items() if name not in missing}
     return tuple(sorted(name for name in missing if name not in named or id(named[name]) not in there))
-
-
-def _unwrapped(place: str, revision: str | None) -> dict[str, Tensor] | None:
-    """The weights without wrapper prefixes; None if there are none, or two names would become one."""
-    folder = Path(place)
-    if not folder.is_dir():
-        kinds = ["*.safetensors", "*.safetensors.index.json"]
-        found = huggingface_hub.snapshot_download(
-            place, revision=revision, allow_patterns=kinds, local_files_only=True
-        )
-        folder = Path(found)
-    files = {folder / "model.safetensors"}
-    if not files <= set(folder.iterdir()):
-        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        files = {folder / name for name in index["weight_map"].values()}
-    weights = [item for file in sorted(files) for item in safetensors.torch.load_file(file).items()]
-    bare = {_WRAPPER.sub("", name): weight for name, weight in weights}
-    return None if len(bare) < len(weights) or bare.keys() == dict(weights).keys() else bare
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -33,7 +33,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models import hook_adapter
 from mechdiff_mlflow.models.attach import without_peft
-from mechdiff_mlflow.models.peft_adapters import put_on
+from mechdiff_mlflow.models.peft_adapters import apply_adapter
 from mechdiff_mlflow.spec.choices import Choice
 from mechdiff_mlflow.spec.sites import Hook, Site
 
@@ -177,7 +177,7 @@ def loaded(folder: Path, model: nn.Module) -> Iterator[nn.Module]:
     """
     if (folder / WEIGHTS_FILE).is_file():
         peft_library()
-        adapted = put_on(model, folder)
+        adapted = apply_adapter(model, folder)
         try:
             yield adapted
         finally:

@@ -69,8 +69,7 @@ class AdaptedModel:
         self._wrapper = self._adapt(model)
         return model
 
-    def disabled(self) -> contextlib.AbstractContextManager[object]:
+    def disabled(self) -> Any:
         """A context in which the model is itself alone; loaded if it is not there."""
         self._cache.model(self._key, self.load)
-        context: contextlib.AbstractContextManager[object] = self._wrapper.disable_adapter()
-        return context
+        return self._wrapper.disable_adapter()

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine import ModuleNames
+from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.engine.model.sums import sites_of
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models.chat import Readers, read
 from mechdiff_mlflow.models.checkpoints import (
     Checkpoint,
-    adapter_revision,
-    adapter_tokenizer,
-    check_adapter,
-    load_adapter,
     module_names,
-    pinned,
     quiet_transformers,
+    with_commits,
 )
 from mechdiff_mlflow.models.model_cache import AdaptedModel, ModelCache
-from mechdiff_mlflow.models.recordings import Recordings
+from mechdiff_mlflow.models.peft_adapters import Adapter
+from mechdiff_mlflow.models.recordings import RecordedPrompts
 from mechdiff_mlflow.models.sides import EngineOptions as EngineOptions
 from mechdiff_mlflow.models.sides import Side, digest, engine_maker
 from mechdiff_mlflow.spec.pair_spec import SPLITS, PairSpec, Position
@@ -58,7 +54,7 @@ class Pair:
     tuned: Side
     prompts: Mapping[str, PromptSet]
     device: str
-    recordings: Recordings = field(default_factory=Recordings)
+    recordings: RecordedPrompts = field(default_factory=RecordedPrompts)
     options: EngineOptions = field(default_factory=EngineOptions)
 
     @property
@@ -66,9 +62,14 @@ class Pair:
         """The spec's name."""
         return self.spec.name
 
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Base and tuned."""
+        return self.base, self.tuned
+
     def side(self, role: str) -> Side:
-        """The `base` or the `tuned` side."""
-        return self.base if role == "base" else self.tuned
+        """The side called `base` or `tuned`."""
+        return {"base": self.base, "tuned": self.tuned}[role]
 
     @property
     def n_layers(self) -> int:
@@ -82,13 +83,13 @@ class Pair:
         Raises:
             MechdiffError: As `tokens`.
         """
-        sides = (self.base, self.tuned)
         settings = {"template", "system", "dtype", "quantization", "modules", "trust_remote_code"}
-        ids = [t.ids for side in sides for t in self.readers.all_of(side.role, Position.DECISION).sets]
+        readings = [self.readers.all_prompts(side.role, Position.DECISION) for side in self.sides]
+        ids = [tokens.ids for reading in readings for tokens in reading.sets]
         return digest(
-            *(side.revision for side in sides),
-            *(side.tokenizer_digest for side in sides),
-            *(json.dumps(side.tokenizer.special_tokens_map, default=str) for side in sides),
+            *(side.revision for side in self.sides),
+            *(side.tokenizer_digest for side in self.sides),
+            *(json.dumps(side.tokenizer.special_tokens_map, default=str) for side in self.sides),
             self.spec.model_dump_json(include=settings),
             *(f"{split} {prompts.digest}" for split, prompts in self.prompts.items()),
             json.dumps(ids),
@@ -116,15 +117,7 @@ class Pair:
     @cached_property
     def readers(self) -> Readers:
         """The tokenizers and chat templates of both sides."""
-        sides = (self.base, self.tuned)
-        return Readers(
-            self.name,
-            {side.role: side.tokenizer for side in sides},
-            {side.role: side.n_embeddings for side in sides},
-            {side.role: side.max_tokens for side in sides},
-            self.spec.template,
-            self.prompts,
-        )
+        return Readers(self.spec, {side.role: side for side in self.sides}, self.prompts)
 
     def recorded_base(self, prompts: PromptSet, position: Position) -> Mapping[Site, Tensor]:
         """Every activation of the base model on some prompts, recorded once: loading it again costs more."""
@@ -142,7 +135,7 @@ class Pair:
         Raises:
             MechdiffError: They do not; or as `tokens`.
         """
-        base, tuned = (self.tokens(role, prompts, position) for role in ("base", "tuned"))
+        base, tuned = (self.tokens(side.role, prompts, position) for side in self.sides)
         if self.tokenizers_agree and base != tuned:
             differ = [
                 i for i, pair in enumerate(zip(base.ids, tuned.ids, strict=False), 1) if pair[0] != pair[1]
@@ -152,6 +145,10 @@ class Pair:
                 f"The tokenizers of {self.name} are the same and base and tuned see different tokens "
                 f"({where}); their special tokens differ, so set template: base in the spec."
             )
+
+    def outlines(self) -> list[Decoder]:
+        """The blocks of base and tuned without weights, as far as they are known."""
+        return [found for side in self.sides if (found := side.checkpoint.outline()) is not None]
 
     @property
     def modules(self) -> ModuleNames | None:
@@ -217,53 +214,45 @@ def load_pair(
         if getattr(spec.prompts, split)
     }
     check_disjoint(prompts.values())
-    spec = pinned(spec)
+    spec = with_commits(spec)
     device = device if lazily and device not in ("auto", "meta") else _existing_device(device)
     for part in spec.device_map.values() if isinstance(spec.device_map, dict) else [spec.device_map]:
         if str(part) == "meta":
             _existing_device("meta")
     bounds = options or EngineOptions()
     base_weights = Checkpoint(spec, spec.base.model, spec.base.revision, device)
-    tuned_weights = _tuned_weights(spec, base_weights)
-    one_at_a_time = (
-        not lazily and tuned_weights is not None and _one_at_a_time(bounds, base_weights, tuned_weights)
-    )
-    model_cache = ModelCache(one_at_a_time=one_at_a_time)
-    make_engine = engine_maker(spec, bounds)
+    tuned_source: Checkpoint | Adapter
+    if spec.tuned.plant is not None:
+        tuned_source = replace(base_weights, plant=spec.tuned.plant)
+    elif spec.tuned.model is not None:
+        tuned_source = Checkpoint(spec, spec.tuned.model, spec.tuned.revision, device)
+    else:
+        tuned_source = Adapter(spec, base_weights)
+    one_at_a_time = not lazily and _one_at_a_time(bounds, base_weights, tuned_source)
+    cache, make_engine = ModelCache(one_at_a_time=one_at_a_time), engine_maker(spec, bounds)
 
     def side(role: str, weights: Checkpoint) -> Side:
         return Side(
-            role,
-            weights.tokenizer,
-            weights.revision,
-            weights.n_layers,
-            weights.load,
-            role,
-            nullcontext,
-            make_engine,
-            model_cache,
-            weights.n_embeddings,
-            weights.max_tokens,
-            weights.outline,
+            role, weights, weights.tokenizer, weights.revision, weights.load, role, make_engine, cache
         )
-
-    def tuned_tokenizer() -> transformers.PreTrainedTokenizerBase:
-        return adapter_tokenizer(spec, base_weights) if tuned_weights is None else tuned_weights.tokenizer
 
     with quiet_transformers():
         # A tokenizer may be as hostile as a template: loaded within bounds first.
         read(lambda: base_weights.tokenizer, [], what=f"Loading the base tokenizer of {spec.name}")
-        read(tuned_tokenizer, [], what=f"Loading the tuned tokenizer of {spec.name}")
-        if tuned_weights is not None:
-            base, tuned = side("base", base_weights), side("tuned", tuned_weights)
+        read(lambda: tuned_source.tokenizer, [], what=f"Loading the tuned tokenizer of {spec.name}")
+        base = side("base", base_weights)
+        if isinstance(tuned_source, Checkpoint):
+            tuned = side("tuned", tuned_source)
         else:
-            check_adapter(spec, base_weights)
-            base = side("base", base_weights)
-            adapted = AdaptedModel(base.key, base.load, partial(load_adapter, spec), model_cache)
+            tuned_source.check()
+            adapted = AdaptedModel(base.key, base.load, tuned_source.apply, cache)
             base = replace(base, load=adapted.load, switch=adapted.disabled)
-            revision = f"{base.revision}+{adapter_revision(spec)}"
             tuned = replace(
-                base, role="tuned", tokenizer=tuned_tokenizer(), revision=revision, switch=nullcontext
+                base,
+                role="tuned",
+                tokenizer=tuned_source.tokenizer,
+                revision=f"{base.revision}+{tuned_source.revision}",
+                switch=nullcontext,
             )
         pair = Pair(spec, base, tuned, prompts, device, options=bounds)
         for remark in pair.readers.remarks:  # all prompts are read, so what is wrong with them is said now
@@ -271,38 +260,28 @@ def load_pair(
         if check is not None:
             check(pair)
         if not one_at_a_time and not lazily:
-            for one in (base, tuned):
-                model_cache.model(one.key, one.load)
+            for one in pair.sides:
+                cache.model(one.key, one.load)
     return pair
 
 
-def _tuned_weights(spec: PairSpec, base: Checkpoint) -> Checkpoint | None:
-    """The tuned side's checkpoint; None for an adapter, which is no model of its own."""
-    if spec.tuned.plant is not None:
-        return replace(base, plant=spec.tuned.plant)
-    if spec.tuned.model is None:
-        return None
-    return Checkpoint(spec, spec.tuned.model, spec.tuned.revision, base.device)
-
-
-def _one_at_a_time(options: EngineOptions, base: Checkpoint, tuned: Checkpoint) -> bool:
+def _one_at_a_time(options: EngineOptions, base: Checkpoint, tuned: Checkpoint | Adapter) -> bool:
     """Whether that was asked for, or both models leave too little memory on their device."""
+    if isinstance(tuned, Adapter):
+        return False  # there is one model
     if options.sequential != "auto":
         return options.sequential == "yes"
     if base.spec.device_map is not None:
         return False  # accelerate finds a place for every layer
+    if torch.device(base.device).type == "cuda":
+        free = torch.cuda.mem_get_info(base.device)[0]
+    else:
+        try:
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # all, since caches give way
+        except (AttributeError, ValueError, OSError):  # not on every system
+            return False
     beside = options.memory_budget or 0
-    return base.n_bytes() + tuned.n_bytes() + beside > _FILLED * _memory_of(base.device)
-
-
-def _memory_of(device: str) -> int:
-    """Bytes that are free on a GPU; of main memory, all of it, since caches give way."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return sys.maxsize
+    return base.n_bytes() + tuned.n_bytes() + beside > _FILLED * free
 
 
 def load_base(pair: Pair) -> nn.Module:

@@ -2,82 +2,149 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import math
 import re
-import subprocess
-import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import safetensors
 import torch
+import transformers
 from torch import Tensor, nn
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.models import bounded
+from mechdiff_mlflow.models.checkpoints import Checkpoint, explained, quiet_transformers
 from mechdiff_mlflow.models.load_report import Misfit, untied
+from mechdiff_mlflow.models.revisions import folder_digest
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.model_files import check_folder
+from mechdiff_mlflow.spec.pair_spec import PairSpec
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+_TOKENIZER_SETTINGS = ("*token*.json", "merges.txt", "chat_template*")
 
 _OUTSIDE = re.compile("(MULTITASK_)?PROMPT_TUNING|P_TUNING|PREFIX_TUNING|CPT|ADAPTION_PROMPT|XLORA|POLY")
 """Kinds that put tokens, keys or values before the prompt, or that weigh adapters by what they read."""
 
 _BY_INPUT = ("alora_invocation_tokens", "arrow_config", "layer_replication")
-
 _MAX_CONFIG = 1 << 24
-_MATCH_SECONDS = 5.0
-_MATCH = (
-    "import json, re, sys\n"
-    "patterns, names = json.load(sys.stdin)\n"
-    "for pattern in patterns:\n"
-    "    for name in names:\n"
-    "        re.fullmatch(pattern, name), re.match(rf'(.*\\.)?({pattern})$', name)\n"
-)
-
-_MERGE = "merge it into its base (merge_and_unload, then save_pretrained) and name that as tuned: {model: …}"
 
 
-def adapter_folder(place: str, revision: str | None, also: tuple[str, ...] = ()) -> Path:
-    """The local folder of an adapter; from the hub it is downloaded, with the files named in `also`.
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter that a pair's tuned side names; the spec has its revision as a commit."""
 
-    Raises:
-        MechdiffError: What is there is damaged or a pickle.
-    """
-    folder = Path(place)
-    if not folder.is_dir():
-        found = huggingface_hub.snapshot_download(
-            place, revision=revision, allow_patterns=[*ADAPTER_FILES, *also]
-        )
-        folder = Path(found)
-    if not (folder / ADAPTER_FILES[0]).is_file():
-        inner = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_FILES[0]}"))
-        remedy = "name the folder that PEFT saved" + (f", e.g. {place}/{inner[0][:80]}" if inner else "")
-        if (folder / "config.json").is_file():
-            remedy = "it is a whole model, so write tuned: {model: …}"
-        raise MechdiffError(f"Adapter {place} has no adapter_config.json; {remedy}.")
-    check_folder(folder)
-    return folder
+    spec: PairSpec
+    base: Checkpoint
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where it is, downloaded if it is on the hub and not yet here.
+
+        Raises:
+            MechdiffError: It is missing or damaged, a pickle, or names code.
+        """
+        place = self._place
+        folder = Path(place)
+        with self._explained():
+            if not folder.is_dir():
+                files = [CONFIG_FILE, WEIGHTS_FILE, *_VOCABULARIES, *_TOKENIZER_SETTINGS]
+                revision = self.spec.tuned.revision
+                folder = Path(
+                    huggingface_hub.snapshot_download(place, revision=revision, allow_patterns=files)
+                )
+            if not (folder / CONFIG_FILE).is_file():
+                inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+                remedy = "name the folder that PEFT saved" + (
+                    f", e.g. {place}/{inner[0][:80]}" if inner else ""
+                )
+                if (folder / "config.json").is_file():
+                    remedy = "it is a whole model, so write tuned: {model: …}"
+                raise MechdiffError(f"Adapter {place} has no adapter_config.json; {remedy}.")
+            check_folder(folder)
+            return folder
+
+    @property
+    def revision(self) -> str:
+        """Id and commit, or `sha256:` and the digest of its files."""
+        if str(self.folder) == self._place:
+            return folder_digest(self.folder)
+        return f"{self.spec.tuned.adapter}@{self.folder.name}"  # snapshots are called after their commit
+
+    @property
+    def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
+        """Its own tokenizer, or the base's with the adapter's special tokens and chat template.
+
+        Raises:
+            MechdiffError: A file of the tokenizer is malformed.
+        """
+        folder, base = self.folder, self.base
+        with explained(f"Tokenizer of adapter {folder} of pair {self.spec.name!r}", str(folder)):
+            if any(any(folder.glob(name)) for name in _VOCABULARIES):
+                own = transformers.AutoTokenizer.from_pretrained(
+                    folder, config=base.config, trust_remote_code=self.spec.trust_remote_code
+                )
+                own.chat_template = own.chat_template or base.tokenizer.chat_template
+                return own
+            settings: dict[str, Any] = {}
+            for file in folder.glob("tokenizer_config.json"):
+                for name, value in json.loads(file.read_text("utf-8")).items():
+                    if name == "chat_template" or name.endswith("_token"):
+                        settings[name] = value["content"] if isinstance(value, dict) else value
+            for file in folder.glob("chat_template.jinja"):
+                settings["chat_template"] = file.read_text("utf-8")
+        return base.tokenizer_with(settings) if settings else base.tokenizer
+
+    def check(self) -> None:
+        """Refuse it, where its configuration says enough, before any weights are loaded.
+
+        Raises:
+            MechdiffError: peft is not installed, or it is missing, malformed or cannot be patched.
+        """
+        if importlib.util.find_spec("peft") is None:
+            raise MechdiffError(
+                f"Pair {self.spec.name!r} has a PEFT adapter and peft is not installed; install "
+                "mechdiff-mlflow[peft]."
+            )
+        with self._explained():
+            _check_config(self.folder, self.base)
+
+    def apply(self, model: nn.Module) -> Any:
+        """Peft's wrapper of a base model with the adapter in it.
+
+        Raises:
+            MechdiffError: As `apply_adapter`.
+        """
+        with self._explained(), quiet_transformers():
+            return apply_adapter(model, self.folder)
+
+    @property
+    def _place(self) -> str:
+        return self.spec.locate(self.spec.tuned.adapter or "")
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return explained(f"Adapter {self._place} of pair {self.spec.name!r}", self._place)
 
 
-def check_config(folder: Path, width: int, names: Iterator[str]) -> None:
-    """Refuse an adapter that cannot be measured or would take forever, before any weight is read.
-
-    Args:
-        folder: The adapter's.
-        width: Dimensions of the base model's residual stream.
-        names: Modules of the base model; read only if patterns have to be matched.
+def _check_config(folder: Path, base: Checkpoint) -> None:
+    """Refuse an adapter that cannot be measured or would take forever.
 
     Raises:
         MechdiffError: Its effect is not in the layers alone, its rank is beyond reason, a number is infinite,
             or a pattern of module names is malformed or slow.
     """
-    path = folder / ADAPTER_FILES[0]
-    config = json.loads(untrusted.read_text(path, _MAX_CONFIG, "Adapter configuration"))
+    config = json.loads(untrusted.read_text(folder / CONFIG_FILE, _MAX_CONFIG, "Adapter configuration"))
     kind = str(config.get("peft_type"))[:40]
     by_input = next((key for key in _BY_INPUT if config.get(key)), None)
     if _OUTSIDE.fullmatch(kind) or by_input:
@@ -87,52 +154,46 @@ def check_config(folder: Path, width: int, names: Iterator[str]) -> None:
             "cannot be patched; use a plain LoRA or a whole model."
         )
     ranks = {key: config.get(key) for key in ("r", "init_r", "target_r", "num_vectors")}
-    scales = {"lora_alpha": config.get("lora_alpha"), "alpha": config.get("alpha")}
-    for field, values in (("rank_pattern", ranks), ("alpha_pattern", scales)):
-        own = config.get(field)
-        values |= own if isinstance(own, dict) else {}
-    most = max(4 * width, 1024)
+    ranks |= config.get("rank_pattern") or {}
+    most = max(4 * base.width, 1024)
     for key, rank in ranks.items():
         if rank is not None and not (type(rank) is int and 0 <= rank <= most):
             raise MechdiffError(
                 f"Adapter {folder} has rank {str(rank)[:40]} ({key[:80]}), which is no whole number up to "
-                f"{most}, for a base of width {width}; train it with a rank of at most {width}."
+                f"{most}, for a base of width {base.width}; train it with a rank of at most {base.width}."
             )
-    for key, scale in {**scales, **config}.items():
+    for key, scale in {**config, **(config.get("alpha_pattern") or {})}.items():
         if isinstance(scale, float) and not math.isfinite(scale):
             raise MechdiffError(f"Adapter {folder} has {key[:80]}={scale}, which is not finite; correct it.")
-    _check_patterns(folder, config, names)
+    _check_patterns(folder, config, base)
 
 
-def _check_patterns(folder: Path, config: Mapping[str, Any], names: Iterator[str]) -> None:
+def _check_patterns(folder: Path, config: Mapping[str, Any], base: Checkpoint) -> None:
     """Match patterns as peft does, in a process that can be stopped: some take exponential time."""
     layers = config.get("layers_pattern")
-    patterns = [config.get("target_modules"), config.get("exclude_modules")]
-    patterns += layers if isinstance(layers, list) else [layers]
-    patterns += [key for field in ("rank_pattern", "alpha_pattern") for key in config.get(field) or {}]
-    patterns = [pattern for pattern in patterns if isinstance(pattern, str) and pattern != "all-linear"]
+    found = [config.get("target_modules"), config.get("exclude_modules")]
+    found += layers if isinstance(layers, list) else [layers]
+    found += [key for field in ("rank_pattern", "alpha_pattern") for key in config.get(field) or {}]
+    patterns = [pattern for pattern in found if isinstance(pattern, str) and pattern != "all-linear"]
     if not patterns:
         return
-    asked = json.dumps([patterns, list(names)])
-    command = [sys.executable, "-I", "-S", "-c", _MATCH]
-    shown = ", ".join(repr(str(pattern)[:80]) for pattern in patterns[:3])
-    try:
-        subprocess.run(
-            command, input=asked, text=True, capture_output=True, check=True, timeout=_MATCH_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        reason = f"take more than {_MATCH_SECONDS:g} s to match"
-    except subprocess.CalledProcessError:
-        reason = "are no regular expressions"
-    else:
-        return
-    raise MechdiffError(
-        f"The module patterns of adapter {folder} ({shown}) {reason}; list the modules by name in "
-        "target_modules of its adapter_config.json."
-    ) from None
+    names = [name for name, _ in base.skeleton.named_modules()]
+
+    def match() -> None:
+        for pattern in patterns:
+            for name in names:
+                re.fullmatch(pattern, name)
+                re.match(rf"(.*\.)?({pattern})$", name)
+
+    shown = ", ".join(repr(pattern[:80]) for pattern in patterns[:3])
+    bounded.run_bounded(
+        f"Matching the module patterns of adapter {folder} ({shown})",
+        match,
+        remedy="list the modules by name in target_modules of its adapter_config.json",
+    )
 
 
-def put_on(model: nn.Module, folder: Path) -> Any:
+def apply_adapter(model: nn.Module, folder: Path) -> Any:
     """Peft's wrapper of `model` with the adapter in `folder`, which switched off leaves `model` as it was.
 
     Raises:
@@ -140,7 +201,7 @@ def put_on(model: nn.Module, folder: Path) -> Any:
     """
     import peft
 
-    with safetensors.safe_open(folder / ADAPTER_FILES[1], "pt") as file:
+    with safetensors.safe_open(folder / WEIGHTS_FILE, "pt") as file:
         keys = frozenset(name.removeprefix("base_model.model.") for name in file.keys())  # noqa: SIM118
     own = {name: weight for name, weight in model.named_parameters() if not weight.is_meta}
     kept = {name: own[name].detach().clone() for name in own.keys() & keys}
@@ -165,22 +226,22 @@ def put_on(model: nn.Module, folder: Path) -> Any:
         kind += f" with bias: {config.bias}"
     exact = _same(before, again)  # some kernels of GPUs are not
     changed = [name for name, weight in kept.items() if not torch.equal(weight, own[name])]
+    fault = ""
     if changed or not _same(before, off, exact=exact):
         where = f" ({', '.join(changed[:3])})" if changed else ""
-        raise MechdiffError(
-            f"Adapter {folder} of kind {kind} changes its base{where}, so that without it base is another "
-            f"model; {_MERGE}."
+        fault = (
+            f"changes its base{where}, so that without it base is another model; merge it into its base "
+            "(merge_and_unload, then save_pretrained) and name that as tuned: {model: …}"
         )
-    if not all(bool(x.isfinite().all()) for x in on):
-        raise MechdiffError(
-            f"Adapter {folder} of kind {kind} makes numbers NaN or infinite; copy it again from where it was "
-            "made, or train it again."
+    elif not all(bool(x.isfinite().all()) for x in on):
+        fault = "makes numbers NaN or infinite; copy it again from where it was made, or train it again"
+    elif not _same(on, inner, exact=exact):
+        fault = (
+            "gives other numbers the second time or outside of its wrapper, so it cannot be patched; use a "
+            "plain LoRA or a whole model"
         )
-    if not _same(on, inner, exact=exact):
-        raise MechdiffError(
-            f"Adapter {folder} of kind {kind} gives other numbers the second time or outside of its wrapper, "
-            "so it cannot be patched; use a plain LoRA or a whole model."
-        )
+    if fault:
+        raise MechdiffError(f"Adapter {folder} of kind {kind} {fault}.")
     return adapted
 
 
@@ -188,8 +249,7 @@ def put_on(model: nn.Module, folder: Path) -> Any:
 def _outputs(model: nn.Module) -> tuple[Tensor, ...]:
     """Hidden states and logits of a few tokens."""
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
-    weight = embeddings.weight
-    n = len(weight)
+    n = len(embeddings.weight)
     device = next((w.device for w in model.parameters() if not w.is_meta), torch.device("cpu"))
     ids = torch.tensor([[(n * i) // 8 for i in range(8)]], device=device)
     out = model(input_ids=ids, use_cache=False, output_hidden_states=True)

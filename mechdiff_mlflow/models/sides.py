@@ -14,10 +14,9 @@ import transformers
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine import CleanRunCache, PatchEngine
-from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.engine.model.sums import sites_of
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.models.checkpoints import layer_digests, module_names
+from mechdiff_mlflow.models.checkpoints import Checkpoint, layer_digests, module_names
 from mechdiff_mlflow.models.model_cache import ModelCache
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.sites import Site
@@ -47,27 +46,22 @@ class Side:
     """One of the two models, `base` or `tuned`.
 
     Args:
+        checkpoint: Its weights; of an adapter, those of its base.
         revision: Commit on the hub, or `sha256:` and the digest of local weights; with an adapter, both.
         key: The model's key in the cache; two sides may share one and switch its adapter.
-        switch: Context in which the model is this side.
         make_engine: Builds the patch engine, inside `switch`.
-        n_embeddings: Tokens that the model has embeddings for; None if unknown.
-        max_tokens: Length of the longest prompt that it has positions for; None for no bound.
-        outline: Gives the model without weights; None where it cannot be made.
+        switch: Context in which the model is this side.
     """
 
     role: str
+    checkpoint: Checkpoint
     tokenizer: transformers.PreTrainedTokenizerBase
     revision: str
-    n_layers: int
     load: Callable[[], nn.Module]
     key: str
-    switch: Callable[[], contextlib.AbstractContextManager[object]]
     make_engine: Callable[[nn.Module], PatchEngine]
     model_cache: ModelCache
-    n_embeddings: int | None = None
-    max_tokens: int | None = None
-    outline: Callable[[], Decoder | None] = lambda: None
+    switch: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     _digests: list[str] | None = field(default=None, init=False)
     _sites: frozenset[Site] | None = field(default=None, init=False)
 
@@ -75,6 +69,11 @@ class Side:
     def model(self) -> nn.Module:
         """The causal LM in eval mode; loaded, and the other one freed, if only one is held at a time."""
         return self.model_cache.model(self.key, self.load)
+
+    @cached_property
+    def n_layers(self) -> int:
+        """Decoder blocks."""
+        return self.checkpoint.n_layers
 
     @contextlib.contextmanager
     def engine(self) -> Iterator[PatchEngine]:

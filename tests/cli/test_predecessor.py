@@ -52,7 +52,7 @@ def cell(site: Site = SITE, *, k: int | None = None, alpha: str = "1", family: s
 
 
 def ids(pair: Pair, role: str) -> list[list[int]]:
-    side = pair.base if role == "base" else pair.tuned
+    side = pair.side(role)
     return measure.encode(side.tokenizer, [p.text for p in pair.prompts["test"].prompts])
 
 

@@ -14,7 +14,7 @@ from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-from mechdiff_mlflow.cli import recovery
+from mechdiff_mlflow.cli import resume
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.requests import PatchRequest
 from mechdiff_mlflow.tracking.commands import computing
@@ -229,13 +229,13 @@ def test_the_proof_of_a_run_proves_nothing_on_another_and_without_it_the_printed
     assert list(record.parent.iterdir()) == []  # nothing is kept of what is finished
 
 
-@pytest.mark.parametrize("name", recovery.RESUMABLE)
+@pytest.mark.parametrize("name", resume.RESUMABLE)
 def test_a_command_as_we_write_it_is_read_as_it_was(name: str) -> None:
-    request = recovery.RESUMABLE[name]
+    request = resume.RESUMABLE[name]
     given = {"map": "a@champion"} if request is PatchRequest else {}
     words = request(**given).words(lambda field, option: not option.is_resumed)
-    assert recovery._validated("r", words, (), is_ours=True) == words
-    assert recovery._validated("r", words, (), is_ours=False)[:3] == words[:3]
+    assert resume._validated("r", words, (), is_ours=True) == words
+    assert resume._validated("r", words, (), is_ours=False)[:3] == words[:3]
 
 
 def test_who_one_is_is_the_login_where_there_is_one(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def patched(study: Study, *cells: Cell) -> list[PatchRecord]:
 
 def forwards(pair: Pair) -> dict[str, int]:
     counts = {}
-    for side in (pair.base, pair.tuned):
+    for side in pair.sides:
         with side.engine() as engine:
             counts[side.role] = engine.n_forwards
     return counts

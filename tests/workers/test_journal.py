@@ -30,7 +30,7 @@ def journal(pair: Pair, folder: Path, **options: object) -> Journal:
 
 def forwards(pair: Pair) -> int:
     total = 0
-    for side in (pair.base, pair.tuned):
+    for side in pair.sides:
         with side.engine() as engine:
             total += engine.n_forwards
     return total

@@ -106,7 +106,7 @@ def patch(request: PatchRequest, caller: Caller = PYTHON) -> Result:
 
     def check(protocol: Protocol, pair: Pair) -> None:
         check_pair(protocol, pair)
-        _check_map(map_, request.map, cell, pair, caller, any_pair=request.allow_pair_mismatch)
+        _check_map(map_, request.map, cell, pair, caller, allow_pair_mismatch=request.allow_pair_mismatch)
 
     name = f"patch {request.map}"[:200]
     with session(request, name, caller, check, position=_position_of(map_)) as now:
@@ -161,7 +161,7 @@ def report_pass(request: ReportPassRequest, caller: Caller = PYTHON) -> Result:
     def check(protocol: Protocol, pair: Pair) -> None:
         for name, map_, cell in winners:
             check_pair(replace(protocol, position=_position_of(map_)), pair)
-            _check_map(map_, name, cell, pair, caller, any_pair=request.allow_pair_mismatch)
+            _check_map(map_, name, cell, pair, caller, allow_pair_mismatch=request.allow_pair_mismatch)
 
     with session(request, f"report pass of {len(winners)} winners", caller, check) as now:
         pair, protocol = now.study.pair, now.study.protocol
@@ -195,9 +195,11 @@ def _cell_of(map_: AffineMap, name: str) -> Cell:
     return Cell(site, str(meta["solver"]), str(meta["family"]), rank, Alpha((map_.alpha,)))
 
 
-def _check_map(map_: AffineMap, name: str, cell: Cell, pair: Pair, caller: Caller, *, any_pair: bool) -> None:
+def _check_map(
+    map_: AffineMap, name: str, cell: Cell, pair: Pair, caller: Caller, *, allow_pair_mismatch: bool
+) -> None:
     """Refuse, or where that is allowed say, that a map is of another pair; the run's tags say it too."""
-    check_map(map_, name, cell.site, pair, any_pair=any_pair)
+    check_map(map_, name, cell.site, pair, allow_pair_mismatch=allow_pair_mismatch)
     theirs = map_.meta.get("fingerprint", "unknown")
     if theirs != pair.fingerprint:
         caller.warn(f"map {name} was fitted on pair {theirs} and patches {pair.fingerprint}; the run says so")
