@@ -230,12 +230,12 @@ class PatchEngine:
         once; where a clean run of it was recorded and kept, not at all.
 
         Raises:
-            MechdiffError: A site, token or position does not exist, replacements have the wrong shape, an
-                activation or logit is not finite, or the recording is another engine's or lacks a site.
+            MechdiffError: A site, token or position does not exist, an activation or logit is not finite, or
+                the recording is another engine's or lacks a site.
         """
         sites = list(dict.fromkeys(group.site for group in groups))
         recorded = self._to_score(prompts, sites)
-        board = ScoreBoard(groups, len(recorded), self.width)
+        board = ScoreBoard(groups, len(recorded))
 
         def run(chunk: Chunk, limits: ChunkLimits) -> None:
             path = self._path(chunk)
