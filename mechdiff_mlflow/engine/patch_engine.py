@@ -197,10 +197,15 @@ class PatchEngine:
     ) -> dict[Site, Tensor]:
         """For each site ∂ log p(t)/∂h of one sampled next token t a prompt, [N, width], float64 on the CPU.
 
-        One forward and one backward pass through the blocks above the lowest site.
+        One forward and one backward pass through the blocks above the lowest site. Over prompts gᵀg/N
+        estimates the mean Fisher information F of the next token in the activation h, and KL(patched ‖ clean)
+        is ½·δᵀFδ for a small replacement h + δ.
 
         Raises:
             MechdiffError: A site, token or position does not exist, or a gradient is not finite.
+
+        Reference: Kunstner, Balles & Hennig (2019), Limitations of the empirical Fisher approximation: t is
+            drawn from the model's own distribution, not taken from data.
         """
         self._check(prompts, sites)
         # One number a prompt, drawn here: tokens then depend on no chunk.
@@ -209,12 +214,12 @@ class PatchEngine:
 
         def differentiate(chunk: Chunk, limits: ChunkLimits) -> None:
             found = score_gradients(self.forward, chunk, sites, drawn[chunk.index])
-            for site, gradient in found.items():
+            for site, gradient in zip(sites, found, strict=True):
                 if not bool(torch.isfinite(gradient).all()):
                     raise MechdiffError(
                         f"A gradient at {site} is NaN or infinite; load the model in a wider dtype."
                     )
-                rows[site][chunk.index] = gradient
+                rows[site][chunk.index] = gradient.double().cpu()
 
         self._each_chunk(ChunkPlan(prompts, self.forward.device), differentiate, len(sites))
         return rows

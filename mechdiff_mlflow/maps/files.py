@@ -1,7 +1,6 @@
 """How a map lies in a file: plain tensors and one JSON string, in torch's zip or in safetensors.
 
-Both forms are bytes that depend on the content alone, so equal maps have equal hashes, and both are read
-without running anything that is in them.
+The bytes depend on the content alone, and are read without running anything that is in them.
 """
 
 from __future__ import annotations

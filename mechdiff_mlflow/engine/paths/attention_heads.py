@@ -1,8 +1,6 @@
 """The heads of one attention sublayer: what each gives to the output projection.
 
-attn_out = projection(z_1 ‖ … ‖ z_H), so replacing some heads' z is a replacement of attn_out, which the
-engine scores like any other. H counts query heads: with grouped queries several share a key, and each has its
-own z.
+attn_out = projection(z_1 ‖ … ‖ z_H) over query heads, so replacing some z is a replacement of attn_out.
 """
 
 from __future__ import annotations
