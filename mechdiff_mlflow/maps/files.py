@@ -108,8 +108,9 @@ def own_json(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decode_pt(path: Path) -> tuple[dict[str, Tensor], Any]:
     loaded = torch_zip.load(path, MAX_BYTES)
-    text = loaded.pop("metadata")
+    text = loaded.pop("metadata", None)
     _check_tensors(loaded)
+    _check_shapes({name: list(t.shape) for name, t in loaded.items()})
     return loaded, text
 
 

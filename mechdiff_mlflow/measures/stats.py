@@ -258,11 +258,7 @@ def _ranks(values: Floats, counts: Floats) -> Floats:
 
 
 def sign_flip_p(
-    differences: ArrayLike,
-    *,
-    n_flips: int = 9999,
-    seed: int = 0,
-    groups: tuple[int, ...] = (),
+    differences: ArrayLike, *, n_flips: int = 9999, seed: int = 0, groups: tuple[int, ...] = ()
 ) -> float:
     """The one-sided p-value of a mean above 0, of differences [n] that are symmetric about 0 under the null.
 

@@ -151,14 +151,7 @@ class _Ascent:
         return torch.cat([live, entering]).unsqueeze(0)
 
     def _attend(
-        self,
-        i: int,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
+        self, i: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         unknown = {name for name, v in kwargs.items() if isinstance(v, Tensor)} - _UNDERSTOOD
         if unknown:
