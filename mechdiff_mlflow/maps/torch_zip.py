@@ -53,7 +53,7 @@ def load(path: Path, limit: int, dtypes: Sequence[torch.dtype] = BOTH_FLOATS) ->
             that inflate, or tensors that claim more than the file holds.
     """
     size = untrusted.size_of(path, limit)
-    with path.open("rb") as file, zipfile.ZipFile(_InSmallReads(file)) as archive:  # type: ignore[arg-type]
+    with path.open("rb") as file, zipfile.ZipFile(_InSmallReads(file)) as archive:
         members = archive.infolist()
         # Inflated entries could be of any size; torch stores its own plainly.
         if sum(member.file_size for member in members) > size:

@@ -118,7 +118,7 @@ def control_map(
 
 def applicable_controls(p: PairedSpectrum, *, other: AffineMap | None = None) -> tuple[str, ...]:
     """The names of `CONTROLS` that this site's widths allow; `wrong_layer` only when there is another map."""
-    impossible = () if p.d_in == p.d_out else _OF_EQUAL_WIDTHS
+    impossible: tuple[str, ...] = () if p.d_in == p.d_out else _OF_EQUAL_WIDTHS
     impossible += () if other is not None else ("wrong_layer",)
     return tuple(name for name in CONTROLS if name not in impossible)
 

@@ -54,7 +54,7 @@ class Setting:
         value = number(option, self.default).parse(text)
         return self.checked(int(value) if isinstance(self.default, int) and value % 1 == 0 else value)
 
-    def checked(self, value: object) -> Any:
+    def checked(self, value: Any) -> Any:
         """`value` in the type that the setting has, if it is allowed; else an error."""
         if value is None and self.none:
             return None
@@ -64,7 +64,7 @@ class Setting:
             return self.choices[self.choices.index(value)]
         whole = isinstance(self.default, int)
         is_number = isinstance(value, int if whole else (int, float)) and value != math.inf
-        if not is_number or not self.low <= value <= self.high:  # type: ignore[operator]
+        if not is_number or not self.low <= value <= self.high:
             title = "a whole number" if whole else "a number"
             high = f"to {self.high:.12g}" if self.high < math.inf else "up"
             raise MechdiffError(f"{self.name} is {value!r}; give {title} from {self.low:.12g} {high}.")

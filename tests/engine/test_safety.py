@@ -114,13 +114,13 @@ def test_failures_of_callers_leave_the_model_as_it_was(mode: str) -> None:
             raise RuntimeError("the caller's own mistake")
         return clean.unsqueeze(1) + 1
 
-    def interrupted(done: int) -> None:
+    def interrupted(index: Tensor, clean: Tensor) -> Tensor:
         raise KeyboardInterrupt
 
     with pytest.raises(RuntimeError, match="the caller's own mistake"):
         engine.score(prompts, [VariantGroup(SITES[3], second_chunk_fails, 1)])
     with pytest.raises(KeyboardInterrupt):
-        engine.score(prompts, groups(), interrupted)
+        engine.score(prompts, [VariantGroup(SITES[3], interrupted, 1)])
     assert_same(before, state(model))
 
 

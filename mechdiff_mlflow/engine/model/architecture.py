@@ -17,8 +17,15 @@ from torch import nn
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn", "temporal_block")
-_ATTENTION += ("norm_attn_norm.attn",)
+_ATTENTION = [
+    "self_attn",
+    "attn",
+    "attention",
+    "self_attention",
+    "linear_attn",
+    "temporal_block",
+    "norm_attn_norm.attn",
+]
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "mlp_block", "fc2")
 _POST_NORMS = (
     ("post_attention_layernorm", "post_feedforward_layernorm"),
