@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mechdiff_mlflow.engine.gradients import score_gradients
 from mechdiff_mlflow.engine.kernels.fusion import Fusion
 from mechdiff_mlflow.engine.memory.budget import Load, ModelShape, limits_within
 from mechdiff_mlflow.engine.memory.clean_runs import CleanRunCache, CleanRuns
@@ -17,7 +16,7 @@ from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits, ChunkRunner, do
 from mechdiff_mlflow.engine.model.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.model.attention_routing import implementation
 from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan, check_prompts, in_chunks
-from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.model.forward import PromptForward, Recording, score_gradients
 from mechdiff_mlflow.engine.model.sums import without_unlike
 from mechdiff_mlflow.engine.paths.attention_heads import AttentionHeads
 from mechdiff_mlflow.engine.paths.startup_check import MODES, ComputePath, choose_path
