@@ -9,7 +9,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from mechdiff_mlflow.engine.gradients import score_gradients
 from mechdiff_mlflow.engine.kernels.fusion import Fusion
 from mechdiff_mlflow.engine.memory.budget import Load, ModelShape, limits_within
 from mechdiff_mlflow.engine.memory.clean_runs import CleanRunCache, CleanRuns
@@ -17,7 +16,7 @@ from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits, ChunkRunner, do
 from mechdiff_mlflow.engine.model.architecture import Decoder, ModuleNames
 from mechdiff_mlflow.engine.model.attention_routing import implementation
 from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan, check_prompts, in_chunks
-from mechdiff_mlflow.engine.model.forward import PromptForward, Recording
+from mechdiff_mlflow.engine.model.forward import PromptForward, Recording, score_gradients
 from mechdiff_mlflow.engine.model.sums import without_unlike
 from mechdiff_mlflow.engine.paths.attention_heads import AttentionHeads
 from mechdiff_mlflow.engine.paths.startup_check import MODES, ComputePath, choose_path
@@ -197,10 +196,15 @@ class PatchEngine:
     ) -> dict[Site, Tensor]:
         """For each site ∂ log p(t)/∂h of one sampled next token t a prompt, [N, width], float64 on the CPU.
 
-        One forward and one backward pass through the blocks above the lowest site.
+        One forward and one backward pass through the blocks above the lowest site. Over prompts gᵀg/N
+        estimates the mean Fisher information F of the next token in the activation h, and KL(patched ‖ clean)
+        is ½·δᵀFδ for a small replacement h + δ.
 
         Raises:
             MechdiffError: A site, token or position does not exist, or a gradient is not finite.
+
+        Reference: Kunstner, Balles & Hennig (2019), Limitations of the empirical Fisher approximation: t is
+            drawn from the model's own distribution, not taken from data.
         """
         self._check(prompts, sites)
         # One number a prompt, drawn here: tokens then depend on no chunk.
@@ -209,12 +213,12 @@ class PatchEngine:
 
         def differentiate(chunk: Chunk, limits: ChunkLimits) -> None:
             found = score_gradients(self.forward, chunk, sites, drawn[chunk.index])
-            for site, gradient in found.items():
+            for site, gradient in zip(sites, found, strict=True):
                 if not bool(torch.isfinite(gradient).all()):
                     raise MechdiffError(
                         f"A gradient at {site} is NaN or infinite; load the model in a wider dtype."
                     )
-                rows[site][chunk.index] = gradient
+                rows[site][chunk.index] = gradient.double().cpu()
 
         self._each_chunk(ChunkPlan(prompts, self.forward.device), differentiate, len(sites))
         return rows
@@ -230,12 +234,12 @@ class PatchEngine:
         once; where a clean run of it was recorded and kept, not at all.
 
         Raises:
-            MechdiffError: A site, token or position does not exist, replacements have the wrong shape, an
-                activation or logit is not finite, or the recording is another engine's or lacks a site.
+            MechdiffError: A site, token or position does not exist, an activation or logit is not finite, or
+                the recording is another engine's or lacks a site.
         """
         sites = list(dict.fromkeys(group.site for group in groups))
         recorded = self._to_score(prompts, sites)
-        board = ScoreBoard(groups, len(recorded), self.width)
+        board = ScoreBoard(groups, len(recorded))
 
         def run(chunk: Chunk, limits: ChunkLimits) -> None:
             path = self._path(chunk)

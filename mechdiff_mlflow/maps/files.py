@@ -1,7 +1,6 @@
 """How a map lies in a file: plain tensors and one JSON string, in torch's zip or in safetensors.
 
-Both forms are bytes that depend on the content alone, so equal maps have equal hashes, and both are read
-without running anything that is in them.
+The bytes depend on the content alone, and are read without running anything that is in them.
 """
 
 from __future__ import annotations
@@ -109,8 +108,9 @@ def own_json(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decode_pt(path: Path) -> tuple[dict[str, Tensor], Any]:
     loaded = torch_zip.load(path, MAX_BYTES)
-    text = loaded.pop("metadata")
+    text = loaded.pop("metadata", None)
     _check_tensors(loaded)
+    _check_shapes({name: list(t.shape) for name, t in loaded.items()})
     return loaded, text
 
 

@@ -1,7 +1,6 @@
 """What was chosen for a map, and on which prompts: a record in its meta that goes wherever the map goes.
 
-A number that is reported on prompts on which something was chosen flatters the map. Prompts are told by what
-they say, so that another name, file or split of the same ones is no way out.
+A number on prompts on which something was chosen flatters the map. Prompts are told by what they say.
 """
 
 from __future__ import annotations

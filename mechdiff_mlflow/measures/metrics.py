@@ -1,7 +1,6 @@
 """How far two next-token distributions are apart.
 
-Divergences of a patched run from the clean run are often tiny. A float32 log-softmax is off by 1e-7 of its
-size, which hides them, and a half-precision one by more than most of them, so everything here is computed in
+Divergences are often tiny, and a float32 log-softmax is off by 1e-7 of its size: everything is computed in
 float64 whatever the model's dtype, or on a GPU by a kernel that cancels nothing.
 """
 

@@ -1,9 +1,8 @@
 """How sure the numbers are: bootstrap intervals, the smallest sufficient rank, tests.
 
-Everything starts from one value a prompt, and prompts are what is resampled, or whole groups of prompts that
-belong together. A quantity that the data leave undefined is None, never infinite: a ratio whose denominator
-is not above its floor, a correlation with a constant. An interval has no bounds (None) when any resample
-leaves the quantity undefined. Arrays that are not paired, finite and of two prompts are a `MechdiffError`.
+Prompts are resampled, or whole groups of prompts. What the data leave undefined is None: a ratio whose
+denominator is not above its floor, a correlation with a constant, the bounds of an interval that a resample
+leaves undefined. Arrays that are not paired, finite and of two prompts are a `MechdiffError`.
 """
 
 from __future__ import annotations
@@ -259,11 +258,7 @@ def _ranks(values: Floats, counts: Floats) -> Floats:
 
 
 def sign_flip_p(
-    differences: ArrayLike,
-    *,
-    n_flips: int = 9999,
-    seed: int = 0,
-    groups: tuple[int, ...] = (),
+    differences: ArrayLike, *, n_flips: int = 9999, seed: int = 0, groups: tuple[int, ...] = ()
 ) -> float:
     """The one-sided p-value of a mean above 0, of differences [n] that are symmetric about 0 under the null.
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap, Weight
 from mechdiff_mlflow.solvers.procrustes import ShrunkCovariance
 from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
@@ -83,17 +82,8 @@ def random_orthogonal(p: PairedSpectrum, *, seed: int) -> AffineMap:
     return AffineMap(p.mean_x, p.mean_y, Weight.low_rank(p.vx, stretch * frame))
 
 
-def wrong_layer(p: PairedSpectrum, *, other: AffineMap | None) -> AffineMap:
-    """The map of another site, which must have the same widths, as it is."""
-    if other is None:
-        raise MechdiffError(
-            "The control wrong_layer needs the map of another site; give other=…, or leave it out."
-        )
-    if (other.d_in, other.d_out) != (p.d_in, p.d_out):
-        raise MechdiffError(
-            f"The wrong layer's map sends {other.d_in} to {other.d_out} dimensions and this site's "
-            f"{p.d_in} to {p.d_out}; give the map of a site of the same widths."
-        )
+def wrong_layer(p: PairedSpectrum, *, other: AffineMap) -> AffineMap:
+    """The map of another site, of the same widths, as it is."""
     return other
 
 
@@ -115,15 +105,8 @@ def control_map(
 ) -> AffineMap:
     """The control called `name`; `coral` takes `shrink`, `random_orthogonal` a seed, `wrong_layer` a map.
 
-    Raises:
-        MechdiffError: There is no such control, it lacks its input, or the widths do not allow it.
+    It must be one of `applicable_controls`.
     """
-    if name not in CONTROLS:
-        raise MechdiffError(f"Control {name!r} is unknown; use one of {', '.join(CONTROLS)}.")
-    if name in _OF_EQUAL_WIDTHS and p.d_in != p.d_out:
-        raise MechdiffError(
-            f"The control {name} needs equal widths, not {p.d_in} -> {p.d_out}; leave it out."
-        )
     inputs: dict[str, Any] = {
         "coral": {"shrink": SHRINK.checked(shrink)},
         "random_orthogonal": {"seed": seed},
@@ -135,8 +118,8 @@ def control_map(
 
 def applicable_controls(p: PairedSpectrum, *, other: AffineMap | None = None) -> tuple[str, ...]:
     """The names of `CONTROLS` that this site's widths allow; `wrong_layer` only when there is another map."""
-    impossible = set(() if p.d_in == p.d_out else _OF_EQUAL_WIDTHS)
-    impossible |= set() if other is not None else {"wrong_layer"}
+    impossible: tuple[str, ...] = () if p.d_in == p.d_out else _OF_EQUAL_WIDTHS
+    impossible += () if other is not None else ("wrong_layer",)
     return tuple(name for name in CONTROLS if name not in impossible)
 
 

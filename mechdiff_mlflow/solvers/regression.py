@@ -45,7 +45,7 @@ def reduced_rank(
     in y. Directions in which G sees nothing come last, by falling size in F.
 
     Raises:
-        MechdiffError: The metric lacks its gradients, or needs a shrunk covariance.
+        MechdiffError: The metric needs a shrunk covariance.
 
     Reference: Mukherjee & Zhu (2011), Reduced rank ridge regression and its kernel extensions; Izenman
         (1975), Reduced-rank regression for the multivariate linear model.
@@ -56,28 +56,16 @@ def reduced_rank(
     elif output_metric == "tuned_covariance":
         top = left_directions(_over_deviation(p, f, family, shrink))
     else:
-        if fisher is None:
-            raise MechdiffError("The output metric fisher needs gradients; give fisher=[m, d_out].")
+        assert fisher is not None
         top = _completed(left_directions(f @ fisher.mT), f)
     return Factors(p.vx @ (h[:, None] * top.vectors), top.vectors.mT @ f, top.cuts)
 
 
-def logit_subspace(
-    p: PairedSpectrum, family: Family, *, ridge: float, basis: Tensor | None = None
-) -> Factors:
+def logit_subspace(p: PairedSpectrum, family: Family, *, ridge: float, basis: Tensor) -> Factors:
     """Reduced rank towards the target's part within some output directions: T·B·Bᵀ in place of T.
 
-    B is an orthonormal basis of the rows of `basis` [q, d_out], as `unembedding_directions` makes them.
-
-    Raises:
-        MechdiffError: There is no basis, or its rows are not independent.
+    B is an orthonormal basis of the independent rows of `basis` [q, d_out], see `unembedding_directions`.
     """
-    if basis is None:
-        raise MechdiffError("The solver logit_subspace needs output directions; give basis=[q, d_out].")
-    if len(basis) > p.d_out or int(torch.linalg.matrix_rank(basis)) < len(basis):
-        raise MechdiffError(
-            f"The {len(basis)} output directions of width {p.d_out} are not independent; give fewer."
-        )
     b = torch.linalg.qr(basis.mT).Q  # [d_out, q]
     h, f = _penalised(p, family, ridge)
     seen = f @ b  # [r, q]

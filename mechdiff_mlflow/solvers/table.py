@@ -8,9 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import JSON, Family
 from mechdiff_mlflow.solvers.factors import Factors
@@ -57,7 +54,7 @@ class Setting:
         value = number(option, self.default).parse(text)
         return self.checked(int(value) if isinstance(self.default, int) and value % 1 == 0 else value)
 
-    def checked(self, value: object) -> Any:
+    def checked(self, value: Any) -> Any:
         """`value` in the type that the setting has, if it is allowed; else an error."""
         if value is None and self.none:
             return None
@@ -67,7 +64,7 @@ class Setting:
             return self.choices[self.choices.index(value)]
         whole = isinstance(self.default, int)
         is_number = isinstance(value, int if whole else (int, float)) and value != math.inf
-        if not is_number or not self.low <= value <= self.high:  # type: ignore[operator]
+        if not is_number or not self.low <= value <= self.high:
             title = "a whole number" if whole else "a number"
             high = f"to {self.high:.12g}" if self.high < math.inf else "up"
             raise MechdiffError(f"{self.name} is {value!r}; give {title} from {self.low:.12g} {high}.")
@@ -217,34 +214,18 @@ def check_possible(
 
 
 def fit_spectrum(
-    solver: str, p: PairedSpectrum, family: Family | str = Family.UPDATE, **settings: object
+    solver: str, p: PairedSpectrum, family: Family | str = Family.UPDATE, **settings: Any
 ) -> Solution:
-    """Solve one site, for every rank at once, with settings and tensors of the solver.
+    """Solve one site, for every rank at once, with settings and tensors (rows of width d_out) of the solver.
 
     Raises:
         MechdiffError: The solver, the family, a setting or the widths are not allowed.
     """
     row, family = check_possible(solver, family, p.d_in, p.d_out)
-    unknown = settings.keys() - {setting.name for setting in row.settings} - set(row.tensors)
-    if unknown:
-        known = ", ".join([*(setting.name for setting in row.settings), *row.tensors]) or "none"
-        raise MechdiffError(
-            f"The solver {solver} does not take {', '.join(sorted(unknown))}; it takes {known}."
-        )
     used = {s.name: s.checked(settings.get(s.name, s.default)) for s in row.settings}
-    tensors = {name: _as_rows(name, settings[name], p) for name in row.tensors if name in settings}
+    tensors = {name: settings[name].to(p.mean_y) for name in row.tensors if name in settings}
     factors = row.solve(p, family, **used, **tensors)
     meta: dict[str, JSON] = {"solver": solver, "family": str(family), "n_rows": p.n, **used}
     meta.update({f"{name}_rows": len(rows) for name, rows in tensors.items()})
     mean_x, mean_y = (p.mean_x, p.mean_y) if row.centred else (0 * p.mean_x, 0 * p.mean_y)
     return Solution(mean_x, mean_y, p.vx, factors, family, row.ranked, meta)
-
-
-def _as_rows(name: str, rows: object, p: PairedSpectrum) -> Tensor:
-    """`rows` in the dtype and on the device of the fit, once it is sure that they are [m, d_out]."""
-    shape = list(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-    if not isinstance(rows, Tensor) or rows.ndim != 2 or rows.shape[1] != p.d_out or len(rows) == 0:
-        raise MechdiffError(f"{name} is {shape}; give a matrix of rows of width {p.d_out}.")
-    if not bool(torch.isfinite(rows).all()):
-        raise MechdiffError(f"{name} {shape} has NaN or infinite entries; give finite rows.")
-    return rows.to(p.mean_y)

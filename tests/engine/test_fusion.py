@@ -147,20 +147,6 @@ def test_what_agrees_is_swapped_and_all_is_put_back(
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_engines_that_take_turns_leave_the_shared_rotation_as_it_was() -> None:
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES)).eval()
-    fusion = Fusion.of(Decoder.of(model))
-    (home,) = fusion.rotations
-    rotation = home.apply_rotary_pos_emb
-    first, second = Fusion(rotations=[home]).applied(), Fusion(rotations=[home]).applied()
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert home.apply_rotary_pos_emb is not rotation
-    second.__exit__(None, None, None)
-    assert home.apply_rotary_pos_emb is rotation
-
-
 @pytest.mark.parametrize("scaled", ["weight", "input"])
 def test_a_norm_that_computes_something_else_is_left_alone(scaled: str) -> None:
     class OddRMSNorm(LlamaRMSNorm):

@@ -14,7 +14,6 @@ from test_patch_engine import module_at
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine import PatchEngine, VariantGroup
-from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import next_token_divergences
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
@@ -128,13 +127,6 @@ def test_heads_are_averaged_like_what_they_add_up_to() -> None:
     torch.testing.assert_close(
         heads.project(heads.capture(prompts())), engine.capture(prompts(), [site])[site], rtol=1e-6, atol=1e-8
     )
-
-
-@pytest.mark.parametrize("span", [0, 8])
-def test_spans_that_a_prompt_does_not_have(span: int) -> None:
-    bad = TokenizedPrompts(prompts().ids, STARTS, (span, *SPANS[1:]))
-    with pytest.raises(MechdiffError, match=f"Prompt 0 has 7 tokens from position 2 on and a span of {span}"):
-        PatchEngine(tiny.llama(n_layers=2)).capture(bad, SITES)
 
 
 def test_what_was_captured_is_put_back_to_the_bit() -> None:

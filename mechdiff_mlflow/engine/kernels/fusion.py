@@ -1,7 +1,6 @@
 """A model's norms, rotations and gated MLPs in fewer passes over memory, while the engine runs it.
 
-Where there are kernels for the device, a module whose output they reproduce is computed by them; any other is
-left as it is, so an architecture that we do not know runs at its own speed. What is swapped is put back.
+A module is computed by a kernel that reproduces its output; any other runs as it is.
 """
 
 from __future__ import annotations

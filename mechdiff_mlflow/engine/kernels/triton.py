@@ -1,9 +1,6 @@
 """The steps between matrix products as GPU kernels that read and write every number once.
 
-Each rounds where the model's own code rounds, to the model's dtype after every step, so that norms, rotations
-and gated activations come out as they do without the kernels. Attention accumulates in float32.
-
-Importable only where Triton is; torch's builds for CUDA on Linux bring it.
+Each rounds where the model's own code rounds; attention accumulates in float32. Importable only with Triton.
 """
 
 from __future__ import annotations
@@ -127,10 +124,7 @@ def _split_attention_kernel(  # type: ignore[no-untyped-def]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float, late: bool) -> Tensor:
-    """Scale x [..., width] to x / √(mean x² + eps) · (weight + offset).
-
-    If `late`, it is rounded to the dtype of x after the product with the weight only, not before it too.
-    """
+    """As in `cpu`; if `late`, rounded to the dtype of x after the product with the weight only."""
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
@@ -154,11 +148,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of halves: x · cos + (−x₂, x₁) · sin.
-
-    x is [n, heads, tokens, head width]; cos and sin [n or 1, tokens, head width] have the same strides, of
-    which only the last must be 1.
-    """
+    """As in `cpu`; cos and sin have the same strides, of which only the last must be 1."""
     n, heads, tokens, width = x.shape
     out = torch.empty(n, tokens, heads, width, dtype=x.dtype, device=x.device)
     half = width // 2

@@ -24,11 +24,6 @@ class ChunkLimits:
     max_rows: int = 8192  # patched tokens that go up the layers together
     head_rows: int = 2048  # rows of logits in memory together
 
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "max_rows", "head_rows"):
-            if getattr(self, name) < 1:
-                raise MechdiffError(f"{name} is {getattr(self, name)}; give at least 1.")
-
     def __str__(self) -> str:
         return (
             f"{self.batch_size} prompts, {self.max_rows} patched tokens and {self.head_rows} rows of logits"

@@ -1,12 +1,8 @@
 """Where the blocks, attentions and MLPs of a decoder live, and which module's output is a site.
 
-`attn_out` and `mlp_out` are what a sublayer *adds to the residual stream*:
-
-- Most blocks add the sublayer's output itself, in sequence (Llama) or in parallel (Phi, GPT-NeoX, Cohere2).
-- Blocks with a norm after each sublayer (Gemma 2 and 3, OLMo 2, GLM-4, EXAONE 4) add the output of that norm.
-- Sublayers that add the residual stream themselves (Bloom, MPT) add the output of their last projection.
-- OPT has no MLP module; its block adds the output of `fc2`.
-- Granite adds its sublayers' outputs times a constant, `residual_multiplier`; the sites are the outputs.
+`attn_out` and `mlp_out` are what a sublayer adds to the residual stream: its own output, that of a norm after
+it (Gemma 2, OLMo 2), or of its last projection where it adds the stream itself (Bloom, MPT). OPT has no MLP
+module, and its block adds the output of `fc2`. Granite's outputs are added times a constant.
 """
 
 from __future__ import annotations
@@ -21,10 +17,15 @@ from torch import nn
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.sites import Hook, Site
 
-_ATTENTION: tuple[str, ...] = (
-    *("self_attn", "attn", "attention", "self_attention", "linear_attn", "temporal_block"),
+_ATTENTION = [
+    "self_attn",
+    "attn",
+    "attention",
+    "self_attention",
+    "linear_attn",
+    "temporal_block",
     "norm_attn_norm.attn",
-)
+]
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "shared_mlp", "mlp_block", "fc2")
 _POST_NORMS = (
     ("post_attention_layernorm", "post_feedforward_layernorm"),
@@ -82,16 +83,11 @@ class Decoder:
 
     def has(self, site: Site) -> bool:
         """Whether `site` exists and was recognised."""
-        try:
-            self.check(site)
-        except MechdiffError:
-            return False
-        return True
+        return site.layer < len(self.blocks) and self._found(site) is not None
 
     def module(self, site: Site) -> nn.Module:
         """The module whose output (for `resid_pre`, whose input) is the activation at `site`."""
-        block = self.blocks[site.layer]
-        module = {Hook.ATTN_OUT: block.attn_out, Hook.MLP_OUT: block.mlp_out}.get(site.hook, block.module)
+        block, module = self.blocks[site.layer], self._found(site)
         if module is None:
             name = "attention" if site.hook is Hook.ATTN_OUT else "mlp"
             others = [str(i) for i, b in enumerate(self.blocks) if getattr(b, str(site.hook)) is not None]
@@ -105,6 +101,10 @@ class Decoder:
                 "pair's spec to the right one."
             )
         return module
+
+    def _found(self, site: Site) -> nn.Module | None:
+        block = self.blocks[site.layer]
+        return {Hook.ATTN_OUT: block.attn_out, Hook.MLP_OUT: block.mlp_out}.get(site.hook, block.module)
 
 
 def text_config(model: nn.Module) -> Any:

@@ -1,7 +1,6 @@
-"""Whose attention function the model calls.
+"""Whose attention function the model calls: while a path runs, ours.
 
-transformers calls attention by a name in the configuration. While a path runs, that name is one of ours, and
-ours calls whatever function the path has put on the attention module, so that two engines can take turns.
+transformers looks attention up by a name in the configuration; ours calls what is put on the module.
 """
 
 from __future__ import annotations

@@ -134,6 +134,31 @@ def head(forward: PromptForward, output_length: int | None) -> Iterator[Callable
         layers._modules.update(own)
 
 
+def score_gradients(
+    forward: PromptForward, chunk: Chunk, sites: Sequence[Site], drawn: Tensor
+) -> Sequence[Tensor]:
+    """∂ log p(t)/∂h of each site [n, width], where t is at the place `drawn` [n] of p cumulated to [0, 1)."""
+    added: dict[Site, Tensor] = {}
+
+    def add(site: Site, hidden: Tensor) -> Tensor:
+        zeros = hidden.new_zeros(hidden.shape[0], hidden.shape[-1]).requires_grad_()
+        added[site] = zeros
+        moved = hidden.clone()
+        span = chunk.spanned(moved)
+        span.copy_(span + zeros.unsqueeze(1))
+        return moved
+
+    with torch.enable_grad(), ExitStack() as hooks:
+        for site in sites:
+            hooks.enter_context(activation_hook(forward.decoder, site, partial(add, site), len(chunk)))
+        log_p = forward.logits(chunk).float().log_softmax(-1)  # [n, vocabulary]
+        cumulated = log_p.detach().cpu().double().exp().cumsum(-1)
+        places = drawn.double().unsqueeze(1) * cumulated[:, -1:]
+        tokens = torch.searchsorted(cumulated, places, right=True).clamp(max=log_p.shape[1] - 1)
+        chosen = log_p.gather(1, tokens.to(log_p.device))
+        return torch.autograd.grad(chosen.sum(), [added[site] for site in sites])
+
+
 class _Stub(nn.Module):
     """Stands for a block: returns what it is told, and looks like the block to whoever asks."""
 

@@ -1,8 +1,6 @@
 """The heads of one attention sublayer: what each gives to the output projection.
 
-attn_out = projection(z_1 ‖ … ‖ z_H), so replacing some heads' z is a replacement of attn_out, which the
-engine scores like any other. H counts query heads: with grouped queries several share a key, and each has its
-own z.
+attn_out = projection(z_1 ‖ … ‖ z_H) over query heads, so replacing some z is a replacement of attn_out.
 """
 
 from __future__ import annotations
@@ -53,25 +51,20 @@ class AttentionHeads:
             MechdiffError: A token or position does not exist, or z does not divide among the heads.
         """
         check_prompts(prompts, self._forward.vocabulary)
-        rows: list[Tensor] = []
-        order: list[Tensor] = []
+        found: dict[int, Tensor] = {}
 
         def record(chunk: Chunk, limits: ChunkLimits) -> None:
-            read: list[Tensor] = []
-
             def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-                read.append(chunk.read(args[0]).cpu())
+                found.update(zip(chunk.index.tolist(), chunk.read(args[0]).cpu(), strict=True))
 
             handle = self._projection.register_forward_pre_hook(keep)
             try:
                 self._forward(chunk)
             finally:
                 handle.remove()
-            rows.extend(read)
-            order.append(chunk.index)
 
         self._runner.run(ChunkPlan(prompts, self._forward.device), record, patched=False)
-        z = torch.cat(rows)[torch.argsort(torch.cat(order))]
+        z = torch.stack([found[i] for i in range(len(prompts))])
         if z.shape[1] % self.n_heads:
             raise MechdiffError(
                 f"The {z.shape[1]} inputs of the projection are not {self.n_heads} equal heads."

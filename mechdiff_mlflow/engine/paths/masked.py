@@ -1,7 +1,6 @@
-"""Variants as tokens side by side behind a cached prefix, kept apart by a mask.
+"""Variants as tokens side by side behind a cached prefix, kept apart by a mask, in public interfaces alone.
 
-Only public interfaces are used, for models whose attention cannot be routed. Every variant goes through all
-blocks, also below its site.
+For models whose attention cannot be routed. Variants go through all blocks, also below their sites.
 """
 
 from __future__ import annotations

@@ -114,10 +114,7 @@ class Trial:
         first, n = self.variants[0], len(self.variants)
         crowd = Variants(first.site, first.values.repeat(1, _CROWD, 1), range(n, n + _CROWD))
         among_many = torch.cat([self.logits, self.logits[:, :1].expand(-1, _CROWD, -1)], 1)
-        for variants, expected in (
-            (self.variants, self.logits),
-            ([*self.variants, crowd], among_many),
-        ):
+        for variants, expected in ((self.variants, self.logits), ([*self.variants, crowd], among_many)):
             found = torch.full_like(expected, torch.nan)
             for rows in path.run(recording, variants, limits):
                 found[rows.owner, rows.column] = rows.logits

@@ -1,9 +1,8 @@
 """Every variant of every prompt in one pass up the blocks.
 
-A variant is a row at the patched position. It enters at its own site, since nothing below differs from the
-clean run, and from there on sees the prompt's recorded keys and values and itself. Where the patched position
-is not the last, a row is followed by its own copy of the S - 1 tokens after it; they are clean up to the
-block where the row enters, because attention looks back only.
+A variant is a row at the patched position that enters at its site, and sees the prompt's recorded keys and
+values and itself. Where the position is not the last, the row is followed by its own copy of the S - 1 tokens
+after it, clean up to the block where it enters.
 """
 
 from __future__ import annotations
@@ -152,14 +151,7 @@ class _Ascent:
         return torch.cat([live, entering]).unsqueeze(0)
 
     def _attend(
-        self,
-        i: int,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        **kwargs: Any,
+        self, i: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         unknown = {name for name, v in kwargs.items() if isinstance(v, Tensor)} - _UNDERSTOOD
         if unknown:

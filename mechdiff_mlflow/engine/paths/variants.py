@@ -36,21 +36,11 @@ class VariantGroup:
         """The identity patch: the model's own activation put back and run. Its KL is the noise floor."""
         return cls(site, lambda index, clean: clean.unsqueeze(1), n_variants=1, always_run=True)
 
-    def count(self, n_prompts: int, width: int) -> int:
-        """The number of variants v, once it is sure that the replacements are [n_prompts, v, width]."""
+    def count(self) -> int:
+        """The number of variants v."""
         if isinstance(self.replacements, Tensor):
-            shape = tuple(self.replacements.shape)
-            if len(shape) != 3 or shape[0] != n_prompts or shape[1] < 1 or shape[2] != width:
-                raise MechdiffError(
-                    f"The replacements at {self.site} have the shape {shape}, not (prompts {n_prompts}, "
-                    f"variants, width {width}); give one vector for each prompt and variant."
-                )
-            return shape[1]
-        if self.n_variants is None or self.n_variants < 1:
-            raise MechdiffError(
-                f"The variants at {self.site} are a function and n_variants is {self.n_variants}; say how "
-                "many vectors it returns for each prompt."
-            )
+            return self.replacements.shape[1]
+        assert self.n_variants is not None
         return self.n_variants
 
 
@@ -117,9 +107,9 @@ def in_parts(
 class ScoreBoard:
     """Scores of N prompts under all variants: every group owns a range of columns."""
 
-    def __init__(self, groups: Sequence[VariantGroup], n_prompts: int, width: int) -> None:
+    def __init__(self, groups: Sequence[VariantGroup], n_prompts: int) -> None:
         self._groups = groups
-        self._ends = list(accumulate(group.count(n_prompts, width) for group in groups))
+        self._ends = list(accumulate(group.count() for group in groups))
         self._starts = [0, *self._ends[:-1]] if groups else []
         self._scores = Divergences.zeros(n_prompts, self._ends[-1] if groups else 0)
 
@@ -200,10 +190,4 @@ class ScoreBoard:
             values = group.replacements[index.to(group.replacements.device)]
         else:
             values = group.replacements(index, clean)
-            expected = (len(index), group.n_variants, clean.shape[-1])
-            if tuple(values.shape) != expected:
-                raise MechdiffError(
-                    f"The function that makes the variants at {group.site} returned the shape "
-                    f"{tuple(values.shape)}, not {expected}; return one vector for each prompt and variant."
-                )
         return values.to(device=clean.device, dtype=clean.dtype)
