@@ -7,7 +7,6 @@ model's z for the heads in S and its own for the rest. coverage(S) = ΣKL_S / Σ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -70,17 +69,8 @@ def layer_profile(study: Study) -> pd.DataFrame:
     return table
 
 
-@dataclass(frozen=True, eq=False)
-class HeadsRecord:
-    """Shares of the difference that the heads of one layer carry."""
-
-    site: Site  # the layer's attn_out
-    table: pd.DataFrame  # `HEAD_COLUMNS`
-    greedy: Heads  # in the order in which val chose them
-
-
-def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
-    """Single heads of a layer, greedy sets and `n_random` random sets of every size.
+def heads_of(study: Study, layer: int, *, n_random: int = 20) -> pd.DataFrame:
+    """Single heads of a layer, greedy sets and `n_random` random sets of every size: `HEAD_COLUMNS`.
 
     Raises:
         MechdiffError: The heads of the two models cannot be told apart or differ in number or width, or
@@ -134,7 +124,7 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
     table: pd.DataFrame = pd.DataFrame(
         [(str(site), n_heads, *row, mean_all) for row in rows], columns=list(HEAD_COLUMNS)
     )
-    return HeadsRecord(site, table, order)
+    return table
 
 
 def _coverage(whole: Array, kl: Array, bootstrap: stats.Bootstrap) -> tuple[float, float, float]:
