@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.curves import curve_figures
 from mechdiff_mlflow.report.document import Block, Document, bullets, grid
 from mechdiff_mlflow.report.evidence import Evidence, Measured, Quoted
-from mechdiff_mlflow.report.figures import bars
+from mechdiff_mlflow.report.figures import bars, curve_figures
 from mechdiff_mlflow.report.profiles import atlas_figures, first_difference, heads_blocks, layers_blocks
 from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID
 from mechdiff_mlflow.text import markdown, plain, text_of

@@ -6,8 +6,10 @@ The plotly half needs plotly.js once a page and never the network.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
+
+from mechdiff_mlflow.report.evidence import Measured
+from mechdiff_mlflow.text import text_of
 
 _DPI = 110
 _COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#337ea9", "#cb912f", "#787774")
@@ -82,6 +87,61 @@ def curves(
     axes.legend(fontsize=8)
     chart.update_layout(xaxis_title=x_label, yaxis_title=y_label)
     return _finished(name, title, canvas, chart)
+
+
+def curve_figures(patches: Sequence[Measured]) -> list[Figure]:
+    """The charts that these patches allow: drop over k where two ranks are known, over α where three are."""
+    ranks = sorted({patch.k for patch in patches if patch.k is not None})
+    full = 2.0 * max(ranks, default=1)
+    over_k = _lines(
+        patches,
+        lambda p: f"{p.site} α={text_of(p.alpha)} {p.family}",
+        lambda p: (p.solver, p.alpha, p.settings, p.conditions),
+        lambda p: full if p.k is None else float(p.k),
+        at_least=2,
+    )
+    over_alpha = _lines(
+        patches,
+        lambda p: f"{p.site} k={p.rank} {p.family}",
+        lambda p: (p.solver, p.settings, p.conditions),
+        lambda p: p.alpha,
+        at_least=3,
+    )
+    figures = []
+    if over_k:
+        ticks = {float(k): str(k) for k in ranks}
+        ticks |= {full: "full"} if any(patch.k is None for patch in patches) else {}
+        draw = partial(curves, "drop-over-k", "KL drop over rank", over_k, x_label="rank k")
+        figures.append(draw(y_label="drop, %", log_x=True, ticks=ticks))
+    if over_alpha:
+        draw = partial(curves, "drop-over-alpha", "KL drop over scale", over_alpha, x_label="α")
+        figures.append(draw(y_label="drop, %"))
+    return figures
+
+
+def _lines(
+    patches: Sequence[Measured],
+    name: Callable[[Measured], str],
+    group: Callable[[Measured], Hashable],
+    place: Callable[[Measured], float],
+    *,
+    at_least: int,
+) -> list[Curve]:
+    """One line of each name and group that has patches at `at_least` places."""
+    groups: dict[Hashable, list[Measured]] = {}
+    for patch in patches:
+        if patch.drop is not None:
+            groups.setdefault((name(patch), group(patch)), []).append(patch)
+    lines = []
+    for members in groups.values():
+        members = sorted(members, key=place)
+        if len({place(patch) for patch in members}) < at_least:
+            continue
+        drops = [patch.drop for patch in members if patch.drop is not None]
+        ends = [(drop.estimate, drop.low, drop.high) for drop in drops]
+        columns = [[math.nan if end is None else end for end in column] for column in zip(*ends, strict=True)]
+        lines.append(Curve(name(members[0]), [place(patch) for patch in members], *columns))
+    return lines
 
 
 def bars(name: str, title: str, values: Mapping[str, float], *, x_label: str, marked: str = "") -> Figure:

@@ -28,7 +28,10 @@ from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.version import source_sha256
 
 MAX_DEATHS = 3
-"""Workers that may die of one thing before it is not tried again."""
+"""Workers that may die of one job before it is not tried again."""
+
+MAX_RESTARTS = 12
+"""How often Ray starts a worker again."""
 
 _NOTICE_AFTER_S = 60.0
 
@@ -157,8 +160,8 @@ class RayWorkers(Workers):
             worker = self._ray.remote(PairWorker).options(
                 num_cpus=1,
                 num_gpus=n_gpus,
-                max_restarts=-1,
-                max_task_retries=MAX_DEATHS - 1,
+                max_restarts=MAX_RESTARTS,
+                max_task_retries=-1,
                 scheduling_strategy="SPREAD",
             )
             for number in range(n_workers):
@@ -208,6 +211,12 @@ class RayWorkers(Workers):
     def close(self) -> None:
         """Let the workers go, and a cluster of our own."""
         self._stack.close()
+
+    def __enter__(self) -> RayWorkers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def _share_out(self, what: Sequence[str], jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """The answers of jobs as they come, each with its index; `what` is how errors call them."""
@@ -275,10 +284,9 @@ class RayWorkers(Workers):
         if isinstance(outcome, Outcome):
             self._idle.append(number)
             return None
-        what = f"A worker died {MAX_DEATHS} times while it loaded {self.pair.name} ({outcome})"
+        what = f"A worker died while it loaded {self.pair.name}, and is not started again ({outcome})"
         if not (self._idle or self._starting or running):
             raise MechdiffError(f"{what}; look at its memory, and that mechdiff is installed on every node.")
-        self._ray.kill(self._actors[number])
         warnings.warn(f"{what}; going on with the others.", stacklevel=2)
         return None
 

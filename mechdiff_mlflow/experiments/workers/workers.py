@@ -17,7 +17,6 @@ from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.rows import Replacements, SiteRows
 from mechdiff_mlflow.experiments.workers.tasks import (
     Capture,
-    CleanNoise,
     LazyTensors,
     Score,
     Task,
@@ -74,6 +73,12 @@ def n_heads_of(pair: Pair, layer: int) -> int:
         return engine.heads(layer).n_heads
 
 
+def clean_noise(pair: Pair, role: str, prompts: PromptSet, position: Position) -> float:
+    """Mean distance between two clean runs of one model, nats, see `PatchEngine.clean_noise`."""
+    with pair.side(role).engine() as engine:
+        return float(engine.clean_noise(pair.tokens(role, prompts, position)).mean(0).max())
+
+
 def unembedding(pair: Pair, role: str) -> Tensor:
     """See `Side.unembedding`."""
     return pair.side(role).unembedding()
@@ -96,15 +101,6 @@ class Workers(ABC):
     @abstractmethod
     def ask(self, question: Callable[..., Answer], *arguments: object) -> Answer:
         """Call a function of this package with the loaded pair and some arguments."""
-
-    def close(self) -> None:  # noqa: B027  # most hold nothing
-        """Let go of what is held."""
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     @property
     def max_shards(self) -> int:
@@ -151,8 +147,7 @@ class Workers(ABC):
         The larger of the KL between runs in a batch and alone, and of what rounding alone leaves.
         """
         few = prompts.prompts[:: -(-len(prompts) // _NOISE_PROMPTS)]
-        task = CleanNoise(PromptSet(prompts.split, few), position, role)
-        return float(self.whole(task)["KL"].mean(0).max())
+        return self.ask(clean_noise, role, PromptSet(prompts.split, few), position)
 
     def whole(self, task: Task, stage: Stage = silent, name: str = "") -> Tensors:
         """The result of a task that was done shard by shard."""
