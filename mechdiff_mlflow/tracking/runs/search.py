@@ -22,6 +22,7 @@ _SETTINGS = {
     **{"k": foreign.rank, "alpha": foreign.scales, "split": foreign.word, "n": foreign.whole},
 }
 _LOWER_IS_BETTER = ("KL_", "rho", "noise_floor", "p/", "reverse/", "control/", "time/")
+_PATCHES = "tags.`mechdiff.kind` = 'patch'"
 _FEW = 20
 _MOST_A_PAGE = 1000
 
@@ -84,7 +85,7 @@ def find_runs(
         MechdiffError: No run is found; says what to try.
     """
     check_key(metric)
-    where = ["tags.`mechdiff.kind` = 'patch'", "attributes.status = 'FINISHED'"]
+    where = ["attributes.status = 'FINISHED'"]
     if pair is not None:
         where.append(f"params.pair = {quoted(pair)}")
     if site is not None:
@@ -92,7 +93,10 @@ def find_runs(
     with store.errors():
         experiments = {e.experiment_id: e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)}
     search = _Search(store, experiments, metric)
-    found = search.best_of_each_site(where) if best else [*islice(search.readable(where, limit), limit)]
+    if best:  # only patch runs have the tag that is searched
+        found = search.best_of_each_site(where)
+    else:
+        found = [*islice(search.readable([_PATCHES, *where], limit), limit)]
     if not found:
         known = sorted(
             {k for run in search.first(where) for k in run.data.metrics if not k.startswith(("ci/", "time/"))}
@@ -119,7 +123,7 @@ class _Search:
 
     def first(self, where: Sequence[str]) -> list[Run]:
         """Some runs, with the metric or without."""
-        return list(islice(self._each(" and ".join(where), page=_FEW), _FEW))
+        return list(islice(self._each(" and ".join([_PATCHES, *where]), page=_FEW), _FEW))
 
     def readable(self, where: Sequence[str], limit: int | None = None) -> Iterator[FoundRun]:
         """Runs with the metric whose fields are what they should be; a warning for each other."""
@@ -144,7 +148,7 @@ class _Search:
             if not n_before < len(best) <= MOST_VALUES or not all(map(can_quote, best)):
                 best = _first_of_each(self.readable(left)) | best
                 break
-        untagged = self.readable([*where, f"tags.`{PAIR_SITE}` IS NULL"])
+        untagged = self.readable([_PATCHES, *where, f"tags.`{PAIR_SITE}` IS NULL"])
         return [*_first_of_each(sorted([*best.values(), *untagged], key=self.rank)).values()]
 
     def rank(self, run: FoundRun) -> tuple[float, int]:
