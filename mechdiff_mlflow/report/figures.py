@@ -6,10 +6,8 @@ The plotly half needs plotly.js once a page and never the network.
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
 
+from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report.evidence import Measured
 from mechdiff_mlflow.text import text_of
 
@@ -90,58 +89,35 @@ def curves(
 
 
 def curve_figures(patches: Sequence[Measured]) -> list[Figure]:
-    """The charts that these patches allow: drop over k where two ranks are known, over α where three are."""
+    """Drop over k where two ranks are known, over α where three are, all else being equal."""
     ranks = sorted({patch.k for patch in patches if patch.k is not None})
     full = 2.0 * max(ranks, default=1)
-    over_k = _lines(
-        patches,
-        lambda p: f"{p.site} α={text_of(p.alpha)} {p.family}",
-        lambda p: (p.solver, p.alpha, p.settings, p.conditions),
-        lambda p: full if p.k is None else float(p.k),
-        at_least=2,
-    )
-    over_alpha = _lines(
-        patches,
-        lambda p: f"{p.site} k={p.rank} {p.family}",
-        lambda p: (p.solver, p.settings, p.conditions),
-        lambda p: p.alpha,
-        at_least=3,
-    )
+    over_k: dict[tuple[object, ...], dict[float, Interval]] = {}
+    over_alpha: dict[tuple[object, ...], dict[float, Interval]] = {}
+    for p in patches:
+        if p.drop is not None:
+            rest = p.solver, p.settings, p.conditions
+            at_alpha = f"{p.site} α={text_of(p.alpha)} {p.family}", *rest
+            over_k.setdefault(at_alpha, {})[full if p.k is None else float(p.k)] = p.drop
+            over_alpha.setdefault((f"{p.site} k={p.rank} {p.family}", *rest), {})[p.alpha] = p.drop
+    k_lines = [_curve(str(key[0]), drops) for key, drops in over_k.items() if len(drops) >= 2]
+    alpha_lines = [_curve(str(key[0]), drops) for key, drops in over_alpha.items() if len(drops) >= 3]
     figures = []
-    if over_k:
+    if k_lines:
         ticks = {float(k): str(k) for k in ranks}
         ticks |= {full: "full"} if any(patch.k is None for patch in patches) else {}
-        draw = partial(curves, "drop-over-k", "KL drop over rank", over_k, x_label="rank k")
-        figures.append(draw(y_label="drop, %", log_x=True, ticks=ticks))
-    if over_alpha:
-        draw = partial(curves, "drop-over-alpha", "KL drop over scale", over_alpha, x_label="α")
-        figures.append(draw(y_label="drop, %"))
+        labels = {"x_label": "rank k", "y_label": "drop, %"}
+        figures.append(curves("drop-over-k", "KL drop over rank", k_lines, **labels, log_x=True, ticks=ticks))
+    if alpha_lines:
+        labels = {"x_label": "α", "y_label": "drop, %"}
+        figures.append(curves("drop-over-alpha", "KL drop over scale", alpha_lines, **labels))
     return figures
 
 
-def _lines(
-    patches: Sequence[Measured],
-    name: Callable[[Measured], str],
-    group: Callable[[Measured], Hashable],
-    place: Callable[[Measured], float],
-    *,
-    at_least: int,
-) -> list[Curve]:
-    """One line of each name and group that has patches at `at_least` places."""
-    groups: dict[Hashable, list[Measured]] = {}
-    for patch in patches:
-        if patch.drop is not None:
-            groups.setdefault((name(patch), group(patch)), []).append(patch)
-    lines = []
-    for members in groups.values():
-        members = sorted(members, key=place)
-        if len({place(patch) for patch in members}) < at_least:
-            continue
-        drops = [patch.drop for patch in members if patch.drop is not None]
-        ends = [(drop.estimate, drop.low, drop.high) for drop in drops]
-        columns = [[math.nan if end is None else end for end in column] for column in zip(*ends, strict=True)]
-        lines.append(Curve(name(members[0]), [place(patch) for patch in members], *columns))
-    return lines
+def _curve(name: str, drops: Mapping[float, Interval]) -> Curve:
+    """Drops by their places on the axis as a line."""
+    rows = [(drop.estimate, drop.low, drop.high) for _, drop in sorted(drops.items())]
+    return Curve(name, sorted(drops), *np.array(rows, dtype=float).T.tolist())  # None becomes NaN
 
 
 def bars(name: str, title: str, values: Mapping[str, float], *, x_label: str, marked: str = "") -> Figure:

@@ -20,6 +20,15 @@ NEGLIGIBLE_NATS = 0.01
 """Below this KL_raw may be real, above the noise floor, but no behaviour hangs on it."""
 
 
+WHERE = {
+    "resid_pre": "what enters decoder block {layer}",
+    "attn_out": "what the attention of decoder block {layer} adds to the residual stream",
+    "mlp_out": "what the MLP of decoder block {layer} adds to the residual stream",
+    "resid_post": "what leaves decoder block {layer}",
+}
+"""Meaning of each hook."""
+
+
 def negligible(patch: Measured) -> bool:
     """Whether the raw patch hardly changes the next token, so that a drop of it says little."""
     return patch.kl_raw is not None and patch.kl_raw < NEGLIGIBLE_NATS
