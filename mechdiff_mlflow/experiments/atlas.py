@@ -1,8 +1,4 @@
-"""The atlas: every layer and hook in one sweep, so that nobody has to guess where to look.
-
-A first pass scores raw and identity patches everywhere. Maps and controls are then tried only where KL_raw is
-above its noise floor: elsewhere no drop is defined, whatever the map.
-"""
+"""The atlas: every layer and hook in one sweep, so that nobody has to guess where to look."""
 
 from __future__ import annotations
 
@@ -46,7 +42,9 @@ def atlas(
 ) -> AtlasRecord:
     """Raw and mapped patches at every layer of some hooks, all maps of full rank and scale `alpha`.
 
-    The `best` sites are those with the highest drop on val.
+    A first pass scores raw and identity patches everywhere. Maps and controls are then tried only where
+    KL_raw is above its noise floor: elsewhere no drop is defined, whatever the map. The `best` sites are
+    those with the highest drop on val.
 
     Raises:
         MechdiffError: A hook, the solver or the family is impossible for this pair.

@@ -1,8 +1,4 @@
-"""Profiles of a pair: how alike the models are layer by layer, and which attention heads carry a difference.
-
-A set S of heads is replaced before the output projection: the tuned model's own projection gets the base
-model's z for the heads in S and its own for the rest. coverage(S) = ΣKL_S / ΣKL_all.
-"""
+"""Profiles of a pair: how alike the models are layer by layer, and which heads carry a difference."""
 
 from __future__ import annotations
 
@@ -71,6 +67,9 @@ def layer_profile(study: Study) -> pd.DataFrame:
 
 def heads_of(study: Study, layer: int, *, n_random: int = 20) -> pd.DataFrame:
     """Single heads of a layer, greedy sets and `n_random` random sets of every size: `HEAD_COLUMNS`.
+
+    A set S of heads is replaced before the output projection: the tuned model's own projection gets the base
+    model's z for the heads in S and its own for the rest. coverage(S) = ΣKL_S / ΣKL_all.
 
     Raises:
         MechdiffError: The heads of the two models cannot be told apart or differ in number or width, or

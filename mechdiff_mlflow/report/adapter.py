@@ -38,9 +38,10 @@ def adapter_card(record: AdapterRecord, the_map: AffineMap, pair: Pair) -> str:
         f"# The base of {pair.name}, made to act as tuned at {record.site}",
         "",
         f"This is {what} on `{record.target}`. It sends the activation h at {record.site} "
-        f"({wording.WHERE[record.site.hook.value].format(layer=record.site.layer)}) to α·((h − μ_base)·W + "
-        f"μ_tuned) at every token, α = {text_of(record.alpha)}. The map was fitted by mechdiff on activations "
-        "of base and tuned at the decision token, the last of the prompt; nothing was trained.",
+        f"({wording.WHERE[record.site.hook.value].format(layer=record.site.layer)}) to "
+        f"α·((h − μ_base)·W + μ_tuned) at every token, α = {text_of(record.alpha)}. The map was fitted by "
+        "mechdiff on activations of base and tuned at the decision token, the last of the prompt; nothing was "
+        "trained.",
         "",
         "## How to load it",
         "",

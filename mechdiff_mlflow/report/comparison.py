@@ -31,11 +31,7 @@ class Match:
 
 
 def matches(first: Evidence, second: Evidence) -> list[Match]:
-    """Every cell that both pairs have measured under the same split and position; then the quoted maps.
-
-    Raises:
-        MechdiffError: There is none.
-    """
+    """Every cell that both measured on one split and position, then quoted maps; a MechdiffError if none."""
 
     def key(patch: Measured) -> tuple[object, ...]:
         how = (patch.solver, patch.family, patch.rank, patch.alpha)
@@ -93,11 +89,7 @@ def verdict(match: Match, interval: Interval | None, first: str, second: str) ->
 
 
 def comparison(first: Evidence, second: Evidence, tables: PerPrompt, *, seed: int) -> Document:
-    """The comparison of two pairs as a document, from the per-prompt tables of `needed_runs`.
-
-    Raises:
-        MechdiffError: They have nothing in common.
-    """
+    """The comparison of two pairs as a document, from the per-prompt tables of `needed_runs`."""
     a, b = first.pair, second.pair
     blocks: list[Block] = [
         (

@@ -264,11 +264,7 @@ class RayWorkers(Workers):
         self._starting[self._actors[number].call.remote("load")] = number
 
     def _wait(self, running: Mapping[Any, object]) -> Any:
-        """What Ray has resolved of `running`; None when a worker is ready, or nothing happens for a while.
-
-        Raises:
-            MechdiffError: All workers have died while they loaded the pair.
-        """
+        """What Ray has resolved of `running`; None when a worker is ready, or nothing happens for a while."""
         found, _ = self._ray.wait([*self._starting, *running], timeout=_NOTICE_AFTER_S)
         if not found and not self._loaded:
             free = self._ray.available_resources()
@@ -291,11 +287,7 @@ class RayWorkers(Workers):
         return None
 
     def _outcome(self, resolved: Any, number: int) -> Outcome | str:
-        """The outcome of a call of a worker, or why it died.
-
-        Raises:
-            MechdiffError: The outcome is one, or the worker is not like the others.
-        """
+        """The outcome of a call of a worker, or why it died; a MechdiffError where the outcome is one."""
         try:
             outcome: Outcome = self._ray.get(resolved)
         except self._ray.exceptions.RayTaskError:
@@ -319,11 +311,7 @@ class RayWorkers(Workers):
 
 
 def _gpus_of_each(ray: Any, pair: Pair, device: str, asked: int | None) -> int:
-    """GPUs that a worker takes.
-
-    Raises:
-        MechdiffError: No node has so many.
-    """
+    """GPUs that a worker takes; a MechdiffError where no node has so many."""
     most = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
     if device == "cpu" or (device == "auto" and not most):
         return 0

@@ -64,11 +64,7 @@ def model_sizes(pair: Pair) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def n_heads_of(pair: Pair, layer: int) -> int:
-    """Attention heads of a layer of the tuned model.
-
-    Raises:
-        MechdiffError: The layer does not exist, or its heads cannot be told apart.
-    """
+    """Attention heads of a layer of the tuned model; a MechdiffError where they cannot be told apart."""
     with pair.tuned.engine() as engine:
         return engine.heads(layer).n_heads
 
@@ -113,11 +109,7 @@ class Workers(ABC):
         return self.ask(compute_environment)  # once: where one model is held at a time, it may load one
 
     def prepare(self, prompt_sets: Sequence[PromptSet], position: Position) -> None:
-        """Hear which prompts will be asked about, and see that both models read the same.
-
-        Raises:
-            MechdiffError: They do not, see `Pair.check_same_tokens`.
-        """
+        """Hear which prompts will be asked about, and see that both models read the same."""
         for prompts in prompt_sets:
             self.pair.check_same_tokens(prompts, position)
         if self.pair.one_at_a_time:  # record all of base while it is in memory
