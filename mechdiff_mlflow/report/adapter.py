@@ -39,9 +39,9 @@ def adapter_card(record: AdapterRecord, the_map: AffineMap, pair: Pair) -> str:
         "",
         f"This is {what} on `{record.target}`. It sends the activation h at {record.site} "
         f"({wording.WHERE[record.site.hook.value].format(layer=record.site.layer)}) to "
-        f"α·((h − μ_base)·W + μ_tuned) at every token, α = {text_of(record.alpha)}. The map was fitted by "
-        "mechdiff on activations of base and tuned at the decision token, the last of the prompt; nothing was "
-        "trained.",
+        f"α·((h − μ_base)·W + μ_tuned) at every token, α = {text_of(record.alpha)}. The map was fitted "
+        "by mechdiff on activations of base and tuned at the decision token, the last of the prompt; nothing "
+        "was trained.",
         "",
         "## How to load it",
         "",
