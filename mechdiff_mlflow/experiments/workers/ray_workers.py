@@ -238,8 +238,9 @@ class RayWorkers(Workers):
                 resolved = self._wait(running)
                 if resolved is None:
                     continue
-                number, index = running.pop(resolved)
+                number, index = running[resolved]
                 outcome = self._outcome(resolved, number)
+                del running[resolved]
                 if isinstance(outcome, Outcome):
                     self._idle.append(number)
                     n_unanswered -= 1
