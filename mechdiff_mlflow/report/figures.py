@@ -53,7 +53,7 @@ def curves(
     lines: Sequence[Curve],
     *,
     x_label: str,
-    y_label: str,
+    y_label: str = "drop, %",
     log_x: bool = False,
     ticks: Mapping[float, str] | None = None,
 ) -> Figure:
@@ -106,11 +106,10 @@ def curve_figures(patches: Sequence[Measured]) -> list[Figure]:
     if k_lines:
         ticks = {float(k): str(k) for k in ranks}
         ticks |= {full: "full"} if any(patch.k is None for patch in patches) else {}
-        labels = {"x_label": "rank k", "y_label": "drop, %"}
-        figures.append(curves("drop-over-k", "KL drop over rank", k_lines, **labels, log_x=True, ticks=ticks))
+        title = "KL drop over rank"
+        figures.append(curves("drop-over-k", title, k_lines, x_label="rank k", log_x=True, ticks=ticks))
     if alpha_lines:
-        labels = {"x_label": "α", "y_label": "drop, %"}
-        figures.append(curves("drop-over-alpha", "KL drop over scale", alpha_lines, **labels))
+        figures.append(curves("drop-over-alpha", "KL drop over scale", alpha_lines, x_label="α"))
     return figures
 
 

@@ -85,16 +85,15 @@ class Task:
 
     def done(self, pair: Pair) -> Tensors:
         """Do it; errors number prompts as in the whole set."""
+
+        def in_the_whole(found: re.Match[str]) -> str:
+            row = int(found[2])
+            return f"{found[1]} {self.rows[row]}" if row < len(self.rows) else found[0]
+
         try:
             return self.run(pair)
         except MechdiffError as error:
-            if not self.rows:
-                raise
-            raise MechdiffError(_PROMPT.sub(self._in_the_whole, str(error))) from error
-
-    def _in_the_whole(self, found: re.Match[str]) -> str:
-        row = int(found[2])
-        return f"{found[1]} {self.rows[row]}" if row < len(self.rows) else found[0]
+            raise MechdiffError(_PROMPT.sub(in_the_whole, str(error))) from error
 
     def part(self: AnyTask, rows: Sequence[int]) -> AnyTask:
         """The same for some of the prompts; the task itself for all of them."""
