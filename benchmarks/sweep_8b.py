@@ -47,9 +47,8 @@ from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers
 from mechdiff_mlflow.models.model_cache import ModelCache
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.models.sides import Side
-from mechdiff_mlflow.report.curves import curve_figures
 from mechdiff_mlflow.report.evidence import of_record
-from mechdiff_mlflow.report.figures import write_figures
+from mechdiff_mlflow.report.figures import curve_figures, write_figures
 from mechdiff_mlflow.spec.pair_spec import SPLITS, Cell, PairSpec, Rank
 from mechdiff_mlflow.spec.prompts import check_disjoint, read_prompts
 from mechdiff_mlflow.spec.sites import Hook, Site

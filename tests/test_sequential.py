@@ -110,7 +110,7 @@ def everything_else(pair: Pair) -> list[pd.DataFrame]:
     joint.fit([Cell(CELL.site, "logit_subspace", "update", Rank(2), Alpha((1.0,)))])
     return [
         layer_profile(study),
-        heads_of(study, 3, n_random=2).table,
+        heads_of(study, 3, n_random=2),
         atlas(study, hooks=[Hook.ATTN_OUT], solver="ridge", family="update", alpha=1.0, best=1).table,
     ]
 

@@ -17,9 +17,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments.adapting import make_adapter
 from mechdiff_mlflow.experiments.options import (
-    MAP_ALPHA,
-    MAP_ALPHA_HELP,
-    MAP_HELP,
+    MapOptions,
     MismatchOptions,
     ModelOptions,
     ReportedOptions,
@@ -41,14 +39,12 @@ from mechdiff_mlflow.tracking.store.store import open_store
 
 
 @dataclass(frozen=True, kw_only=True)
-class UseRequest(MismatchOptions, ModelOptions, StoreOptions):
+class UseRequest(MapOptions, MismatchOptions, ModelOptions, StoreOptions):
     """A map and the pair that it is used on."""
 
-    map: str = option(..., TEXT, MAP_HELP)
     pair: str | None = option(
         None, TEXT, "A shipped pair or the path of a pair spec; default the map's own pair."
     )
-    alpha: float | None = option("map", MAP_ALPHA, MAP_ALPHA_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,4 @@
-"""The atlas: every layer and hook in one sweep, so that nobody has to guess where to look.
-
-A first pass scores raw and identity patches everywhere. Maps and controls are then tried only where KL_raw is
-above its noise floor: elsewhere no drop is defined, whatever the map.
-"""
+"""The atlas: every layer and hook in one sweep, so that nobody has to guess where to look."""
 
 from __future__ import annotations
 
@@ -26,8 +22,8 @@ COLUMNS = (
 )  # fmt: skip
 """Columns of the table, which has one row a site in the order of the forward pass.
 
-change is ‖Y − X‖ / ‖Y‖ of tuned and base activations; p is of a sign-flip test that KL_mapped is below the KL
-of the best control, p_holm the same corrected over all sites tested.
+change is ‖Y − X‖ / ‖Y‖ of tuned and base activations, None where the widths differ; p is of a sign-flip test
+that KL_mapped is below the KL of the best control, p_holm the same corrected over all sites tested.
 """
 
 
@@ -46,7 +42,9 @@ def atlas(
 ) -> AtlasRecord:
     """Raw and mapped patches at every layer of some hooks, all maps of full rank and scale `alpha`.
 
-    The `best` sites are those with the highest drop on val.
+    A first pass scores raw and identity patches everywhere. Maps and controls are then tried only where
+    KL_raw is above its noise floor: elsewhere no drop is defined, whatever the map. The `best` sites are
+    those with the highest drop on val.
 
     Raises:
         MechdiffError: A hook, the solver or the family is impossible for this pair.
@@ -87,7 +85,11 @@ def _ranked_on_val(study: Study, fits: Mapping[Site, FitRecord]) -> list[Site]:
 
     What enters a block is what leaves the one before, and not counted twice.
     """
-    wanted = {site: {"mapped": fit.map} for site, fit in fits.items() if not _repeats(site, fits)}
+    wanted = {
+        site: {"mapped": fit.map}
+        for site, fit in fits.items()
+        if not (site.hook is Hook.RESID_PRE and Site(max(site.layer - 1, 0), Hook.RESID_POST) in fits)
+    }
     rows = study.computing.score(study.val_prompts, study.protocol.position, wanted, study.stage)
 
     def left(site: Site) -> float:
@@ -98,10 +100,6 @@ def _ranked_on_val(study: Study, fits: Mapping[Site, FitRecord]) -> list[Site]:
     return sorted(wanted, key=left)
 
 
-def _repeats(site: Site, fits: Mapping[Site, FitRecord]) -> bool:
-    return site.hook is Hook.RESID_PRE and Site(max(site.layer - 1, 0), Hook.RESID_POST) in fits
-
-
 def _table(rows: Mapping[Site, SiteRows], patches: Mapping[Site, PatchRecord], alpha: float) -> pd.DataFrame:
     found = []
     for site, at in rows.items():
@@ -110,7 +108,7 @@ def _table(rows: Mapping[Site, SiteRows], patches: Mapping[Site, PatchRecord], a
             "layer": site.layer,
             "hook": str(site.hook),
             "alpha": alpha,
-            "change": _change(at),
+            "change": float((at.tuned - at.base).norm() / at.tuned.norm()) if RAW in at.patched else None,
             "KL_raw": at.patched[RAW].mean_kl if RAW in at.patched else None,
             "noise_floor": at.noise_floor,
             "above_floor": _above_floor(at),
@@ -125,10 +123,3 @@ def _table(rows: Mapping[Site, SiteRows], patches: Mapping[Site, PatchRecord], a
         found.append([row.get(column) for column in COLUMNS])
     table: pd.DataFrame = pd.DataFrame(found, columns=list(COLUMNS))
     return table
-
-
-def _change(rows: SiteRows) -> float | None:
-    """‖Y − X‖ / ‖Y‖; None where the widths differ."""
-    if rows.base.shape != rows.tuned.shape:
-        return None
-    return float((rows.tuned - rows.base).norm() / rows.tuned.norm())

@@ -29,11 +29,7 @@ def count(name: str) -> Kind:
 
 
 LAYER = whole("Layer", 26, most=99_999)
-HOOK = Kind("hook", Hook.parse)
 SPLIT = one_of("Split", "test", "val")
-MAP_ALPHA = Kind("alpha", one_alpha, none="map")
-MAP_HELP = "models:/NAME@ALIAS, NAME@ALIAS, runs:/RUN or a file."
-MAP_ALPHA_HELP = "Scale instead of the map's own; replaces it, does not multiply it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +170,18 @@ class ForceOptions(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MapOptions(Request):
+    """Which map."""
+
+    map: str = option(..., TEXT, "models:/NAME@ALIAS, NAME@ALIAS, runs:/RUN or a file.")
+    alpha: float | None = option(
+        "map",
+        Kind("alpha", one_alpha, none="map"),
+        "Scale instead of the map's own; replaces it, does not multiply it.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class MismatchOptions(Request):
     """Whether a map may be used on another pair."""
 
@@ -205,7 +213,7 @@ class CellOptions(SolverOptions):
     """One map to fit."""
 
     layer: int = option("26", LAYER, "Decoder block, counted from 0.")
-    hook: Hook = option("attn_out", HOOK, "resid_pre, attn_out, mlp_out or resid_post.")
+    hook: Hook = option("attn_out", Kind("hook", Hook.parse), "resid_pre, attn_out, mlp_out or resid_post.")
     k: Rank = option("full", Kind("rank", Rank.parse), "Rank; full or 0: no bound.")
     alpha: Alpha = option(
         "auto",

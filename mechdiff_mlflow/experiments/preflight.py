@@ -29,11 +29,7 @@ _ESSENTIAL = ("same token ids", "plumbing", "untouched layers agree")
 
 
 def check_pair(protocol: Protocol, pair: Pair) -> None:
-    """Make sure that there are as many prompts as asked for, and that both sides can read them.
-
-    Raises:
-        MechdiffError: There are not, or they cannot; or what is planted does not fit the model.
-    """
+    """Raise a MechdiffError unless there are as many prompts as asked for and both sides can read them."""
     study = Study(pair, protocol)
     if study.report_prompts.n_groups < 2:
         raise MechdiffError(
@@ -50,11 +46,7 @@ def check_pair(protocol: Protocol, pair: Pair) -> None:
 
 
 def check_sites(sites: Iterable[Site], pair: Pair) -> None:
-    """Make sure that both models have some sites.
-
-    Raises:
-        MechdiffError: A layer or a hook does not exist.
-    """
+    """Raise a MechdiffError unless both models have these sites."""
     outlines = pair.outlines()
     for site in dict.fromkeys(sites):
         if site.layer >= pair.n_layers:
@@ -65,11 +57,7 @@ def check_sites(sites: Iterable[Site], pair: Pair) -> None:
 
 
 def check_cells(cells: Sequence[Cell], protocol: Protocol, pair: Pair) -> None:
-    """Make sure that maps can be fitted: sites, solvers, families, ranks and scales.
-
-    Raises:
-        MechdiffError: One cannot, or two ranks of a site are the same there.
-    """
+    """Raise a MechdiffError unless every map can be fitted: sites, solvers, families, ranks and scales."""
     check_pair(protocol, pair)
     sites = dict.fromkeys(cell.site for cell in cells)
     check_sites([*sites, *(wrong_layer_site(site, pair) for site in sites)], pair)
@@ -104,11 +92,7 @@ def check_cells(cells: Sequence[Cell], protocol: Protocol, pair: Pair) -> None:
 
 
 def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, allow_pair_mismatch: bool) -> None:
-    """Make sure that the map that the user calls `name` fits its site of a pair, and was fitted on the pair.
-
-    Raises:
-        MechdiffError: It does not; or it was not, and `allow_pair_mismatch` is false.
-    """
+    """Raise a MechdiffError unless the map called `name` fits its site, and is of this pair or `allow_pair_mismatch`."""
     check_sites([site], pair)
     widths = _widths(pair)
     if widths is not None and (map_.d_in, map_.d_out) != widths:
@@ -152,11 +136,7 @@ def examine(pair: Pair) -> Iterator[Check]:
 
 
 def require_sound(pair: Pair) -> None:
-    """Run the checks without which no number may be printed.
-
-    Raises:
-        MechdiffError: What the first failing check says.
-    """
+    """Raise what the first failing check says of those without which no number may be printed."""
     checks = _checks(pair)
     for name in _ESSENTIAL:
         checks[name]()

@@ -1,13 +1,8 @@
-"""Profiles of a pair: how alike the models are layer by layer, and which attention heads carry a difference.
-
-A set S of heads is replaced before the output projection: the tuned model's own projection gets the base
-model's z for the heads in S and its own for the rest. coverage(S) = ΣKL_S / ΣKL_all.
-"""
+"""Profiles of a pair: how alike the models are layer by layer, and which heads carry a difference."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -70,17 +65,11 @@ def layer_profile(study: Study) -> pd.DataFrame:
     return table
 
 
-@dataclass(frozen=True, eq=False)
-class HeadsRecord:
-    """Shares of the difference that the heads of one layer carry."""
+def heads_of(study: Study, layer: int, *, n_random: int = 20) -> pd.DataFrame:
+    """Single heads of a layer, greedy sets and `n_random` random sets of every size: `HEAD_COLUMNS`.
 
-    site: Site  # the layer's attn_out
-    table: pd.DataFrame  # `HEAD_COLUMNS`
-    greedy: Heads  # in the order in which val chose them
-
-
-def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
-    """Single heads of a layer, greedy sets and `n_random` random sets of every size.
+    A set S of heads is replaced before the output projection: the tuned model's own projection gets the base
+    model's z for the heads in S and its own for the rest. coverage(S) = ΣKL_S / ΣKL_all.
 
     Raises:
         MechdiffError: The heads of the two models cannot be told apart or differ in number or width, or
@@ -134,7 +123,7 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> HeadsRecord:
     table: pd.DataFrame = pd.DataFrame(
         [(str(site), n_heads, *row, mean_all) for row in rows], columns=list(HEAD_COLUMNS)
     )
-    return HeadsRecord(site, table, order)
+    return table
 
 
 def _coverage(whole: Array, kl: Array, bootstrap: stats.Bootstrap) -> tuple[float, float, float]:

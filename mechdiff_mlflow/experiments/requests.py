@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.options import (
     LAYER,
-    MAP_ALPHA,
-    MAP_ALPHA_HELP,
-    MAP_HELP,
     SPLIT,
     CellOptions,
     ForceOptions,
+    MapOptions,
     MismatchOptions,
     ModelOptions,
     PairOptions,
@@ -127,16 +125,13 @@ class FitRequest(CellOptions, PositionOptions, TrainOptions, ExperimentRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchRequest(ReportedOptions, TrainOptions, MismatchOptions, ExperimentRequest):
+class PatchRequest(MapOptions, ReportedOptions, TrainOptions, MismatchOptions, ExperimentRequest):
     """Patch with a map that exists, and report.
 
     \b
     Example:
       mechdiff patch --map cultural-demo-L26-attn_out@champion --alpha 0.3
     """
-
-    map: str = option(..., TEXT, MAP_HELP)
-    alpha: float | None = option("map", MAP_ALPHA, MAP_ALPHA_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,22 +73,14 @@ def steer(
 
 
 def site_of(the_map: AffineMap) -> Site:
-    """The site at which a map was fitted.
-
-    Raises:
-        MechdiffError: It does not say.
-    """
+    """Return the site at which a map was fitted; a MechdiffError where it does not say."""
     if "site" not in the_map.meta:
         raise MechdiffError("The map does not say at which site it was fitted; fit it with mechdiff fit.")
     return Site.parse(str(the_map.meta["site"]))
 
 
 def prompt_set(texts: Sequence[str], system: str | None) -> PromptSet:
-    """Texts of a user as prompts.
-
-    Raises:
-        MechdiffError: A text is empty.
-    """
+    """Make prompts of the texts of a user; a MechdiffError where one is empty or no UTF-8."""
     if any(not text.strip() for text in texts) or not texts:
         raise MechdiffError("A prompt is empty; write what the user says.")
     if broken := [text for text in texts if not is_text(text)]:

@@ -159,7 +159,13 @@ class Study:
                 p_null=p_null[i],
                 p_holm=p_holm[i],
             )
-            self._check_identity(cell.site, rows.patched[IDENTITY].mean_kl)
+            floor, limit = rows.patched[IDENTITY].mean_kl, FLOOR_LIMIT_NATS[self.pair.spec.dtype]
+            if not floor <= limit:
+                raise MechdiffError(
+                    f"The identity patch at {cell.site} moves next-token KL by {floor:.2g} nats, above "
+                    f"{limit:.0e} for {self.pair.spec.dtype}, so the engine does not fit this model; run "
+                    "mechdiff doctor."
+                )
             each(i, record)
             records.append(record)
         return records
@@ -245,14 +251,6 @@ class Study:
             candidates=pd.DataFrame(candidates),
             seconds=self._fitter.seconds(cell),
         )
-
-    def _check_identity(self, site: Site, floor: float) -> None:
-        limit = FLOOR_LIMIT_NATS[self.pair.spec.dtype]
-        if not floor <= limit:
-            raise MechdiffError(
-                f"The identity patch at {site} moves next-token KL by {floor:.2g} nats, above {limit:.0e} "
-                f"for {self.pair.spec.dtype}, so the engine does not fit this model; run mechdiff doctor."
-            )
 
 
 def _best(maps: Iterable[AffineMap], rows: SiteRows) -> AffineMap:

@@ -144,11 +144,7 @@ def rank_text(k: float | None, width: int) -> str:
 def cells_of(
     sites: Sequence[SweepSite], ranks: Sequence[Rank], alphas: Sequence[float], solver: str, family: str
 ) -> list[Cell]:
-    """Every site × α × rank, once.
-
-    Raises:
-        MechdiffError: A cell stands twice.
-    """
+    """Every site × α × rank; a MechdiffError where a cell stands twice."""
     cells = [
         Cell(sweep.site, solver, family, rank, Alpha((alpha,)))
         for sweep in sites

@@ -37,10 +37,11 @@ def adapter_card(record: AdapterRecord, the_map: AffineMap, pair: Pair) -> str:
         *header,
         f"# The base of {pair.name}, made to act as tuned at {record.site}",
         "",
-        f"This is {what} on `{record.target}`. It sends the activation h at {record.site} (what "
-        f"{_HOOKS[record.site.hook.value]}) to α·((h − μ_base)·W + μ_tuned) at every token, α = "
-        f"{text_of(record.alpha)}. The map was fitted by mechdiff on activations of base and tuned at the "
-        "decision token, the last of the prompt; nothing was trained.",
+        f"This is {what} on `{record.target}`. It sends the activation h at {record.site} "
+        f"({wording.WHERE[record.site.hook.value].format(layer=record.site.layer)}) to "
+        f"α·((h − μ_base)·W + μ_tuned) at every token, α = {text_of(record.alpha)}. The map was fitted "
+        "by mechdiff on activations of base and tuned at the decision token, the last of the prompt; nothing "
+        "was trained.",
         "",
         "## How to load it",
         "",
@@ -64,14 +65,6 @@ def adapter_card(record: AdapterRecord, the_map: AffineMap, pair: Pair) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-_HOOKS = {
-    "resid_pre": "enters the block",
-    "attn_out": "the attention sublayer adds to the residual stream",
-    "mlp_out": "the MLP sublayer adds to the residual stream",
-    "resid_post": "leaves the block",
-}
 
 
 def _about_rank(record: AdapterRecord, the_map: AffineMap) -> str:

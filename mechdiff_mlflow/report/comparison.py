@@ -31,11 +31,7 @@ class Match:
 
 
 def matches(first: Evidence, second: Evidence) -> list[Match]:
-    """Every cell that both pairs have measured under the same split and position; then the quoted maps.
-
-    Raises:
-        MechdiffError: There is none.
-    """
+    """Every cell that both measured on one split and position, then quoted maps; a MechdiffError if none."""
 
     def key(patch: Measured) -> tuple[object, ...]:
         how = (patch.solver, patch.family, patch.rank, patch.alpha)
@@ -47,13 +43,12 @@ def matches(first: Evidence, second: Evidence) -> list[Match]:
         for p in first.patches
         if p.source != "atlas" and key(p) in others
     ]
-    quoted = {one.patch.site: one.patch for one in second.quoted() if one.picked_among == 1}
+    quoted = {p.site: p for p in second.quoted() if p.picked_among == 1}
     for one in first.quoted():
-        other = quoted.get(one.patch.site)
-        if one.picked_among == 1 and other is not None and key(one.patch) != key(other):
-            ours, theirs = (f"α={text_of(p.alpha)}, k={p.rank}" for p in (one.patch, other))
-            what = f"{one.patch.site}, each pair's own map ({ours} against {theirs})"
-            found.append(Match(what, one.patch, other))
+        other = quoted.get(one.site)
+        if one.picked_among == 1 and other is not None and key(one) != key(other):
+            ours, theirs = (f"α={text_of(p.alpha)}, k={p.rank}" for p in (one, other))
+            found.append(Match(f"{one.site}, each pair's own map ({ours} against {theirs})", one, other))
     if not found:
         raise MechdiffError(
             f"Pairs {first.pair!r} and {second.pair!r} have no patched cell in common; run mechdiff sweep "
@@ -94,11 +89,7 @@ def verdict(match: Match, interval: Interval | None, first: str, second: str) ->
 
 
 def comparison(first: Evidence, second: Evidence, tables: PerPrompt, *, seed: int) -> Document:
-    """The comparison of two pairs as a document, from the per-prompt tables of `needed_runs`.
-
-    Raises:
-        MechdiffError: They have nothing in common.
-    """
+    """The comparison of two pairs as a document, from the per-prompt tables of `needed_runs`."""
     a, b = first.pair, second.pair
     blocks: list[Block] = [
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -68,19 +68,12 @@ class Measured:
     settings: str = ""  # how the map was made beyond solver, family, rank and scale
     p_permutation: float | None  # against fits of shuffled pairs; None where there were none
     asked_alpha: str = ""  # α as the run above was asked for it, such as `auto`
+    picked_among: int = 1  # of how many cells `quoted` picked it for its drop on the very split reported
 
     @property
     def rank(self) -> str:
         """The rank as users write it."""
         return "full" if self.k is None else str(self.k)
-
-
-@dataclass(frozen=True, slots=True)
-class Quoted:
-    """The patch that stands for a site."""
-
-    patch: Measured
-    picked_among: int  # of how many cells it is the best on the very split reported; 1 if it was not picked
 
 
 @dataclass(frozen=True)
@@ -154,7 +147,7 @@ class Evidence:
             left_out=len(every) - len(own),
         )
 
-    def quoted(self) -> list[Quoted]:
+    def quoted(self) -> list[Measured]:
         """The patch that stands for each site: of a pinned winner, else of the newest run, else the best."""
         by_site: dict[Site, list[Measured]] = {}
         for patch in self.patches:
@@ -173,9 +166,9 @@ class Evidence:
             best = max(_PRECEDENCE.get(patch.source, 0) for patch in patches)
             among = [patch for patch in patches if _PRECEDENCE.get(patch.source, 0) == best]
             if among[0].source in _PICKED_FROM:
-                found.append(Quoted(max(among, key=drop), len(among)))
+                found.append(replace(max(among, key=drop), picked_among=len(among)))
             else:
-                found.append(Quoted(min(among, key=age), 1))
+                found.append(min(among, key=age))
         return found
 
 

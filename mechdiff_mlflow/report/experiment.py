@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.curves import curve_figures
 from mechdiff_mlflow.report.document import Block, Document, bullets, grid
-from mechdiff_mlflow.report.evidence import Evidence, Measured, Quoted
-from mechdiff_mlflow.report.figures import bars
+from mechdiff_mlflow.report.evidence import Evidence, Measured
+from mechdiff_mlflow.report.figures import bars, curve_figures
 from mechdiff_mlflow.report.profiles import atlas_figures, first_difference, heads_blocks, layers_blocks
-from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID
 from mechdiff_mlflow.text import markdown, plain, text_of
 
 LOW_RANK_SHARE = 0.25
@@ -21,9 +19,9 @@ LOW_RANK_SHARE = 0.25
 def report(evidence: Evidence) -> Document:
     """The whole report of a pair."""
     quoted = evidence.quoted()
-    patches = [one.patch for one in quoted if one.patch.source != "atlas"]
+    patches = [patch for patch in quoted if patch.source != "atlas"]
     cells = [patch for patch in evidence.patches if patch.source != "atlas"]
-    scales = [text for one in quoted if (text := wording.scale(one.patch, _grid(one.patch.asked_alpha)))]
+    scales = [text for patch in quoted if (text := wording.scale(patch))]
     blocks: list[Block] = [
         (
             f"Pair `{evidence.pair}` (fingerprint `{evidence.fingerprint}`), from {len(evidence.patches)} "
@@ -61,7 +59,7 @@ def report(evidence: Evidence) -> Document:
         blocks += heads_blocks(site, table)
     blocks += [
         "## Caveats",
-        bullets(caveats(evidence, quoted)),
+        bullets(caveats(evidence)),
         "## Reproduce",
         "\n".join(["```bash", *_commands(evidence), "```"]),
         "## Runs",
@@ -70,9 +68,9 @@ def report(evidence: Evidence) -> Document:
     return Document(f"What the fine-tune changed: {evidence.pair}", blocks)
 
 
-def caveats(evidence: Evidence, quoted: Sequence[Quoted]) -> list[str]:
+def caveats(evidence: Evidence) -> list[str]:
     """Caveats that apply to these runs."""
-    found = []
+    found, quoted = [], evidence.quoted()
     intervals = [p for p in evidence.patches if p.drop is not None and p.drop.low is not None]
     if intervals:
         found.append(
@@ -95,9 +93,9 @@ def caveats(evidence: Evidence, quoted: Sequence[Quoted]) -> list[str]:
             f"No drop is defined at {', '.join(map(str, floor))}: below the noise floor or no raw patch."
         )
     for one in quoted:
-        if one.picked_among > 1 and one.patch.source != "atlas":
+        if one.picked_among > 1 and one.source != "atlas":
             found.append(
-                f"`{one.patch.site}` quotes the best of {one.picked_among} cells, picked on the reported "
+                f"`{one.site}` quotes the best of {one.picked_among} cells, picked on the reported "
                 f"prompts. For a number without that choice, promote it, then {selection.REMEDY}."
             )
     if len({p.conditions for p in evidence.patches}) > 1:
@@ -116,18 +114,11 @@ def caveats(evidence: Evidence, quoted: Sequence[Quoted]) -> list[str]:
 
 
 def _conditions(patches: Sequence[Measured]) -> str:
-    solvers = sorted({f"`{p.solver}` ({p.family} family)" for p in patches})
-    conditions = sorted({str(p.conditions) for p in patches})
     if not patches:
         return "No site was patched outside an atlas."
+    solvers = sorted({f"`{p.solver}` ({p.family} family)" for p in patches})
+    conditions = sorted({str(p.conditions) for p in patches})
     return f"{', '.join(solvers)}; {'; '.join(conditions)}."
-
-
-def _grid(asked: str) -> Sequence[float]:
-    """The scales that val chose among; none where α was given."""
-    if asked == "auto":
-        return ALPHA_GRID
-    return [float(alpha) for alpha in asked.split(",")] if "," in asked else []
 
 
 def _rank_control(evidence: Evidence) -> list[Block]:

@@ -18,6 +18,10 @@ from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
 
+from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.report.evidence import Measured
+from mechdiff_mlflow.text import text_of
+
 _DPI = 110
 _COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#337ea9", "#cb912f", "#787774")
 
@@ -49,7 +53,7 @@ def curves(
     lines: Sequence[Curve],
     *,
     x_label: str,
-    y_label: str,
+    y_label: str = "drop, %",
     log_x: bool = False,
     ticks: Mapping[float, str] | None = None,
 ) -> Figure:
@@ -82,6 +86,37 @@ def curves(
     axes.legend(fontsize=8)
     chart.update_layout(xaxis_title=x_label, yaxis_title=y_label)
     return _finished(name, title, canvas, chart)
+
+
+def curve_figures(patches: Sequence[Measured]) -> list[Figure]:
+    """Drop over k where two ranks are known, over α where three are, all else being equal."""
+    ranks = sorted({patch.k for patch in patches if patch.k is not None})
+    full = 2.0 * max(ranks, default=1)
+    over_k: dict[tuple[object, ...], dict[float, Interval]] = {}
+    over_alpha: dict[tuple[object, ...], dict[float, Interval]] = {}
+    for p in patches:
+        if p.drop is not None:
+            rest = p.solver, p.settings, p.conditions
+            at_alpha = f"{p.site} α={text_of(p.alpha)} {p.family}", *rest
+            over_k.setdefault(at_alpha, {})[full if p.k is None else float(p.k)] = p.drop
+            over_alpha.setdefault((f"{p.site} k={p.rank} {p.family}", *rest), {})[p.alpha] = p.drop
+    k_lines = [_curve(str(key[0]), drops) for key, drops in over_k.items() if len(drops) >= 2]
+    alpha_lines = [_curve(str(key[0]), drops) for key, drops in over_alpha.items() if len(drops) >= 3]
+    figures = []
+    if k_lines:
+        ticks = {float(k): str(k) for k in ranks}
+        ticks |= {full: "full"} if any(patch.k is None for patch in patches) else {}
+        title = "KL drop over rank"
+        figures.append(curves("drop-over-k", title, k_lines, x_label="rank k", log_x=True, ticks=ticks))
+    if alpha_lines:
+        figures.append(curves("drop-over-alpha", "KL drop over scale", alpha_lines, x_label="α"))
+    return figures
+
+
+def _curve(name: str, drops: Mapping[float, Interval]) -> Curve:
+    """Drops by their places on the axis as a line."""
+    rows = [(drop.estimate, drop.low, drop.high) for _, drop in sorted(drops.items())]
+    return Curve(name, sorted(drops), *np.array(rows, dtype=float).T.tolist())  # None becomes NaN
 
 
 def bars(name: str, title: str, values: Mapping[str, float], *, x_label: str, marked: str = "") -> Figure:

@@ -63,7 +63,7 @@ def first_difference(table: pd.DataFrame) -> str:
 def layer_figures(table: pd.DataFrame) -> list[Figure]:
     """CKA over layers, and the KL of unmapped layer patches in both directions."""
     known = table.dropna(subset=["cka"])
-    cka = Curve("debiased CKA", _floats(known["layer"]), _floats(known["cka"]))
+    cka = Curve("debiased CKA", known["layer"].tolist(), known["cka"].tolist())
     patches = [
         _curve(name, table, "layer", key)
         for name, key in (("tuned ← base", "KL_tuned_from_base"), ("base ← tuned", "KL_base_from_tuned"))
@@ -76,11 +76,7 @@ def layer_figures(table: pd.DataFrame) -> list[Figure]:
 
 
 def _curve(name: str, table: pd.DataFrame, x: str, y: str) -> Curve:
-    return Curve(name, *(_floats(table[key]) for key in (x, y, f"{y}_low", f"{y}_high")))
-
-
-def _floats(column: pd.Series[Any]) -> list[float]:
-    return [float(value) for value in column]
+    return Curve(name, *(table[key].astype(float).tolist() for key in (x, y, f"{y}_low", f"{y}_high")))
 
 
 def layers_blocks(table: pd.DataFrame) -> list[Block]:

@@ -10,6 +10,7 @@ import pandas as pd
 from mechdiff_mlflow.experiments.sweep import rank_text
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report.evidence import Measured
+from mechdiff_mlflow.spec.pair_spec import Alpha
 from mechdiff_mlflow.text import text_of
 
 SMALL_N = 100
@@ -17,6 +18,15 @@ SMALL_N = 100
 
 NEGLIGIBLE_NATS = 0.01
 """Below this KL_raw may be real, above the noise floor, but no behaviour hangs on it."""
+
+
+WHERE = {
+    "resid_pre": "what enters decoder block {layer}",
+    "attn_out": "what the attention of decoder block {layer} adds to the residual stream",
+    "mlp_out": "what the MLP of decoder block {layer} adds to the residual stream",
+    "resid_post": "what leaves decoder block {layer}",
+}
+"""Meaning of each hook."""
 
 
 def negligible(patch: Measured) -> bool:
@@ -104,12 +114,13 @@ def transport(patch: Measured) -> str:
     return f"{sentence}, but the control {verdict} ({skill}), so the drop is no evidence of transport."
 
 
-def scale(patch: Measured, tried: Sequence[float]) -> str | None:
+def scale(patch: Measured) -> str | None:
     """One sentence on α where it was chosen among several; None where it was given."""
-    if not (patch.asked_alpha == "auto" or "," in patch.asked_alpha):
+    tried = Alpha.parse(patch.asked_alpha).values if patch.asked_alpha else ()
+    if len(tried) < 2:
         return None
     edge = ""
-    if tried and patch.alpha in (min(tried), max(tried)):
+    if patch.alpha in (min(tried), max(tried)):
         edge = " It is at the edge of the grid, so the best may lie beyond."
     if patch.alpha == 1:
         return f"At `{patch.site}` val chose α=1: no change of scale.{edge}"

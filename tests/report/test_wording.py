@@ -56,10 +56,10 @@ def test_transport(changes: dict[str, object], says: str) -> None:
 
 
 def test_scale_is_spoken_of_only_where_val_chose_it() -> None:
-    assert wording.scale(replace(PATCH, asked_alpha="0.3"), []) is None
-    assert "smaller" in str(wording.scale(PATCH, [0.1, 0.3, 1.0]))
-    assert "edge of the grid" in str(wording.scale(PATCH, [0.3, 1.0]))
-    assert "larger" in str(wording.scale(replace(PATCH, alpha=1.6), [0.3, 1.6, 2.0]))
+    assert wording.scale(replace(PATCH, asked_alpha="0.3")) is None
+    assert "smaller" in str(wording.scale(PATCH))
+    assert "edge of the grid" in str(wording.scale(replace(PATCH, asked_alpha="0.3,1")))
+    assert "larger" in str(wording.scale(replace(PATCH, alpha=1.6, asked_alpha="0.3,1.6,2")))
 
 
 AT_32 = replace(PATCH, k=32)

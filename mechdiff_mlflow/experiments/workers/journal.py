@@ -95,11 +95,7 @@ class Journal(Workers):
         return None
 
     def _write(self, key: str, result: Tensors) -> Path:
-        """Keep a result under its name.
-
-        Raises:
-            MechdiffError: The disk is full, or refuses; nothing is left behind.
-        """
+        """Keep a result under its name; a MechdiffError where the disk is full or refuses."""
         part = None
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

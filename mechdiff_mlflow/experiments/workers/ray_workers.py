@@ -28,7 +28,10 @@ from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.version import source_sha256
 
 MAX_DEATHS = 3
-"""Workers that may die of one thing before it is not tried again."""
+"""Workers that may die of one job before it is not tried again."""
+
+MAX_RESTARTS = 12
+"""How often Ray starts a worker again."""
 
 _NOTICE_AFTER_S = 60.0
 
@@ -157,8 +160,8 @@ class RayWorkers(Workers):
             worker = self._ray.remote(PairWorker).options(
                 num_cpus=1,
                 num_gpus=n_gpus,
-                max_restarts=-1,
-                max_task_retries=MAX_DEATHS - 1,
+                max_restarts=MAX_RESTARTS,
+                max_task_retries=-1,
                 scheduling_strategy="SPREAD",
             )
             for number in range(n_workers):
@@ -209,6 +212,12 @@ class RayWorkers(Workers):
         """Let the workers go, and a cluster of our own."""
         self._stack.close()
 
+    def __enter__(self) -> RayWorkers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def _share_out(self, what: Sequence[str], jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """The answers of jobs as they come, each with its index; `what` is how errors call them."""
         waiting, n_unanswered = list(range(len(jobs))), len(jobs)
@@ -229,8 +238,9 @@ class RayWorkers(Workers):
                 resolved = self._wait(running)
                 if resolved is None:
                     continue
-                number, index = running.pop(resolved)
+                number, index = running[resolved]
                 outcome = self._outcome(resolved, number)
+                del running[resolved]
                 if isinstance(outcome, Outcome):
                     self._idle.append(number)
                     n_unanswered -= 1
@@ -255,11 +265,7 @@ class RayWorkers(Workers):
         self._starting[self._actors[number].call.remote("load")] = number
 
     def _wait(self, running: Mapping[Any, object]) -> Any:
-        """What Ray has resolved of `running`; None when a worker is ready, or nothing happens for a while.
-
-        Raises:
-            MechdiffError: All workers have died while they loaded the pair.
-        """
+        """What Ray has resolved of `running`; None when a worker is ready, or nothing happens for a while."""
         found, _ = self._ray.wait([*self._starting, *running], timeout=_NOTICE_AFTER_S)
         if not found and not self._loaded:
             free = self._ray.available_resources()
@@ -275,19 +281,14 @@ class RayWorkers(Workers):
         if isinstance(outcome, Outcome):
             self._idle.append(number)
             return None
-        what = f"A worker died {MAX_DEATHS} times while it loaded {self.pair.name} ({outcome})"
+        what = f"A worker died while it loaded {self.pair.name}, and is not started again ({outcome})"
         if not (self._idle or self._starting or running):
             raise MechdiffError(f"{what}; look at its memory, and that mechdiff is installed on every node.")
-        self._ray.kill(self._actors[number])
         warnings.warn(f"{what}; going on with the others.", stacklevel=2)
         return None
 
     def _outcome(self, resolved: Any, number: int) -> Outcome | str:
-        """The outcome of a call of a worker, or why it died.
-
-        Raises:
-            MechdiffError: The outcome is one, or the worker is not like the others.
-        """
+        """The outcome of a call of a worker, or why it died; a MechdiffError where the outcome is one."""
         try:
             outcome: Outcome = self._ray.get(resolved)
         except self._ray.exceptions.RayTaskError:
@@ -311,11 +312,7 @@ class RayWorkers(Workers):
 
 
 def _gpus_of_each(ray: Any, pair: Pair, device: str, asked: int | None) -> int:
-    """GPUs that a worker takes.
-
-    Raises:
-        MechdiffError: No node has so many.
-    """
+    """GPUs that a worker takes; a MechdiffError where no node has so many."""
     most = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
     if device == "cpu" or (device == "auto" and not most):
         return 0

@@ -6,10 +6,11 @@ A task of a part of the prompts gives that part of the rows, so any task can be 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import ClassVar, TypeAlias, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,20 +36,12 @@ AnyTask = TypeVar("AnyTask", bound="Task")
 _PROMPT = re.compile(r"\b([Pp]rompt) ([0-9]{1,9})\b")
 
 
-class LazyTensors(Mapping[Key, Tensor]):
-    """Tensors that are read whenever they are asked for: they may lie on disk."""
-
-    def __init__(self, readers: Mapping[Key, Callable[[], Tensor]]) -> None:
-        self._readers = readers
+class LazyTensors(UserDict[Key, Any]):
+    """Readers of tensors, each called whenever its tensor is asked for, which may lie on disk."""
 
     def __getitem__(self, key: Key) -> Tensor:
-        return self._readers[key]()
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
+        tensor: Tensor = self.data[key]()
+        return tensor
 
 
 def at_sites(found: Tensors, sites: Sequence[Site], prefix: str = "") -> Mapping[Site, Tensor]:
@@ -91,21 +84,16 @@ class Task:
         raise NotImplementedError
 
     def done(self, pair: Pair) -> Tensors:
-        """Do it; errors number prompts as in the whole set.
+        """Do it; errors number prompts as in the whole set."""
 
-        Raises:
-            MechdiffError: What `run` raises.
-        """
+        def in_the_whole(found: re.Match[str]) -> str:
+            row = int(found[2])
+            return f"{found[1]} {self.rows[row]}" if row < len(self.rows) else found[0]
+
         try:
             return self.run(pair)
         except MechdiffError as error:
-            if not self.rows:
-                raise
-            raise MechdiffError(_PROMPT.sub(self._in_the_whole, str(error))) from error
-
-    def _in_the_whole(self, found: re.Match[str]) -> str:
-        row = int(found[2])
-        return f"{found[1]} {self.rows[row]}" if row < len(self.rows) else found[0]
+            raise MechdiffError(_PROMPT.sub(in_the_whole, str(error))) from error
 
     def part(self: AnyTask, rows: Sequence[int]) -> AnyTask:
         """The same for some of the prompts; the task itself for all of them."""
@@ -148,11 +136,7 @@ class Score(Task):
         return [f"{site} {map_.digest}" for site, maps in self.replacements.items() for map_ in maps.values()]
 
     def run(self, pair: Pair) -> Tensors:
-        """Patch with every map of every site, from one recording of each model.
-
-        Raises:
-            MechdiffError: A site does not exist, a map does not fit it, or an activation is not finite.
-        """
+        """Patch with every map of every site, from one recording of each model."""
         sites = list(self.replacements)
         base = rows.capture(pair, "base", self.prompts, self.position, sites)
         groups: list[VariantGroup] = []
@@ -208,20 +192,6 @@ class Gradients(Task):
 
 
 @dataclass(frozen=True, eq=False)
-class CleanNoise(Task):
-    """Distance between two clean runs of the same prompts, see `PatchEngine.clean_noise`: `KL`, [n, 2]."""
-
-    role: str
-
-    divisible: ClassVar[bool] = False
-
-    def run(self, pair: Pair) -> Tensors:
-        """See `PatchEngine.clean_noise`."""
-        with pair.side(self.role).engine() as engine:
-            return {"KL": engine.clean_noise(pair.tokens(self.role, self.prompts, self.position))}
-
-
-@dataclass(frozen=True, eq=False)
 class Swap(Task):
     """Patches of one model, the taker, with the other's activations as they are, each site by itself.
 
@@ -233,11 +203,7 @@ class Swap(Task):
     sites: tuple[Site, ...]
 
     def run(self, pair: Pair) -> Tensors:
-        """See above.
-
-        Raises:
-            MechdiffError: A site does not exist, or an activation is not finite.
-        """
+        """See above."""
         giver, sites = "tuned" if self.taker == "base" else "base", list(self.sites)
         given = rows.capture(pair, giver, self.prompts, self.position, sites, to_patch=True)
 
@@ -268,11 +234,7 @@ class HeadPatches(Task):
     sets: tuple[Heads, ...]
 
     def run(self, pair: Pair) -> Tensors:
-        """See above; no heads give the noise floor.
-
-        Raises:
-            MechdiffError: The heads of the two models cannot be told apart or differ in number or width.
-        """
+        """See above; no heads give the noise floor."""
         site = Site(self.layer, Hook.ATTN_OUT)
         base, tuned = self._head_outputs(pair, site)
         chosen = torch.zeros(len(self.sets), tuned.shape[1], 1, dtype=torch.bool)

@@ -17,7 +17,6 @@ from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.rows import Replacements, SiteRows
 from mechdiff_mlflow.experiments.workers.tasks import (
     Capture,
-    CleanNoise,
     LazyTensors,
     Score,
     Task,
@@ -65,13 +64,15 @@ def model_sizes(pair: Pair) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def n_heads_of(pair: Pair, layer: int) -> int:
-    """Attention heads of a layer of the tuned model.
-
-    Raises:
-        MechdiffError: The layer does not exist, or its heads cannot be told apart.
-    """
+    """Attention heads of a layer of the tuned model; a MechdiffError where they cannot be told apart."""
     with pair.tuned.engine() as engine:
         return engine.heads(layer).n_heads
+
+
+def clean_noise(pair: Pair, role: str, prompts: PromptSet, position: Position) -> float:
+    """Mean distance between two clean runs of one model, nats, see `PatchEngine.clean_noise`."""
+    with pair.side(role).engine() as engine:
+        return float(engine.clean_noise(pair.tokens(role, prompts, position)).mean(0).max())
 
 
 def unembedding(pair: Pair, role: str) -> Tensor:
@@ -97,15 +98,6 @@ class Workers(ABC):
     def ask(self, question: Callable[..., Answer], *arguments: object) -> Answer:
         """Call a function of this package with the loaded pair and some arguments."""
 
-    def close(self) -> None:  # noqa: B027  # most hold nothing
-        """Let go of what is held."""
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     @property
     def max_shards(self) -> int:
         """Into how many shards a task is cut at most."""
@@ -117,11 +109,7 @@ class Workers(ABC):
         return self.ask(compute_environment)  # once: where one model is held at a time, it may load one
 
     def prepare(self, prompt_sets: Sequence[PromptSet], position: Position) -> None:
-        """Hear which prompts will be asked about, and see that both models read the same.
-
-        Raises:
-            MechdiffError: They do not, see `Pair.check_same_tokens`.
-        """
+        """Hear which prompts will be asked about, and see that both models read the same."""
         for prompts in prompt_sets:
             self.pair.check_same_tokens(prompts, position)
         if self.pair.one_at_a_time:  # record all of base while it is in memory
@@ -151,8 +139,7 @@ class Workers(ABC):
         The larger of the KL between runs in a batch and alone, and of what rounding alone leaves.
         """
         few = prompts.prompts[:: -(-len(prompts) // _NOISE_PROMPTS)]
-        task = CleanNoise(PromptSet(prompts.split, few), position, role)
-        return float(self.whole(task)["KL"].mean(0).max())
+        return self.ask(clean_noise, role, PromptSet(prompts.split, few), position)
 
     def whole(self, task: Task, stage: Stage = silent, name: str = "") -> Tensors:
         """The result of a task that was done shard by shard."""

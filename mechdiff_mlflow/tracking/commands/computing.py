@@ -66,9 +66,18 @@ def _usable(folder: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _computing(request: ExperimentRequest, stage: Stage, check: Check) -> Iterator[Workers]:
     if request.engine == "ray":
-        with stage("starting workers", 1):
-            workers = _of_a_cluster(request, check)
+        from mechdiff_mlflow.experiments.workers.ray_workers import RayWorkers  # Ray is an extra
+
+        with stage("starting workers", 1):  # each loads the pair and checks it; this process holds no model
+            workers = RayWorkers(
+                load_as_asked(request.spec, request, lazily=True, check=check),
+                request.workers,
+                address=request.address,
+                device=request.device,
+                gpus_per_worker=request.gpus_per_worker,
+            )
         with workers:
+            _settle_threads(workers.loaded[0].n_parameters, workers.loaded[0].device)
             yield workers
         return
     with stage("loading both models", 1):
@@ -76,22 +85,6 @@ def _computing(request: ExperimentRequest, stage: Stage, check: Check) -> Iterat
     with stage("checking the plumbing", 1):
         require_sound(pair)
     yield LocalWorkers(pair)
-
-
-def _of_a_cluster(request: ExperimentRequest, check: Check) -> Workers:
-    """Workers that load the pair and check its plumbing each for itself; this process holds no model."""
-    from mechdiff_mlflow.experiments.workers.ray_workers import RayWorkers  # Ray is an extra
-
-    workers = RayWorkers(
-        load_as_asked(request.spec, request, lazily=True, check=check),
-        request.workers,
-        address=request.address,
-        device=request.device,
-        gpus_per_worker=request.gpus_per_worker,
-    )
-    first = workers.loaded[0]
-    _settle_threads(first.n_parameters, first.device)
-    return workers
 
 
 def load_as_asked(

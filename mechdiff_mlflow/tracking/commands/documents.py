@@ -45,7 +45,7 @@ def write_report(request: ReportRequest) -> Written:
     experiment = experiment_of(store, request.experiment, name)
     evidence = evidence_of(store, name, experiment)
     document = reports.report(evidence)
-    doubts = reports.caveats(evidence, evidence.quoted())
+    doubts = reports.caveats(evidence)
     return _logged(request, store, document, f"report of {name}", experiment, doubts)
 
 

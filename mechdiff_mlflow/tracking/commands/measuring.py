@@ -20,8 +20,8 @@ from mechdiff_mlflow.experiments.requests import (
 from mechdiff_mlflow.experiments.sweep import least_ranks
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.models.pairs import Pair
-from mechdiff_mlflow.report.curves import curve_figures
 from mechdiff_mlflow.report.evidence import of_record
+from mechdiff_mlflow.report.figures import curve_figures
 from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Position, Rank
 from mechdiff_mlflow.spec.sites import Site

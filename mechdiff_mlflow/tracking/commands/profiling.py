@@ -109,9 +109,8 @@ def heads(request: HeadsRequest, caller: Caller = PYTHON) -> Result:
         check_sites([Site(request.layer, Hook.ATTN_OUT)], pair)
 
     with session(request, f"heads of layer {request.layer}", caller, check) as now:
-        record = heads_of(now.study, request.layer, n_random=request.n_random)
-        sentence, figures = heads_sentence(record.table), heads_figures(record.table)
-        now.add_with_figures(
-            figures, f"Heads of {record.site}", lambda files: heads_run(record, sentence, files)
-        )
-    return replace(now.result, profile=record.table, sentence=sentence, figures=figures)
+        table = heads_of(now.study, request.layer, n_random=request.n_random)
+        sentence, figures = heads_sentence(table), heads_figures(table)
+        title = f"Heads of {table['site'].iloc[0]}"
+        now.add_with_figures(figures, title, lambda files: heads_run(table, sentence, files))
+    return replace(now.result, profile=table, sentence=sentence, figures=figures)

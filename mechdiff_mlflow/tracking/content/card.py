@@ -23,12 +23,6 @@ _QUALITY = {
     "rho": "‖Y − Ŷ‖ / ‖Y − X‖: 0 is a perfect map, 1 no better than none",
     "top1_agreement": "prompts whose most probable next token stays",
 }
-_WHERE = {
-    "resid_pre": "what enters decoder block {layer}",
-    "attn_out": "what the attention of decoder block {layer} adds to the residual stream",
-    "mlp_out": "what the MLP of decoder block {layer} adds to the residual stream",
-    "resid_post": "what leaves decoder block {layer}",
-}
 _WIDE_HEADS = "| {} | value{} | 95 % interval{} | meaning |".format(*("\u00a0" * n for n in (34, 6, 14)))
 """MLflow's pages leave no room between the columns of a table; spaces that do not break do."""
 PORT = 5001
@@ -124,7 +118,7 @@ def collection_card(name: str, facts: Mapping[str, object]) -> str:
 
 def _meaning(site: str) -> str:
     layer, _, hook = site.removeprefix("L").partition("/")
-    return f", {_WHERE[hook].format(layer=layer)}," if hook in _WHERE else ""
+    return f", {wording.WHERE[hook].format(layer=layer)}," if hook in wording.WHERE else ""
 
 
 def _fitted(meta: Mapping[str, object]) -> str:

@@ -9,7 +9,6 @@ import pandas as pd
 
 from mechdiff_mlflow.experiments import PatchRecord
 from mechdiff_mlflow.experiments.atlas import AtlasRecord
-from mechdiff_mlflow.experiments.profiles import HeadsRecord
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import RunRecord
 
@@ -77,9 +76,8 @@ def layers_run(table: pd.DataFrame, sentence: str, files: Mapping[str, Path]) ->
     )
 
 
-def heads_run(record: HeadsRecord, sentence: str, files: Mapping[str, Path]) -> RunRecord:
+def heads_run(table: pd.DataFrame, sentence: str, files: Mapping[str, Path]) -> RunRecord:
     """Heads of one layer; coverage is a curve over the number of heads (step = size)."""
-    table = record.table
     curves = {
         f"coverage/{choice}": _curve(table[table["choice"] == choice], "size", "coverage")
         for choice in ("greedy", "random")
@@ -89,7 +87,7 @@ def heads_run(record: HeadsRecord, sentence: str, files: Mapping[str, Path]) -> 
         name="heads",
         metrics={"KL_all": float(table["KL_all"].iloc[0]), "n_heads": float(table["n_heads"].iloc[0])},
         stepped_metrics=curves,
-        tags={"mechdiff.site": str(record.site)},
+        tags={"mechdiff.site": str(table["site"].iloc[0])},
         tables={"heads.json": table},
         files=files,
         description=sentence,
