@@ -225,11 +225,7 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def explained(what: str, place: str) -> Iterator[None]:
-    """Turns errors of loading `what` from `place`, a folder or a hub id, into one sentence.
-
-    Raises:
-        MechdiffError: In place of any error that a library raises.
-    """
+    """Turns errors of loading `what` from `place`, a folder or a hub id, into a `MechdiffError`."""
     try:
         yield
     except MechdiffError:
@@ -258,7 +254,7 @@ def with_commits(spec: PairSpec) -> PairSpec:
     """
     sides: dict[str, Any] = {"base": spec.base, "tuned": spec.tuned}
     for role, side in sides.items():
-        adapter = getattr(side, "adapter", None)
+        adapter = side.adapter if role == "tuned" else None
         reference = adapter or side.model
         if reference is not None and not Path(place := spec.locate(reference)).is_dir():
             what, file = ("Adapter", "adapter_config.json") if adapter else ("Model", "config.json")

@@ -78,11 +78,7 @@ class Pair:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over all that changes numbers: weights, code, dtype, modules, tokens of the prompts.
-
-        Raises:
-            MechdiffError: As `tokens`.
-        """
+        """16 hex digits over all that changes numbers: weights, code, dtype, modules, tokens of prompts."""
         settings = {"template", "system", "dtype", "quantization", "modules", "trust_remote_code"}
         readings = [self.readers.all_prompts(side.role, Position.DECISION) for side in self.sides]
         ids = [tokens.ids for reading in readings for tokens in reading.sets]
@@ -107,11 +103,7 @@ class Pair:
         return self.prompts[split].first(n, option=option)
 
     def tokens(self, role: str, prompts: PromptSet, position: Position) -> TokenizedPrompts:
-        """Prompts as one side sees them.
-
-        Raises:
-            MechdiffError: As `Readers.tokens`.
-        """
+        """Prompts as one side sees them, see `Readers.tokens`."""
         return self.readers.tokens(role, prompts, position)
 
     @cached_property
@@ -285,11 +277,7 @@ def _one_at_a_time(options: EngineOptions, base: Checkpoint, tuned: Checkpoint |
 
 
 def load_base(pair: Pair) -> nn.Module:
-    """Another copy of the pair's base model, without any adapter, on the pair's device.
-
-    Raises:
-        MechdiffError: It cannot be read any more.
-    """
+    """Another copy of the pair's base model, without any adapter, on the pair's device."""
     base = pair.spec.base
     return Checkpoint(pair.spec, base.model, base.revision, pair.device).load()
 

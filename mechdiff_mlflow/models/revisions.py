@@ -23,8 +23,7 @@ def commit_of(repository: str, revision: str | None, file: str) -> str:
     The hub is asked as for any download of `file`, so the cache answers where the hub does not.
 
     Raises:
-        MechdiffError: It cannot be found out.
-        Exception: As of `huggingface_hub.hf_hub_download`.
+        MechdiffError: It cannot be found out; or as `huggingface_hub.hf_hub_download`.
     """
     asked = revision or "main"
     try:
@@ -46,10 +45,9 @@ def commit_of(repository: str, revision: str | None, file: str) -> str:
 
 
 def folder_digest(folder: Path, *, code: bool = False) -> str:
-    """`sha256:` and 16 hex digits over what changes the activations of a local checkpoint or adapter.
+    """`sha256:` and 16 hex digits over configurations and weights, and with `code` the Python files.
 
-    Covers configurations, weights and their index, and with `code` the Python files. Tokenizers and templates
-    are left out: the tokens that they make of the prompts are in the pair's fingerprint.
+    Tokenizers and templates are left out: the tokens that they make are in the pair's fingerprint.
     """
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
@@ -66,8 +64,7 @@ def code_commit(files: list[Path]) -> str | None:
     """Commit of the other repository that configurations take code from; None where there is none.
 
     Raises:
-        MechdiffError: A configuration is malformed, or they name several repositories.
-        Exception: As `commit_of`.
+        MechdiffError: A configuration is malformed, or they name several repositories; or as `commit_of`.
     """
     named = {}
     for file in files:

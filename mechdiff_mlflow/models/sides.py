@@ -94,11 +94,7 @@ class Side:
         return self._sites or frozenset()
 
     def unembedding(self) -> Tensor:
-        """The matrix from what the last norm leaves to logits, [vocabulary, width], without that norm.
-
-        Raises:
-            MechdiffError: The model has no output embeddings of its own, or not in memory.
-        """
+        """The matrix from what the last norm leaves to logits, [vocabulary, width], if it is in memory."""
         with self.switch():
             head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
         weight = getattr(head, "weight", None)

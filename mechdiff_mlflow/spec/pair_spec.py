@@ -276,7 +276,7 @@ class PairSpec(_Frozen):
         try:
             return cls(**{**fields, "root": root})
         except (ValidationError, TypeError) as error:
-            raise MechdiffError(f"{source} is not valid: {explain(error)}.") from None
+            raise MechdiffError(f"{source} is not valid: {untrusted.explain(error)}.") from None
 
     @classmethod
     def load(cls, pair: str) -> PairSpec:
@@ -320,17 +320,3 @@ def shipped_pairs() -> dict[str, Path]:
     """The pairs that come with the package, by name."""
     folder = Path(str(resources.files("mechdiff_mlflow.spec") / "demo"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def explain(error: ValidationError | TypeError) -> str:
-    """Pydantic's errors on one line: where, and what is wrong."""
-    if not isinstance(error, ValidationError):
-        return "its keys must be plain words"
-    parts = []
-    for item in error.errors():
-        where = ".".join(str(step)[:80] for step in item["loc"]) or "spec"
-        is_unknown = item["type"] == "extra_forbidden"
-        what = "unknown key, remove it" if is_unknown else item["msg"].removeprefix("Value error, ")
-        parts.append(f"{where}: {what}")
-    more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
-    return "; ".join(parts[:5]) + more

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Annotated, BinaryIO, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
@@ -155,15 +156,39 @@ def _lines(file: BinaryIO, size: int) -> Iterator[tuple[int, str]]:
         if len(line) > MAX_LINE_BYTES:
             raise ValueError(f"line {number} has over {MAX_LINE_BYTES} bytes")
         try:
-            if b"\0" in line:
-                raise ValueError
-            yield number, line.decode("utf-8").strip().strip("\ufeff").strip()
+            text = line.decode("utf-8")
         except ValueError:
-            if 0 < line.count(b"\0") <= len(line) // 4:
-                raise ValueError(f"line {number} holds NUL bytes; remove them") from None
-            utf16 = b"\0" in line or line[:2] in (b"\xff\xfe", b"\xfe\xff")
-            kind = "UTF-16" if utf16 else "another encoding"
-            raise ValueError(f"line {number} is {kind}, not UTF-8; save the file as UTF-8") from None
+            text = "\0"
+        if "\0" in text:  # as every second byte of UTF-16
+            raise ValueError(f"line {number} is not UTF-8 or holds NUL bytes; save the file as UTF-8")
+        yield number, text.strip().strip("\ufeff").strip()
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    text: str | None = None
+    messages: Annotated[list[_Message], Field(min_length=1)] | None = None
+    group: str | None = None
+
+    @model_validator(mode="after")
+    def _is_prompt(self) -> _Line:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError('write either a "text" or a list of "messages"')
+        if self.messages and self.messages[-1].role != "user":
+            raise ValueError("end messages with the user's turn")
+        texts = [self.text, self.group, *(message.content for message in self.messages or ())]
+        for text in texts:
+            if text is not None and (not text.strip() or "\0" in text or not is_text(text)):
+                raise ValueError("a text is blank, or holds NUL or half a character; correct or remove it")
+        return self
 
 
 def _prompt(line: str, where: str, system: str | None) -> Prompt:
@@ -171,59 +196,18 @@ def _prompt(line: str, where: str, system: str | None) -> Prompt:
         entry = untrusted.parse_json(line)
     except ValueError as error:
         raise MechdiffError(
-            f"{where} is not JSON ({cut(str(error))}); {_remedy(line, str(error))}."
+            f'{where} is not JSON ({cut(str(error))}); write one object a line, e.g. {{"text": "…"}}.'
         ) from None
-    if isinstance(entry, list):
-        raise MechdiffError(f"{where} is a JSON array; {_remedy('[')}.")
-    text, messages, group = (
-        [entry.get(key) for key in ("text", "messages", "group")] if isinstance(entry, dict) else [None] * 3
-    )
-    if group is not None and not _is_text(group):
-        raise MechdiffError(f'{where} has the group {cut(repr(group))}; write a name, e.g. "group": "g1".')
-    if _is_text(text) and messages is None:
-        turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        return Prompt((*turns, {"role": "user", "content": text}), group)
-    if text is None and isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
-        if messages[-1]["role"] == "user":
-            return Prompt(tuple({"role": m["role"], "content": m["content"]} for m in messages), group)
+    try:
+        said = _Line.model_validate(entry)
+    except ValidationError as error:
         raise MechdiffError(
-            f"{where} ends with the {messages[-1]['role']}; end messages with the user's turn."
-        )
-    what, remedy = 'neither a "text" nor a list of "messages"', 'write {"text": "…"}'
-    if text is not None and messages is not None:
-        what, remedy = 'both a "text" and "messages"', "leave one of them out"
-    elif isinstance(text, str):
-        what = "a text that is blank, or holds NUL or half a character"
-        remedy = "correct it or remove the line"
-    elif isinstance(messages, list) and messages:
-        what = "a message of no role system, user or assistant, or without a plain text as its content"
-        remedy = "correct it or remove the line"
-    raise MechdiffError(f"{where} has {what}; {remedy}.")
-
-
-_MISTAKES = {
-    r".* is not a number$": "write null instead",
-    r"Exceeds the limit": "write such a number as a text, in double quotes",
-    r".* stands there twice$": "remove one of them",
-    r"Invalid control character": "write a tab within a text as \\t and a line break as \\n",
-    r"\[|\]$": "write each object of an array on a line of its own, no [ ] or commas (jq -c '.[]' FILE)",
-    r"\{.*\}\s*,$": "remove the comma behind the object",
-    r".*,\s*[}\]]": "remove the comma before the closing bracket",
-    r".*[:,\[]\s*(None|undefined)\b": "write null for what is not there",
-    r".*[:,\[]\s*(True|False)\b": "write true and false in small letters",
-    r"\{.*\}\s*\{": "begin a line for each object",
-    r"\{[^}]*$|[^{]*\}$": "write each object on one line (jq -c . FILE)",
-    r"#|//|/\*": "remove the comment",
-    r"\{\s*[^\"\s]|\{\s*\"[^\"]*\"\s*:\s*[\u2018\u201c']": "write straight double quotes",
-}
-"""Common mistakes, as patterns of the parser's complaint or of the line, and their remedies."""
-
-
-def _remedy(line: str, complaint: str = "") -> str:
-    for pattern, what in _MISTAKES.items():
-        if re.match(pattern, complaint) or re.match(pattern, line[:10_000]):
-            return what
-    return 'write one object a line, e.g. {"text": "…"}'
+            f'{where} is no prompt ({cut(untrusted.explain(error), 200)}); write e.g. {{"text": "…"}}.'
+        ) from None
+    if said.messages:
+        return Prompt(tuple(message.model_dump() for message in said.messages), said.group)
+    turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return Prompt((*turns, {"role": "user", "content": said.text or ""}), said.group)
 
 
 def _check_repeats(path: Path, prompts: Mapping[int, Prompt]) -> None:
@@ -238,16 +222,6 @@ def _check_repeats(path: Path, prompts: Mapping[int, Prompt]) -> None:
             f"{a} ({cut(repr(prompts[a].text))}), and would be counted as independent; remove them, or give "
             'prompts that belong together the same "group": "NAME" on their lines.'
         )
-
-
-def _is_message(message: Any) -> bool:
-    known = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
-    return known and _is_text(message.get("content"))
-
-
-def _is_text(value: object) -> TypeGuard[str]:
-    """Whether a tokenizer can read it: a text that is not blank, without NUL and lone surrogates."""
-    return isinstance(value, str) and bool(value.strip()) and "\0" not in value and is_text(value)
 
 
 def check_disjoint(sets: Iterable[PromptSet]) -> None:

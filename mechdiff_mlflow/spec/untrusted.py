@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import yaml
+from pydantic import ValidationError
 
 from mechdiff_mlflow.errors import MechdiffError
 
@@ -89,6 +90,20 @@ def parse_yaml(text: str, source: str) -> Any:
         line = f" at line {mark.line + 1}" if mark else ""
         hint = str(error) if isinstance(error, _RepeatedKey) else "check its indentation and quotes"
         raise MechdiffError(f"{source} is not valid YAML{line}; {hint}.") from None
+
+
+def explain(error: ValidationError | TypeError) -> str:
+    """Pydantic's errors on one line: where, and what is wrong."""
+    if not isinstance(error, ValidationError):
+        return "its keys must be plain words"
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(step)[:80] for step in item["loc"])
+        is_unknown = item["type"] == "extra_forbidden"
+        what = "unknown key, remove it" if is_unknown else item["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {what}" if where else what)
+    more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
+    return "; ".join(parts[:5]) + more
 
 
 def is_there(path: Path) -> bool:
