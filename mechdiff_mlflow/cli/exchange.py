@@ -33,11 +33,7 @@ class ImportRequest(PositionOptions, AliasOptions, WhyOptions, ForceOptions, Tra
     """
 
     manifest: Path = option(..., PATH, "", is_argument=True)
-    root: Path | None = option(
-        None,
-        PATH,
-        "Folder in which the manifest's paths lie; default the manifest's own.",
-    )
+    root: Path | None = option(None, PATH, "Folder in which its paths lie; default the manifest's own.")
     pair: str | None = option(None, TEXT, "Name or spec of the pair; default what the manifest says.")
 
 

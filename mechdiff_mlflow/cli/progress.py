@@ -7,14 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mechdiff_mlflow.experiments.progress import Advance, Stage
 
@@ -22,14 +15,8 @@ from mechdiff_mlflow.experiments.progress import Advance, Stage
 @contextlib.contextmanager
 def bars() -> Iterator[Stage]:
     """A stage for experiments that draws one bar a stretch of work on standard error."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    text, bar, _, left = Progress.get_default_columns()
+    columns = (text, bar, MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), left)
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
 
         @contextlib.contextmanager

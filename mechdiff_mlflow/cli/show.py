@@ -61,9 +61,8 @@ def fits(records: Sequence[FitRecord], pair: str) -> None:
     """Print fitted maps."""
     table = _table("site", "solver", "family", "k", "α", "off span", "ρ val", "cos val", title=pair)
     for fit in records:
-        cell = fit.cell
-        row = (cell.site, cell.solver, cell.family, cell.rank, cell.alpha, fit.off_span)
-        _row(table, *row, _number(fit.rho), _number(fit.cos_mean))
+        cell, quality = fit.cell, (_number(fit.rho), _number(fit.cos_mean))
+        _row(table, cell.site, cell.solver, cell.family, cell.rank, cell.alpha, fit.off_span, *quality)
     _console().print(table)
 
 
@@ -75,24 +74,19 @@ def patches(records: Sequence[PatchRecord], pair: str) -> None:
         "site", "k", "α", "KL_raw", "KL_mapped", "drop %", "skill %", "null", "floor", "ρ", title=title
     )
     for patch in records:
-        _row(
-            table,
-            str(patch.cell.site),
-            str(patch.cell.rank),
-            str(patch.cell.alpha),
-            _number(patch.kl_raw),
-            _number(patch.kl_mapped),
-            _interval(patch.drop_pct, patch.undefined.get("drop_pct", "")),
-            _interval(patch.skill_pct, patch.undefined.get("skill_pct", "")),
-            patch.null,
-            f"{patch.noise_floor:.1g}",
-            _number(patch.rho),
+        cell, kls = patch.cell, (_number(patch.kl_raw), _number(patch.kl_mapped))
+        shares = (
+            _interval(getattr(patch, name), patch.undefined.get(name, ""))
+            for name in ("drop_pct", "skill_pct")
         )
-    console = _console()
-    console.print(table)
+        floor = f"{patch.noise_floor:.1g}"
+        _row(
+            table, cell.site, cell.rank, cell.alpha, *kls, drop, skill, patch.null, floor, _number(patch.rho)
+        )
+    _console().print(table)
     if len(records) == 1:
         controls = sorted(first.controls.items(), key=lambda item: item[1])
-        console.print("Controls (mean KL): " + ", ".join(f"{name} {_number(kl)}" for name, kl in controls))
+        lines(["Controls (mean KL): " + ", ".join(f"{name} {_number(kl)}" for name, kl in controls)])
         p_values = {
             "than raw": first.p_sign_flip,
             f"than {first.null}": first.p_null,
@@ -100,7 +94,7 @@ def patches(records: Sequence[PatchRecord], pair: str) -> None:
         }
         tested = [f"{name} {_number(p)}" for name, p in p_values.items() if p is not None]
         if tested:
-            console.print("One-sided p-value of KL_mapped being no lower: " + ", ".join(tested))
+            lines(["One-sided p-value of KL_mapped being no lower: " + ", ".join(tested)])
     for text in dict.fromkeys(selection.sentence(patch.leak) for patch in records):
         lines([f"{text}. For a number without that, {selection.REMEDY}."] if text else [])
     if len(records) == 1:
@@ -174,8 +168,7 @@ def moves(made: Sequence[Move], name: str, alias: str) -> None:
     for move in made:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(move.when_ms / 1000)) if move.when_ms else "?"
         ends = ["none" if number is None else str(number) for number in (move.source, move.target)]
-        row = (when, move.who or "?", move.action, *ends, move.rules, move.why)
-        _row(table, *row)
+        _row(table, when, move.who or "?", move.action, *ends, move.rules, move.why)
     _console().print(table)
 
 
@@ -197,8 +190,7 @@ def found_runs(found: Sequence[FoundRun]) -> None:
         settings = [run.settings.get(key, "n/a") for key in ("solver", "k", "alpha", "split", "n")]
         interval = "" if run.low is None or run.high is None else f"{run.low:.4g} to {run.high:.4g}"
         leak = "unknown" if run.leak is None else "yes" if run.leak else "no"
-        row = (run.pair, run.site, *settings, _number(run.value), interval, leak)
-        _row(table, *row, run.run_id)
+        _row(table, run.pair, run.site, *settings, _number(run.value), interval, leak, run.run_id)
     _console().print(table)
 
 
@@ -208,17 +200,14 @@ def stuck(found: Sequence[Stuck], verdicts: Sequence[str], now_s: float) -> None
     for one, verdict in zip(found, verdicts, strict=True):
         minutes = max(0, now_s - one.started_ms / 1000) / 60
         age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
-        row = (one.run_id, one.name, one.experiment, age, str(one.owner or "not said"), verdict)
-        _row(table, *row)
+        _row(table, one.run_id, one.name, one.experiment, age, one.owner or "not said", verdict)
     _console().print(table)
 
 
 def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:
     """Print how to open the experiment in MLflow's UI, and more commands."""
-    url = view_url(store, experiment_id)
-    look = ui_command(store)
-    start = [f"Look:  {look}"] if look else []
-    lines([*start, f"{'Then' if start else 'Look'}:  {url}", *commands])
+    url, look = view_url(store, experiment_id), ui_command(store)
+    lines([f"Look:  {look}", f"Then:  {url}", *commands] if look else [f"Look:  {url}", *commands])
 
 
 def command(*words: object) -> str:

@@ -90,13 +90,8 @@ def _steer(request: SteerRequest) -> None:
         pair, the_map, request.prompts, tokens=request.tokens, max_new_tokens=request.max_new_tokens
     )
     if request.json:
-        about = {
-            "map": request.map,
-            "site": the_map.meta["site"],
-            "alpha": the_map.alpha,
-            "pair": pair.name,
-            "tokens": str(request.tokens),
-        }
+        about = {"map": request.map, "site": the_map.meta["site"], "alpha": the_map.alpha}
+        about |= {"pair": pair.name, "tokens": str(request.tokens)}
         rows = [dataclasses.asdict(row) for row in found]
         show.lines([json.dumps({**about, "continuations": rows}, ensure_ascii=False, indent=2)])
         return
@@ -166,9 +161,8 @@ def _loaded(request: UseRequest, check: Callable[[PairSpec, Pair], None]) -> tup
 
     def check_both(pair: Pair) -> None:
         check(spec, pair)
-        check_map(
-            the_map, request.map, site_of(the_map), pair, allow_pair_mismatch=request.allow_pair_mismatch
-        )
+        allowed = request.allow_pair_mismatch
+        check_map(the_map, request.map, site_of(the_map), pair, allow_pair_mismatch=allowed)
 
     with bars() as stage, stage("loading both models", 1):
         both_held = dataclasses.replace(request, sequential="no")

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models import bounded
-from mechdiff_mlflow.models.checkpoints import Checkpoint, explained, quiet_transformers
+from mechdiff_mlflow.models.checkpoints import Checkpoint, explained, folder_digest, quiet_transformers
 from mechdiff_mlflow.models.load_report import Misfit, untied
-from mechdiff_mlflow.models.revisions import folder_digest
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.model_files import check_folder
 from mechdiff_mlflow.spec.pair_spec import PairSpec

@@ -48,11 +48,7 @@ class Rank:
 
     @classmethod
     def parse(cls, text: str) -> Rank:
-        """Read a whole number, `full`, or 0 (full).
-
-        Raises:
-            MechdiffError: `text` is neither.
-        """
+        """Read a whole number, `full`, or 0 (full); raises `MechdiffError` for anything else."""
         if text in ("full", "0"):
             return cls(None)
         if re.fullmatch("-?[0-9]{1,9}", text) is None:
@@ -89,11 +85,7 @@ class Alpha:
 
     @classmethod
     def parse(cls, text: str) -> Alpha:
-        """Read `0.3`, a grid `0.3,0.7,1`, or `auto`.
-
-        Raises:
-            MechdiffError: A value is not a finite number of at least 0, or the grid is not increasing.
-        """
+        """Read `0.3`, a grid `0.3,0.7,1`, or `auto`; raises `MechdiffError` for anything else."""
         if text == "auto":
             return cls(ALPHA_GRID)
         try:
@@ -151,11 +143,7 @@ class TunedModelSpec(_Frozen):
 
     @property
     def plant(self) -> Plant | None:
-        """The planted change.
-
-        Raises:
-            MechdiffError: `planted` is malformed.
-        """
+        """The planted change; raises `MechdiffError` where it is malformed."""
         return None if self.planted is None else Plant.parse(self.planted)
 
 
@@ -219,12 +207,14 @@ class PairSpec(_Frozen):
             MechdiffError: `reference` is written as a path and nothing is there, it is relative and leads
                 out of the spec's folder, or what is there is damaged or claims more than it holds.
         """
-        path = self.root / _expanded(reference)
+        try:
+            given = Path(reference).expanduser()
+        except RuntimeError:  # ~ of nobody
+            given = Path(reference)
+        path = self.root / given
         if untrusted.is_there(path):
-            if not _expanded(reference).is_absolute():
-                what = (
-                    f"Model (relative, so below the spec; an absolute path may be anywhere) of {self.name!r}"
-                )
+            if not given.is_absolute():
+                what = f"Model (relative, so below the spec; else give an absolute path) of {self.name!r}"
                 path = untrusted.inside(self.root, reference, what)
             check_folder(path)
             return str(path.resolve())
@@ -290,14 +280,10 @@ class PairSpec(_Frozen):
         """
         if pair.startswith(PLANTED):
             plant, demo = Plant.parse(pair.removeprefix(PLANTED)), cls.load("cultural-demo")
-            return demo.model_copy(
-                update={
-                    "name": f"planted-{plant.slug}",
-                    "description": f"The base of {demo.name}, and the same with a known change planted: "
-                    f"{plant}.",
-                    "tuned": TunedModelSpec(planted=str(plant)),
-                }
-            )
+            about = f"The base of {demo.name}, and the same with a known change planted: {plant}."
+            tuned = TunedModelSpec(planted=str(plant))
+            changed = {"name": f"planted-{plant.slug}", "description": about, "tuned": tuned}
+            return demo.model_copy(update=changed)
         shipped = shipped_pairs()
         path = shipped.get(pair, Path(pair))
         if not untrusted.is_there(path):
@@ -307,13 +293,6 @@ class PairSpec(_Frozen):
             )
         text = untrusted.read_text(path, MAX_SPEC_BYTES, "Pair spec")
         return cls.parse(text, root=path.resolve().parent, source=f"Pair spec {os.fspath(path)}")
-
-
-def _expanded(reference: str) -> Path:
-    try:
-        return Path(reference).expanduser()
-    except RuntimeError:  # ~ of nobody
-        return Path(reference)
 
 
 def shipped_pairs() -> dict[str, Path]:

@@ -10,8 +10,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.sites import Hook, Site
 from mechdiff_mlflow.text import text_of
 
-HOOKS = (Hook.ATTN_OUT, Hook.MLP_OUT)
-"""Where something can be planted: what a sublayer adds."""
+HOOKS = (Hook.ATTN_OUT, Hook.MLP_OUT)  # what a sublayer adds
 _FORM = "<hook>:L<layer>:r<rank>[:alpha<α>][:gain<gain>][:seed<seed>]"
 
 
@@ -56,11 +55,7 @@ class Plant:
         )
 
     def check_width(self, d: int) -> None:
-        """Check that the change can be planted in d dimensions.
-
-        Raises:
-            MechdiffError: The rank is above d/4, where a scaled change could not be told from others.
-        """
+        """Refuse a rank above d/4 in d dimensions, where a scaled change could not be told from others."""
         if self.rank > d // 4:
             raise MechdiffError(
                 f"Rank {self.rank} is too much to plant in {d} dimensions, where α would be lost; give at "
@@ -77,11 +72,7 @@ class Plant:
 
     @classmethod
     def parse(cls, text: str) -> Plant:
-        """Read `attn_out:L14:r4:alpha0.7`, with or without the optional parts.
-
-        Raises:
-            MechdiffError: The text is not of that form, or a value is out of range.
-        """
+        """Read `attn_out:L14:r4:alpha0.7`, with or without the optional parts; raises `MechdiffError`."""
         number = r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)"
         found = re.fullmatch(
             rf"(\w+):L(\d{{1,6}}):r(\d{{1,6}})(?::alpha{number})?(?::gain{number})?(?::seed(\d{{1,9}}))?",

@@ -25,12 +25,7 @@ class Hook(Choice):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
-    """One place in the residual stream, written `L12/resid_post`.
-
-    Args:
-        layer: Index of the decoder block, counted from 0.
-        hook: Where in the block.
-    """
+    """One place in the residual stream, written `L12/resid_post`; layers are counted from 0."""
 
     layer: int
     hook: Hook
@@ -49,11 +44,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """Read `L12/resid_post` (or the slug `L12-resid_post`).
-
-        Raises:
-            MechdiffError: `text` is not a layer and a hook.
-        """
+        """Read `L12/resid_post` (or the slug `L12-resid_post`); raises `MechdiffError` for anything else."""
         match = re.fullmatch(r"L(\d{1,6})[/-](\w+)", text)
         if match is None:
             raise MechdiffError(
