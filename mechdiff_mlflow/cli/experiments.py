@@ -10,7 +10,6 @@ import click
 
 from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.options import command
-from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.doctor import examine
 from mechdiff_mlflow.experiments.options import ModelOptions
@@ -114,7 +113,7 @@ class DoctorRequest(ModelOptions):
 
 @command(DoctorRequest)
 def _doctor(request: DoctorRequest) -> None:
-    with bars() as stage, stage("loading both models", 1):
+    with show.bars() as stage, stage("loading both models", 1):
         pair = load_as_asked(PairSpec.load(request.pair), request)
     show.lines([f"pair {pair.name}, fingerprint {pair.fingerprint}, {pair.spec.dtype} on {pair.device}"])
     failed = []
@@ -128,7 +127,7 @@ def _doctor(request: DoctorRequest) -> None:
 def _carried_out(work: Callable[[R, Caller], Result], request: R) -> Result:
     """What a request found, with progress bars, and as the run that `resume` goes on with."""
     resumed = click.get_current_context().find_object(Resumption)
-    with bars() as stage:
+    with show.bars() as stage:
         return work(request, Caller(stage, resumed, show.warn))
 
 

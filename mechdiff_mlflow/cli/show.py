@@ -1,22 +1,25 @@
-"""Final tables, and the commands to look further."""
+"""Progress bars, final tables, and the commands to look further."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import pandas as pd
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord
 from mechdiff_mlflow.experiments.adapting import AdapterRecord
+from mechdiff_mlflow.experiments.progress import Advance, Stage
 from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.measures.stats import Interval
@@ -75,10 +78,8 @@ def patches(records: Sequence[PatchRecord], pair: str) -> None:
     )
     for patch in records:
         cell, kls = patch.cell, (_number(patch.kl_raw), _number(patch.kl_mapped))
-        shares = (
-            _interval(getattr(patch, name), patch.undefined.get(name, ""))
-            for name in ("drop_pct", "skill_pct")
-        )
+        drop = _interval(patch.drop_pct, patch.undefined.get("drop_pct", ""))
+        skill = _interval(patch.skill_pct, patch.undefined.get("skill_pct", ""))
         floor = f"{patch.noise_floor:.1g}"
         _row(
             table, cell.site, cell.rank, cell.alpha, *kls, drop, skill, patch.null, floor, _number(patch.rho)
@@ -202,6 +203,22 @@ def stuck(found: Sequence[Stuck], verdicts: Sequence[str], now_s: float) -> None
         age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
         _row(table, one.run_id, one.name, one.experiment, age, one.owner or "not said", verdict)
     _console().print(table)
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Stage]:
+    """A stage for experiments that draws one bar a stretch of work on standard error."""
+    text, bar, _, left = Progress.get_default_columns()
+    columns = (text, bar, MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), left)
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+
+        @contextlib.contextmanager
+        def stage(name: str, total: int) -> Iterator[Advance]:
+            task = progress.add_task(name, total=total)
+            yield lambda steps: progress.update(task, advance=steps)
+            progress.update(task, completed=total)
+
+        yield stage
 
 
 def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:

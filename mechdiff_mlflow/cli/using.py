@@ -12,7 +12,6 @@ from pathlib import Path
 
 from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.options import command
-from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments.adapting import make_adapter
@@ -164,6 +163,6 @@ def _loaded(request: UseRequest, check: Callable[[PairSpec, Pair], None]) -> tup
         allowed = request.allow_pair_mismatch
         check_map(the_map, request.map, site_of(the_map), pair, allow_pair_mismatch=allowed)
 
-    with bars() as stage, stage("loading both models", 1):
+    with show.bars() as stage, stage("loading both models", 1):
         both_held = dataclasses.replace(request, sequential="no")
         return the_map, load_as_asked(spec, both_held, check=check_both)

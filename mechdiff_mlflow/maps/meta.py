@@ -9,8 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.pair_spec import Rank
-from mechdiff_mlflow.spec.positions import Position
-from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.spec.sites import Position, Site
 from mechdiff_mlflow.spec.untrusted import explain
 
 _Word: TypeAlias = Annotated[str, Field(pattern=r"^[\w .:+@/-]+$", max_length=300)]

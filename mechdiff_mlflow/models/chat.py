@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models.bounded import run_bounded
 from mechdiff_mlflow.spec.pair_spec import PairSpec
-from mechdiff_mlflow.spec.positions import Position
 from mechdiff_mlflow.spec.prompts import Message, Prompt, PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Position
 
 if TYPE_CHECKING:
     from mechdiff_mlflow.models.sides import Side
@@ -197,8 +197,8 @@ def tokenize(
         last = len(tokens) - 1
         is_last = position is Position.DECISION
         ends.append((last, last) if is_last else _content(tokenizer, prompt, chat, tokens, where))
-    for prompt in _one_of_each_shape([prompts]) if chat else ():
-        _check_turn_ends(tokenizer, prompt)
+    if chat:
+        _remarks(tokenizer, [prompts])
     if position is Position.CONTENT_MEAN:
         spans = tuple(last - first + 1 for first, last in ends)
         return TokenizedPrompts(tuple(ids), tuple(first for first, _ in ends), spans)
@@ -291,43 +291,42 @@ def _attempt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, answering: b
         return None
 
 
-def _check_turn_ends(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
-    """Refuse a template that closes the user's turn and begins no answer: the decision token lies between."""
-    text = _attempt(tokenizer, prompt)
-    if text is None:
-        return
-    user = prompt.text
-    if user not in text:
-        raise MechdiffError(f"{_template(tokenizer)} leaves the user's text out; {_ELSE}.")
-    if text != _attempt(tokenizer, prompt, answering=False):
-        return
-    answered = _stand_ins(*(message["role"] for message in prompt.messages), "assistant")
-    whole = _attempt(tokenizer, answered, answering=False)
-    end = text.rindex(user) + len(user)
-    closed, between = text[end:], (whole or "").partition(user)[2].partition(answered.text)[0]
-    n, n_without = (len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (text, text[:end]))
-    if n > n_without and whole is not None and closed.strip() != between.strip():
-        raise MechdiffError(
-            f"{_template(tokenizer)} adds no generation prompt, so prompts end with "
-            f"{closed[:80]!r} and an answer begins only after {between[:80]!r}; add that under {{% if "
-            f"add_generation_prompt %}} to it, or {_ELSE}."
-        )
-
-
 def _remarks(tokenizer: PreTrainedTokenizerBase, sets: Sequence[PromptSet]) -> list[str]:
-    """What a chat template leaves out of the prompts, and whether it begins the answer."""
+    """What a chat template leaves out of the prompts, and whether it begins the answer.
+
+    Raises:
+        MechdiffError: It leaves the user's text out, or the decision token lies between turns.
+    """
     found: dict[str, None] = {}
     for prompt in _one_of_each_shape(sets):
         text = _attempt(tokenizer, prompt)
         if text is None:
             continue
+        if prompt.text not in text:
+            raise MechdiffError(f"{_template(tokenizer)} leaves the user's text out; {_ELSE}.")
         if text == _attempt(tokenizer, prompt, answering=False):
+            _check_turn_ends(tokenizer, prompt, text)
             found["adds no generation prompt, so the decision token is the last of the user's turn"] = None
         for message in prompt.messages[:-1]:
             if message["content"] not in text:
                 what = "system prompt" if message["role"] == "system" else f"earlier {message['role']} turns"
                 found[f"leaves the {what} out"] = None
     return [f"{_template(tokenizer)} {what}." for what in found]
+
+
+def _check_turn_ends(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> None:
+    """Refuse a template that closes the user's turn and begins no answer."""
+    answered = _stand_ins(*(message["role"] for message in prompt.messages), "assistant")
+    whole = _attempt(tokenizer, answered, answering=False)
+    end = text.rindex(prompt.text) + len(prompt.text)
+    closed, between = text[end:], (whole or "").partition(prompt.text)[2].partition(answered.text)[0]
+    n, n_without = (len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (text, text[:end]))
+    if n > n_without and whole is not None and closed.strip() != between.strip():
+        raise MechdiffError(
+            f"{_template(tokenizer)} adds no generation prompt, so prompts end with {closed[:80]!r} and an "
+            f"answer begins only after {between[:80]!r}; add that under {{% if add_generation_prompt %}} to "
+            f"it, or {_ELSE}."
+        )
 
 
 def _content(

@@ -24,11 +24,10 @@ from mechdiff_mlflow.models.checkpoints import (
     quiet_transformers,
     with_commits,
 )
-from mechdiff_mlflow.models.model_cache import AdaptedModel, ModelCache
 from mechdiff_mlflow.models.peft_adapters import Adapter
 from mechdiff_mlflow.models.recordings import RecordedPrompts
+from mechdiff_mlflow.models.sides import AdaptedModel, ModelCache, Side, digest, engine_maker
 from mechdiff_mlflow.models.sides import EngineOptions as EngineOptions
-from mechdiff_mlflow.models.sides import Side, digest, engine_maker
 from mechdiff_mlflow.spec.pair_spec import SPLITS, PairSpec, Position
 from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts
 from mechdiff_mlflow.spec.sites import Site

@@ -17,7 +17,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.model_files import check_folder
 from mechdiff_mlflow.spec.plant import Plant
-from mechdiff_mlflow.spec.positions import Position as Position
+from mechdiff_mlflow.spec.sites import Position as Position
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.text import number_in, text_of
 

@@ -1,4 +1,4 @@
-"""A site is a place in the residual stream: a layer and a hook."""
+"""Places in the residual stream, a layer and a hook each, and positions: the tokens that are read there."""
 
 from __future__ import annotations
 
@@ -21,6 +21,17 @@ class Hook(Choice):
     """What the MLP sublayer adds to the residual stream."""
     RESID_POST = "resid_post"
     """Leaves the block."""
+
+
+class Position(Choice):
+    """The token, or mean of tokens, that is read and replaced; KL is always read at the last token."""
+
+    DECISION = "decision"
+    """The last token of the templated prompt, whose next token is the first of the answer (K=1)."""
+    LAST_CONTENT = "last_content"
+    """The last non-special token of the user's text."""
+    CONTENT_MEAN = "content_mean"
+    """All tokens of the user's text: their mean is read, and all are moved by the same vector."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
