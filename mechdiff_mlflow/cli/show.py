@@ -177,7 +177,7 @@ def map_diff(found: MapDiff) -> None:
     """Print what two registered maps differ in."""
     table = _table("", str(found.a), str(found.b))
     for key, pair in found.facts.items():
-        _row(table, key, *map(_tag_text, pair))
+        _row(table, key, *("n/a" if text is None else text for text in pair))
     for what, cosine in (("cosine of W", found.cosine_weight), ("cosine of W − I", found.cosine_update)):
         _row(table, what, "", "n/a" if cosine is None else f"{cosine:.6f}")
     _console().print(table)
@@ -253,13 +253,3 @@ def _interval(interval: Interval | None, why: str) -> str:
         return f"n/a ({why.partition(':')[0]})"
     bounds = "" if interval.low is None else f" [{interval.low:.1f}, {interval.high:.1f}]"
     return f"{interval.estimate:.1f}{bounds}"
-
-
-def _tag_text(text: str | None) -> str:
-    """A tag as a person reads it: long decimals cut to six digits."""
-    if text is None:
-        return "n/a"
-    try:
-        return f"{float(text[:400]):.6g}" if "." in text else text
-    except ValueError:
-        return text

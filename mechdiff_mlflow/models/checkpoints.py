@@ -34,21 +34,13 @@ from mechdiff_mlflow.spec.plant import Plant
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A causal LM on disk or on the hub; its weights are read by `load` alone.
-
-    Args:
-        spec: The pair that it belongs to.
-        reference: Hugging Face id, or path relative to the spec file.
-        commit: Of a repository on the hub, see `with_commits`; a folder has none.
-        device: Where it is put, unless the spec has a device map.
-        plant: A change that is made to it once loaded.
-    """
+    """A causal LM on disk or on the hub; its weights are read by `load` alone."""
 
     spec: PairSpec
-    reference: str
-    commit: str | None
-    device: str
-    plant: Plant | None = None
+    reference: str  # Hugging Face id, or path relative to the spec file
+    commit: str | None  # of a repository on the hub, see `with_commits`
+    device: str  # unless the spec has a device map
+    plant: Plant | None = None  # a change that is made to it once loaded
 
     @cached_property
     def place(self) -> str:

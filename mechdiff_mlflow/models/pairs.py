@@ -38,20 +38,12 @@ _FILLED = 0.8
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Base and tuned model with their prompts.
+    """Base and tuned model with their prompts."""
 
-    Args:
-        spec: The spec, with the dtype in force and revisions as commits.
-        prompts: The splits that the spec names; disjoint.
-        device: Where the models are.
-        recordings: What was recorded of the models so far.
-        options: Memory bounds of the engines, as asked for.
-    """
-
-    spec: PairSpec
+    spec: PairSpec  # with the dtype in force and revisions as commits
     base: Side
     tuned: Side
-    prompts: Mapping[str, PromptSet]
+    prompts: Mapping[str, PromptSet]  # of the splits that the spec names; disjoint
     device: str
     recordings: RecordedPrompts = field(default_factory=RecordedPrompts)
     options: EngineOptions = field(default_factory=EngineOptions)

@@ -25,29 +25,17 @@ from mechdiff_mlflow.spec.sites import Site
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How much the engine holds at a time.
+    """How much the engine holds at a time."""
 
-    Args:
-        batch_size: Prompts in a chunk.
-        max_rows: Patched rows that go up the layers together; None is 8192, and 32768 on a GPU.
-        head_rows: Rows whose logits exist together; None is 2048, and 8192 on a GPU.
-        memory_budget: Bytes beside the weights, to which the others are lowered; None is no further bound.
-        sequential: `yes` holds one model at a time, `no` both; `auto` one where two do not fit.
-    """
-
-    batch_size: int = 32
-    max_rows: int | None = None
-    head_rows: int | None = None
-    memory_budget: int | None = None
-    sequential: str = "auto"
+    batch_size: int = 32  # prompts in a chunk
+    max_rows: int | None = None  # patched rows that go up the layers together; None: 8192, 32768 on a GPU
+    head_rows: int | None = None  # rows whose logits exist together; None: 2048, 8192 on a GPU
+    memory_budget: int | None = None  # bytes beside the weights, to which the others are lowered
+    sequential: str = "auto"  # `yes` holds one model at a time, `no` both; `auto` one where two do not fit
 
 
 class ModelCache:
-    """Holds models and their engines by name.
-
-    Args:
-        one_at_a_time: Free the model in memory, with all clean runs of it, before another is loaded.
-    """
+    """Holds models and their engines by name; one at a time, with its clean runs, where that is asked for."""
 
     def __init__(self, *, one_at_a_time: bool) -> None:
         self.one_at_a_time = one_at_a_time
@@ -106,23 +94,15 @@ class AdaptedModel:
 
 @dataclass(eq=False)
 class Side:
-    """One of the two models, `base` or `tuned`.
-
-    Args:
-        checkpoint: Its weights; of an adapter, those of its base.
-        revision: Commit on the hub, or `sha256:` and the digest of local weights; with an adapter, both.
-        key: The model's key in the cache; two sides may share one and switch its adapter.
-        make_engine: Builds the patch engine, inside `switch`.
-        switch: Context in which the model is this side.
-    """
+    """One of the two models, `base` or `tuned`; `switch` is the context in which the model is this side."""
 
     role: str
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint  # of an adapter, its base's
     tokenizer: transformers.PreTrainedTokenizerBase
-    revision: str
+    revision: str  # commit on the hub, or `sha256:` and the digest of local weights; with an adapter, both
     load: Callable[[], nn.Module]
-    key: str
-    make_engine: Callable[[nn.Module], PatchEngine]
+    key: str  # in the cache; two sides may share one and switch its adapter
+    make_engine: Callable[[nn.Module], PatchEngine]  # inside `switch`
     model_cache: ModelCache
     switch: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     _digests: list[str] | None = field(default=None, init=False)

@@ -31,11 +31,7 @@ ALPHA_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """How many directions a map may use; `full` is no limit.
-
-    Args:
-        k: At least 1, or None for full. On the command line 0 is full too, as in the original experiment.
-    """
+    """How many directions a map may use; None is full, no limit."""
 
     k: int | None
 

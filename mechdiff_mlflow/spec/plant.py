@@ -18,23 +18,15 @@ _FORM = "<hook>:L<layer>:r<rank>[:alpha<α>][:gain<gain>][:seed<seed>]"
 class Plant:
     """A planted change, written `attn_out:L14:r4:alpha0.7:gain100:seed0`; the last three have defaults.
 
-    Args:
-        site: Where; `attn_out` or `mlp_out`.
-        rank: r of M − I, at least 1.
-        alpha: α above 0, multiplies everything, the mean included.
-        gain: All r singular values of M − I, above 0. Sublayers late in a model add little to the residual
-            stream, so a change that moves the output is large beside what they add.
-        seed: Of U and V.
-
     Raises:
         MechdiffError: A value is out of range, or no weight makes the change at that hook exact.
     """
 
     site: Site
-    rank: int
-    alpha: float = 1.0
-    gain: float = 100.0
-    seed: int = 0
+    rank: int  # r of M − I
+    alpha: float = 1.0  # multiplies everything, the mean included
+    gain: float = 100.0  # all r singular values of M − I; late sublayers add little to the residual stream
+    seed: int = 0  # of U and V
 
     def __post_init__(self) -> None:
         if self.site.hook not in HOOKS:

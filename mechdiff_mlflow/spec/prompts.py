@@ -24,17 +24,11 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompts:
-    """Unpadded token ids of n prompts, and the position of each that is read and replaced.
+    """Unpadded token ids of n prompts, and the position of each that is read and replaced."""
 
-    Args:
-        ids: One tuple per prompt; the decision token is its last.
-        positions: Index of each prompt's first token that is read and replaced.
-        spans: How many tokens of each prompt, from there on, are averaged and moved together; empty is one.
-    """
-
-    ids: tuple[tuple[int, ...], ...]
-    positions: tuple[int, ...]
-    spans: tuple[int, ...] = ()
+    ids: tuple[tuple[int, ...], ...]  # the decision token is the last of each
+    positions: tuple[int, ...]  # of the first token that is read and replaced
+    spans: tuple[int, ...] = ()  # how many, from there on, are averaged and moved together; empty is one
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -102,11 +96,7 @@ class PromptSet:
         return len({*self.groups}) or len(self)
 
     def first(self, n: int | None, *, option: str = "--n") -> PromptSet:
-        """The first n prompts; all when n is None.
-
-        Raises:
-            MechdiffError: There are fewer than n, or n < 1.
-        """
+        """The first n prompts, all when n is None; raises `MechdiffError` where there are fewer, or n < 1."""
         if n is None:
             return self
         if not 1 <= n <= len(self):
