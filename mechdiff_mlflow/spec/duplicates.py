@@ -52,7 +52,7 @@ def near_duplicates(texts: Sequence[str], splits: Sequence[int]) -> Iterator[tup
     for j, members in enumerate(sets):
         n = len(members)
         rarest = sorted(members, key=lambda trigram: (n_texts[trigram], trigram))[: n // 5 + 1]
-        found = set()
+        found: set[int] = set()
         for m in range(-(-4 * n // 5), 5 * n // 4 + 1):
             common = -(-4 * (n + m) // 9)
             for trigram in rarest[: n - common + 1]:

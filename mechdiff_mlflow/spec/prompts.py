@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,7 +17,7 @@ from mechdiff_mlflow.spec.duplicates import near_duplicates, repeats
 from mechdiff_mlflow.text import cut, is_text
 
 MAX_FILE_BYTES = 256 << 20
-MAX_LINE_BYTES = 1 << 20
+MAX_LINE = 1 << 20
 
 Message = Mapping[str, str]
 
@@ -118,15 +118,15 @@ def read_prompts(path: Path, split: str, *, system: str | None = None) -> Prompt
             prompt stands there twice without a group that says so.
     """
     prompts: dict[int, Prompt] = {}
-    try:
-        size = untrusted.size_of(path, MAX_FILE_BYTES)
-        with path.open("rb") as file:
-            for number, line in _lines(file, size):
-                if line:
-                    prompts[number] = _prompt(line, f"{path}, line {number}", system)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise MechdiffError(f"Prompt file {path} cannot be read ({reason}); check the file.") from None
+    text = untrusted.read_text(path, MAX_FILE_BYTES, "Prompt file")
+    for number, part in enumerate(text.split("\n"), 1):  # at newlines alone: JSON may hold U+2028
+        line = part.strip().strip("\ufeff").strip()
+        if len(line) > MAX_LINE:
+            raise MechdiffError(
+                f"{path}, line {number} has over {MAX_LINE} characters; shorten or remove it."
+            )
+        if line:
+            prompts[number] = _prompt(line, f"{path}, line {number}", system)
     if not prompts:
         raise MechdiffError(f'Prompt file {path} is empty; write one {{"text": "…"}} a line.')
     _check_repeats(path, prompts)
@@ -136,22 +136,6 @@ def read_prompts(path: Path, split: str, *, system: str | None = None) -> Prompt
             f"All prompts of {path} are of one group, so no interval can be; name two or more."
         )
     return found
-
-
-def _lines(file: BinaryIO, size: int) -> Iterator[tuple[int, str]]:
-    """Numbered lines, cut at newlines alone: JSON may hold U+2028, and a file of one endless line is none."""
-    number = 0
-    while line := file.readline(min(size, MAX_LINE_BYTES) + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise ValueError(f"line {number} has over {MAX_LINE_BYTES} bytes")
-        try:
-            text = line.decode("utf-8")
-        except ValueError:
-            text = "\0"
-        if "\0" in text:  # as every second byte of UTF-16
-            raise ValueError(f"line {number} is not UTF-8 or holds NUL bytes; save the file as UTF-8")
-        yield number, text.strip().strip("\ufeff").strip()
 
 
 class _Message(BaseModel):

@@ -91,9 +91,9 @@ class _PlainLoader(yaml.SafeLoader):
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             raise _NotPlain("it uses aliases (*name), write the values out")
-        if self.depth > MAX_DEPTH:
+        if self.depth >= MAX_DEPTH:
             raise _NotPlain(f"it is nested more than {MAX_DEPTH} deep, write it flatter")
         self.depth += 1
         node = super().compose_node(parent, index)
