@@ -121,7 +121,7 @@ class _Call:
         if not isinstance(given, Tensor):
             raise MechdiffError("A model with a map attached was called without input_ids; pass token ids.")
         cache = bound.get("past_key_values")
-        past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        past = 0 if cache is None else int(cache.get_seq_length())
         return cls(bound, given.shape[0], given.shape[1], past)
 
     @property

@@ -195,7 +195,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def path_of(model: nn.Module, module: nn.Module) -> str:
     """The name of `module` in the transformers model, without PEFT's wrapper."""
-    return next(name for name, candidate in without_peft(model).named_modules() if candidate is module)
+    paths = {candidate: name for name, candidate in without_peft(model).named_modules()}
+    return str(paths[module])
 
 
 def peft_library() -> Any:

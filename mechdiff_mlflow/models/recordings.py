@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -54,8 +55,8 @@ class RecordedPrompts:
     def add(self, key: Key, captured: Mapping[Site, Tensor]) -> None:
         """Remember activations beside those at other sites of the same prompts."""
         # Each is read from its own mapping, which may lie in files, when it is asked for.
-        earlier = self._captured[key].maps if key in self._captured else []
-        self._captured[key] = ChainMap(*[captured, *earlier])
+        maps: list[Any] = [captured, *(self._captured[key].maps if key in self._captured else ())]
+        self._captured[key] = ChainMap(*maps)
 
     def everything(self, key: Key) -> Mapping[Site, Tensor]:
         """All activations that were added."""
