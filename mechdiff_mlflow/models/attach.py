@@ -120,9 +120,8 @@ class _Call:
         given = bound.get("inputs_embeds") if ids is None else ids
         if not isinstance(given, Tensor):
             raise MechdiffError("A model with a map attached was called without input_ids; pass token ids.")
-        cache = bound.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
-        return cls(bound, given.shape[0], given.shape[1], past)
+        length = getattr(bound.get("past_key_values"), "get_seq_length", lambda: 0)()
+        return cls(bound, given.shape[0], given.shape[1], int(length))
 
     @property
     def mask(self) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -256,15 +257,18 @@ def _one_at_a_time(options: EngineOptions, base: Checkpoint, tuned: Checkpoint |
         return options.sequential == "yes"
     if base.spec.device_map is not None:
         return False  # accelerate finds a place for every layer
-    if torch.device(base.device).type == "cuda":
-        free = torch.cuda.mem_get_info(base.device)[0]
-    else:
-        try:
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # all, since caches give way
-        except (AttributeError, ValueError, OSError):  # not on every system
-            return False
     beside = options.memory_budget or 0
-    return base.n_bytes() + tuned.n_bytes() + beside > _FILLED * free
+    return base.n_bytes() + tuned.n_bytes() + beside > _FILLED * _memory_of(base.device)
+
+
+def _memory_of(device: str) -> int:
+    """Bytes that are free on a GPU; of main memory, all of it, since caches give way."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return sys.maxsize
 
 
 def load_base(pair: Pair) -> nn.Module:
