@@ -40,7 +40,6 @@ def kinds(rng: random.Random) -> dict[str, Callable[[int], list[str]]]:
             "+",
             str(i % 250),
         ],
-        "40 words of 5": lambda i: rng.choices(WORDS[:5], k=40),
     }
 
 

@@ -44,9 +44,8 @@ from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study
 from mechdiff_mlflow.experiments.preflight import require_sound
 from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers
-from mechdiff_mlflow.models.model_cache import ModelCache
 from mechdiff_mlflow.models.pairs import Pair
-from mechdiff_mlflow.models.sides import Side
+from mechdiff_mlflow.models.sides import ModelCache, Side
 from mechdiff_mlflow.report.evidence import of_record
 from mechdiff_mlflow.report.figures import curve_figures, write_figures
 from mechdiff_mlflow.spec.pair_spec import SPLITS, Cell, PairSpec, Rank

@@ -154,7 +154,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "two that would be one": (lambda f: edit(f, both_names), r"is given 39 that it has no place for"),
     "weights of a multimodal model": (
         lambda f: edit(f, lambda w: prefixed("language_model.")(w) | {"vision_tower.x": torch.ones(2)}),
-        r"a multimodal model, so put that model's own config\.json beside them",
+        r"put the config\.json beside it that these weights were saved with",
     ),
     "a value head": (
         lambda f: edit(f, lambda w: prefixed("pretrained_model.")(w) | {"v_head.weight": torch.ones(2)}),

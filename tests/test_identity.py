@@ -150,21 +150,13 @@ def test_a_short_commit_of_two_is_refused(hub: Hub, spec: Path) -> None:
     load(spec, of_hub(OLD[:13]))
 
 
-def test_code_in_another_repository_is_pinned_too(hub: Hub, spec: Path, tmp_path: Path) -> None:
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code/modeling_x.py").write_text("A = 1\n")
-    hub.add("org/code", OLD, tmp_path / "code", "main")
-    hub.add("org/code", NEW, tmp_path / "code")
+def test_code_in_another_repository_is_refused_where_code_may_run(spec: Path) -> None:
     path = spec.parent / "tuned/config.json"
     entry = {"AutoModelForCausalLM": "org/code--modeling_x.Model"}
     path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": entry}))
-    plain = load(spec).fingerprint
-    text = toys.SPEC + "trust_remote_code: true\n"
-    with pytest.warns(UserWarning, match="trust_remote_code is on"):
-        before = load(spec, text)
-    assert before.tuned.revision.endswith(f"+code:{OLD}")
-    hub.point("org/code", "main", NEW)
-    assert len({plain, before.fingerprint, load(spec, text).fingerprint}) == 3
+    load(spec)
+    with pytest.raises(MechdiffError, match=r"takes code from another repository, .* into a local copy"):
+        load(spec, toys.SPEC + "trust_remote_code: true\n")
 
 
 # --- adapters

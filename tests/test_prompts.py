@@ -1,6 +1,5 @@
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,17 +162,21 @@ def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) ->
     ("line", "says"),
     [
         ("{", "line 2 is not JSON"),
-        ({"txt": "tea"}, 'line 2 has neither a "text"'),
-        ({"text": "  "}, "line 2 has a text that is blank, or holds NUL or half a character; correct it or"),
-        ('{"text": "a \\ud800"}', "line 2 has a text that is blank, or holds NUL or half a character"),
-        ('{"text": "a", "id": ' + "9" * 5000 + "}", "write such a number as a text, in double quotes"),
-        ('{"text": "a"}\0', "line 2 holds NUL bytes; remove them"),
-        ({"text": 3}, 'line 2 has neither a "text"'),
-        ([1], "line 2 is a JSON array"),
-        ({"text": "a", "messages": [{"role": "user", "content": "a"}]}, 'line 2 has both a "text" and'),
-        ({"messages": []}, 'line 2 has neither a "text"'),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "line 2 has a message of no role system, user or"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "line 2 ends with the assistant"),
+        ({"txt": "tea"}, 'line 2 is no prompt (write either a "text" or a list of "messages")'),
+        ({"text": "  "}, "line 2 is no prompt (a text is blank, or holds NUL or half a character"),
+        ('{"text": "a \\ud800"}', "line 2 is no prompt (a text is blank, or holds NUL or half a character"),
+        ('{"text": "a", "id": ' + "9" * 5000 + "}", "line 2 is not JSON (Exceeds the limit"),
+        ('{"text": "a"}\0', "line 2 is not JSON"),
+        ({"text": 3}, "line 2 is no prompt (text: Input should be a valid string"),
+        ({"text": "a", "group": 3}, "line 2 is no prompt (group: Input should be a valid string"),
+        ([1], "line 2 is no prompt (Input should be a valid dictionary"),
+        ({"text": "a", "messages": [{"role": "user", "content": "a"}]}, 'write either a "text" or a list'),
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "messages.0.role: Input should be 'system', 'user'",
+        ),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "end messages with the user's turn"),
         ("[" * 100_000, "line 2 is not JSON"),
     ],
 )
@@ -189,7 +192,7 @@ def test_empty_and_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(MechdiffError, match="cannot be read"):
         read_prompts(tmp_path / "nothing.jsonl", "val")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}')
-    with pytest.raises(MechdiffError, match="line 1 is another encoding, not UTF-8; save the file as UTF-8"):
+    with pytest.raises(MechdiffError, match=r"cannot be read .*codec can't decode byte 0xe9"):
         read_prompts(tmp_path / "latin.jsonl", "val")
 
 
@@ -229,61 +232,11 @@ def test_digests_are_equal_for_equal_prompts_only(a: list[str], b: list[str]) ->
     assert (prompts(*a).digest == prompts(*b).digest) == (a == b)
 
 
-def without(old: str, new: str = "") -> Callable[[str], str]:
-    return lambda text: text.replace(old, new)
-
-
-def a_line_each(text: str) -> str:
-    """What `jq -c` writes."""
-    found = json.loads(text)
-    return "\n".join(map(json.dumps, found if isinstance(found, list) else [found]))
-
-
-@pytest.mark.parametrize(
-    ("text", "remedy", "follow"),
-    [
-        ('{"text": "tea"},\n{"text": "two"}', "remove the comma behind the object", without("},", "}")),
-        ('{"text": "tea",}', "remove the comma before the closing bracket", without(",}", "}")),
-        ('{"text": "tea", "tags": ["a",]}', "remove the comma before the closing", without(",]", "]")),
-        ('[{"text": "tea"}, {"text": "two"}]', r"jq -c '\.\[\]' FILE", a_line_each),
-        ('[\n {"text": "tea"},\n {"text": "two"}\n]', r"jq -c '\.\[\]' FILE", a_line_each),
-        ('{\n  "text": "tea"\n}', r"on one line \(jq -c \. FILE\)", a_line_each),
-        ("{'text': 'tea'}", "straight double quotes", without("'", '"')),
-        ("{\"text\": 'tea'}", "straight double quotes", without("'", '"')),
-        (
-            "{\u201ctext\u201d: \u201ctea\u201d}",
-            "straight double quotes",
-            lambda t: t.replace("\u201c", '"').replace("\u201d", '"'),
-        ),
-        ('{text: "tea"}', "straight double quotes", without("text", '"text"')),
-        ('{"text": "tea", "score": NaN}', "write null instead", without("NaN", "null")),
-        ('{"text": "tea", "score": -Infinity}', "write null instead", without("-Infinity", "null")),
-        ('{"text": "tea", "score": None}', "write null", without("None", "null")),
-        ('{"text": "tea", "gold": True}', "in small letters", str.lower),
-        ('{"text": "tea", "text": "two"}', "remove one of them", without(', "text": "two"')),
-        ('{"text": "tea"} {"text": "two"}', "begin a line for each object", without("} {", "}\n{")),
-        ('# mine\n{"text": "tea"}', "remove the comment", without("# mine")),
-        ('{"text": "tea\ttwo"}', r"a tab within a text as \\t", without("\t", "\\t")),
-        ("tea", "write one object a line", lambda text: json.dumps({"text": text})),
-        ('{"text": "tea", "group": 3}', 'write a name, e.g. "group": "g1"', without("3", '"g1"')),
-    ],
-)
-def test_the_remedy_of_a_malformed_line_works(
-    tmp_path: Path, text: str, remedy: str, follow: Callable[[str], str]
-) -> None:
-    path = written(tmp_path, text)
-    with pytest.raises(MechdiffError, match=rf"prompts.jsonl, line \d.*{remedy}"):
-        read_prompts(path, "val")
-    path.write_text(follow(text), encoding="utf-8")
-    assert read_prompts(path, "val").prompts[0].text[:3] == "tea"
-
-
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
 def test_other_encodings_are_named_and_utf_8_with_a_mark_is_read(tmp_path: Path, encoding: str) -> None:
     path, text = tmp_path / "prompts.jsonl", '{"text": "caf\xe9"}\n{"text": "tea"}\n'
     path.write_text(text, encoding=encoding)
-    kind = "another encoding" if encoding == "latin-1" else "UTF-16"
-    with pytest.raises(MechdiffError, match=f"line 1 is {kind}, not UTF-8; save the file as UTF-8"):
+    with pytest.raises(MechdiffError, match=r"cannot be read .*codec can't decode byte"):
         read_prompts(path, "val")
     path.write_text(path.read_text(encoding=encoding), encoding="utf-8-sig")
     assert [p.text for p in read_prompts(path, "val").prompts] == ["caf\xe9", "tea"]
@@ -299,7 +252,7 @@ def test_blank_lines_blanks_and_marks_before_objects_are_skipped(tmp_path: Path)
 @pytest.mark.parametrize("half", ["\\ud800", "tea \\udfff"])
 def test_halves_of_characters_are_refused(tmp_path: Path, half: str) -> None:
     for line in (f'{{"text": "{half}"}}', f'{{"text": "tea", "group": "{half}"}}'):
-        with pytest.raises(MechdiffError, match="line 1 has"):
+        with pytest.raises(MechdiffError, match="line 1 is no"):
             read_prompts(written(tmp_path, line), "val")
 
 

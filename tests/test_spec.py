@@ -99,7 +99,7 @@ def test_example_specs_are_valid(path: Path) -> None:
         (MINIMAL + "dtype: int8\n", "dtype: Input should be 'float32'"),
         ("just words", "is not a mapping"),
         ("a: [1\nb: 2", "is not valid YAML at line 2"),
-        ("a: &x 1\nb: *x", "uses YAML aliases"),
+        ("a: &x 1\nb: *x", "uses aliases"),
         ("1: 2\n" + MINIMAL, "its keys must be plain words"),
         ("#" * (MAX_SPEC_BYTES + 1), f"over {MAX_SPEC_BYTES}"),
         ("a: !!python/object/apply:os.system ['true']", "is not valid YAML"),

@@ -50,7 +50,7 @@ def test_yaml_has_a_depth(depth: int) -> None:
     if depth <= untrusted.MAX_DEPTH:
         assert untrusted.parse_yaml(text, "it")
         return
-    with pytest.raises(MechdiffError, match="it is nested more than 32 deep; write it flatter"):
+    with pytest.raises(MechdiffError, match="it is nested more than 32 deep, write it flatter"):
         untrusted.parse_yaml(text, "it")
 
 

@@ -1,16 +1,18 @@
-"""Commands that load a pair and measure it: run, fit, patch, sweep, report-pass, atlas, layers, heads."""
+"""Commands that load a pair and measure or check it: run, fit, patch, sweep, report-pass, …, doctor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import click
 
 from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.options import command
-from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.options import ModelOptions
+from mechdiff_mlflow.experiments.preflight import examine
 from mechdiff_mlflow.experiments.requests import (
     ORIGINAL_N,
     AtlasRequest,
@@ -22,7 +24,10 @@ from mechdiff_mlflow.experiments.requests import (
     RunRequest,
     SweepRequest,
 )
+from mechdiff_mlflow.spec.options import TEXT, option
+from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.tracking.commands import measuring, profiling
+from mechdiff_mlflow.tracking.commands.computing import load_as_asked
 from mechdiff_mlflow.tracking.commands.session import Caller, Result, Resumption
 
 R = TypeVar("R")
@@ -94,10 +99,35 @@ def _heads(request: HeadsRequest) -> None:
     _finish(done)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoctorRequest(ModelOptions):
+    """Load PAIR and check the plumbing that every number depends on.
+
+    \b
+    Example:
+      mechdiff doctor cultural-demo
+    """
+
+    pair: str = option("cultural-demo", TEXT, "", is_argument=True)
+
+
+@command(DoctorRequest)
+def _doctor(request: DoctorRequest) -> None:
+    with show.bars() as stage, stage("loading both models", 1):
+        pair = load_as_asked(PairSpec.load(request.pair), request)
+    show.lines([f"pair {pair.name}, fingerprint {pair.fingerprint}, {pair.spec.dtype} on {pair.device}"])
+    failed = []
+    for check in examine(pair):
+        show.lines([f"{'ok  ' if check.passed else 'FAIL'}  {check.name}: {check.seen}"])
+        failed += [] if check.passed else [check.name]
+    if failed:
+        raise MechdiffError(f"{pair.name} fails {', '.join(failed)}; mend that before trusting any number.")
+
+
 def _carried_out(work: Callable[[R, Caller], Result], request: R) -> Result:
     """What a request found, with progress bars, and as the run that `resume` goes on with."""
     resumed = click.get_current_context().find_object(Resumption)
-    with bars() as stage:
+    with show.bars() as stage:
         return work(request, Caller(stage, resumed, show.warn))
 
 

@@ -45,12 +45,11 @@ class ErrorsAsMessages(click.Group):
             raise
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except OSError as error:
-            raise _shown(_about_files(error)) from error
         except Exception as error:
             if os.environ.get(TRACEBACK):
                 raise
-            raise _shown(_about_fault(error)) from error
+            about = _about_files(error) if isinstance(error, OSError) else _about_fault(error)
+            raise _shown(about) from error
 
 
 @click.group(

@@ -84,11 +84,9 @@ def _nothing_of_mine(shown: str, others: Sequence[str]) -> str:
     if not others:
         return f"No run in {shown} is unfinished; there is nothing to resume."
     more = f"; and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
-    one = "1 run of others or from other machines is"
-    are = one if len(others) == 1 else f"{len(others)} runs of others or from other machines are"
     return (
-        f"Nothing of yours in {shown} is unfinished; {are}: {'; '.join(others[:_LISTED])}{more}. "
-        f"Name one: {show.command('resume', 'RUN', '--yes')}"
+        f"Nothing of yours in {shown} is unfinished. Of others or from other machines ({len(others)}): "
+        f"{'; '.join(others[:_LISTED])}{more}. Name one: {show.command('resume', 'RUN', '--yes')}"
     )
 
 
@@ -98,16 +96,10 @@ def _on_one_line(text: str) -> str:
 
 
 def _validated(run_id: str, argv: Sequence[str], more: Sequence[str], *, is_ours: bool) -> list[str]:
-    """A command's words as its own options understand them; what a store says is data.
+    """The words of a run's tag as the command's own options understand them; what a store says is data.
 
-    Args:
-        run_id: Whose tag they are from.
-        argv: The words there.
-        more: What the user gives beside them, which is theirs to answer for.
-        is_ours: Whether this user began it; else only what defines the numbers is taken over.
-
-    Raises:
-        MechdiffError: They are no command that is resumed, or name a file that they may not.
+    Of what is not ours only what defines the numbers is taken over, and where `more` does not say otherwise
+    it may name no file outside of the working directory, and ask for no promotion.
     """
     name, *rest = argv
     if name not in RESUMABLE:
@@ -141,11 +133,7 @@ def _validated(run_id: str, argv: Sequence[str], more: Sequence[str], *, is_ours
 
 
 def _check_taken(run_id: str, asked: Request, field: str) -> None:
-    """Make sure that a run of somebody else does not decide about this user's files and aliases.
-
-    Raises:
-        MechdiffError: It names a file outside of the working directory, or asks for a promotion.
-    """
+    """Refuse what a run of somebody else would decide about this user's files and aliases."""
     option, value = asked.options()[field], getattr(asked, field)
     asks = ""
     if field in ("promote", "promote_best") and value:

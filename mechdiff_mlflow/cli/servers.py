@@ -13,7 +13,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.options import StoreOptions
 from mechdiff_mlflow.spec.options import FLAG, option
 from mechdiff_mlflow.tracking.store.redaction import redact
-from mechdiff_mlflow.tracking.store.server_check import Finding, Level, check_store, rebase
+from mechdiff_mlflow.tracking.store.server_check import Level, check_store, rebase
 from mechdiff_mlflow.tracking.store.store import uri_of
 
 
@@ -48,15 +48,9 @@ def _server_check(request: ServerCheckRequest) -> None:
         checks = [{**asdict(finding), "level": finding.level.lower()} for finding in findings]
         show.lines([json.dumps({"uri": shown, "ok": not failed, "checks": checks}, indent=1)])
     else:
-        show.lines(_table(findings))
+        width = max(len(finding.check) for finding in findings)
+        for finding in findings:
+            show.lines([f"{finding.level.value:4}  {finding.check:{width}}  {finding.seen}"])
+            show.lines([f"{'':4}  {'':{width}}  → {finding.remedy}"] if finding.remedy else [])
     if failed:
         raise MechdiffError(f"{shown} fails {', '.join(failed)}; mend that before a team works on it.")
-
-
-def _table(findings: list[Finding]) -> list[str]:
-    width = max(len(finding.check) for finding in findings)
-    lines = []
-    for finding in findings:
-        lines.append(f"{finding.level.value:4}  {finding.check:{width}}  {finding.seen}")
-        lines += [f"{'':4}  {'':{width}}  → {finding.remedy}"] if finding.remedy else []
-    return lines

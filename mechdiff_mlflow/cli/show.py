@@ -1,22 +1,25 @@
-"""Final tables, and the commands to look further."""
+"""Progress bars, final tables, and the commands to look further."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import pandas as pd
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord
 from mechdiff_mlflow.experiments.adapting import AdapterRecord
+from mechdiff_mlflow.experiments.progress import Advance, Stage
 from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.measures.stats import Interval
@@ -61,9 +64,8 @@ def fits(records: Sequence[FitRecord], pair: str) -> None:
     """Print fitted maps."""
     table = _table("site", "solver", "family", "k", "α", "off span", "ρ val", "cos val", title=pair)
     for fit in records:
-        cell = fit.cell
-        row = (cell.site, cell.solver, cell.family, cell.rank, cell.alpha, fit.off_span)
-        _row(table, *row, _number(fit.rho), _number(fit.cos_mean))
+        cell, quality = fit.cell, (_number(fit.rho), _number(fit.cos_mean))
+        _row(table, cell.site, cell.solver, cell.family, cell.rank, cell.alpha, fit.off_span, *quality)
     _console().print(table)
 
 
@@ -75,24 +77,17 @@ def patches(records: Sequence[PatchRecord], pair: str) -> None:
         "site", "k", "α", "KL_raw", "KL_mapped", "drop %", "skill %", "null", "floor", "ρ", title=title
     )
     for patch in records:
+        cell, kls = patch.cell, (_number(patch.kl_raw), _number(patch.kl_mapped))
+        drop = _interval(patch.drop_pct, patch.undefined.get("drop_pct", ""))
+        skill = _interval(patch.skill_pct, patch.undefined.get("skill_pct", ""))
+        floor = f"{patch.noise_floor:.1g}"
         _row(
-            table,
-            str(patch.cell.site),
-            str(patch.cell.rank),
-            str(patch.cell.alpha),
-            _number(patch.kl_raw),
-            _number(patch.kl_mapped),
-            _interval(patch.drop_pct, patch.undefined.get("drop_pct", "")),
-            _interval(patch.skill_pct, patch.undefined.get("skill_pct", "")),
-            patch.null,
-            f"{patch.noise_floor:.1g}",
-            _number(patch.rho),
+            table, cell.site, cell.rank, cell.alpha, *kls, drop, skill, patch.null, floor, _number(patch.rho)
         )
-    console = _console()
-    console.print(table)
+    _console().print(table)
     if len(records) == 1:
         controls = sorted(first.controls.items(), key=lambda item: item[1])
-        console.print("Controls (mean KL): " + ", ".join(f"{name} {_number(kl)}" for name, kl in controls))
+        lines(["Controls (mean KL): " + ", ".join(f"{name} {_number(kl)}" for name, kl in controls)])
         p_values = {
             "than raw": first.p_sign_flip,
             f"than {first.null}": first.p_null,
@@ -100,7 +95,7 @@ def patches(records: Sequence[PatchRecord], pair: str) -> None:
         }
         tested = [f"{name} {_number(p)}" for name, p in p_values.items() if p is not None]
         if tested:
-            console.print("One-sided p-value of KL_mapped being no lower: " + ", ".join(tested))
+            lines(["One-sided p-value of KL_mapped being no lower: " + ", ".join(tested)])
     for text in dict.fromkeys(selection.sentence(patch.leak) for patch in records):
         lines([f"{text}. For a number without that, {selection.REMEDY}."] if text else [])
     if len(records) == 1:
@@ -174,8 +169,7 @@ def moves(made: Sequence[Move], name: str, alias: str) -> None:
     for move in made:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(move.when_ms / 1000)) if move.when_ms else "?"
         ends = ["none" if number is None else str(number) for number in (move.source, move.target)]
-        row = (when, move.who or "?", move.action, *ends, move.rules, move.why)
-        _row(table, *row)
+        _row(table, when, move.who or "?", move.action, *ends, move.rules, move.why)
     _console().print(table)
 
 
@@ -183,7 +177,7 @@ def map_diff(found: MapDiff) -> None:
     """Print what two registered maps differ in."""
     table = _table("", str(found.a), str(found.b))
     for key, pair in found.facts.items():
-        _row(table, key, *map(_tag_text, pair))
+        _row(table, key, *("n/a" if text is None else text for text in pair))
     for what, cosine in (("cosine of W", found.cosine_weight), ("cosine of W − I", found.cosine_update)):
         _row(table, what, "", "n/a" if cosine is None else f"{cosine:.6f}")
     _console().print(table)
@@ -197,8 +191,7 @@ def found_runs(found: Sequence[FoundRun]) -> None:
         settings = [run.settings.get(key, "n/a") for key in ("solver", "k", "alpha", "split", "n")]
         interval = "" if run.low is None or run.high is None else f"{run.low:.4g} to {run.high:.4g}"
         leak = "unknown" if run.leak is None else "yes" if run.leak else "no"
-        row = (run.pair, run.site, *settings, _number(run.value), interval, leak)
-        _row(table, *row, run.run_id)
+        _row(table, run.pair, run.site, *settings, _number(run.value), interval, leak, run.run_id)
     _console().print(table)
 
 
@@ -208,17 +201,30 @@ def stuck(found: Sequence[Stuck], verdicts: Sequence[str], now_s: float) -> None
     for one, verdict in zip(found, verdicts, strict=True):
         minutes = max(0, now_s - one.started_ms / 1000) / 60
         age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
-        row = (one.run_id, one.name, one.experiment, age, str(one.owner or "not said"), verdict)
-        _row(table, *row)
+        _row(table, one.run_id, one.name, one.experiment, age, one.owner or "not said", verdict)
     _console().print(table)
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Stage]:
+    """A stage for experiments that draws one bar a stretch of work on standard error."""
+    text, bar, _, left = Progress.get_default_columns()
+    columns = (text, bar, MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), left)
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+
+        @contextlib.contextmanager
+        def stage(name: str, total: int) -> Iterator[Advance]:
+            task = progress.add_task(name, total=total)
+            yield lambda steps: progress.update(task, advance=steps)
+            progress.update(task, completed=total)
+
+        yield stage
 
 
 def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:
     """Print how to open the experiment in MLflow's UI, and more commands."""
-    url = view_url(store, experiment_id)
-    look = ui_command(store)
-    start = [f"Look:  {look}"] if look else []
-    lines([*start, f"{'Then' if start else 'Look'}:  {url}", *commands])
+    url, look = view_url(store, experiment_id), ui_command(store)
+    lines([f"Look:  {look}", f"Then:  {url}", *commands] if look else [f"Look:  {url}", *commands])
 
 
 def command(*words: object) -> str:
@@ -247,13 +253,3 @@ def _interval(interval: Interval | None, why: str) -> str:
         return f"n/a ({why.partition(':')[0]})"
     bounds = "" if interval.low is None else f" [{interval.low:.1f}, {interval.high:.1f}]"
     return f"{interval.estimate:.1f}{bounds}"
-
-
-def _tag_text(text: str | None) -> str:
-    """A tag as a person reads it: long decimals cut to six digits."""
-    if text is None:
-        return "n/a"
-    try:
-        return f"{float(text[:400]):.6g}" if "." in text else text
-    except ValueError:
-        return text

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.options import command
-from mechdiff_mlflow.cli.progress import bars
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments.adapting import make_adapter
@@ -86,13 +85,8 @@ def _steer(request: SteerRequest) -> None:
         pair, the_map, request.prompts, tokens=request.tokens, max_new_tokens=request.max_new_tokens
     )
     if request.json:
-        about = {
-            "map": request.map,
-            "site": the_map.meta["site"],
-            "alpha": the_map.alpha,
-            "pair": pair.name,
-            "tokens": str(request.tokens),
-        }
+        about = {"map": request.map, "site": the_map.meta["site"], "alpha": the_map.alpha}
+        about |= {"pair": pair.name, "tokens": str(request.tokens)}
         rows = [dataclasses.asdict(row) for row in found]
         show.lines([json.dumps({**about, "continuations": rows}, ensure_ascii=False, indent=2)])
         return
@@ -162,10 +156,9 @@ def _loaded(request: UseRequest, check: Callable[[PairSpec, Pair], None]) -> tup
 
     def check_both(pair: Pair) -> None:
         check(spec, pair)
-        check_map(
-            the_map, request.map, site_of(the_map), pair, allow_pair_mismatch=request.allow_pair_mismatch
-        )
+        allowed = request.allow_pair_mismatch
+        check_map(the_map, request.map, site_of(the_map), pair, allow_pair_mismatch=allowed)
 
-    with bars() as stage, stage("loading both models", 1):
+    with show.bars() as stage, stage("loading both models", 1):
         both_held = dataclasses.replace(request, sequential="no")
         return the_map, load_as_asked(spec, both_held, check=check_both)

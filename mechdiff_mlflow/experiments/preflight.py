@@ -92,7 +92,7 @@ def check_cells(cells: Sequence[Cell], protocol: Protocol, pair: Pair) -> None:
 
 
 def check_map(map_: AffineMap, name: str, site: Site, pair: Pair, *, allow_pair_mismatch: bool) -> None:
-    """Raise a MechdiffError unless the map called `name` fits its site, and is of this pair or `allow_pair_mismatch`."""
+    """Raise a MechdiffError unless the map called `name` fits its site, and its pair where that is asked."""
     check_sites([site], pair)
     widths = _widths(pair)
     if widths is not None and (map_.d_in, map_.d_out) != widths:

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.spec.pair_spec import Rank, explain
-from mechdiff_mlflow.spec.positions import Position
-from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.spec.pair_spec import Rank
+from mechdiff_mlflow.spec.sites import Position, Site
+from mechdiff_mlflow.spec.untrusted import explain
 
 _Word: TypeAlias = Annotated[str, Field(pattern=r"^[\w .:+@/-]+$", max_length=300)]
 _Setting: TypeAlias = Annotated[float, Field(ge=0, le=1e300, allow_inf_nan=False)] | _Word

@@ -1,9 +1,5 @@
 """A map at work in a live model: every forward and every `generate` while a context is open.
 
-with attached(the_map, base):  # the base's own activation is mapped: base acts as tuned there
-    base.generate(**tokenizer(prompt, return_tensors="pt"))
-with attached(the_map, tuned, source=base): ...  # the experiments' patch: base's mapped activation in tuned
-
 Inside `generate`, tokens are counted from the prompt's last, whatever the cache, the beams or an assistant's
 candidates; outside, one token onto a filled cache is a generated token and any other forward is a prompt.
 """
@@ -31,8 +27,7 @@ from mechdiff_mlflow.spec.sites import Site
 
 _CACHE_EDITS = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices")
 
-_source_runs: ContextVar[bool] = ContextVar("_source_runs", default=False)
-"""Whether a source is being read, which no attached map may touch."""
+_source_runs: ContextVar[bool] = ContextVar("_source_runs", default=False)  # no attached map touches it
 
 
 class Tokens(Choice):
@@ -59,6 +54,9 @@ def attached(
     modules: ModuleNames | None = None,
 ) -> Iterator[nn.Module]:
     """Put the mapped activation in place of `model`'s own at `site` while the context is open.
+
+    with attached(the_map, base): ...  # the base's own activation is mapped: base acts as tuned there
+    with attached(the_map, tuned, source=base): ...  # the experiments' patch: base's mapped one in tuned
 
     Works with any batch and padding, with and without a cache, with beams and assistants. Of maps attached
     together, one attached later at the same site sees what the earlier one left.
@@ -165,14 +163,13 @@ class _Attachment:
 
     def n_rows(self) -> int:
         """Rows of the running forward."""
-        if self._chosen is None:
-            if _source_runs.get():
-                return 1
-            raise MechdiffError(
-                "A part of a model with a map attached was called by itself; call the model it is attached "
-                "to."
-            )
-        return len(self._chosen)
+        if self._chosen is not None:
+            return len(self._chosen)
+        if _source_runs.get():
+            return 1
+        raise MechdiffError(
+            "A part of a model with a map attached was called by itself; call the model it is attached to."
+        )
 
     def edit(self, hidden: Tensor) -> Tensor | None:
         """Hidden states [n, q, width] with the chosen ones replaced."""
@@ -208,8 +205,7 @@ class _Attachment:
         if self._n_prompt is not None:
             decision = self._n_prompt - 1
             mask = call.arguments.get("attention_mask")
-            ends = mask[:, decision : decision + 1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
-            if ends is not None and not bool(ends.all()):
+            if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, decision:][:, :1].all()):
                 raise MechdiffError("A prompt ends with padding; generate with padding_side='left'.")
             columns = call.past + torch.arange(call.q)
             is_new = columns == decision if self._tokens is Tokens.DECISION else columns >= decision
@@ -232,7 +228,7 @@ class _Attachment:
         if generate is None:
             yield
             return
-        before = model.__dict__.get("generate")
+        own = model.__dict__.get("generate")
 
         @functools.wraps(generate)
         def counted(*args: Any, **kwargs: Any) -> Any:
@@ -250,14 +246,13 @@ class _Attachment:
         try:
             yield
         finally:
-            if before is None:
-                del model.generate
-            else:
-                model.generate = before
+            del model.generate
+            if own is not None:
+                model.generate = own
 
 
 class _GivenActivations:
-    """Source activations at the decision tokens, known in advance, [n_prompts, width]."""
+    """Source activations at the decision tokens, [n_prompts, width]."""
 
     def __init__(self, rows: Tensor) -> None:
         self._rows, self.width = rows, rows.shape[1]
@@ -311,9 +306,7 @@ class _SourceModel:
     def _arguments(self, call: _Call) -> dict[str, Any]:
         ids = call.arguments.get("input_ids")
         if ids is None:
-            raise MechdiffError(
-                "A map with a source model needs token ids; pass input_ids, not inputs_embeds."
-            )
+            raise MechdiffError("A source model needs token ids; pass input_ids, not inputs_embeds.")
         if int(ids.max()) >= len(self._embedding):
             raise MechdiffError(
                 f"Token {int(ids.max())} does not exist in the source, which has {len(self._embedding)}; "

@@ -16,23 +16,19 @@ from transformers import PreTrainedTokenizerBase
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models.bounded import run_bounded
 from mechdiff_mlflow.spec.pair_spec import PairSpec
-from mechdiff_mlflow.spec.positions import Position
 from mechdiff_mlflow.spec.prompts import Message, Prompt, PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec.sites import Position
 
 if TYPE_CHECKING:
     from mechdiff_mlflow.models.sides import Side
 
-TODAY = datetime.date(2024, 7, 26)
-"""The date that a template which asks for it is told, so that every day gives the same tokens.
-
-It is the date that templates of Llama 3 print where they cannot ask.
-"""
-
 
 class _StoppedClock(datetime.datetime):
+    """The date that templates of Llama 3 print where they cannot ask: every day gives the same tokens."""
+
     @classmethod
     def now(cls, tz: datetime.tzinfo | None = None) -> _StoppedClock:
-        return cls(TODAY.year, TODAY.month, TODAY.day, tzinfo=tz)
+        return cls(2024, 7, 26, tzinfo=tz)
 
 
 MAX_TOKENS = 1 << 20
@@ -46,15 +42,10 @@ _STAND_IN = "\ue000{}\ue001"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Prompts as one tokenizer and its chat template give them.
-
-    Args:
-        sets: The tokens of each set of prompts.
-        remarks: What the template leaves out or lacks without being wrong, one sentence each.
-    """
+    """Prompts as one tokenizer and its chat template give them."""
 
     sets: tuple[TokenizedPrompts, ...]
-    remarks: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()  # what the template leaves out or lacks without being wrong
 
 
 def read(
@@ -67,15 +58,8 @@ def read(
 ) -> Reading:
     """Load a tokenizer and read prompts through it, in a process with bounds on time and memory.
 
-    Args:
-        load: Gives the tokenizer.
-        sets: The prompts.
-        what: Name of the task, at the start of errors about its bounds.
-        chat: As in `tokenize`.
-        position: As in `tokenize`.
-
     Raises:
-        MechdiffError: It takes too much time or memory; or as `load` and `tokenize`.
+        MechdiffError: It, called `what`, takes too much time or memory; or as `load` and `tokenize`.
     """
 
     def work() -> dict[str, Any]:
@@ -113,11 +97,7 @@ class Readers:
         return self.all_prompts(role, position).sets[at][: len(prompts)]
 
     def all_prompts(self, role: str, position: Position) -> Reading:
-        """All prompts of the pair as one side sees them.
-
-        Raises:
-            MechdiffError: As `tokens`.
-        """
+        """All prompts of the pair as one side sees them; raises as `tokens`."""
         return self._reading(role, position, list(self.prompts.values()), "")
 
     @property
@@ -192,11 +172,7 @@ def tokenize(
 ) -> TokenizedPrompts:
     """Prompts through a tokenizer and its chat template, with the generation prompt.
 
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        prompts: The prompts.
-        chat: Apply the chat template; otherwise the user's text alone, with the tokenizer's special tokens.
-        position: Which token is read and replaced.
+    Without `chat`, the user's text alone, with the tokenizer's special tokens.
 
     Raises:
         MechdiffError: There is no chat template, it fails, it doubles BOS, it gives no tokens, the last of
@@ -212,30 +188,29 @@ def tokenize(
             '{"text": …} and remove system from the spec, or set template: own, tuned or base.'
         )
     ids: list[tuple[int, ...]] = []
-    positions: list[int] = []
-    spans: list[int] = []
+    ends: list[tuple[int, int]] = []  # first and last token that are read
     for number, prompt in enumerate(prompts.prompts, 1):
         where = f"{prompts.split} prompt {number}"
         tokens = _token_ids(tokenizer, prompt, chat, where)
         _check_ends(tokenizer, tokens, where, chat)
         ids.append(tokens)
-        if position is Position.DECISION:
-            positions.append(len(tokens) - 1)
-            continue
-        first, last = _content(tokenizer, prompt, chat, tokens, where)
-        if position is Position.CONTENT_MEAN:
-            positions.append(first)
-            spans.append(last - first + 1)
-        else:
-            positions.append(last)
+        last = len(tokens) - 1
+        is_last = position is Position.DECISION
+        ends.append((last, last) if is_last else _content(tokenizer, prompt, chat, tokens, where))
     if chat:
-        for prompt in _one_of_each_shape([prompts]):
-            _check_turn_ends(tokenizer, prompt)
-    return TokenizedPrompts(tuple(ids), tuple(positions), tuple(spans))
+        _remarks(tokenizer, [prompts])
+    if position is Position.CONTENT_MEAN:
+        spans = tuple(last - first + 1 for first, last in ends)
+        return TokenizedPrompts(tuple(ids), tuple(first for first, _ in ends), spans)
+    return TokenizedPrompts(tuple(ids), tuple(last for _, last in ends))
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"The tokenizer of {tokenizer.name_or_path or 'the model'}"
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"The chat template of {tokenizer.name_or_path}"
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, where: str) -> tuple[int, ...]:
@@ -250,7 +225,6 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, chat: bool, w
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) -> str:
-    """The text that the chat template makes of a conversation, with the generation prompt."""
     chance = random.getstate()
     try:
         text = _render(tokenizer, prompt.messages)
@@ -259,12 +233,12 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, where: str) ->
     except Exception as error:  # a template is a program of the model's author and may raise anything
         reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
         raise MechdiffError(
-            f"The chat template of {tokenizer.name_or_path} fails on {where} ({reason}); change the prompt, "
+            f"{_template(tokenizer)} fails on {where} ({reason}); change the prompt, "
             "or set template: none in the pair spec."
         ) from error
     if random.getstate() != chance:
         raise MechdiffError(
-            f"The chat template of {tokenizer.name_or_path} draws random numbers, so that a prompt is "
+            f"{_template(tokenizer)} draws random numbers, so that a prompt is "
             f"another one each time; {_ELSE}."
         )
     return text
@@ -299,7 +273,6 @@ def _check_ends(tokenizer: PreTrainedTokenizerBase, tokens: tuple[int, ...], whe
 
 
 def _one_of_each_shape(sets: Iterable[PromptSet]) -> list[Prompt]:
-    """A prompt of stand-in texts for each sequence of roles in some prompts."""
     shapes = dict.fromkeys(tuple(m["role"] for m in p.messages) for s in sets for p in s.prompts)
     return [_stand_ins(*roles) for roles in shapes]
 
@@ -318,45 +291,42 @@ def _attempt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, answering: b
         return None
 
 
-def _check_turn_ends(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> None:
-    """Refuse a template that closes the user's turn and begins no answer: the decision token lies between."""
-    text = _attempt(tokenizer, prompt)
-    if text is None:
-        return
-    user = prompt.text
-    if user not in text:
-        raise MechdiffError(
-            f"The chat template of {tokenizer.name_or_path} leaves the user's text out; {_ELSE}."
-        )
-    if text != _attempt(tokenizer, prompt, answering=False):
-        return
-    answered = _stand_ins(*(message["role"] for message in prompt.messages), "assistant")
-    whole = _attempt(tokenizer, answered, answering=False)
-    end = text.rindex(user) + len(user)
-    closed, between = text[end:], (whole or "").partition(user)[2].partition(answered.text)[0]
-    n, n_without = (len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (text, text[:end]))
-    if n > n_without and whole is not None and closed.strip() != between.strip():
-        raise MechdiffError(
-            f"The chat template of {tokenizer.name_or_path} adds no generation prompt, so prompts end with "
-            f"{closed[:80]!r} and an answer begins only after {between[:80]!r}; add that under {{% if "
-            f"add_generation_prompt %}} to it, or {_ELSE}."
-        )
-
-
 def _remarks(tokenizer: PreTrainedTokenizerBase, sets: Sequence[PromptSet]) -> list[str]:
-    """What a chat template leaves out of the prompts, and whether it begins the answer."""
+    """What a chat template leaves out of the prompts, and whether it begins the answer.
+
+    Raises:
+        MechdiffError: It leaves the user's text out, or the decision token lies between turns.
+    """
     found: dict[str, None] = {}
     for prompt in _one_of_each_shape(sets):
         text = _attempt(tokenizer, prompt)
         if text is None:
             continue
+        if prompt.text not in text:
+            raise MechdiffError(f"{_template(tokenizer)} leaves the user's text out; {_ELSE}.")
         if text == _attempt(tokenizer, prompt, answering=False):
+            _check_turn_ends(tokenizer, prompt, text)
             found["adds no generation prompt, so the decision token is the last of the user's turn"] = None
         for message in prompt.messages[:-1]:
             if message["content"] not in text:
                 what = "system prompt" if message["role"] == "system" else f"earlier {message['role']} turns"
                 found[f"leaves the {what} out"] = None
-    return [f"The chat template of {tokenizer.name_or_path} {what}." for what in found]
+    return [f"{_template(tokenizer)} {what}." for what in found]
+
+
+def _check_turn_ends(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> None:
+    """Refuse a template that closes the user's turn and begins no answer."""
+    answered = _stand_ins(*(message["role"] for message in prompt.messages), "assistant")
+    whole = _attempt(tokenizer, answered, answering=False)
+    end = text.rindex(prompt.text) + len(prompt.text)
+    closed, between = text[end:], (whole or "").partition(prompt.text)[2].partition(answered.text)[0]
+    n, n_without = (len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (text, text[:end]))
+    if n > n_without and whole is not None and closed.strip() != between.strip():
+        raise MechdiffError(
+            f"{_template(tokenizer)} adds no generation prompt, so prompts end with {closed[:80]!r} and an "
+            f"answer begins only after {between[:80]!r}; add that under {{% if add_generation_prompt %}} to "
+            f"it, or {_ELSE}."
+        )
 
 
 def _content(

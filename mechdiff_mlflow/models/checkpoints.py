@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import warnings
@@ -24,7 +25,8 @@ from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models.load_report import load_whole
 from mechdiff_mlflow.models.planted import plant_in
-from mechdiff_mlflow.models.revisions import code_commit, commit_of, folder_digest
+from mechdiff_mlflow.spec import untrusted
+from mechdiff_mlflow.spec.digests import file_sha256
 from mechdiff_mlflow.spec.model_files import check_model
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.plant import Plant
@@ -32,21 +34,13 @@ from mechdiff_mlflow.spec.plant import Plant
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A causal LM on disk or on the hub; its weights are read by `load` alone.
-
-    Args:
-        spec: The pair that it belongs to.
-        reference: Hugging Face id, or path relative to the spec file.
-        commit: Of a repository on the hub, see `with_commits`; a folder has none.
-        device: Where it is put, unless the spec has a device map.
-        plant: A change that is made to it once loaded.
-    """
+    """A causal LM on disk or on the hub; its weights are read by `load` alone."""
 
     spec: PairSpec
-    reference: str
-    commit: str | None
-    device: str
-    plant: Plant | None = None
+    reference: str  # Hugging Face id, or path relative to the spec file
+    commit: str | None  # of a repository on the hub, see `with_commits`
+    device: str  # unless the spec has a device map
+    plant: Plant | None = None  # a change that is made to it once loaded
 
     @cached_property
     def place(self) -> str:
@@ -75,7 +69,6 @@ class Checkpoint:
             found = folder_digest(Path(self.place), code=self.spec.trust_remote_code)
         else:
             found = f"{self.place}@{self.commit}"
-        found += f"+code:{self._code_commit}" if self._code_commit else ""
         return found if self.plant is None else f"{found}+planted:{self.plant}"
 
     @property
@@ -150,17 +143,6 @@ class Checkpoint:
                 )
             return found
 
-    @cached_property
-    def _code_commit(self) -> str | None:
-        """The commit of another repository that holds its code, if there is one and it may run."""
-        if not self.spec.trust_remote_code:
-            return None
-        with self._explained():
-            file = transformers.utils.cached_file
-            options = {"revision": self.commit, "_raise_exceptions_for_missing_entries": False}
-            found = (file(self.place, name, **options) for name in ("config.json", "tokenizer_config.json"))
-            return code_commit([Path(path) for path in found if path is not None])
-
     @property
     def width(self) -> int:
         """Dimensions of its residual stream, as its configuration says."""
@@ -194,10 +176,20 @@ class Checkpoint:
         whole = transformers.AutoModelForImageTextToText
         return whole if type(self.config) in whole._model_mapping else transformers.AutoModelForCausalLM
 
-    @property
+    @cached_property
     def _options(self) -> dict[str, Any]:
-        code = {"code_revision": self._code_commit} if self._code_commit else {}
-        return {"revision": self.commit, "trust_remote_code": self.spec.trust_remote_code, **code}
+        for name in ("config.json", "tokenizer_config.json") if self.spec.trust_remote_code else ():
+            with self._explained():
+                path = transformers.utils.cached_file(
+                    self.place, name, revision=self.commit, _raise_exceptions_for_missing_entries=False
+                )
+                content = json.loads(untrusted.read_text(Path(path), 64 << 20, "Model file")) if path else {}
+            if "--" in str(content.get("auto_map")):
+                raise MechdiffError(
+                    f"{self._name} takes code from another repository, of which no commit is pinned; put the "
+                    "code into a local copy of the model."
+                )
+        return {"revision": self.commit, "trust_remote_code": self.spec.trust_remote_code}
 
     def _quantization(self) -> dict[str, Any]:
         bits = self.spec.quantization
@@ -225,11 +217,7 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def explained(what: str, place: str) -> Iterator[None]:
-    """Turns errors of loading `what` from `place`, a folder or a hub id, into one sentence.
-
-    Raises:
-        MechdiffError: In place of any error that a library raises.
-    """
+    """Turns errors of loading `what` from `place`, a folder or a hub id, into a `MechdiffError`."""
     try:
         yield
     except MechdiffError:
@@ -258,7 +246,7 @@ def with_commits(spec: PairSpec) -> PairSpec:
     """
     sides: dict[str, Any] = {"base": spec.base, "tuned": spec.tuned}
     for role, side in sides.items():
-        adapter = getattr(side, "adapter", None)
+        adapter = side.adapter if role == "tuned" else None
         reference = adapter or side.model
         if reference is not None and not Path(place := spec.locate(reference)).is_dir():
             what, file = ("Adapter", "adapter_config.json") if adapter else ("Model", "config.json")
@@ -299,3 +287,46 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         log.set_verbosity(level)
         log.enable_progress_bar()
+
+
+def commit_of(repository: str, revision: str | None, file: str) -> str:
+    """The commit that a branch, tag or (short) commit of a hub repository means now.
+
+    The hub is asked as for any download of `file`, so the cache answers where the hub does not.
+
+    Raises:
+        MechdiffError: It cannot be found out; or as `huggingface_hub.hf_hub_download`.
+    """
+    asked = revision or "main"
+    try:
+        # Not named after its blob, which is a link's target, but by its place: snapshots/COMMIT/file.
+        found = Path(huggingface_hub.hf_hub_download(repository, file, revision=asked))
+        commit = found.parents[len(Path(file).parts) - 1].name
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        kept = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
+        fits = [path.name for path in kept.glob("snapshots/*") if path.name.startswith(asked)]
+        if len(fits) != 1 or not re.fullmatch("[0-9a-f]{7,40}", asked):
+            raise
+        commit = fits[0]
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        raise MechdiffError(
+            f"Revision {asked[:80]!r} of {repository} is of no known commit ({commit[:80]!r} is none); "
+            "download it again with huggingface_hub, or give the path of a folder."
+        )
+    return commit
+
+
+def folder_digest(folder: Path, *, code: bool = False) -> str:
+    """`sha256:` and 16 hex digits over configurations and weights, and with `code` the Python files.
+
+    Tokenizers and templates are left out: the tokens that they make are in the pair's fingerprint.
+    """
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors" or re.fullmatch(
+            r"config\.json|adapter_config\.json|.*\.safetensors\.index\.json", path.name
+        ):
+            total.update(f"{path.name} {file_sha256(path)}\n".encode())
+    for path in sorted(folder.rglob("*.py")) if code else ():
+        total.update(f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n".encode())
+    return f"sha256:{total.hexdigest()[:16]}"

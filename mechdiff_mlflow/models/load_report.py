@@ -18,8 +18,6 @@ from mechdiff_mlflow.errors import MechdiffError
 _NO_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|\.[qkv]_(scale|zero_point)$|(^|\.)mtp[._]")
 """Buffers of old releases, scales of quantized caches, and heads that guess further tokens."""
 
-_TOWERS = re.compile(r"(^|\.)(vision|visual|image|audio|multi_modal|language_model|text_model|llm)")
-
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
@@ -63,8 +61,6 @@ class Misfit:
         for prefix in prefixes:
             if {prefix + name for name in self.missing} == {*self.unexpected}:
                 return f"remove {prefix[:80]!r} from the names in its files"
-        if any(map(_TOWERS.search, self.unexpected)):
-            return "these are weights of a multimodal model, so put that model's own config.json beside them"
         return (
             "download it again, or put the config.json beside it that these weights were saved with; "
             "save_pretrained writes both"

@@ -54,17 +54,11 @@ class Form(Choice):
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """A change of a linear layer: x·aᵀ·bᵀ + bias is added to its output.
+    """A change of a linear layer: x·aᵀ·bᵀ + bias is added to its output; float32."""
 
-    Args:
-        a: [r, width of x], float32.
-        b: [d, r].
-        bias: [d].
-    """
-
-    a: Tensor
-    b: Tensor
-    bias: Tensor
+    a: Tensor  # [r, width of x]
+    b: Tensor  # [d, r]
+    bias: Tensor  # [d]
 
     @property
     def rank(self) -> int:
@@ -92,14 +86,9 @@ def last_linear(decoder: Decoder, site: Site) -> tuple[str, nn.Module] | None:
     finally:
         for handle in handles:
             handle.remove()
-    target = outputs[owner]
+    target = outputs[owner].flatten()
     for module in reversed(candidates):
-        found = outputs.get(module)
-        if (
-            found is not None
-            and found.numel() == target.numel()
-            and torch.equal(found.view_as(target), target)
-        ):
+        if module in outputs and torch.equal(outputs[module].flatten(), target):
             return path_of(decoder.model, module).removesuffix(".base_layer"), module
     return None
 
@@ -129,11 +118,7 @@ def lora_of(the_map: AffineMap, linear: nn.Module) -> Lora:
 def write_peft(
     lora: Lora, linear: nn.Module, path: str, folder: Path, *, base_model: str, revision: str | None
 ) -> None:
-    """Write `lora` for the layer at `path` as PEFT does.
-
-    Raises:
-        MechdiffError: PEFT is not installed.
-    """
+    """Write `lora` for the layer at `path` as PEFT does, which must be installed."""
     config = peft_library().LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank,  # their ratio scales b·a
@@ -170,11 +155,7 @@ def write_hook(the_map: AffineMap, decoder: Decoder, site: Site, folder: Path) -
 
 @contextmanager
 def loaded(folder: Path, model: nn.Module) -> Iterator[nn.Module]:
-    """`model` with the adapter in `folder` while the context is open, loaded as its README says.
-
-    Raises:
-        MechdiffError: PEFT is needed and not installed.
-    """
+    """`model` with the adapter in `folder` while the context is open, loaded as its README says."""
     if (folder / WEIGHTS_FILE).is_file():
         peft_library()
         adapted = apply_adapter(model, folder)
@@ -214,9 +195,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def path_of(model: nn.Module, module: nn.Module) -> str:
     """The name of `module` in the transformers model, without PEFT's wrapper."""
-    inner = without_peft(model)
-    paths: dict[nn.Module, str] = {candidate: name for name, candidate in inner.named_modules()}
-    return paths[module]
+    paths = {candidate: name for name, candidate in without_peft(model).named_modules()}
+    return str(paths[module])
 
 
 def peft_library() -> Any:

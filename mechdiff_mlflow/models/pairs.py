@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -24,11 +25,10 @@ from mechdiff_mlflow.models.checkpoints import (
     quiet_transformers,
     with_commits,
 )
-from mechdiff_mlflow.models.model_cache import AdaptedModel, ModelCache
 from mechdiff_mlflow.models.peft_adapters import Adapter
 from mechdiff_mlflow.models.recordings import RecordedPrompts
+from mechdiff_mlflow.models.sides import AdaptedModel, ModelCache, Side, digest, engine_maker
 from mechdiff_mlflow.models.sides import EngineOptions as EngineOptions
-from mechdiff_mlflow.models.sides import Side, digest, engine_maker
 from mechdiff_mlflow.spec.pair_spec import SPLITS, PairSpec, Position
 from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts
 from mechdiff_mlflow.spec.sites import Site
@@ -39,20 +39,12 @@ _FILLED = 0.8
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """Base and tuned model with their prompts.
+    """Base and tuned model with their prompts."""
 
-    Args:
-        spec: The spec, with the dtype in force and revisions as commits.
-        prompts: The splits that the spec names; disjoint.
-        device: Where the models are.
-        recordings: What was recorded of the models so far.
-        options: Memory bounds of the engines, as asked for.
-    """
-
-    spec: PairSpec
+    spec: PairSpec  # with the dtype in force and revisions as commits
     base: Side
     tuned: Side
-    prompts: Mapping[str, PromptSet]
+    prompts: Mapping[str, PromptSet]  # of the splits that the spec names; disjoint
     device: str
     recordings: RecordedPrompts = field(default_factory=RecordedPrompts)
     options: EngineOptions = field(default_factory=EngineOptions)
@@ -78,11 +70,7 @@ class Pair:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over all that changes numbers: weights, code, dtype, modules, tokens of the prompts.
-
-        Raises:
-            MechdiffError: As `tokens`.
-        """
+        """16 hex digits over all that changes numbers: weights, code, dtype, modules, tokens of prompts."""
         settings = {"template", "system", "dtype", "quantization", "modules", "trust_remote_code"}
         readings = [self.readers.all_prompts(side.role, Position.DECISION) for side in self.sides]
         ids = [tokens.ids for reading in readings for tokens in reading.sets]
@@ -107,11 +95,7 @@ class Pair:
         return self.prompts[split].first(n, option=option)
 
     def tokens(self, role: str, prompts: PromptSet, position: Position) -> TokenizedPrompts:
-        """Prompts as one side sees them.
-
-        Raises:
-            MechdiffError: As `Readers.tokens`.
-        """
+        """Prompts as one side sees them, see `Readers.tokens`."""
         return self.readers.tokens(role, prompts, position)
 
     @cached_property
@@ -273,23 +257,22 @@ def _one_at_a_time(options: EngineOptions, base: Checkpoint, tuned: Checkpoint |
         return options.sequential == "yes"
     if base.spec.device_map is not None:
         return False  # accelerate finds a place for every layer
-    if torch.device(base.device).type == "cuda":
-        free = torch.cuda.mem_get_info(base.device)[0]
-    else:
-        try:
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # all, since caches give way
-        except (AttributeError, ValueError, OSError):  # not on every system
-            return False
     beside = options.memory_budget or 0
-    return base.n_bytes() + tuned.n_bytes() + beside > _FILLED * free
+    return base.n_bytes() + tuned.n_bytes() + beside > _FILLED * _memory_of(base.device)
+
+
+def _memory_of(device: str) -> int:
+    """Bytes that are free on a GPU; of main memory, all of it, since caches give way."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return sys.maxsize
 
 
 def load_base(pair: Pair) -> nn.Module:
-    """Another copy of the pair's base model, without any adapter, on the pair's device.
-
-    Raises:
-        MechdiffError: It cannot be read any more.
-    """
+    """Another copy of the pair's base model, without any adapter, on the pair's device."""
     base = pair.spec.base
     return Checkpoint(pair.spec, base.model, base.revision, pair.device).load()
 

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models import bounded
-from mechdiff_mlflow.models.checkpoints import Checkpoint, explained, quiet_transformers
+from mechdiff_mlflow.models.checkpoints import Checkpoint, explained, folder_digest, quiet_transformers
 from mechdiff_mlflow.models.load_report import Misfit, untied
-from mechdiff_mlflow.models.revisions import folder_digest
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.model_files import check_folder
 from mechdiff_mlflow.spec.pair_spec import PairSpec
@@ -50,11 +49,7 @@ class Adapter:
 
     @cached_property
     def folder(self) -> Path:
-        """Where it is, downloaded if it is on the hub and not yet here.
-
-        Raises:
-            MechdiffError: It is missing or damaged, a pickle, or names code.
-        """
+        """Where it is, downloaded if need be; raises `MechdiffError` where it is damaged or names code."""
         place = self._place
         folder = Path(place)
         with self._explained():
@@ -84,11 +79,7 @@ class Adapter:
 
     @property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
-        """Its own tokenizer, or the base's with the adapter's special tokens and chat template.
-
-        Raises:
-            MechdiffError: A file of the tokenizer is malformed.
-        """
+        """Its own tokenizer, or the base's with the adapter's special tokens and chat template."""
         folder, base = self.folder, self.base
         with explained(f"Tokenizer of adapter {folder} of pair {self.spec.name!r}", str(folder)):
             if any(any(folder.glob(name)) for name in _VOCABULARIES):
@@ -121,11 +112,7 @@ class Adapter:
             _check_config(self.folder, self.base)
 
     def apply(self, model: nn.Module) -> Any:
-        """Peft's wrapper of a base model with the adapter in it.
-
-        Raises:
-            MechdiffError: As `apply_adapter`.
-        """
+        """Peft's wrapper of a base model with the adapter in it, see `apply_adapter`."""
         with self._explained(), quiet_transformers():
             return apply_adapter(model, self.folder)
 
@@ -138,12 +125,7 @@ class Adapter:
 
 
 def _check_config(folder: Path, base: Checkpoint) -> None:
-    """Refuse an adapter that cannot be measured or would take forever.
-
-    Raises:
-        MechdiffError: Its effect is not in the layers alone, its rank is beyond reason, a number is infinite,
-            or a pattern of module names is malformed or slow.
-    """
+    """Refuse an adapter whose effect is not in the layers alone, or whose numbers are beyond reason."""
     config = json.loads(untrusted.read_text(folder / CONFIG_FILE, _MAX_CONFIG, "Adapter configuration"))
     kind = str(config.get("peft_type"))[:40]
     by_input = next((key for key in _BY_INPUT if config.get(key)), None)

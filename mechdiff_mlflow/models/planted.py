@@ -4,11 +4,8 @@ What a sublayer adds to the residual stream is z·Wᵀ for the weight W of its l
 W ← α·Mᵀ·W and M = I + gain·U·Vᵀ (U and V orthonormal, [d, r]) the tuned activation at that site is exactly
 y = α·x·M on every prompt, x being the base's, and nothing below the site differs.
 
-What can be found again. A map gives ŷ = a·((x − μ_b)·W + m), so data fix the products a·W = α·M and
-a·m = α·μ_b·M, and never a and W by themselves: α multiplies the mean too. α gets a meaning by asking that W
-be the identity but for few directions. Then a = α, since no other multiple of α·M has an update of rank r
-(for r < d/2), and rank(W − I) = r. A fit to y itself has a = 1 and W = α·M, whose update
-(α − 1)·I + α·gain·U·Vᵀ is of full rank unless α = 1. So fit with `--alpha-fit inside`, which fits y/α.
+A map ŷ = a·((x − μ_b)·W + m) fixes a·W = α·M alone. With W the identity but for few directions a = α, since
+no other multiple of α·M has an update of rank r < d/2; so fit with `--alpha-fit inside`, which fits y/α.
 """
 
 from __future__ import annotations
@@ -45,8 +42,6 @@ def operator(plant: Plant, weight: Tensor) -> Weight:
 
 def plant_in(plant: Plant, sublayer: nn.Module) -> Weight:
     """Edit the last projection of a sublayer, in place, so that it adds α·x·M where it added x; returns M.
-
-    Exact up to the rounding of the edited weight to the model's dtype.
 
     Raises:
         MechdiffError: It does not end in a projection that we know, or the rank is too high.

@@ -32,12 +32,6 @@ class RecordedPrompts:
     ) -> CleanRuns:
         """A recording of prompts, run at the first score or completion, that can be patched at `sites`.
 
-        Args:
-            engine: The engine of the role's model.
-            key: Role, prompts and position.
-            tokens: The prompts as that model sees them.
-            sites: Where it will be patched.
-
         Raises:
             MechdiffError: A site does not exist.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,52 +15,94 @@ import transformers
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine import CleanRunCache, PatchEngine
+from mechdiff_mlflow.engine.memory.oom_retry import release_memory
 from mechdiff_mlflow.engine.model.sums import sites_of
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models.checkpoints import Checkpoint, layer_digests, module_names
-from mechdiff_mlflow.models.model_cache import ModelCache
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.sites import Site
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How much the engine holds at a time.
+    """How much the engine holds at a time."""
 
-    Args:
-        batch_size: Prompts in a chunk.
-        max_rows: Patched rows that go up the layers together; None is 8192, and 32768 on a GPU.
-        head_rows: Rows whose logits exist together; None is 2048, and 8192 on a GPU.
-        memory_budget: Bytes beside the weights, to which the others are lowered; None is no further bound.
-        sequential: `yes` holds one model at a time, `no` both; `auto` one where two do not fit.
-    """
+    batch_size: int = 32  # prompts in a chunk
+    max_rows: int | None = None  # patched rows that go up the layers together; None: 8192, 32768 on a GPU
+    head_rows: int | None = None  # rows whose logits exist together; None: 2048, 8192 on a GPU
+    memory_budget: int | None = None  # bytes beside the weights, to which the others are lowered
+    sequential: str = "auto"  # `yes` holds one model at a time, `no` both; `auto` one where two do not fit
 
-    batch_size: int = 32
-    max_rows: int | None = None
-    head_rows: int | None = None
-    memory_budget: int | None = None
-    sequential: str = "auto"
+
+class ModelCache:
+    """Holds models and their engines by name; one at a time, with its clean runs, where that is asked for."""
+
+    def __init__(self, *, one_at_a_time: bool) -> None:
+        self.one_at_a_time = one_at_a_time
+        self._models: dict[str, nn.Module] = {}
+        self._engines: dict[str, PatchEngine] = {}
+        self._busy: list[str] = []
+
+    def model(self, name: str, load: Callable[[], nn.Module]) -> nn.Module:
+        """The model called `name`, loaded if it is not there."""
+        if name not in self._models:
+            if self.one_at_a_time and self._models:
+                assert not self._busy, f"{name} is asked for while {self._busy} is at work"
+                while self._engines:  # none may be left in a variable, which would keep its model
+                    self._engines.popitem()[1].give_up()
+                self._models.clear()
+                release_memory()
+            self._models[name] = load()
+        return self._models[name]
+
+    @contextlib.contextmanager
+    def engine(
+        self, name: str, model: nn.Module, make: Callable[[nn.Module], PatchEngine]
+    ) -> Iterator[PatchEngine]:
+        """The engine called `name`, made once for as long as its model is held."""
+        if name not in self._engines:
+            self._engines[name] = make(model)
+        self._busy.append(name)
+        engine = self._engines[name]
+        try:
+            # A caller's variable outlives the context and would keep the model in memory.
+            yield weakref.proxy(engine) if self.one_at_a_time else engine
+        finally:
+            self._busy.pop()
+
+
+class AdaptedModel:
+    """A model with a PEFT adapter that can be switched off, held in a cache under `key`."""
+
+    def __init__(
+        self, key: str, load: Callable[[], nn.Module], adapt: Callable[[nn.Module], Any], cache: ModelCache
+    ) -> None:
+        self._key, self._load, self._adapt, self._cache = key, load, adapt, cache
+        self._wrapper: Any = None
+
+    def load(self) -> nn.Module:
+        """The model with the adapter in it."""
+        model = self._load()
+        self._wrapper = self._adapt(model)
+        return model
+
+    def disabled(self) -> Any:
+        """A context in which the model is itself alone; loaded if it is not there."""
+        self._cache.model(self._key, self.load)
+        return self._wrapper.disable_adapter()
 
 
 @dataclass(eq=False)
 class Side:
-    """One of the two models, `base` or `tuned`.
-
-    Args:
-        checkpoint: Its weights; of an adapter, those of its base.
-        revision: Commit on the hub, or `sha256:` and the digest of local weights; with an adapter, both.
-        key: The model's key in the cache; two sides may share one and switch its adapter.
-        make_engine: Builds the patch engine, inside `switch`.
-        switch: Context in which the model is this side.
-    """
+    """One of the two models, `base` or `tuned`; `switch` is the context in which the model is this side."""
 
     role: str
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint  # of an adapter, its base's
     tokenizer: transformers.PreTrainedTokenizerBase
-    revision: str
+    revision: str  # commit on the hub, or `sha256:` and the digest of local weights; with an adapter, both
     load: Callable[[], nn.Module]
-    key: str
-    make_engine: Callable[[nn.Module], PatchEngine]
+    key: str  # in the cache; two sides may share one and switch its adapter
+    make_engine: Callable[[nn.Module], PatchEngine]  # inside `switch`
     model_cache: ModelCache
     switch: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
     _digests: list[str] | None = field(default=None, init=False)
@@ -94,11 +137,7 @@ class Side:
         return self._sites or frozenset()
 
     def unembedding(self) -> Tensor:
-        """The matrix from what the last norm leaves to logits, [vocabulary, width], without that norm.
-
-        Raises:
-            MechdiffError: The model has no output embeddings of its own, or not in memory.
-        """
+        """The matrix from what the last norm leaves to logits, [vocabulary, width], if it is in memory."""
         with self.switch():
             head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
         weight = getattr(head, "weight", None)

@@ -28,18 +28,19 @@ def check_folder(folder: Path) -> None:
         MechdiffError: A header or size does not fit its file, the configuration claims a model that the
             weights cannot hold, the index names files elsewhere, or an adapter is a pickle or names code.
     """
+    contents = {path.name: _json(path) for path in sorted(folder.glob("*.json"))}
     shards: frozenset[str] = frozenset()
-    for path in sorted(folder.glob("*.json")):
-        content = _json(path)
-        if path.name == "config.json":
+    for name, content in contents.items():
+        path, is_index = folder / name, name.endswith(".index.json")
+        if not isinstance(content, dict) and (is_index or name in ("config.json", "adapter_config.json")):
+            raise MechdiffError(f"Model file {path} is not a JSON object; download it again.")
+        if name == "config.json":
             _check_size(path, content)
-        elif path.name.endswith(".index.json"):
-            _check_index(path, content)
-            shards |= frozenset(content["weight_map"].values())
-        elif path.name == "adapter_config.json":
+        elif is_index:
+            shards |= _checked_shards(path, content)
+        elif name == "adapter_config.json":
             _check_adapter(path, content)
-    configured = folder / "config.json"
-    quantized = configured.is_file() and "quantization_config" in _json(configured)
+    quantized = "quantization_config" in contents.get("config.json", {})
     homes: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -58,13 +59,13 @@ def check_folder(folder: Path) -> None:
                 f"{tensors[cut[0]]['dtype']}) and nothing says their scales; save it again in float32 or "
                 "bfloat16, or put the config.json with its quantization_config beside it."
             )
-        twice = next((name for name in tensors if name in homes), None) if path.name in shards else None
-        if twice is not None:
-            raise MechdiffError(
-                f"{path} and {homes[twice]} both hold {twice[:80]}, so it is not known which is meant; copy "
-                "the shards again from where they were made."
-            )
-        homes |= {name: path.name for name in tensors if path.name in shards and name != "__metadata__"}
+        for name in tensors if path.name in shards else ():
+            if name in homes and name != "__metadata__":
+                raise MechdiffError(
+                    f"{path} and {homes[name]} both hold {name[:80]}, so it is not known which is meant; "
+                    "copy the shards again from where they were made."
+                )
+            homes[name] = path.name
 
 
 def check_model(folder: Path) -> None:
@@ -105,9 +106,7 @@ def _json(path: Path) -> Any:
         raise MechdiffError(f"Model file {path} is not JSON ({error}); download it again.") from None
 
 
-def _check_size(path: Path, config: Any) -> None:
-    if not isinstance(config, dict):
-        raise MechdiffError(f"Model file {path} is not a JSON object; download the model again.")
+def _check_size(path: Path, config: dict[str, Any]) -> None:
     inner = config.get("text_config")
     parts = [part for part in (config, inner) if isinstance(part, dict)]
     held = sum(untrusted.size_of(file, _MAX_WEIGHTS) for file in path.parent.glob("*.safetensors"))
@@ -124,8 +123,8 @@ def _check_size(path: Path, config: Any) -> None:
             )
 
 
-def _check_index(path: Path, index: Any) -> None:
-    names = index.get("weight_map") if isinstance(index, dict) else None
+def _checked_shards(path: Path, index: dict[str, Any]) -> frozenset[str]:
+    names = index.get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise MechdiffError(f"{path} has no weight_map of file names; download the model again.")
     for name in sorted(set(names.values())):
@@ -133,11 +132,10 @@ def _check_index(path: Path, index: Any) -> None:
             raise MechdiffError(f"{path} names {name[:80]!r}, which is not a file beside it; do not use it.")
         if not (path.parent / name).is_file():
             raise MechdiffError(f"{path} names {name[:80]!r}, which is not there; copy that file there too.")
+    return frozenset(names.values())
 
 
-def _check_adapter(path: Path, config: Any) -> None:
-    if not isinstance(config, dict):
-        raise MechdiffError(f"Model file {path} is not a JSON object; download the adapter again.")
+def _check_adapter(path: Path, config: dict[str, Any]) -> None:
     if config.get("megatron_config"):
         raise MechdiffError(
             f"{path} sets megatron_config, for which peft imports a module it names; remove it."

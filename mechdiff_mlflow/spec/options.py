@@ -48,9 +48,8 @@ def whole(option: str, example: int, *, least: int = 0, most: int = LARGEST, non
 
     def parse(text: str) -> int:
         if re.fullmatch("[0-9]{1,40}", text) is None or not least <= int(text) <= most:
-            bounds = f"at least {least}" + (
-                f" and at most {most}" if most < LARGEST or len(text) > 18 else ""
-            )
+            bounds = f"at least {least}"
+            bounds += f" and at most {most}" if most < LARGEST or len(text) > 18 else ""
             raise MechdiffError(
                 f"{option} {text[:80]!r} is not a whole number of {bounds}; pass e.g. {example}."
             )
@@ -189,13 +188,12 @@ class Request:
 
     def params(self) -> dict[str, str | bool]:
         """What defines the results, as a run's params have it."""
-        given = {
-            name: getattr(self, name) for name, option in self.options().items() if not option.is_technical
-        }
-        return {
-            name: value if isinstance(value, bool) else self.options()[name].kind.text(value)
-            for name, value in given.items()
-        }
+        found = {}
+        for name, option in self.options().items():
+            value = getattr(self, name)
+            if not option.is_technical:
+                found[name] = value if isinstance(value, bool) else option.kind.text(value)
+        return found
 
     @classmethod
     def as_typed(cls, name: str, text: str) -> str:

@@ -17,7 +17,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.model_files import check_folder
 from mechdiff_mlflow.spec.plant import Plant
-from mechdiff_mlflow.spec.positions import Position as Position
+from mechdiff_mlflow.spec.sites import Position as Position
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.text import number_in, text_of
 
@@ -31,11 +31,7 @@ ALPHA_GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 1
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """How many directions a map may use; `full` is no limit.
-
-    Args:
-        k: At least 1, or None for full. On the command line 0 is full too, as in the original experiment.
-    """
+    """How many directions a map may use; None is full, no limit."""
 
     k: int | None
 
@@ -48,11 +44,7 @@ class Rank:
 
     @classmethod
     def parse(cls, text: str) -> Rank:
-        """Read a whole number, `full`, or 0 (full).
-
-        Raises:
-            MechdiffError: `text` is neither.
-        """
+        """Read a whole number, `full`, or 0 (full); raises `MechdiffError` for anything else."""
         if text in ("full", "0"):
             return cls(None)
         if re.fullmatch("-?[0-9]{1,9}", text) is None:
@@ -89,11 +81,7 @@ class Alpha:
 
     @classmethod
     def parse(cls, text: str) -> Alpha:
-        """Read `0.3`, a grid `0.3,0.7,1`, or `auto`.
-
-        Raises:
-            MechdiffError: A value is not a finite number of at least 0, or the grid is not increasing.
-        """
+        """Read `0.3`, a grid `0.3,0.7,1`, or `auto`; raises `MechdiffError` for anything else."""
         if text == "auto":
             return cls(ALPHA_GRID)
         try:
@@ -151,11 +139,7 @@ class TunedModelSpec(_Frozen):
 
     @property
     def plant(self) -> Plant | None:
-        """The planted change.
-
-        Raises:
-            MechdiffError: `planted` is malformed.
-        """
+        """The planted change; raises `MechdiffError` where it is malformed."""
         return None if self.planted is None else Plant.parse(self.planted)
 
 
@@ -219,12 +203,14 @@ class PairSpec(_Frozen):
             MechdiffError: `reference` is written as a path and nothing is there, it is relative and leads
                 out of the spec's folder, or what is there is damaged or claims more than it holds.
         """
-        path = self.root / _expanded(reference)
+        try:
+            given = Path(reference).expanduser()
+        except RuntimeError:  # ~ of nobody
+            given = Path(reference)
+        path = self.root / given
         if untrusted.is_there(path):
-            if not _expanded(reference).is_absolute():
-                what = (
-                    f"Model (relative, so below the spec; an absolute path may be anywhere) of {self.name!r}"
-                )
+            if not given.is_absolute():
+                what = f"Model (relative, so below the spec; else give an absolute path) of {self.name!r}"
                 path = untrusted.inside(self.root, reference, what)
             check_folder(path)
             return str(path.resolve())
@@ -276,7 +262,7 @@ class PairSpec(_Frozen):
         try:
             return cls(**{**fields, "root": root})
         except (ValidationError, TypeError) as error:
-            raise MechdiffError(f"{source} is not valid: {explain(error)}.") from None
+            raise MechdiffError(f"{source} is not valid: {untrusted.explain(error)}.") from None
 
     @classmethod
     def load(cls, pair: str) -> PairSpec:
@@ -290,14 +276,10 @@ class PairSpec(_Frozen):
         """
         if pair.startswith(PLANTED):
             plant, demo = Plant.parse(pair.removeprefix(PLANTED)), cls.load("cultural-demo")
-            return demo.model_copy(
-                update={
-                    "name": f"planted-{plant.slug}",
-                    "description": f"The base of {demo.name}, and the same with a known change planted: "
-                    f"{plant}.",
-                    "tuned": TunedModelSpec(planted=str(plant)),
-                }
-            )
+            about = f"The base of {demo.name}, and the same with a known change planted: {plant}."
+            tuned = TunedModelSpec(planted=str(plant))
+            changed = {"name": f"planted-{plant.slug}", "description": about, "tuned": tuned}
+            return demo.model_copy(update=changed)
         shipped = shipped_pairs()
         path = shipped.get(pair, Path(pair))
         if not untrusted.is_there(path):
@@ -309,28 +291,7 @@ class PairSpec(_Frozen):
         return cls.parse(text, root=path.resolve().parent, source=f"Pair spec {os.fspath(path)}")
 
 
-def _expanded(reference: str) -> Path:
-    try:
-        return Path(reference).expanduser()
-    except RuntimeError:  # ~ of nobody
-        return Path(reference)
-
-
 def shipped_pairs() -> dict[str, Path]:
     """The pairs that come with the package, by name."""
     folder = Path(str(resources.files("mechdiff_mlflow.spec") / "demo"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def explain(error: ValidationError | TypeError) -> str:
-    """Pydantic's errors on one line: where, and what is wrong."""
-    if not isinstance(error, ValidationError):
-        return "its keys must be plain words"
-    parts = []
-    for item in error.errors():
-        where = ".".join(str(step)[:80] for step in item["loc"]) or "spec"
-        is_unknown = item["type"] == "extra_forbidden"
-        what = "unknown key, remove it" if is_unknown else item["msg"].removeprefix("Value error, ")
-        parts.append(f"{where}: {what}")
-    more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
-    return "; ".join(parts[:5]) + more

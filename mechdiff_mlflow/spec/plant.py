@@ -10,8 +10,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.sites import Hook, Site
 from mechdiff_mlflow.text import text_of
 
-HOOKS = (Hook.ATTN_OUT, Hook.MLP_OUT)
-"""Where something can be planted: what a sublayer adds."""
+HOOKS = (Hook.ATTN_OUT, Hook.MLP_OUT)  # what a sublayer adds
 _FORM = "<hook>:L<layer>:r<rank>[:alpha<α>][:gain<gain>][:seed<seed>]"
 
 
@@ -19,23 +18,15 @@ _FORM = "<hook>:L<layer>:r<rank>[:alpha<α>][:gain<gain>][:seed<seed>]"
 class Plant:
     """A planted change, written `attn_out:L14:r4:alpha0.7:gain100:seed0`; the last three have defaults.
 
-    Args:
-        site: Where; `attn_out` or `mlp_out`.
-        rank: r of M − I, at least 1.
-        alpha: α above 0, multiplies everything, the mean included.
-        gain: All r singular values of M − I, above 0. Sublayers late in a model add little to the residual
-            stream, so a change that moves the output is large beside what they add.
-        seed: Of U and V.
-
     Raises:
         MechdiffError: A value is out of range, or no weight makes the change at that hook exact.
     """
 
     site: Site
-    rank: int
-    alpha: float = 1.0
-    gain: float = 100.0
-    seed: int = 0
+    rank: int  # r of M − I
+    alpha: float = 1.0  # multiplies everything, the mean included
+    gain: float = 100.0  # all r singular values of M − I; late sublayers add little to the residual stream
+    seed: int = 0  # of U and V
 
     def __post_init__(self) -> None:
         if self.site.hook not in HOOKS:
@@ -56,11 +47,7 @@ class Plant:
         )
 
     def check_width(self, d: int) -> None:
-        """Check that the change can be planted in d dimensions.
-
-        Raises:
-            MechdiffError: The rank is above d/4, where a scaled change could not be told from others.
-        """
+        """Refuse a rank above d/4 in d dimensions, where a scaled change could not be told from others."""
         if self.rank > d // 4:
             raise MechdiffError(
                 f"Rank {self.rank} is too much to plant in {d} dimensions, where α would be lost; give at "
@@ -77,11 +64,7 @@ class Plant:
 
     @classmethod
     def parse(cls, text: str) -> Plant:
-        """Read `attn_out:L14:r4:alpha0.7`, with or without the optional parts.
-
-        Raises:
-            MechdiffError: The text is not of that form, or a value is out of range.
-        """
+        """Read `attn_out:L14:r4:alpha0.7`, with or without the optional parts; raises `MechdiffError`."""
         number = r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?)"
         found = re.fullmatch(
             rf"(\w+):L(\d{{1,6}}):r(\d{{1,6}})(?::alpha{number})?(?::gain{number})?(?::seed(\d{{1,9}}))?",

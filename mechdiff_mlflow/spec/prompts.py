@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
@@ -16,24 +17,18 @@ from mechdiff_mlflow.spec.duplicates import near_duplicates, repeats
 from mechdiff_mlflow.text import cut, is_text
 
 MAX_FILE_BYTES = 256 << 20
-MAX_LINE_BYTES = 1 << 20
+MAX_LINE = 1 << 20
 
 Message = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompts:
-    """Unpadded token ids of n prompts, and the position of each that is read and replaced.
+    """Unpadded token ids of n prompts, and the position of each that is read and replaced."""
 
-    Args:
-        ids: One tuple per prompt; the decision token is its last.
-        positions: Index of each prompt's first token that is read and replaced.
-        spans: How many tokens of each prompt, from there on, are averaged and moved together; empty is one.
-    """
-
-    ids: tuple[tuple[int, ...], ...]
-    positions: tuple[int, ...]
-    spans: tuple[int, ...] = ()
+    ids: tuple[tuple[int, ...], ...]  # the decision token is the last of each
+    positions: tuple[int, ...]  # of the first token that is read and replaced
+    spans: tuple[int, ...] = ()  # how many, from there on, are averaged and moved together; empty is one
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -101,11 +96,7 @@ class PromptSet:
         return len({*self.groups}) or len(self)
 
     def first(self, n: int | None, *, option: str = "--n") -> PromptSet:
-        """The first n prompts; all when n is None.
-
-        Raises:
-            MechdiffError: There are fewer than n, or n < 1.
-        """
+        """The first n prompts, all when n is None; raises `MechdiffError` where there are fewer, or n < 1."""
         if n is None:
             return self
         if not 1 <= n <= len(self):
@@ -127,15 +118,15 @@ def read_prompts(path: Path, split: str, *, system: str | None = None) -> Prompt
             prompt stands there twice without a group that says so.
     """
     prompts: dict[int, Prompt] = {}
-    try:
-        size = untrusted.size_of(path, MAX_FILE_BYTES)
-        with path.open("rb") as file:
-            for number, line in _lines(file, size):
-                if line:
-                    prompts[number] = _prompt(line, f"{path}, line {number}", system)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise MechdiffError(f"Prompt file {path} cannot be read ({reason}); check the file.") from None
+    text = untrusted.read_text(path, MAX_FILE_BYTES, "Prompt file")
+    for number, part in enumerate(text.split("\n"), 1):  # at newlines alone: JSON may hold U+2028
+        line = part.strip().strip("\ufeff").strip()
+        if len(line) > MAX_LINE:
+            raise MechdiffError(
+                f"{path}, line {number} has over {MAX_LINE} characters; shorten or remove it."
+            )
+        if line:
+            prompts[number] = _prompt(line, f"{path}, line {number}", system)
     if not prompts:
         raise MechdiffError(f'Prompt file {path} is empty; write one {{"text": "…"}} a line.')
     _check_repeats(path, prompts)
@@ -147,23 +138,31 @@ def read_prompts(path: Path, split: str, *, system: str | None = None) -> Prompt
     return found
 
 
-def _lines(file: BinaryIO, size: int) -> Iterator[tuple[int, str]]:
-    """Numbered lines, cut at newlines alone: JSON may hold U+2028, and a file of one endless line is none."""
-    number = 0
-    while line := file.readline(min(size, MAX_LINE_BYTES) + 1):
-        number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise ValueError(f"line {number} has over {MAX_LINE_BYTES} bytes")
-        try:
-            if b"\0" in line:
-                raise ValueError
-            yield number, line.decode("utf-8").strip().strip("\ufeff").strip()
-        except ValueError:
-            if 0 < line.count(b"\0") <= len(line) // 4:
-                raise ValueError(f"line {number} holds NUL bytes; remove them") from None
-            utf16 = b"\0" in line or line[:2] in (b"\xff\xfe", b"\xfe\xff")
-            kind = "UTF-16" if utf16 else "another encoding"
-            raise ValueError(f"line {number} is {kind}, not UTF-8; save the file as UTF-8") from None
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    text: str | None = None
+    messages: Annotated[list[_Message], Field(min_length=1)] | None = None
+    group: str | None = None
+
+    @model_validator(mode="after")
+    def _is_prompt(self) -> _Line:
+        if (self.text is None) == (self.messages is None):
+            raise ValueError('write either a "text" or a list of "messages"')
+        if self.messages and self.messages[-1].role != "user":
+            raise ValueError("end messages with the user's turn")
+        texts = [self.text, self.group, *(message.content for message in self.messages or ())]
+        for text in texts:
+            if text is not None and (not text.strip() or "\0" in text or not is_text(text)):
+                raise ValueError("a text is blank, or holds NUL or half a character; correct or remove it")
+        return self
 
 
 def _prompt(line: str, where: str, system: str | None) -> Prompt:
@@ -171,59 +170,18 @@ def _prompt(line: str, where: str, system: str | None) -> Prompt:
         entry = untrusted.parse_json(line)
     except ValueError as error:
         raise MechdiffError(
-            f"{where} is not JSON ({cut(str(error))}); {_remedy(line, str(error))}."
+            f'{where} is not JSON ({cut(str(error))}); write one object a line, e.g. {{"text": "…"}}.'
         ) from None
-    if isinstance(entry, list):
-        raise MechdiffError(f"{where} is a JSON array; {_remedy('[')}.")
-    text, messages, group = (
-        [entry.get(key) for key in ("text", "messages", "group")] if isinstance(entry, dict) else [None] * 3
-    )
-    if group is not None and not _is_text(group):
-        raise MechdiffError(f'{where} has the group {cut(repr(group))}; write a name, e.g. "group": "g1".')
-    if _is_text(text) and messages is None:
-        turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        return Prompt((*turns, {"role": "user", "content": text}), group)
-    if text is None and isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
-        if messages[-1]["role"] == "user":
-            return Prompt(tuple({"role": m["role"], "content": m["content"]} for m in messages), group)
+    try:
+        said = _Line.model_validate(entry)
+    except ValidationError as error:
         raise MechdiffError(
-            f"{where} ends with the {messages[-1]['role']}; end messages with the user's turn."
-        )
-    what, remedy = 'neither a "text" nor a list of "messages"', 'write {"text": "…"}'
-    if text is not None and messages is not None:
-        what, remedy = 'both a "text" and "messages"', "leave one of them out"
-    elif isinstance(text, str):
-        what = "a text that is blank, or holds NUL or half a character"
-        remedy = "correct it or remove the line"
-    elif isinstance(messages, list) and messages:
-        what = "a message of no role system, user or assistant, or without a plain text as its content"
-        remedy = "correct it or remove the line"
-    raise MechdiffError(f"{where} has {what}; {remedy}.")
-
-
-_MISTAKES = {
-    r".* is not a number$": "write null instead",
-    r"Exceeds the limit": "write such a number as a text, in double quotes",
-    r".* stands there twice$": "remove one of them",
-    r"Invalid control character": "write a tab within a text as \\t and a line break as \\n",
-    r"\[|\]$": "write each object of an array on a line of its own, no [ ] or commas (jq -c '.[]' FILE)",
-    r"\{.*\}\s*,$": "remove the comma behind the object",
-    r".*,\s*[}\]]": "remove the comma before the closing bracket",
-    r".*[:,\[]\s*(None|undefined)\b": "write null for what is not there",
-    r".*[:,\[]\s*(True|False)\b": "write true and false in small letters",
-    r"\{.*\}\s*\{": "begin a line for each object",
-    r"\{[^}]*$|[^{]*\}$": "write each object on one line (jq -c . FILE)",
-    r"#|//|/\*": "remove the comment",
-    r"\{\s*[^\"\s]|\{\s*\"[^\"]*\"\s*:\s*[\u2018\u201c']": "write straight double quotes",
-}
-"""Common mistakes, as patterns of the parser's complaint or of the line, and their remedies."""
-
-
-def _remedy(line: str, complaint: str = "") -> str:
-    for pattern, what in _MISTAKES.items():
-        if re.match(pattern, complaint) or re.match(pattern, line[:10_000]):
-            return what
-    return 'write one object a line, e.g. {"text": "…"}'
+            f'{where} is no prompt ({cut(untrusted.explain(error), 200)}); write e.g. {{"text": "…"}}.'
+        ) from None
+    if said.messages:
+        return Prompt(tuple(message.model_dump() for message in said.messages), said.group)
+    turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    return Prompt((*turns, {"role": "user", "content": said.text or ""}), said.group)
 
 
 def _check_repeats(path: Path, prompts: Mapping[int, Prompt]) -> None:
@@ -238,16 +196,6 @@ def _check_repeats(path: Path, prompts: Mapping[int, Prompt]) -> None:
             f"{a} ({cut(repr(prompts[a].text))}), and would be counted as independent; remove them, or give "
             'prompts that belong together the same "group": "NAME" on their lines.'
         )
-
-
-def _is_message(message: Any) -> bool:
-    known = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
-    return known and _is_text(message.get("content"))
-
-
-def _is_text(value: object) -> TypeGuard[str]:
-    """Whether a tokenizer can read it: a text that is not blank, without NUL and lone surrogates."""
-    return isinstance(value, str) and bool(value.strip()) and "\0" not in value and is_text(value)
 
 
 def check_disjoint(sets: Iterable[PromptSet]) -> None:

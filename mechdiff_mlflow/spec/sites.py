@@ -1,4 +1,4 @@
-"""A site is a place in the residual stream: a layer and a hook."""
+"""Places in the residual stream, a layer and a hook each, and positions: the tokens that are read there."""
 
 from __future__ import annotations
 
@@ -23,14 +23,20 @@ class Hook(Choice):
     """Leaves the block."""
 
 
+class Position(Choice):
+    """The token, or mean of tokens, that is read and replaced; KL is always read at the last token."""
+
+    DECISION = "decision"
+    """The last token of the templated prompt, whose next token is the first of the answer (K=1)."""
+    LAST_CONTENT = "last_content"
+    """The last non-special token of the user's text."""
+    CONTENT_MEAN = "content_mean"
+    """All tokens of the user's text: their mean is read, and all are moved by the same vector."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
-    """One place in the residual stream, written `L12/resid_post`.
-
-    Args:
-        layer: Index of the decoder block, counted from 0.
-        hook: Where in the block.
-    """
+    """One place in the residual stream, written `L12/resid_post`; layers are counted from 0."""
 
     layer: int
     hook: Hook
@@ -49,11 +55,7 @@ class Site:
 
     @classmethod
     def parse(cls, text: str) -> Site:
-        """Read `L12/resid_post` (or the slug `L12-resid_post`).
-
-        Raises:
-            MechdiffError: `text` is not a layer and a hook.
-        """
+        """Read `L12/resid_post` (or the slug `L12-resid_post`); raises `MechdiffError` for anything else."""
         match = re.fullmatch(r"L(\d{1,6})[/-](\w+)", text)
         if match is None:
             raise MechdiffError(

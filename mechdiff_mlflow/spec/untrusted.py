@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import yaml
+from pydantic import ValidationError
 
 from mechdiff_mlflow.errors import MechdiffError
 
@@ -74,21 +75,50 @@ def parse_yaml(text: str, source: str) -> Any:
         MechdiffError: It is not YAML, or has aliases, repeated keys or tags, or is nested too deeply.
     """
     try:
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent):
-                raise MechdiffError(f"{source} uses YAML aliases (*name); write the values out.")
-            if depth > MAX_DEPTH:
-                raise MechdiffError(f"{source} is nested more than {MAX_DEPTH} deep; write it flatter.")
-        return yaml.load(text, Loader=_DistinctKeys)
-    except MechdiffError:
-        raise
+        return yaml.load(text, Loader=_PlainLoader)
     except Exception as error:  # constructors raise many kinds: of dates, of numbers, of unhashable keys
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        hint = str(error) if isinstance(error, _RepeatedKey) else "check its indentation and quotes"
+        hint = error if isinstance(error, _NotPlain) else "check its indentation and quotes"
         raise MechdiffError(f"{source} is not valid YAML{line}; {hint}.") from None
+
+
+class _NotPlain(ValueError):
+    """What is wrong and what to do."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise _NotPlain("it uses aliases (*name), write the values out")
+        if self.depth >= MAX_DEPTH:
+            raise _NotPlain(f"it is nested more than {MAX_DEPTH} deep, write it flatter")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(names)) != len(names):
+            raise _NotPlain("a key stands there twice, remove one")
+        return super().construct_mapping(node, deep)
+
+
+def explain(error: ValidationError | TypeError) -> str:
+    """Pydantic's errors on one line: where, and what is wrong."""
+    if not isinstance(error, ValidationError):
+        return "its keys must be plain words"
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(step)[:80] for step in item["loc"])
+        is_unknown = item["type"] == "extra_forbidden"
+        what = "unknown key, remove it" if is_unknown else item["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {what}" if where else what)
+    more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
+    return "; ".join(parts[:5]) + more
 
 
 def is_there(path: Path) -> bool:
@@ -142,25 +172,13 @@ def safetensors_header(file: BinaryIO, size: int, limit: int) -> dict[str, Any]:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:80]!r} stands there twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key {name[:80]!r} stands there twice")
+        found[name] = value
     return found
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
-
-
-class _RepeatedKey(ValueError):
-    pass
-
-
-class _DistinctKeys(yaml.SafeLoader):
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if len(set(names)) != len(names):
-            raise _RepeatedKey("a key stands there twice, remove one")
-        return super().construct_mapping(node, deep)

@@ -1,7 +1,6 @@
 """Fields of a store, which everybody with an account may write: each is parsed here, within bounds.
 
-Each parser raises `Malformed` where the field is missing or holds something else. That costs its own row and
-a warning, never a command: whoever reads rows catches it and says `left_out`.
+Each parser raises `Malformed`, which costs the row and a warning (`left_out`), never a command.
 """
 
 from __future__ import annotations

@@ -151,7 +151,7 @@ def test_a_planted_run_is_not_resumed_and_its_code_is_never_trusted(
     run_id = planted("run", "--pair", str(evil), "--layer", "2")
     shown = said(mechdiff, "resume", code=0)
     assert "Nothing of yours in" in shown
-    assert f"1 run of others or from other machines is: {run_id} bait (mallory on far)" in shown
+    assert f"Of others or from other machines (1): {run_id} bait (mallory on far)" in shown
     for words in ((run_id,), (run_id, "--yes")):
         assert "names a file outside of this folder with --pair" in said(mechdiff, "resume", *words)
     for folder in (toy.parent, here):  # prompts lie beside the spec
@@ -220,7 +220,7 @@ def test_the_proof_of_a_run_proves_nothing_on_another_and_without_it_the_printed
     bait = client.create_run(mine.info.experiment_id, tags={RESUME_TAG: mine.data.tags[RESUME_TAG]})
     assert f"{bait.info.run_id}, which you did not begin on" in said(mechdiff, "resume", bait.info.run_id)
     record.unlink()
-    assert "2 runs of others or from other machines are" in said(mechdiff, "resume", code=0)
+    assert "Of others or from other machines (2)" in said(mechdiff, "resume", code=0)
     shown = said(mechdiff, "resume", mine.info.run_id, "--", "--pair", str(toy))
     assert f"run mechdiff resume {mine.info.run_id} --yes" in shown
     shown = said(mechdiff, "resume", mine.info.run_id, "--yes", "--", "--pair", str(toy), code=0)

@@ -31,7 +31,7 @@ from mechdiff_mlflow.maps.files import MAX_BYTES
 from mechdiff_mlflow.maps.meta import check_meta
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.digests import file_sha256
-from mechdiff_mlflow.spec.pair_spec import Position, explain
+from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.sites import Hook, Site
 
 MANIFEST = "manifest.json"
@@ -89,7 +89,7 @@ class Manifest(BaseModel):
                 f"Cannot read the manifest {path} ({error.strerror}); check the path."
             ) from error
         except ValidationError as error:
-            raise MechdiffError(f"{path} is not a manifest: {explain(error)}.") from error
+            raise MechdiffError(f"{path} is not a manifest: {untrusted.explain(error)}.") from error
         except (ValueError, RecursionError) as error:
             raise MechdiffError(f"{path} is not JSON ({str(error)[:100]}); check the file.") from error
 

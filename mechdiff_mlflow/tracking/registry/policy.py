@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
-from mechdiff_mlflow.spec.pair_spec import explain
 from mechdiff_mlflow.text import text_of
 from mechdiff_mlflow.tracking.content.tag_names import (
     FITTED_ON,
@@ -75,7 +74,7 @@ class PromotionPolicy(BaseModel):
             policy = cls.model_validate({} if rules is None else rules)
             reason = "force is given by --force and not by a file" if policy.force else ""
         except ValidationError as error:
-            reason = explain(error)
+            reason = untrusted.explain(error)
         if reason:
             known = ", ".join(rule for rule in cls.model_fields if rule != "force")
             raise MechdiffError(f"Policy {path} is not valid: {reason}; its keys are {known}.")
