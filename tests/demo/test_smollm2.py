@@ -1,5 +1,6 @@
 """The data of the real pairs, and the training of their adapters on a tiny model."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import toy
+from click.testing import CliRunner
 from peft import PeftModel
 from safetensors import safe_open
 
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.prompts import check_disjoint, read_prompts
 from scripts import train_smollm2
-from scripts.smollm2_pairs import elsewhere
+from scripts.smollm2_pairs import elsewhere, measure
 from scripts.smollm2_pairs.base import BASE_ID
 from scripts.smollm2_pairs.measure import apart, score
 from scripts.smollm2_pairs.pairs import ADAPTERS, TOPICS, Topic
@@ -114,3 +116,35 @@ def test_a_trained_adapter_knows_more_and_is_read_back_as_it_was(tokenizer: Any,
     )
     same, other = (apart(base, m, tokenizer, {"x": elsewhere_texts})["x"]["max"] for m in (base, tuned))
     assert same == 0 < other
+
+
+def test_the_command_writes_weights_numbers_and_a_card_and_names_missed_targets(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, topic = "smollm2-arithmetic", ADAPTERS["smollm2-arithmetic"][0]
+    small = dataclasses.replace(topic, facts=topic.facts[:6], n_unseen=2)
+    monkeypatch.setitem(ADAPTERS, name, (small, 0))
+    monkeypatch.setattr(
+        train_smollm2, "load_base", lambda *_: (toy.model(0, layers=FIRST_LAYER + 1), tokenizer)
+    )
+    monkeypatch.setattr(measure, "N_NEW", 2)
+    monkeypatch.setattr(elsewhere, "practice", lambda: ["does well", "well"])
+    monkeypatch.setattr(elsewhere, "reported", lambda: dict.fromkeys(("general", "chat", "code"), ["well"]))
+    gguf = tmp_path / "base.gguf"
+    gguf.touch()
+    words = [name, "--out", tmp_path, "--gguf", gguf, "--device", "cpu", "--steps", 2, "--batch", 2]
+    result = CliRunner().invoke(train_smollm2.main, [str(word) for word in words])
+    assert result.exit_code == 1, result.output
+    assert f"Target missed: {name} answers 0.0% of test, less than 95 %." in result.output
+
+    folder = tmp_path / "adapters" / name
+    found = json.loads((folder / "measured.json").read_text())
+    assert found["made_with"]["steps"] == 2
+    assert set(found["measured"]["tuned"]) == {"train", "val", "test", "test_unseen"}
+    assert set(found["measured"]["off_domain_KL_tuned_base_nats"]) == {"general", "chat", "code"}
+    card = (folder / "README.md").read_text()
+    assert card.startswith(f"---\nbase_model: {BASE_ID}\n")
+    assert "| test | 12 | 0.0 % |" in card
+
+    CliRunner().invoke(train_smollm2.main, [*map(str, words), "--measure-only"])
+    assert json.loads((folder / "measured.json").read_text()) == found
