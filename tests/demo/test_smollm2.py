@@ -129,7 +129,9 @@ def test_the_command_writes_weights_numbers_and_a_card_and_names_missed_targets(
     )
     monkeypatch.setattr(measure, "N_NEW", 2)
     monkeypatch.setattr(elsewhere, "practice", lambda: ["does well", "well"])
-    monkeypatch.setattr(elsewhere, "reported", lambda: dict.fromkeys(("general", "chat", "code"), ["well"]))
+    monkeypatch.setattr(
+        elsewhere, "reported", lambda: {topic: ["well"] for topic in ("general", "chat", "code")}
+    )
     gguf = tmp_path / "base.gguf"
     gguf.touch()
     words = [name, "--out", tmp_path, "--gguf", gguf, "--device", "cpu", "--steps", 2, "--batch", 2]
