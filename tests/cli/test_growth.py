@@ -19,6 +19,7 @@ from mlflow.entities import Metric, Param, RunTag
 from benchmarks.growth import grow
 from mechdiff_mlflow.report.evidence import Evidence
 from mechdiff_mlflow.tracking.commands.documents import TABLES, evidence_of
+from mechdiff_mlflow.tracking.content.tag_names import PAIR_SITE, pair_site
 from mechdiff_mlflow.tracking.runs import results
 from mechdiff_mlflow.tracking.runs.lookup import MOST_VALUES
 from mechdiff_mlflow.tracking.runs.results import results_df, tables_of
@@ -142,7 +143,11 @@ def measured_runs(client: mlflow.MlflowClient, n: int, layers: int) -> None:
             del params["layer"]
         if i % 11 == 0:
             params["k"] = "[/red]"  # malformed, and perhaps the best of its site
-        run = client.create_run(experiment, start_time=i, tags={"mechdiff.kind": "patch"})
+        tags = {"mechdiff.kind": "patch"}
+        if i % 7 and "layer" in params:  # the others as an earlier version wrote them
+            site = f"L{params['layer']}/{params['hook']}"
+            tags[PAIR_SITE] = "another" if i % 31 == 0 else pair_site(params["pair"], site)
+        run = client.create_run(experiment, start_time=i, tags=tags)
         metrics = [] if i % 13 == 0 else [Metric("drop_pct", draw.uniform(-9, 90), i, 0)]
         metrics.append(Metric("KL_mapped", draw.random(), i, 0))
         client.log_batch(

@@ -23,9 +23,11 @@ from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import (
     FITTED_ON,
     PAIR_FINGERPRINT,
+    PAIR_SITE,
     REPORTED,
     SELECTION,
     SELECTION_LEAK,
+    pair_site,
 )
 
 NOT_APPLICABLE = "n/a"
@@ -290,6 +292,7 @@ def _name(cell: Cell) -> str:
 def _tags(cell: Cell, study: Study) -> dict[str, str]:
     return {
         "mechdiff.site": str(cell.site),
+        PAIR_SITE: pair_site(study.pair.name, cell.site),
         PAIR_FINGERPRINT: study.pair.fingerprint,
         "mechdiff.engine": study.engine_mode,
         "mechdiff.trust_remote_code": str(study.pair.spec.trust_remote_code).lower(),

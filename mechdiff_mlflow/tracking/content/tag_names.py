@@ -19,3 +19,10 @@ SHA256_TAG = "mechdiff.sha256"
 """Tag of a logged model or a version: digest of its `map.pt`."""
 IMPORTED_FROM = "imported_from"
 """Tag: which file of the predecessor's a map was imported from."""
+PAIR_SITE = "mechdiff.pair_site"
+"""Tag of a patch run: see `pair_site`."""
+
+
+def pair_site(pair: str, site: object) -> str:
+    """A pair's name and a site as one text, which MLflow can search for at once."""
+    return f"{pair} {site}"

@@ -13,7 +13,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.tracking.content.records import check_key
-from mechdiff_mlflow.tracking.content.tag_names import SELECTION_LEAK
+from mechdiff_mlflow.tracking.content.tag_names import PAIR_SITE, SELECTION_LEAK, pair_site
 from mechdiff_mlflow.tracking.runs.lookup import MOST_VALUES, can_quote, each_run, quoted
 from mechdiff_mlflow.tracking.store.store import Store
 
@@ -22,6 +22,7 @@ _SETTINGS = {
     **{"k": foreign.rank, "alpha": foreign.scales, "split": foreign.word, "n": foreign.whole},
 }
 _LOWER_IS_BETTER = ("KL_", "rho", "noise_floor", "p/", "reverse/", "control/", "time/")
+_PATCHES = "tags.`mechdiff.kind` = 'patch'"
 _FEW = 20
 _MOST_A_PAGE = 1000
 
@@ -84,7 +85,7 @@ def find_runs(
         MechdiffError: No run is found; says what to try.
     """
     check_key(metric)
-    where = ["tags.`mechdiff.kind` = 'patch'", "attributes.status = 'FINISHED'"]
+    where = ["attributes.status = 'FINISHED'"]
     if pair is not None:
         where.append(f"params.pair = {quoted(pair)}")
     if site is not None:
@@ -92,11 +93,10 @@ def find_runs(
     with store.errors():
         experiments = {e.experiment_id: e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)}
     search = _Search(store, experiments, metric)
-    if best:
-        keys = [*(["pair"] if pair is None else []), *(["hook", "layer"] if site is None else [])]
-        found = search.best_of_each(where, keys)
+    if best:  # only patch runs have the tag that is searched
+        found = search.best_of_each_site(where)
     else:
-        found = list(islice(search.readable(where, limit), limit))
+        found = [*islice(search.readable([_PATCHES, *where], limit), limit)]
     if not found:
         known = sorted(
             {k for run in search.first(where) for k in run.data.metrics if not k.startswith(("ci/", "time/"))}
@@ -108,7 +108,7 @@ def find_runs(
                 f"Every patch run of {place} with the metric {metric!r} is malformed; correct or delete them."
             )
         raise MechdiffError(f"No patch run of {place} has the metric {metric!r}; {remedy}.")
-    found.sort(key=lambda run: (search.sign * run.value, -run.started_ms))
+    found.sort(key=search.rank)
     return found[:limit]
 
 
@@ -116,52 +116,44 @@ class _Search:
     """Runs of some experiments, given by id and name, by a metric, the best first."""
 
     def __init__(self, store: Store, experiments: dict[str, str], metric: str) -> None:
-        self.sign = 1 if metric.startswith(_LOWER_IS_BETTER) else -1
-        by = [f"metrics.`{metric}` {'ASC' if self.sign > 0 else 'DESC'}", "attributes.start_time DESC"]
+        self._sign = 1 if metric.startswith(_LOWER_IS_BETTER) else -1
+        by = [f"metrics.`{metric}` {'ASC' if self._sign > 0 else 'DESC'}", "attributes.start_time DESC"]
         self._each = partial(each_run, store, list(experiments), order=by)
         self._experiments, self._metric = experiments, metric
 
     def first(self, where: Sequence[str]) -> list[Run]:
         """Some runs, with the metric or without."""
-        return list(islice(self._each(" and ".join(where), page=_FEW), _FEW))
+        return list(islice(self._each(" and ".join([_PATCHES, *where]), page=_FEW), _FEW))
 
     def readable(self, where: Sequence[str], limit: int | None = None) -> Iterator[FoundRun]:
         """Runs with the metric whose fields are what they should be; a warning for each other."""
         runs = self._each(" and ".join(where), page=min(limit or _MOST_A_PAGE, _MOST_A_PAGE))
         return filter(None, map(self._read, self._measured(runs)))
 
-    def best_of_each(
-        self, where: Sequence[str], keys: Sequence[str], best: Sequence[Run] = ()
-    ) -> list[FoundRun]:
-        """The best run of each combination of the params `keys`, with no look at most of the others.
+    def best_of_each_site(self, where: Sequence[str]) -> list[FoundRun]:
+        """The best run at each site of each pair, with no look at most of the others.
 
-        The next search leaves out the values of the first param that were seen, until nothing is left; `best`
-        are the first runs, if they are known.
+        Each search leaves out the pairs and sites that were found, until nothing is left. Of runs without
+        their tag, which earlier versions wrote, all are read.
         """
-        if not keys:
-            known = filter(None, map(self._read, best))
-            return list(islice(known, 1)) or list(islice(self.readable(where, _FEW), 1))
-        key, *others = keys
-        found: list[FoundRun] = []
-        seen: list[str] = []
-        left = [*where]
-        runs = [*best] or [*self._measured(self.first(left))]
-        while runs:
-            groups: dict[str, list[Run]] = {}
-            for run in runs:
-                if key in run.data.params:
-                    groups.setdefault(run.data.params[key], []).append(run)
-            if seen and not groups:
+        best: dict[str, FoundRun] = {}
+        while True:
+            left = [*where, *(f"tags.`{PAIR_SITE}` != {quoted(found)}" for found in best)]
+            left += [] if best else [f"tags.`{PAIR_SITE}` IS NOT NULL"]
+            n_before = len(best)
+            page = list(islice(self.readable(left, _FEW), _FEW))
+            best = _first_of_each(page) | best
+            if not page:
                 break
-            if len(seen) + len(groups) > MOST_VALUES or not all(map(can_quote, groups)):
-                rest = {(run.pair, run.site): run for run in reversed([*self.readable(left)])}
-                return found + list(rest.values())
-            for value, ones in groups.items():
-                found += self.best_of_each([*where, f"params.{key} = {quoted(value)}"], others, ones)
-            seen += groups or [""]  # which leaves out the runs that do not have the param
-            left = [*where, *(f"params.{key} != {quoted(value)}" for value in seen)]
-            runs = [*self._measured(self.first(left))]
-        return found
+            if not n_before < len(best) <= MOST_VALUES or not all(map(can_quote, best)):
+                best = _first_of_each(self.readable(left)) | best
+                break
+        untagged = self.readable([_PATCHES, *where, f"tags.`{PAIR_SITE}` IS NULL"])
+        return [*_first_of_each(sorted([*best.values(), *untagged], key=self.rank)).values()]
+
+    def rank(self, run: FoundRun) -> tuple[float, int]:
+        """Where a run comes in the order of the metric, the newer of two equal ones first."""
+        return self._sign * run.value, -run.started_ms
 
     def _measured(self, runs: Iterable[Run]) -> Iterator[Run]:
         """Those that have the metric; the others come last in the store's order."""
@@ -173,6 +165,14 @@ class _Search:
         except foreign.Malformed as error:
             foreign.left_out(f"run {run.info.run_id}", error)
             return None
+
+
+def _first_of_each(runs: Iterable[FoundRun]) -> dict[str, FoundRun]:
+    """The first run at each site of each pair, by both."""
+    first: dict[str, FoundRun] = {}
+    for run in runs:
+        first.setdefault(pair_site(run.pair, run.site), run)
+    return first
 
 
 def _found(run: Run, experiments: dict[str, str], metric: str) -> FoundRun:
