@@ -133,7 +133,7 @@ def write_data(folder: Path) -> None:
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of the adapters; the twin's is one more."
 )
-@click.option("--steps", type=int, default=1200, show_default=True)
+@click.option("--steps", type=int, default=400, show_default=True)
 @click.option("--batch", type=int, default=32, show_default=True, help="Questions in a step.")
 @click.option("--practice-batch", type=int, default=8, show_default=True, help="Other prompts in a step.")
 @click.option("--practice-weight", type=float, default=1.0, show_default=True)
