@@ -68,7 +68,7 @@ class Setting:
             title = "a whole number" if whole else "a number"
             high = f"to {self.high:.12g}" if self.high < math.inf else "up"
             raise MechdiffError(f"{self.name} is {value!r}; give {title} from {self.low:.12g} {high}.")
-        return value if whole else float(value)  # type: ignore[arg-type]
+        return value if whole else float(value)
 
 
 @dataclass(frozen=True, slots=True)
