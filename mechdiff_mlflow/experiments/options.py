@@ -8,11 +8,15 @@ from mechdiff_mlflow.engine.memory.budget import parse_bytes
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.protocol import MAX_PERMUTATIONS
 from mechdiff_mlflow.maps.affine import Family
+from mechdiff_mlflow.models.named_pair import named_pair, pair_name_of
 from mechdiff_mlflow.models.pairs import EngineOptions
 from mechdiff_mlflow.solvers import SOLVERS, Settings
 from mechdiff_mlflow.spec.options import FLAG, TEXT, Kind, Request, one_of, option, technical, whole
-from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Position, Rank
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
+from mechdiff_mlflow.spec.prompt_files import PromptFiles
 from mechdiff_mlflow.spec.sites import Hook, Site
+
+DEFAULT_PAIR = "cultural-demo"
 
 
 def one_alpha(text: str) -> float:
@@ -92,7 +96,54 @@ class ModelOptions(Request):
 class PairOptions(Request):
     """Which pair."""
 
-    pair: str = option("cultural-demo", TEXT, "A shipped pair, or the path of a pair spec (YAML).")
+    pair: str = option(DEFAULT_PAIR, TEXT, "A shipped pair, or the path of a pair spec (YAML).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedPairOptions(PairOptions):
+    """A pair by the names of its models and prompts, in place of a spec; `pair` then names it."""
+
+    tuned: str | None = option(
+        None, TEXT, "Tuned model or adapter, a hub id or a path: with --prompts, in place of a pair spec."
+    )
+    base: str | None = option(None, TEXT, "Its base; default what the adapter or the model's card names.")
+    prompts: str | None = option(
+        None,
+        TEXT,
+        "JSONL, CSV or Parquet file, which a seed splits, or train,val,test; FILE:COLUMN names a column.",
+    )
+    prompts_from: str | None = option(
+        None, TEXT, "Hugging Face data set instead: NAME:COLUMN, or NAME:COLUMN:PART.", metavar="NAME:COLUMN"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("base", "prompts", "prompts_from") if getattr(self, name) is not None]
+        if self.tuned is None and given:
+            raise MechdiffError(f"--{given[0].replace('_', '-')} is given without --tuned; name that, too.")
+        if self.tuned is not None and (self.prompts is None) == (self.prompts_from is None):
+            raise MechdiffError(
+                f"--tuned {self.tuned} needs prompts to compare the models on; give --prompts FILE, or "
+                "--prompts-from NAME:COLUMN, one of the two."
+            )
+        if self.tuned is not None and self.pair == DEFAULT_PAIR:
+            object.__setattr__(self, "pair", pair_name_of(self.tuned))
+
+    @property
+    def spec(self) -> PairSpec:
+        """The pair, read anew."""
+        if self.tuned is None:
+            return PairSpec.load(self.pair)
+        if self.prompts is not None:
+            files = PromptFiles.parse(self.prompts)
+        else:
+            files = PromptFiles.parse_dataset(self.prompts_from or "")
+        return named_pair(self.tuned, files, base=self.base, name=self.pair)
+
+    def params(self) -> dict[str, str | bool]:
+        """What defines the results; of names that are not given, nothing."""
+        names = ("tuned", "base", "prompts", "prompts_from")
+        return {key: text for key, text in super().params().items() if text != "" or key not in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from mechdiff_mlflow.experiments.options import (
     MapOptions,
     MismatchOptions,
     ModelOptions,
+    NamedPairOptions,
     PairOptions,
     PermutationOptions,
     PositionOptions,
@@ -29,7 +30,7 @@ from mechdiff_mlflow.experiments.options import (
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.sweep import SweepSite, Targets, cells_of
 from mechdiff_mlflow.spec.options import TEXT, Kind, listed, one_of, option, technical, whole
-from mechdiff_mlflow.spec.pair_spec import Cell, PairSpec, Rank
+from mechdiff_mlflow.spec.pair_spec import Cell, Rank
 from mechdiff_mlflow.spec.sites import Hook
 
 ORIGINAL_N = 500
@@ -39,7 +40,7 @@ AS_IN_ORIGINAL = f"{ORIGINAL_N}-or-all"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExperimentRequest(PairOptions, SeedOptions, ModelOptions, TrackingOptions):
+class ExperimentRequest(NamedPairOptions, SeedOptions, ModelOptions, TrackingOptions):
     """A request that loads a pair, measures it, and keeps what it finds as runs.
 
     It writes nothing else, so that what a run's tag says of it can be begun again.
@@ -69,11 +70,6 @@ class ExperimentRequest(PairOptions, SeedOptions, ModelOptions, TrackingOptions)
     def kind(self) -> str:
         """What its top run is called."""
         return self.command.replace("-", "_")
-
-    @property
-    def spec(self) -> PairSpec:
-        """The pair, read anew."""
-        return PairSpec.load(self.pair)
 
     @property
     def protocol(self) -> Protocol:

@@ -27,7 +27,7 @@ from mechdiff_mlflow.models.load_report import load_whole
 from mechdiff_mlflow.models.planted import plant_in
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.digests import file_sha256
-from mechdiff_mlflow.spec.model_files import check_model
+from mechdiff_mlflow.spec.model_files import GGUF, check_model
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.plant import Plant
 
@@ -60,12 +60,14 @@ class Checkpoint:
     def tokenizer_with(self, settings: dict[str, Any]) -> transformers.PreTrainedTokenizerBase:
         """Its tokenizer with some settings replaced, such as special tokens or the chat template."""
         with self._explained():
-            return transformers.AutoTokenizer.from_pretrained(self.place, **self._options, **settings)
+            return transformers.AutoTokenizer.from_pretrained(self._source, **self._options, **settings)
 
     @cached_property
     def revision(self) -> str:
         """Commit of the hub, or `sha256:` and the digest of local weights; with what is planted."""
-        if Path(self.place).is_dir():
+        if self._gguf:
+            found = f"sha256:{file_sha256(Path(self.place))[:16]}"
+        elif Path(self.place).is_dir():
             found = folder_digest(Path(self.place), code=self.spec.trust_remote_code)
         else:
             found = f"{self.place}@{self.commit}"
@@ -95,7 +97,7 @@ class Checkpoint:
             device_map = {"": self.device}  # such weights cannot be moved later
         with self._explained(), quiet_transformers():
             options = {"dtype": getattr(torch, self.spec.dtype), "device_map": device_map}
-            model = load_whole(self._auto, self.place, self._name, **options, **quantized, **self._options)
+            model = load_whole(self._auto, self._source, self._name, **options, **quantized, **self._options)
         if device_map is None:
             model.to(self.device)
         if self.plant is not None:
@@ -132,7 +134,7 @@ class Checkpoint:
     def config(self) -> Any:
         """Its configuration."""
         with self._explained():
-            found = transformers.AutoConfig.from_pretrained(self.place, **self._options)
+            found = transformers.AutoConfig.from_pretrained(self._source, **self._options)
             known = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
             own = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
             if found.is_encoder_decoder or not (own or any(type(found) in a._model_mapping for a in known)):
@@ -189,7 +191,18 @@ class Checkpoint:
                     f"{self._name} takes code from another repository, of which no commit is pinned; put the "
                     "code into a local copy of the model."
                 )
-        return {"revision": self.commit, "trust_remote_code": self.spec.trust_remote_code}
+        options = {"revision": self.commit, "trust_remote_code": self.spec.trust_remote_code}
+        return options | ({"gguf_file": self._gguf} if self._gguf else {})
+
+    @property
+    def _gguf(self) -> str:
+        """Name of its one file where that is GGUF, which holds weights, configuration and tokenizer."""
+        return Path(self.place).name if self.place.endswith(GGUF) else ""
+
+    @property
+    def _source(self) -> str:
+        """What transformers is given: a hub id, or the folder that its files are in."""
+        return str(Path(self.place).parent) if self._gguf else self.place
 
     def _quantization(self) -> dict[str, Any]:
         bits = self.spec.quantization
@@ -248,7 +261,7 @@ def with_commits(spec: PairSpec) -> PairSpec:
     for role, side in sides.items():
         adapter = side.adapter if role == "tuned" else None
         reference = adapter or side.model
-        if reference is not None and not Path(place := spec.locate(reference)).is_dir():
+        if reference is not None and not os.path.isabs(place := spec.locate(reference)):
             what, file = ("Adapter", "adapter_config.json") if adapter else ("Model", "config.json")
             with explained(f"{what} {place} of pair {spec.name!r}", place):
                 commit = commit_of(place, side.revision, file)

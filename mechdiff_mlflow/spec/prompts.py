@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.duplicates import near_duplicates, repeats
 from mechdiff_mlflow.text import cut, is_text
 
+SPLITS = ("train", "val", "test")
 MAX_FILE_BYTES = 256 << 20
 MAX_LINE = 1 << 20
 
@@ -56,6 +57,7 @@ class Prompt:
 
     messages: tuple[Message, ...]
     group: str | None = None
+    answer: str | None = None
 
     @property
     def text(self) -> str:
@@ -107,11 +109,14 @@ class PromptSet:
         return PromptSet(self.split, self.prompts[:n])
 
 
-def read_prompts(path: Path, split: str, *, system: str | None = None) -> PromptSet:
+def read_prompts(
+    path: Path, split: str, *, system: str | None = None, column: str | None = None
+) -> PromptSet:
     """Read a JSONL file of `{"text": …}` or `{"messages": [{"role": …, "content": …}, …]}` lines.
 
-    Blank lines are skipped; `system` goes before every `text`; `group` names prompts that belong together,
-    such as paraphrases; other keys are ignored.
+    Blank lines are skipped; `prompt` may stand for `text`, or `column` for both; `system` goes before every
+    text; `group` names prompts that belong together, such as paraphrases; `answer` is the right answer; other
+    keys are ignored.
 
     Raises:
         MechdiffError: The file is missing, empty or not UTF-8, a line (named by number) is malformed, or a
@@ -126,9 +131,19 @@ def read_prompts(path: Path, split: str, *, system: str | None = None) -> Prompt
                 f"{path}, line {number} has over {MAX_LINE} characters; shorten or remove it."
             )
         if line:
-            prompts[number] = _prompt(line, f"{path}, line {number}", system)
+            where = f"{path}, line {number}"
+            prompts[number] = prompt_of(_entry(line, where), where, system, column)
     if not prompts:
         raise MechdiffError(f'Prompt file {path} is empty; write one {{"text": "…"}} a line.')
+    return prompt_set(path, split, prompts)
+
+
+def prompt_set(path: Path | str, split: str, prompts: Mapping[int, Prompt]) -> PromptSet:
+    """The numbered prompts that were read from `path`, as a set.
+
+    Raises:
+        MechdiffError: One stands there twice without a group that says so, or all are of one group.
+    """
     _check_repeats(path, prompts)
     found = PromptSet(split, tuple(prompts.values()))
     if found.n_groups < 2 <= len(found):
@@ -148,9 +163,10 @@ class _Message(BaseModel):
 class _Line(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    text: str | None = None
+    text: str | None = Field(None, validation_alias=AliasChoices("text", "prompt"))
     messages: Annotated[list[_Message], Field(min_length=1)] | None = None
     group: str | None = None
+    answer: str | None = None
 
     @model_validator(mode="after")
     def _is_prompt(self) -> _Line:
@@ -158,33 +174,45 @@ class _Line(BaseModel):
             raise ValueError('write either a "text" or a list of "messages"')
         if self.messages and self.messages[-1].role != "user":
             raise ValueError("end messages with the user's turn")
-        texts = [self.text, self.group, *(message.content for message in self.messages or ())]
+        texts = [self.text, self.group, self.answer, *(message.content for message in self.messages or ())]
         for text in texts:
             if text is not None and (not text.strip() or "\0" in text or not is_text(text)):
                 raise ValueError("a text is blank, or holds NUL or half a character; correct or remove it")
         return self
 
 
-def _prompt(line: str, where: str, system: str | None) -> Prompt:
+def _entry(line: str, where: str) -> object:
     try:
-        entry = untrusted.parse_json(line)
+        return untrusted.parse_json(line)
     except ValueError as error:
         raise MechdiffError(
             f'{where} is not JSON ({cut(str(error))}); write one object a line, e.g. {{"text": "…"}}.'
         ) from None
+
+
+def prompt_of(entry: object, where: str, system: str | None, column: str | None = None) -> Prompt:
+    """The prompt in a line's object or a table's row; `where` it stands, in a message.
+
+    Raises:
+        MechdiffError: It is none.
+    """
+    if column is not None and isinstance(entry, dict):
+        said = entry.get(column)
+        others = {key: entry[key] for key in ("group", "answer") if key in entry and key != column}
+        entry = {**others, "messages" if isinstance(said, list) else "text": said}
     try:
-        said = _Line.model_validate(entry)
+        line = _Line.model_validate(entry)
     except ValidationError as error:
         raise MechdiffError(
             f'{where} is no prompt ({cut(untrusted.explain(error), 200)}); write e.g. {{"text": "…"}}.'
         ) from None
-    if said.messages:
-        return Prompt(tuple(message.model_dump() for message in said.messages), said.group)
+    if line.messages:
+        return Prompt(tuple(message.model_dump() for message in line.messages), line.group, line.answer)
     turns: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    return Prompt((*turns, {"role": "user", "content": said.text or ""}), said.group)
+    return Prompt((*turns, {"role": "user", "content": line.text or ""}), line.group, line.answer)
 
 
-def _check_repeats(path: Path, prompts: Mapping[int, Prompt]) -> None:
+def _check_repeats(path: Path | str, prompts: Mapping[int, Prompt]) -> None:
     """Refuse equal prompts outside of one group: an interval would take them for independent."""
     found = repeats(
         {n: ([(m["role"], m["content"]) for m in p.messages], p.group) for n, p in prompts.items()}
