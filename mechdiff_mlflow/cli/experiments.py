@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import click
 
 from mechdiff_mlflow.cli import show
+from mechdiff_mlflow.cli.group import cli
 from mechdiff_mlflow.cli.options import command
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.options import ModelOptions
+from mechdiff_mlflow.experiments.options import ModelOptions, NamedPairOptions
 from mechdiff_mlflow.experiments.preflight import examine
 from mechdiff_mlflow.experiments.requests import (
     ORIGINAL_N,
@@ -24,6 +26,7 @@ from mechdiff_mlflow.experiments.requests import (
     RunRequest,
     SweepRequest,
 )
+from mechdiff_mlflow.models.named_pair import write_pair
 from mechdiff_mlflow.spec.options import TEXT, option
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.tracking.commands import measuring, profiling
@@ -46,7 +49,7 @@ def _run(request: RunRequest) -> None:
 def _fit(request: FitRequest) -> None:
     done = _carried_out(measuring.fit, request)
     show.fits(done.fits, done.pair)
-    patch = show.command("patch", "--map", f"runs:/{done.map_run}", "--pair", request.pair)
+    patch = show.command("patch", "--map", f"runs:/{done.map_run}", *request.pair_words)
     _finish(done, f"Patch: {patch}")
 
 
@@ -97,6 +100,32 @@ def _heads(request: HeadsRequest) -> None:
     show.frame(done.table.drop(columns=["site", "n_heads", "KL_all"]))
     show.lines([done.sentence])
     _finish(done)
+
+
+@cli.group("pair")
+def pair_group() -> None:
+    """Pairs of models, by the names of their checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitRequest(NamedPairOptions):
+    """Write the pair spec that two names and some prompts amount to, with the prompts split beside it.
+
+    \b
+    Example:
+      mechdiff pair init --tuned org/adapter --prompts prompts.jsonl --out pair.yaml
+    """
+
+    out: str = option("pair.yaml", TEXT, "File to write; the prompts of each split go beside it.")
+
+
+@command(InitRequest, group=pair_group)
+def _init(request: InitRequest) -> None:
+    if request.tuned is None:
+        raise MechdiffError("No model is named; give --tuned and --prompts.")
+    written = write_pair(request.spec, Path(request.out))
+    show.lines([f"Wrote {path}" for path in written])
+    show.lines([f"Check: {show.command('doctor', written[0])}"])
 
 
 @dataclass(frozen=True, kw_only=True)

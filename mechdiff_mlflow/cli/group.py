@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.version import __version__
 from mechdiff_mlflow.text import is_text
 
+_as_python_shows = warnings.showwarning
 TRACEBACK = "MECHDIFF_TRACEBACK"
 """Environment variable: show where an unexpected error came from."""
 
@@ -73,7 +75,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # α on a terminal that is not UTF-8
+    warnings.showwarning = _show_warning
     cli(prog_name="mechdiff")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Print what users are to hear of on one line; what is meant for programmers as Python does."""
+    if category is UserWarning:
+        click.echo(f"Warning: {str(message).rstrip('.')}.", err=True)
+    else:
+        _as_python_shows(message, category, *where, **more)
 
 
 _REMEDIES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -138,13 +139,14 @@ def _check_taken(run_id: str, asked: Request, field: str) -> None:
     asks = ""
     if field in ("promote", "promote_best") and value:
         asks = "moves an alias"
-    if field in ("pair", "map"):
-        try:
-            path = Path(value)
-            if path.is_absolute() or ".." in path.parts or is_there(path):
-                inside(Path.cwd(), value, "It")
-        except MechdiffError:
-            asks = "names a file outside of this folder"
+    if field in ("pair", "map", "tuned", "base", "prompts", "prompts_from") and value is not None:
+        for name in (value, *re.split("[,:]", value)):
+            path = Path(name)
+            try:
+                if path.is_absolute() or ".." in path.parts or is_there(path):
+                    inside(Path.cwd(), name, "It")
+            except MechdiffError:
+                asks = "names a file outside of this folder"
     if asks:
         flag, text = flag_of(field, option), option.kind.text(value)[:200]
         raise MechdiffError(

@@ -140,6 +140,12 @@ class NamedPairOptions(PairOptions):
             files = PromptFiles.parse_dataset(self.prompts_from or "")
         return named_pair(self.tuned, files, base=self.base, name=self.pair)
 
+    @property
+    def pair_words(self) -> list[str]:
+        """What to type for the same pair."""
+        words = self.words(lambda name, _: name not in ("pair", "tuned", "base", "prompts", "prompts_from"))
+        return words[1:]
+
     def params(self) -> dict[str, str | bool]:
         """What defines the results; of names that are not given, nothing."""
         names = ("tuned", "base", "prompts", "prompts_from")

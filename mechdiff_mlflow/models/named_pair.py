@@ -108,3 +108,31 @@ def _file_of(model: str, name: str) -> Path | None:
             return Path(huggingface_hub.hf_hub_download(model, name))
         except (EntryNotFoundError, LocalEntryNotFoundError):
             return None
+
+
+def write_pair(spec: PairSpec, out: Path) -> list[Path]:
+    """Write a spec as YAML, with the prompts of each split beside it; the files, the spec first.
+
+    Raises:
+        MechdiffError: One of them exists already or cannot be written, or the prompts cannot be read.
+    """
+    prompts = spec.read_prompts()
+    paths = {split: out.with_name(f"{out.stem}-{split}.jsonl") for split in prompts}
+    if there := [path for path in (out, *paths.values()) if path.exists()]:
+        raise MechdiffError(f"{there[0]} exists already; remove it, or name another file with --out.")
+    files = PromptFiles.model_validate({split: path.name for split, path in paths.items()})
+    texts = {out: spec.model_copy(update={"prompts": files, "system": None}).to_yaml()}
+    for split, one in prompts.items():
+        lines = []
+        for prompt in one.prompts:
+            more = {"group": prompt.group, "answer": prompt.answer}
+            said = {"messages": [*prompt.messages]} if len(prompt.messages) > 1 else {"text": prompt.text}
+            line = said | {key: value for key, value in more.items() if value is not None}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        texts[paths[split]] = "".join(lines)
+    for path, text in texts.items():
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise MechdiffError(f"Cannot write {path} ({error.strerror}); choose another place.") from error
+    return list(texts)

@@ -8,8 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
@@ -17,7 +21,6 @@ from mechdiff_mlflow.spec.duplicates import near_duplicates
 from mechdiff_mlflow.spec.prompts import (
     MAX_FILE_BYTES,
     SPLITS,
-    Prompt,
     PromptSet,
     prompt_of,
     prompt_set,
@@ -210,31 +213,31 @@ def _plain(value: Any) -> Any:
 def split_prompts(every: PromptSet, seed: int, source: str) -> dict[str, PromptSet]:
     """Prompts shared out by `SHARES`; what is of one group, or nearly the same question, stays together.
 
-    A prompt's place depends on the seed and on its text alone, so that a few more prompts move few others.
-
     Raises:
         MechdiffError: There are too few that are independent.
     """
     prompts = every.prompts
-    cluster = [f"group {p.group}" if p.group is not None else f"prompt {i}" for i, p in enumerate(prompts)]
+    first: dict[str, int] = {}
+    together = [(i, first.setdefault(p.group, i)) for i, p in enumerate(prompts) if p.group is not None]
     while True:
-        place = _places(prompts, cluster, seed)
-        found = {name: [i for i, at in enumerate(place) if at == name] for name in SPLITS}
-        order = [i for name in SPLITS for i in found[name]]
-        near = list(
-            near_duplicates([prompts[i].text for i in order], [SPLITS.index(place[i]) for i in order])
-        )
+        rows, columns = np.array(together, dtype=np.int64).reshape(-1, 2).T
+        edges = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(prompts), len(prompts)))
+        n, cluster = connected_components(edges, directed=False)
+        split_of = _shared_out([p.text for p in prompts], cluster, seed)
+        order = [i for split in range(len(SPLITS)) for i in np.flatnonzero(split_of == split).tolist()]
+        near = list(near_duplicates([prompts[i].text for i in order], split_of[order].tolist()))
         if not near:
             break
-        for a, b in near:
-            old, new = cluster[order[b]], cluster[order[a]]
-            cluster = [new if name == old else name for name in cluster]
-    if len(set(cluster)) < _LEAST or not all(found.values()):
+        together += [(order[a], order[b]) for a, b in near]
+    if n < _LEAST:
         raise MechdiffError(
-            f"{source} has {len(set(cluster))} independent prompts, too few to split into train, val and "
-            f"test; give at least {_LEAST}, better some hundreds, or a file for each."
+            f"{source} has {n} independent prompts, too few to split into train, val and test; give at least "
+            f"{_LEAST}, better some hundreds, or a file for each."
         )
-    return {name: PromptSet(name, tuple(prompts[i] for i in found[name])) for name in SPLITS}
+    return {
+        name: PromptSet(name, tuple(prompts[i] for i in np.flatnonzero(split_of == split)))
+        for split, name in enumerate(SPLITS)
+    }
 
 
 def split_remark(prompts: Mapping[str, PromptSet], seed: int) -> str:
@@ -248,19 +251,22 @@ def split_remark(prompts: Mapping[str, PromptSet], seed: int) -> str:
     return f"{n} prompts were split by seed {seed}: {sizes}" + (few if n < FEW else "")
 
 
-def _places(prompts: Sequence[Prompt], cluster: Sequence[str], seed: int) -> list[str]:
-    """The split of each prompt, those of a cluster together."""
-    first: dict[str, str] = {}
-    for name, prompt in zip(cluster, prompts, strict=True):
-        first[name] = min(first.get(name, prompt.text), prompt.text)
-    ranked = sorted(first, key=lambda name: hashlib.sha256(f"{seed} {first[name]}".encode()).digest())
-    sizes = {name: cluster.count(name) for name in first}
-    wanted = {split: share * len(prompts) for split, share in SHARES.items()}
-    room, at = dict(wanted), {}
-    for name in ranked:
-        at[name] = max(room, key=lambda split: room[split] / wanted[split])
-        room[at[name]] -= sizes[name]
-    return [at[name] for name in cluster]
+def _shared_out(texts: Sequence[str], cluster: NDArray[np.int32], seed: int) -> NDArray[np.int64]:
+    """The split of each text, those of a cluster together; by the seed and what they say, not their order."""
+    clusters: dict[int, list[int]] = {}
+    for i, number in enumerate(cluster.tolist()):
+        clusters.setdefault(number, []).append(i)
+    drawn = {
+        hashlib.sha256(f"{seed} {min(texts[i] for i in members)}".encode()).digest(): members
+        for members in clusters.values()
+    }
+    wanted = np.array([SHARES[name] for name in SPLITS]) * len(texts)
+    room, found = wanted.copy(), np.empty(len(texts), dtype=np.int64)
+    for _, members in sorted(drawn.items()):
+        split = int(np.argmax(room / wanted))
+        found[members] = split
+        room[split] -= len(members)
+    return found
 
 
 def _with_column(text: str) -> tuple[str, str | None]:

@@ -78,7 +78,8 @@ class Command:
     @classmethod
     def here(cls, argv: Sequence[str], who: str, *, has_parent: bool, trusts: bool) -> Command:
         """A command of this process, noted on this machine."""
-        is_relative = any(word and not Path(word).is_absolute() and is_there(Path(word)) for word in argv[1:])
+        names = [name for word in argv[1:] for name in (word, *re.split("[,:]", word)) if name]
+        is_relative = any(not Path(name).is_absolute() and is_there(Path(name)) for name in names)
         folder = str(Path.cwd()) if is_relative else ""
         command = cls(tuple(argv), folder, code_version(), has_parent, secrets.token_hex(16))
         # Where it cannot be written, who resumes the run has to say that it is wanted.
