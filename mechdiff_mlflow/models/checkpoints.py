@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,7 +97,10 @@ class Checkpoint:
         device_map: Any = self.spec.device_map
         if quantized and device_map is None:
             device_map = {"": self.device}  # such weights cannot be moved later
-        with self._explained(), quiet_transformers():
+        bars = (
+            io.StringIO() if self._gguf else sys.stderr
+        )  # transformers cannot be told to leave that one out
+        with self._explained(), quiet_transformers(), contextlib.redirect_stderr(bars):
             options = {"dtype": getattr(torch, self.spec.dtype), "device_map": device_map}
             model = load_whole(self._auto, self._source, self._name, **options, **quantized, **self._options)
         if device_map is None:

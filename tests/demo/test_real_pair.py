@@ -31,13 +31,13 @@ SITES = [
         *("L24/resid_pre", "L28/mlp_out", "L29/attn_out"),
     )
 ]
-N = 6
+N = 4
 
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
     torch.set_num_threads(1)
-    return load_pair(PairSpec.load("smollm2-kazakh"), device="cpu")
+    return load_pair(PairSpec.load("smollm2-kazakh"), device="cpu", dtype="float64")
 
 
 def plain_kl(model: Any, ids: Tensor, site: Site) -> float:
@@ -63,7 +63,7 @@ def plain_kl(model: Any, ids: Tensor, site: Site) -> float:
         else:
             handle = module.register_forward_hook(after)
         try:
-            return model(input_ids=ids, use_cache=False).logits[0, -1].double().log_softmax(-1)
+            return model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)
         finally:
             handle.remove()
 
@@ -85,7 +85,7 @@ def test_kl_at_six_sites_is_that_of_plain_hooks(pair: Pair) -> None:
     place = Path(pair.spec.locate(pair.spec.base.model))
     read = {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name}
     tokenizer = AutoTokenizer.from_pretrained(**read)
-    base = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float64)
     model = PeftModel.from_pretrained(base, pair.spec.locate(str(pair.spec.tuned.adapter))).eval()
     prompts = pair.prompts_of("test").first(N)
     found = LocalWorkers(pair).score(prompts, Position.DECISION, {site: {} for site in SITES})
@@ -95,7 +95,7 @@ def test_kl_at_six_sites_is_that_of_plain_hooks(pair: Pair) -> None:
             ids = tokenizer.apply_chat_template(
                 turns, add_generation_prompt=True, return_dict=True, return_tensors="pt"
             )["input_ids"]
-            assert float(kl) == pytest.approx(plain_kl(model, ids, site), abs=1e-5)
+            assert float(kl) == pytest.approx(plain_kl(model, ids, site), abs=1e-8)
 
 
 def test_nothing_differs_below_the_layers_that_were_trained(pair: Pair) -> None:
@@ -127,5 +127,6 @@ def test_the_main_job_runs_on_it(here: Path, mechdiff: Invoke) -> None:  # noqa:
     )
     said = " ".join(done.output.split())
     assert "L28/mlp_out" in said
+    assert "GGUF" not in said
     [row] = [row for row in json.loads(mechdiff("runs", "--json").output) if row["site"] == "L28/mlp_out"]
     assert row["value"] > 50
