@@ -53,7 +53,7 @@ from mechdiff_mlflow.spec.prompts import check_disjoint, read_prompts
 from mechdiff_mlflow.spec.sites import Hook, Site
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.flavour import maps_of
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import open_store
 
 N_SITES = 10

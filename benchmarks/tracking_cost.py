@@ -56,7 +56,7 @@ from mechdiff_mlflow.models.pairs import load_pair
 from mechdiff_mlflow.spec.pair_spec import PairSpec, Rank
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import RunRecord, param_text
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 
 SITES = tuple(f"L{layer}/{hook}" for layer in range(24, 29) for hook in ("attn_out", "resid_post"))

@@ -192,7 +192,7 @@ def log_model(
             return next((m for status in ("READY", "PENDING") for m in found if m.status == status), None)
 
         begun = find() if again else None
-        logged = begun or store.patience.once(create, find)
+        logged = begun or store.retries.once(create, find)
         try:
             require_owner()
         except RunTakenOver:  # the other process goes on with this one, unless it has its own
@@ -219,7 +219,7 @@ def log_model(
             elif _has_output(store, run_id, logged.model_id):
                 return LoggedMap(logged.model_id, logged.artifact_location, sha256, run_id)
             add = partial(client.log_outputs, run_id, [LoggedModelOutput(logged.model_id, step=0)])
-            store.patience.once(add, lambda: _has_output(store, run_id, logged.model_id) or None)
+            store.retries.once(add, lambda: _has_output(store, run_id, logged.model_id) or None)
         except BaseException:
             require_owner()  # or another process may be going on with it
             if logged.status != "READY":

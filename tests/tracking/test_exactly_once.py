@@ -37,8 +37,8 @@ from mechdiff_mlflow.tracking.runs.run_lock import (
     owner_in,
     taken_over,
 )
-from mechdiff_mlflow.tracking.runs.runs import OpenRun, Tracker
 from mechdiff_mlflow.tracking.runs.stuck import end_stuck, stuck_runs
+from mechdiff_mlflow.tracking.runs.tracker import OpenRun, Tracker
 from mechdiff_mlflow.tracking.runs.writing import RecordWriter
 from mechdiff_mlflow.tracking.store.file_locks import lock_file, process_start
 from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store

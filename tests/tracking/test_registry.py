@@ -29,7 +29,7 @@ from mechdiff_mlflow.tracking.registry.moves import Move, history
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import demote, promote, rollback
 from mechdiff_mlflow.tracking.registry.versions import get_version, list_versions, list_winners
-from mechdiff_mlflow.tracking.runs.runs import OpenRun, Tracker
+from mechdiff_mlflow.tracking.runs.tracker import OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import user_cache as cache
 from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store, open_store
 

@@ -17,7 +17,7 @@ from mechdiff_mlflow.tracking.registry.fetch import CachedAnswer, fetch, load_ma
 from mechdiff_mlflow.tracking.registry.moves import history
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import promote
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import open_store
 
 from .conftest import flip_byte, make_map

@@ -4,7 +4,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.records import RunRecord
 from mechdiff_mlflow.tracking.runs import lookup, results
 from mechdiff_mlflow.tracking.runs.results import results_df
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import Store
 
 

@@ -18,7 +18,7 @@ from mlflow.entities import Param, Run
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.records import Dataset, RunRecord
 from mechdiff_mlflow.tracking.runs import writing
-from mechdiff_mlflow.tracking.runs.runs import RUN_ID_VARIABLE, Tracker
+from mechdiff_mlflow.tracking.runs.tracker import RUN_ID_VARIABLE, Tracker
 from mechdiff_mlflow.tracking.store.store import Store
 
 from .conftest import make_map
@@ -232,7 +232,7 @@ def test_sigterm_ends_a_process_with_its_run_killed(store: Store, tmp_path: Path
         textwrap.dedent(
             f"""
             import time
-            from mechdiff_mlflow.tracking.runs.runs import Tracker
+            from mechdiff_mlflow.tracking.runs.tracker import Tracker
             from mechdiff_mlflow.tracking.store.store import open_store
             with Tracker(open_store({store.uri!r}), "demo").run("run", "job"):
                 print("started", flush=True)
@@ -325,7 +325,7 @@ def test_mlflow_run_and_we_make_one_tree(store: Store, tmp_path: Path) -> None:
             """
             import sys
             from mechdiff_mlflow.tracking.content.records import RunRecord
-            from mechdiff_mlflow.tracking.runs.runs import Tracker
+            from mechdiff_mlflow.tracking.runs.tracker import Tracker
             from mechdiff_mlflow.tracking.store.store import open_store
             with Tracker(open_store(), "unused").run("run", "job", {"alpha": sys.argv[1], "k": 8}) as run:
                 run.log(RunRecord(kind="patch", name="child", metrics={"drop_pct": 1.0}))

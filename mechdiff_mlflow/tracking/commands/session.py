@@ -34,7 +34,7 @@ from mechdiff_mlflow.tracking.registry.promotion import promote, require_may_pro
 from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.resuming import Command, user_of
-from mechdiff_mlflow.tracking.runs.runs import RUN_ID_VARIABLE, OpenRun, Tracker
+from mechdiff_mlflow.tracking.runs.tracker import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 from mechdiff_mlflow.tracking.store.user_cache import staging
 

@@ -100,17 +100,17 @@ class StoredFiles:
         """
         if again and not isinstance(self._files, LocalArtifactRepository):
             self._empty({path.relative_to(folder).as_posix() for path in folder.rglob("*")})
-        self._store.patience.run(lambda: self._files.log_artifacts(str(folder)))
+        self._store.retries.run(lambda: self._files.log_artifacts(str(folder)))
 
     def _empty(self, names: Set[str]) -> None:
         try:
             folders = [""]
             for folder in folders:
-                for found in self._store.patience.run(partial(self._files.list_artifacts, folder or None)):
+                for found in self._store.retries.run(partial(self._files.list_artifacts, folder or None)):
                     if found.path not in names:
                         return
                     folders += [found.path] if found.is_dir else []
-            self._store.patience.run(self._files.delete_artifacts)
+            self._store.retries.run(self._files.delete_artifacts)
         except (MlflowException, requests.RequestException, NotImplementedError) as error:
             _log.warning("What a killed upload may have left at %s stays there: %s", self._location, error)
 
@@ -127,7 +127,7 @@ class StoredFiles:
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             # What every kind of store implements; `download_artifacts` lists the directory first.
-            self._store.patience.run(partial(self._files._download_file, name, str(folder / name)))
+            self._store.retries.run(partial(self._files._download_file, name, str(folder / name)))
         return folder
 
     def require_same(self, sent: Mapping[str, str], folder: Path) -> Path:
@@ -160,7 +160,7 @@ class StoredFiles:
         sizes: dict[str, int] = {}
         for folder in sorted({str(PurePosixPath(name).parent) for name in sent}):
             ask = partial(self._files.list_artifacts, None if folder == "." else folder)
-            sizes |= {f.path: int(f.file_size or 0) for f in self._store.patience.run(ask) if not f.is_dir}
+            sizes |= {f.path: int(f.file_size or 0) for f in self._store.retries.run(ask) if not f.is_dir}
         for name, file in sent.items():
             if sizes.get(name) != file.size:
                 raise MechdiffError(

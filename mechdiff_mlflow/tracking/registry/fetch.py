@@ -19,7 +19,7 @@ from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.registry.versions import Version, get_version
 from mechdiff_mlflow.tracking.runs.lookup import all_runs
 from mechdiff_mlflow.tracking.runs.mlflow_run import plain
-from mechdiff_mlflow.tracking.runs.runs import MAP_RUN_TAG
+from mechdiff_mlflow.tracking.runs.tracker import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store import user_cache as cache
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable, open_store, uri_of
 

@@ -28,7 +28,7 @@ from mechdiff_mlflow.tracking.registry.measured import Measured, measured_in, me
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy, numbers, numbers_in, same_prompts
 from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.runs.provenance import code_version
-from mechdiff_mlflow.tracking.runs.runs import OpenRun
+from mechdiff_mlflow.tracking.runs.tracker import OpenRun
 from mechdiff_mlflow.tracking.store.server import login_name
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
@@ -232,7 +232,7 @@ def _register(store: Store, name: str, measured: Measured) -> None:
     create = partial(store.client.create_registered_model, name, {versions.KIND_TAG: "map"}, description)
     with store.errors():
         try:
-            store.patience.run(create)
+            store.retries.run(create)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -276,7 +276,7 @@ def _create_version(
 
     with store.errors(), _default_store(store):
         # Promoters of a map come one after the other: what is found now was made by an earlier attempt.
-        return store.patience.once(make, lambda: _existing(store, name, measured))
+        return store.retries.once(make, lambda: _existing(store, name, measured))
 
 
 def _verified(store: Store, version: Version, measured: Measured) -> Version:

@@ -107,7 +107,7 @@ def made_once(
     with store.errors():
         if look and (found := find()) is not None:
             return found
-        return store.patience.once(create, find)
+        return store.retries.once(create, find)
 
 
 def reopen(store: Store, left: Run, tags: Mapping[str, str]) -> None:

@@ -202,7 +202,7 @@ class OpenRun:
                 if run.info.status != "FINISHED":
                     unfinished = error or MechdiffError("It was begun and not finished.")
                     self._finish(run.info.run_id, unfinished, "")
-        if error is None and (self.is_resumed or self._store.patience.has_retried):
+        if error is None and (self.is_resumed or self._store.retries.has_retried):
             self._delete_doubles()
         self._finish(self.run_id, error, self._description)
 
@@ -336,7 +336,7 @@ class OpenRun:
     def _one_more_chance(self, error: BaseException | None) -> AbstractContextManager[None]:
         """After a server was waited for in vain it gets one more chance in here, not another while."""
         in_vain = isinstance(error, StoreUnreachable)
-        return self._store.patience.one_attempt() if in_vain else nullcontext()
+        return self._store.retries.one_attempt() if in_vain else nullcontext()
 
     def _finish(self, run_id: str, error: BaseException | None, description: str) -> None:
         client = self._store.client

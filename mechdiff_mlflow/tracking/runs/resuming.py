@@ -196,7 +196,7 @@ def top_run(store: Store, run_id: str) -> Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Earlier:
+class EarlierAttempts:
     """The runs that earlier attempts at the same left.
 
     Args:
@@ -210,7 +210,7 @@ class Earlier:
     unfinished: str | None = None
 
 
-def earlier(store: Store, experiment: str, asked: Any, content: Any = "") -> Earlier:
+def earlier_attempts(store: Store, experiment: str, asked: Any, content: Any = "") -> EarlierAttempts:
     """The run that an earlier attempt made, if any; deleted ones do not count.
 
     Args:
@@ -224,14 +224,14 @@ def earlier(store: Store, experiment: str, asked: Any, content: Any = "") -> Ear
     with store.errors():
         there = store.client.get_experiment_by_name(experiment)
     if there is None or RUN_ID_VARIABLE in os.environ:  # `mlflow run` has made another run for this
-        return Earlier({_REPEAT_TAG: tag})
+        return EarlierAttempts({_REPEAT_TAG: tag})
     found = all_runs(
         store, [there.experiment_id], f"tags.`{_REPEAT_TAG}` LIKE '{request}.%'", newest_first=True
     )
     finished = (run for run in found if run.info.status == "FINISHED" and run.data.tags[_REPEAT_TAG] == tag)
     left = (run for run in found if run.info.status != "FINISHED" and is_alive(store, run) is False)
     unfinished = next((run.info.run_id for run in left), None)
-    return Earlier({_REPEAT_TAG: tag}, next(finished, None), unfinished)
+    return EarlierAttempts({_REPEAT_TAG: tag}, next(finished, None), unfinished)
 
 
 def _digest(what: Any) -> str:

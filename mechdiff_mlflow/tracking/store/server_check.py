@@ -317,7 +317,7 @@ def _listed(words: list[str], between: str) -> str:
 
 
 def _round_trips(store: Store) -> list[Finding]:
-    with store.patience.one_attempt():  # what does not answer at once is a finding
+    with store.retries.one_attempt():  # what does not answer at once is a finding
         return list(_tries(store))
 
 

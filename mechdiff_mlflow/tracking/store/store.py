@@ -79,19 +79,19 @@ class Store:
         uri: Its absolute URI, secrets included: print `shown` instead.
         client: The one MLflow client that our code uses on it.
         sqlite_path: The database file of a SQLite store.
-        patience: For how long requests are repeated while it is away.
+        retries: For how long requests are repeated while it is away.
         seen: Tags of experiments that were asked for by name, by id.
     """
 
     uri: str
     client: MlflowClient | RetryingClient = field(repr=False)
     sqlite_path: Path | None = None
-    patience: Retries = field(default_factory=Retries, repr=False)
+    retries: Retries = field(default_factory=Retries, repr=False)
     seen: dict[str, Mapping[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.client, RetryingClient):
-            object.__setattr__(self, "client", RetryingClient(self.client, self.patience))
+            object.__setattr__(self, "client", RetryingClient(self.client, self.retries))
 
     @property
     def shown(self) -> str:
@@ -127,7 +127,7 @@ class Store:
                 place |= tags or {}
                 try:
                     create = partial(self.client.create_experiment, name, self._artifact_root(name), place)
-                    made = str(self.patience.once(create, lambda: self._id_of(name)))
+                    made = str(self.retries.once(create, lambda: self._id_of(name)))
                     self.seen[made] = place
                     return made
                 except MlflowException as error:

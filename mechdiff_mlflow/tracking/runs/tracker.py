@@ -55,7 +55,7 @@ class Tracker:
         self.store = store
         self.experiment = experiment
         self.as_asked = as_asked
-        self.interrupts = Interrupts(store.patience.hurry)
+        self.interrupts = Interrupts(store.retries.hurry)
         self._resume = resume
 
     @contextmanager
