@@ -199,11 +199,10 @@ def track(uri: str, pair: Pair, cells: list[Cell], folder: Path, clock: Clock) -
         study = Study(pair, Protocol(), workers=workers)
         with clock.stage("capture, fit, choose on val"):
             fits = study.fit(cells)
-            run.begin_soon(fields.planned_cell(fit, study) for fit in fits)
         with clock.stage("report on test"):
             patches = study.patch(
                 [fit.to_patch for fit in fits],
-                lambda i, patch: run.log_soon(lambda: fields.cell_run(fits[i], patch, study)),
+                lambda i, patch: run.log_soon(fields.cell_run(fits[i], patch, study)),
             )
         with clock.stage("what is left to store"):
             run.wait()

@@ -95,7 +95,6 @@ class RunRequest(
     PositionOptions,
     ReportedOptions,
     TrainOptions,
-    WhyOptions,
     PermutationOptions,
     ForceOptions,
     ExperimentRequest,

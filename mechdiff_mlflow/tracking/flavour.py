@@ -40,7 +40,7 @@ from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.digests import file_sha256
 from mechdiff_mlflow.spec.version import __version__
-from mechdiff_mlflow.tracking.content.artifact_files import Sent, StoredFiles, sent_digest
+from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles, sent_digest
 from mechdiff_mlflow.tracking.content.card import model_card
 from mechdiff_mlflow.tracking.content.environment import environment
 from mechdiff_mlflow.tracking.content.names import logged_model_name
@@ -226,19 +226,6 @@ def log_model(
                 client.finalize_logged_model(logged.model_id, "FAILED")
             raise
     return LoggedMap(logged.model_id, logged.artifact_location, sha256, run_id)
-
-
-def send_map(store: Store, location: str, the_map: AffineMap, *, again: bool) -> dict[str, Sent]:
-    """Put `map.pt` alone among the artifacts of a run at `location`, and read it back; what was sent."""
-    content, sha256 = the_map.to_bytes(), the_map.sha256()
-    with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
-        sent = Path(folder, "sent")
-        sent.mkdir()
-        (sent / MAP_FILE).write_bytes(content)
-        files = StoredFiles(store, location)
-        files.send(sent, again=again)
-        files.require_same({MAP_FILE: sha256}, Path(folder, "back"))
-    return {MAP_FILE: Sent(sha256, len(content))}
 
 
 def _has_output(store: Store, run_id: str, model_id: str) -> bool:

@@ -207,15 +207,15 @@ def test_a_child_that_cannot_be_written_is_failed_and_so_is_its_parent(
 def test_a_signal_waits_for_the_child_being_written(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload = writing.artifacts.upload
+    write_files = writing.artifacts.write_files
 
-    def upload_during_sigterm(*arguments: Any) -> None:
+    def write_during_sigterm(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        upload(*arguments)
+        write_files(*arguments)
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught, tracker.run("run", "parent") as run:  # noqa: PT012
-        monkeypatch.setattr(writing.artifacts, "upload", upload_during_sigterm)
+        monkeypatch.setattr(writing.artifacts, "write_files", write_during_sigterm)
         run.log(patch("child", texts={"a.txt": "whole"}))
         pytest.fail("the signal was lost")
     assert caught.value.code == 128 + signal.SIGTERM

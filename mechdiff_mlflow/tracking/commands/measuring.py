@@ -127,11 +127,9 @@ def sweep(request: SweepRequest, caller: Caller = PYTHON) -> Result:
     targets = request.targets.at(list(dict.fromkeys(cell.site for cell in cells)))
     with session(request, f"sweep of {len(cells)} cells", caller, partial(check_cells, cells)) as now:
         fits = now.study.fit(cells)
-        # Maps, then numbers, are stored while the next are computed.
-        now.run.begin_soon(fields.planned_cell(fit, now.study) for fit in fits)
         patches = now.study.patch(
             [fit.to_patch for fit in fits],
-            lambda i, patch: now.run.log_soon(lambda: fields.cell_run(fits[i], patch, now.study)),
+            lambda i, patch: now.run.log_soon(fields.cell_run(fits[i], patch, now.study)),
         )
         with now.study.stage("logging runs", len(fits)) as advance:
             now.run.wait(advance)

@@ -63,8 +63,9 @@ def atlas(request: AtlasRequest, caller: Caller = PYTHON) -> Result:
                 except PromotionRefused as refusal:
                     refused.append(str(refusal))
                 advance(1)
-            others = [patch for site, patch in found.patches.items() if site not in found.best]
-            now.run.log_all([fields.patch_run(patch, now.study) for patch in others], advance)
+            for site in (site for site in found.patches if site not in found.best):
+                now.run.log_soon(fields.patch_run(found.patches[site], now.study))
+            now.run.wait(advance)
         sentence, figures = first_difference(found.table), atlas_figures(found.table)
         now.add_with_figures(
             figures, f"Atlas of {now.study.pair.name}", lambda files: atlas_run(found, sentence, files)

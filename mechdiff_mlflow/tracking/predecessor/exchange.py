@@ -82,8 +82,8 @@ def import_manifest(
         if held is not None and not request.force:
             raise PromotionRefused(
                 f"{held.name}@{request.alias} is version {held.number} with "
-                f"{numbers(numbers_in(held.tags))}, and winner {winner.key} is another map, not measured here; import it under another "
-                "--alias and measure it, or add --force."
+                f"{numbers(numbers_in(held.tags))}, and winner {winner.key} is another map, not measured "
+                "here; import it under another --alias and measure it, or add --force."
             )
         fresh[name] = winner
     experiment = experiment_of(store, request.experiment, pair)

@@ -7,6 +7,7 @@ keeps one of two equal points. The caller sets the status, last.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -34,19 +35,8 @@ class RecordWriter:
 
     def __init__(self, store: Store, require: Callable[[], None]) -> None:
         self._store, self._require = store, require
-        self._sent: dict[str, dict[str, Sent]] = {}
         self.models: dict[str, LoggedMap] = {}
         """The logged models of runs that were written or measured, by run."""
-
-    def send_map(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
-        """Send the map of a record alone, once; see `write`."""
-        with self._store.errors():
-            if record.map is not None and record.is_model:
-                self._model_of(run, record, again)
-            elif record.map is not None and MAP_FILE not in self._sent.setdefault(run.info.run_id, {}):
-                self._require()
-                sent = flavour.send_map(self._store, run.info.artifact_uri, record.map, again=again)
-                self._sent[run.info.run_id] |= sent
 
     def write(self, run: Run, record: RunRecord, *, again: bool = False) -> Run:
         """Write everything but the status, the cheap checks before the first request.
@@ -65,9 +55,7 @@ class RecordWriter:
         params = [Param(key, redact(param_text(key, value))) for key, value in record.params.items()]
         metrics, undefined = _finite(record)
         with self._store.errors():
-            self.send_map(run, record, again=again)
-            sent = self._sent.setdefault(run_id, {})
-            sent |= self._send(run, record, again)
+            sent = self._send(run, record, again)
             model = self._model_of(run, record, again)
             inputs = [LoggedModelInput(model.model_id)] if model and record.map_run else None
             if record.datasets or inputs:
@@ -90,18 +78,20 @@ class RecordWriter:
         return Run(run.info, RunData(points, params, tags))
 
     def _send(self, run: Run, record: RunRecord, again: bool) -> dict[str, Sent]:
-        """Send the files of a record, and make sure that they are there."""
-        sent: dict[str, Sent] = {}
-
-        def send(folder: str) -> None:
-            sent_now = files_of(Path(folder))
-            files = StoredFiles(self._store, run.info.artifact_uri)
-            self._require()
-            files.send(Path(folder), again=again)
-            files.require_present(sent_now)
-            sent.update(sent_now)
-
-        artifacts.upload(send, record)
+        """Send the files of a record, its map too where that is no model, and check them there."""
+        with tempfile.TemporaryDirectory(prefix="mechdiff-") as temporary:
+            folder = Path(temporary, "sent")
+            artifacts.write_files(record, folder)
+            is_file = record.map is not None and not record.is_model
+            if record.map is not None and is_file:
+                (folder / MAP_FILE).write_bytes(record.map.to_bytes())
+            if sent := files_of(folder):
+                files = StoredFiles(self._store, run.info.artifact_uri)
+                self._require()
+                files.send(folder, again=again)
+                files.require_present(sent)
+                if is_file:
+                    files.require_same({MAP_FILE: sent[MAP_FILE].sha256}, Path(temporary, "back"))
         return sent
 
     def _model_of(self, run: Run, record: RunRecord, again: bool) -> LoggedMap | None:
