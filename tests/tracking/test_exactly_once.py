@@ -21,8 +21,7 @@ from mlflow.entities import Run, ViewType
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
 from mechdiff_mlflow.tracking.content.cells import CELLS
-from mechdiff_mlflow.tracking.content.keys import key_of
-from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.content.records import RunRecord, key_of
 from mechdiff_mlflow.tracking.content.tag_names import ARTIFACTS_TAG, KEY_TAG, ROOT_TAG
 from mechdiff_mlflow.tracking.runs import run_lock
 from mechdiff_mlflow.tracking.runs.open_run import EPOCH_TAG

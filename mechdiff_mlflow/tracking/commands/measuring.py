@@ -29,7 +29,7 @@ from mechdiff_mlflow.tracking.commands.session import PYTHON, Caller, Result, se
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.names import check_alias
 from mechdiff_mlflow.tracking.content.parents import report_pass_run
-from mechdiff_mlflow.tracking.flavour import maps_of_run
+from mechdiff_mlflow.tracking.flavour import maps_of
 from mechdiff_mlflow.tracking.registry.fetch import load_map
 from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused
 from mechdiff_mlflow.tracking.registry.versions import winners_of
@@ -100,7 +100,7 @@ def patch(request: PatchRequest, caller: Caller = PYTHON) -> Result:
     store = open_store(request.tracking_uri)
     map_ = load_map(request.map, store=store)
     run_id = request.map.removeprefix("runs:/")
-    map_run = run_id if re.fullmatch("[0-9a-f]{32}", run_id) and maps_of_run(store, run_id) else None
+    map_run = run_id if re.fullmatch("[0-9a-f]{32}", run_id) and maps_of(store, run_id) else None
     map_ = map_ if request.alpha is None else map_.with_alpha(request.alpha)
     cell = _cell_of(map_, request.map)
 

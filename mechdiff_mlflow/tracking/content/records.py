@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.text import is_text, text_of
+from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,27 +27,24 @@ MAX_TAG_CHARS = 8000
 MAX_KEY_CHARS = 250
 MAX_DIGEST_CHARS = 36
 
+_OTHER_NUMBERS = 1e-2
+"""Relative difference at which a number is another one, and not the same computed elsewhere."""
+TIME = "time/"
+"""Beginning of the names of metrics that are durations."""
+
 # What MLflow accepts on every system: it also takes ":" except on Windows.
 _KEY = re.compile(r"[\w.\- /]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A prompt set that a run used, shown by MLflow among the run's datasets.
+    """A prompt set that a run used, shown by MLflow among the run's datasets."""
 
-    Args:
-        name: What the user calls it, e.g. `cultural-demo`.
-        split: `train`, `val` or `test`; MLflow's dataset context.
-        digest: At most 36 characters that change when any prompt changes.
-        n: Number of prompts.
-        source: The path that it was read from.
-    """
-
-    name: str
-    split: str
-    digest: str
-    n: int
-    source: str = ""
+    name: str  # what the user calls it
+    split: str  # `train`, `val` or `test`; MLflow's dataset context
+    digest: str  # at most 36 characters that change when any prompt changes
+    n: int  # number of prompts
+    source: str = ""  # the path that it was read from
 
     def __post_init__(self) -> None:
         if not self.digest or len(self.digest) > MAX_DIGEST_CHARS:
@@ -127,6 +128,44 @@ class RunRecord:
                 raise MechdiffError(f"Table {path!r} must end in .json, the form that MLflow shows.")
         if self.map is not None and self.map_run is not None:
             raise MechdiffError(f"Run {self.name!r} both fits a map and evaluates run {self.map_run}'s.")
+
+
+def key_of(record: RunRecord, code: str) -> str:
+    """32 hex digits over what a record was asked to be: its kind, settings, prompts, pair and code.
+
+    What was measured is not part of it, nor when. `code` is a version like `0.1.0+g1a2b3c4d5e`.
+    """
+    asked = {
+        "kind": record.kind,
+        "name": record.name,
+        "params": {key: param_text(key, value) for key, value in record.params.items()},
+        "datasets": sorted([p.name, p.split, p.digest] for p in record.datasets),
+        "pair": record.tags.get(PAIR_FINGERPRINT, ""),
+        # What the map is, where a command was given it: what a name stands for may change.
+        "map": [record.tags.get(key, "") for key in ("mechdiff.map", "mechdiff.map_sha256")]
+        if "mechdiff.map" in record.tags
+        else "",
+        "code": code,
+    }
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def check_same(run_id: str, record: RunRecord, logged: Mapping[str, float]) -> None:
+    """Make sure that what was computed again is what a run holds.
+
+    The last digits may differ: another machine, or other chunks after memory ran out.
+
+    Raises:
+        MechdiffError: A number is another one.
+    """
+    for key, value in record.metrics.items():
+        if key.startswith(TIME) or not math.isfinite(value) or key not in logged:
+            continue
+        if not math.isclose(value, logged[key], rel_tol=_OTHER_NUMBERS, abs_tol=1e-6):
+            raise MechdiffError(
+                f"Run {run_id} holds {key} = {logged[key]:.6g} and the same was now computed as {value:.6g}; "
+                "something changed since it was written, so begin anew instead of resuming."
+            )
 
 
 def check_key(key: str) -> None:

@@ -16,9 +16,8 @@ from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.text import text_of
-from mechdiff_mlflow.tracking.content.keys import key_of
 from mechdiff_mlflow.tracking.content.names import check_alias, registered_name
-from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.content.records import RunRecord, key_of
 from mechdiff_mlflow.tracking.content.tag_names import IMPORTED_FROM, KEY_TAG, PAIR_FINGERPRINT, ROOT_TAG
 from mechdiff_mlflow.tracking.predecessor import bundles
 from mechdiff_mlflow.tracking.predecessor.bundles import Manifest

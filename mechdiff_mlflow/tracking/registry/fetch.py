@@ -14,12 +14,11 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec.digests import file_sha256
 from mechdiff_mlflow.tracking import flavour
-from mechdiff_mlflow.tracking.content.tag_names import SHA256_TAG
+from mechdiff_mlflow.tracking.content.tag_names import MAP_RUN_TAG, SHA256_TAG
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.registry.versions import Version, get_version
 from mechdiff_mlflow.tracking.runs.lookup import all_runs
 from mechdiff_mlflow.tracking.runs.mlflow_run import plain
-from mechdiff_mlflow.tracking.runs.tracker import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store import user_cache as cache
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable, open_store, uri_of
 
@@ -35,17 +34,13 @@ class CachedAnswer(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a reference names: where its files are, the digest of its `map.pt`, and what to call it.
+    """What a reference names."""
 
-    `version` is the registered version, if it is one and the store was asked; `caution` says why this may not
-    be what the name means now, and is empty when the store was asked.
-    """
-
-    location: str
-    sha256: str
-    label: str
-    version: Version | None = None
-    caution: str = ""
+    location: str  # URI of its files
+    sha256: str  # digest of its `map.pt`
+    label: str  # what to call it
+    version: Version | None = None  # if it is registered, and the store was asked
+    caution: str = ""  # why this may not be what the name means now, where the store was not asked
 
     def __post_init__(self) -> None:
         # It names a directory of the cache, and comes from the store: `../..` would be removed as damaged.

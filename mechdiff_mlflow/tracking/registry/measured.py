@@ -14,10 +14,10 @@ from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.tracking import flavour
 from mechdiff_mlflow.tracking.content.names import registered_name
-from mechdiff_mlflow.tracking.content.tag_names import SELECTION_LEAK
+from mechdiff_mlflow.tracking.content.tag_names import MAP_RUN_TAG, SELECTION_LEAK
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.runs.lookup import each_run
-from mechdiff_mlflow.tracking.runs.tracker import MAP_RUN_TAG, OpenRun
+from mechdiff_mlflow.tracking.runs.tracker import OpenRun
 from mechdiff_mlflow.tracking.store.store import Store
 
 _FEW = 10

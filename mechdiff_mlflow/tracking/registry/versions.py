@@ -28,18 +28,14 @@ _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One registered version of a map.
-
-    `source` is the URI of its files, `run_id` the run that vouches for it; `tags` hold that run's params and
-    metrics, digests and the code version.
-    """
+    """One registered version of a map."""
 
     name: str
     number: int
-    source: str
-    run_id: str
+    source: str  # URI of its files
+    run_id: str  # of the run that vouches for it
     aliases: tuple[str, ...]
-    tags: Mapping[str, str]
+    tags: Mapping[str, str]  # that run's params and metrics, digests and the code version
 
     def __str__(self) -> str:
         return f"{self.name}/{self.number}"

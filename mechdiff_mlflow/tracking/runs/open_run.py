@@ -14,8 +14,7 @@ from mlflow.entities import Run, RunTag
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.cells import CELLS, cell_row, cells_text
-from mechdiff_mlflow.tracking.content.keys import check_same, key_of
-from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, RunRecord, param_text
+from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, RunRecord, check_same, key_of, param_text
 from mechdiff_mlflow.tracking.content.tag_names import KEY_TAG, ROOT_TAG
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.runs.interrupts import Interrupts, ending

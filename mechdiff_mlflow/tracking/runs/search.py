@@ -29,35 +29,20 @@ _MOST_A_PAGE = 1000
 
 @dataclass(frozen=True, slots=True)
 class FoundRun:
-    """A patch run that measured a map.
-
-    Args:
-        run_id: To fetch or promote.
-        experiment: Its name.
-        pair: Its name.
-        site: Where.
-        settings: solver, family, k, alpha, split and n as logged.
-        metric: Name of the metric that was asked for.
-        value: Its value.
-        low: Lower end of its 95 % interval, if logged.
-        high: The upper end.
-        leak: Whether something was chosen on prompts that are reported; None where nobody knows.
-        prompts: Name, digest and split of each prompt set.
-        started_ms: Unix time in ms.
-    """
+    """A patch run that measured a map."""
 
     run_id: str
-    experiment: str
+    experiment: str  # its name
     pair: str
     site: str
-    settings: dict[str, str]
-    metric: str
+    settings: dict[str, str]  # solver, family, k, alpha, split and n as logged
+    metric: str  # the one that was asked for
     value: float
-    low: float | None
+    low: float | None  # ends of its 95 % interval, if logged
     high: float | None
-    leak: bool | None
-    prompts: tuple[dict[str, str], ...]
-    started_ms: int
+    leak: bool | None  # whether something was chosen on prompts that are reported; None: nobody knows
+    prompts: tuple[dict[str, str], ...]  # name, digest and split of each set
+    started_ms: int  # Unix time
 
 
 def find_runs(

@@ -24,11 +24,10 @@ from mechdiff_mlflow.tracking.runs.mlflow_run import RUN_ID_VARIABLE, active_run
 from mechdiff_mlflow.tracking.runs.open_run import OpenRun
 from mechdiff_mlflow.tracking.runs.provenance import provenance_tags
 from mechdiff_mlflow.tracking.runs.run_lock import RunLock, taken_over
-from mechdiff_mlflow.tracking.runs.writing import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.store import Store
 
-__all__ = ["MAP_RUN_TAG", "RUN_ID_VARIABLE", "OpenRun", "Tracker"]
+__all__ = ["RUN_ID_VARIABLE", "OpenRun", "Tracker"]
 
 
 class Tracker:

@@ -15,14 +15,13 @@ from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunData, RunTa
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import flavour
-from mechdiff_mlflow.tracking.content import artifacts, keys
+from mechdiff_mlflow.tracking.content import artifacts
 from mechdiff_mlflow.tracking.content.artifact_files import Sent, StoredFiles, digest_tag, files_of
-from mechdiff_mlflow.tracking.content.records import RunRecord, param_text
+from mechdiff_mlflow.tracking.content.records import TIME, RunRecord, param_text
+from mechdiff_mlflow.tracking.content.tag_names import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.flavour import MAP_FILE, LoggedMap
 from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.store import Store
-
-MAP_RUN_TAG = "mechdiff.map_run"
 
 
 class RecordWriter:
@@ -64,12 +63,11 @@ class RecordWriter:
             at_ms = record.ended_ms or run.info.start_time
             if again:  # a former owner's last request may have come in since
                 run = client.get_run(run_id)
-            known = keys.fresh({key: value for key, value, _ in metrics}, run.data.metrics)
             model_id = model.model_id if model else None
             points = [
                 Metric(key, value, at_ms, step, model_id=model_id)
                 for key, value, step in metrics
-                if key in known
+                if not (key.startswith(TIME) and key in run.data.metrics)  # durations stay as they were
             ]
             tags = [RunTag(key, redact(text)) for key, text in _tags(record, undefined, sent).items()]
             if points or params or tags:
@@ -98,7 +96,7 @@ class RecordWriter:
         """The logged model that metrics belong to: of the record's own map, or of the run it measures."""
         run_id: str = record.map_run or run.info.run_id
         if record.map is not None and record.is_model and run_id not in self.models:
-            there = flavour.maps_of_run(self._store, run_id) if again else []
+            there = flavour.maps_of(self._store, run_id) if again else []
             wanted = record.map.sha256() if there else ""
             found = next((model for model in there if model.sha256 == wanted), None)
             self.models[run_id] = found or flavour.log_model(
@@ -113,7 +111,7 @@ class RecordWriter:
                 require_owner=self._require,
             )
         elif record.map_run is not None and run_id not in self.models:
-            fitted = flavour.maps_of_run(self._store, run_id)
+            fitted = flavour.maps_of(self._store, run_id)
             if not fitted:
                 raise MechdiffError(f"Run {run_id} has no map to evaluate; give the id of a fit run.")
             self.models[run_id] = fitted[-1]

@@ -73,21 +73,14 @@ class NotAllowed(MechdiffError):
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """An opened, working tracking store and the model registry that belongs to it.
+    """An opened, working tracking store and the model registry that belongs to it."""
 
-    Args:
-        uri: Its absolute URI, secrets included: print `shown` instead.
-        client: The one MLflow client that our code uses on it.
-        sqlite_path: The database file of a SQLite store.
-        retries: For how long requests are repeated while it is away.
-        seen: Tags of experiments that were asked for by name, by id.
-    """
-
-    uri: str
+    uri: str  # absolute, secrets included: print `shown` instead
     client: MlflowClient | RetryingClient = field(repr=False)
-    sqlite_path: Path | None = None
+    sqlite_path: Path | None = None  # the database file of a SQLite store
     retries: Retries = field(default_factory=Retries, repr=False)
     seen: dict[str, Mapping[str, str]] = field(default_factory=dict, repr=False, compare=False)
+    """Tags of experiments that were asked for by name, by id."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.client, RetryingClient):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -11,9 +10,11 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from pydantic import TypeAdapter, ValidationError
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.store.database import sqlite_path
@@ -28,22 +29,11 @@ _RUN_ID = re.compile("[0-9A-Za-z_-]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The map that a name meant in a store.
+    """The map that a name meant in a store."""
 
-    Args:
-        label: What it named, e.g. `NAME/3`.
-        sha256: Digest of the map.
-        asked_ms: When the store said so, Unix time in ms.
-    """
-
-    label: str
-    sha256: str
-    asked_ms: int
-
-    @property
-    def asked(self) -> str:
-        """When the store said so, in UTC."""
-        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.asked_ms / 1000))
+    label: str  # what it named, e.g. `NAME/3`
+    sha256: str  # digest of the map
+    asked: str  # when the store said so, in UTC
 
 
 def cache_root() -> Path:
@@ -107,16 +97,15 @@ def forget_old_staging() -> None:
 
 def remember(uri: str, name: str, label: str, sha256: str) -> None:
     """Note what `name` means in the store `uri` now."""
-    answer = Answer(label, sha256, int(time.time() * 1000))
-    write(_answer_path(uri, name), json.dumps({"name": name, **asdict(answer)}).encode())
+    answer = Answer(label, sha256, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
+    write(_answer_path(uri, name), TypeAdapter(Answer).dump_json(answer))
 
 
 def recall(uri: str, name: str) -> Answer | None:
     """What `name` meant in the store `uri` when it was last asked on this machine; None if it never was."""
     try:
-        found = json.loads(_answer_path(uri, name).read_text(encoding="utf-8"))
-        return Answer(str(found["label"]), str(found["sha256"]), int(found["asked_ms"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return TypeAdapter(Answer).validate_json(_answer_path(uri, name).read_bytes())
+    except (OSError, ValidationError):
         return None
 
 
