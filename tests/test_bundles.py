@@ -299,14 +299,14 @@ def test_links_may_not_leave_the_folder(tmp_path: Path) -> None:
         ('{"pair": "p", "winners": {"a": {"path": "x"}}}', "winners.a.alpha: Field required"),
         ('{"pair": "p", "winners": {"a": {"path": "x", "alpha": NaN}}}', "NaN is not a number"),
         ('{"pair": "p", "winners": {"a": {"path": "x", "alpha": -1}}}', "winners.a.alpha: Input should be"),
-        (" " * (1 << 20) + "{}", "over 1048576 bytes"),
+        (" " * (1 << 20) + "{}", "over 1048576"),
     ],
 )
 def test_a_wrong_manifest_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(MechdiffError, match=words):
         Manifest.load(tmp_path / "manifest.json")
-    with pytest.raises(MechdiffError, match="Cannot read the manifest"):
+    with pytest.raises(MechdiffError, match=r"Manifest .* cannot be read"):
         Manifest.load(tmp_path / "none.json")
 
 

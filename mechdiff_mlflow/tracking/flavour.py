@@ -1,7 +1,7 @@
 """The MLflow flavour of an affine map: plain tensors, a digest and a numeric probe, no pickle.
 
 A saved model has `map.pt`, `probe.safetensors` (a few input rows and what the map made of them when it was
-saved), a card, `conda.yaml` and `MLmodel`. MLflow checks nothing when it loads one; we check digests and probe.
+saved), a card, `conda.yaml` and `MLmodel`. MLflow checks nothing when it loads one; we do.
 """
 
 from __future__ import annotations

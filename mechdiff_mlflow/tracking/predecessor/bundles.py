@@ -15,7 +15,6 @@ import io
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any
@@ -78,16 +77,9 @@ class Manifest(BaseModel):
             MechdiffError: The file cannot be read or is not a manifest.
         """
         try:
-            untrusted.size_of(path, sys.maxsize)
-            with path.open("rb") as file:
-                content = file.read(_MAX_MANIFEST_BYTES + 1)
-            if len(content) > _MAX_MANIFEST_BYTES:
-                raise MechdiffError(f"{path} is over {_MAX_MANIFEST_BYTES} bytes; a manifest is a page.")
-            return cls.model_validate(untrusted.parse_json(content))
-        except OSError as error:
-            raise MechdiffError(
-                f"Cannot read the manifest {path} ({error.strerror}); check the path."
-            ) from error
+            return cls.model_validate(
+                untrusted.parse_json(untrusted.read_text(path, _MAX_MANIFEST_BYTES, "Manifest"))
+            )
         except ValidationError as error:
             raise MechdiffError(f"{path} is not a manifest: {untrusted.explain(error)}.") from error
         except (ValueError, RecursionError) as error:

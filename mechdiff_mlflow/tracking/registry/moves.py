@@ -7,7 +7,6 @@ once from several machines the last one stays, and each mover reads back and say
 
 from __future__ import annotations
 
-import getpass
 import re
 import time
 import uuid
@@ -30,6 +29,7 @@ from mechdiff_mlflow.tracking.registry.versions import (
     number_of,
     registered,
 )
+from mechdiff_mlflow.tracking.runs.provenance import provenance_tags
 from mechdiff_mlflow.tracking.store.file_locks import file_lock, lock_file
 from mechdiff_mlflow.tracking.store.server import A_TOKEN, login_name
 from mechdiff_mlflow.tracking.store.store import Store
@@ -212,9 +212,4 @@ def _now_ms() -> int:
 def _who(store: Store) -> str:
     """The login, where there is one; else the user of this machine."""
     login = login_name(store.uri) if store.is_server else None
-    if login not in (None, A_TOKEN):
-        return str(login)
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"
+    return provenance_tags()["mlflow.user"] if login in (None, A_TOKEN) else str(login)

@@ -87,17 +87,12 @@ def winners_of(store: Store, pair: str, alias: str) -> list[Version]:
 
 def list_versions(store: Store, name: str) -> list[Version]:
     """Every version of `name`, oldest first."""
-    model = registered(store, name)
-    found: list[Version] = []
-    token = None
-    with store.errors():
-        while True:
-            where = f"name = '{name}'"
-            page = store.client.search_model_versions(where, max_results=_PAGE, page_token=token)
-            found += [version_of(v, aliases_of(model, int(v.version))) for v in page]
-            token = page.token
-            if not token:
-                return sorted(found, key=lambda v: v.number)
+    model, where = registered(store, name), f"name = '{name}'"
+    found = store.every(
+        lambda token: store.client.search_model_versions(where, max_results=_PAGE, page_token=token)
+    )
+    versions = (version_of(v, aliases_of(model, int(v.version))) for v in found)
+    return sorted(versions, key=lambda v: v.number)
 
 
 def get_version(store: Store, name: str, which: int | str) -> Version:
@@ -170,15 +165,11 @@ def find(store: Store, name: str) -> RegisteredModel | None:
 def our_models(store: Store, where: str = "") -> list[RegisteredModel]:
     """Every registered map that MLflow's filter finds."""
     where = " and ".join(filter(None, (f"tags.`{KIND_TAG}` = 'map'", where)))
-    found: list[RegisteredModel] = []
-    token = None
-    with store.errors():
-        while True:
-            page = store.client.search_registered_models(where, max_results=_PAGE, page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                return found
+    return list(
+        store.every(
+            lambda token: store.client.search_registered_models(where, max_results=_PAGE, page_token=token)
+        )
+    )
 
 
 def version_of(found: ModelVersion, aliases: Iterable[str]) -> Version:

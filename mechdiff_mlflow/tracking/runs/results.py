@@ -144,7 +144,7 @@ def _not_all(each: Callable[..., Iterable[Run]], where: list[str]) -> Iterator[R
     commands: dict[str, Run] = {}
     while True:
         left = [*where, *(_is_other(_SAME_TAGS[0], run) for run in commands.values())]
-        page = list(islice(each(" and ".join(left), newest_first=True, page=_FEW), _FEW))
+        page = list(islice(each(" and ".join(left), page=_FEW), _FEW))
         yield from page
         if len(page) < _FEW:
             break

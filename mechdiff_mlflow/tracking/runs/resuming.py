@@ -141,7 +141,7 @@ def newest_of_mine(store: Store) -> tuple[Run | None, list[str]]:
     with store.errors():
         experiments = [e.experiment_id for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)]
     where = f"attributes.status != 'FINISHED' and tags.`{RESUME_TAG}` LIKE '{{%'"
-    for run in all_runs(store, experiments, where, newest_first=True):
+    for run in all_runs(store, experiments, where):
         with suppress(MechdiffError):  # what says no command is none
             known = Command.of(run).begun_by(run.info.run_id)
             if known is None or known.who != me:
@@ -190,7 +190,7 @@ class EarlierAttempts:
 
 
 def earlier_attempts(store: Store, experiment: str, asked: Any, content: Any = "") -> EarlierAttempts:
-    """The runs in an experiment, which need not exist, that attempts at the same request made; no deleted ones.
+    """The runs that attempts at the same request made in an experiment, which need not exist.
 
     `asked` is what makes it the same request, `content` what the run is to hold, both as JSON: where the
     content is another now, a finished run is another, too.
@@ -201,9 +201,7 @@ def earlier_attempts(store: Store, experiment: str, asked: Any, content: Any = "
         there = store.client.get_experiment_by_name(experiment)
     if there is None or RUN_ID_VARIABLE in os.environ:  # `mlflow run` has made another run for this
         return EarlierAttempts({_REPEAT_TAG: tag})
-    found = all_runs(
-        store, [there.experiment_id], f"tags.`{_REPEAT_TAG}` LIKE '{request}.%'", newest_first=True
-    )
+    found = all_runs(store, [there.experiment_id], f"tags.`{_REPEAT_TAG}` LIKE '{request}.%'")
     finished = (run for run in found if run.info.status == "FINISHED" and run.data.tags[_REPEAT_TAG] == tag)
     left = (run for run in found if run.info.status != "FINISHED" and is_alive(store, run) is False)
     unfinished = next((run.info.run_id for run in left), None)

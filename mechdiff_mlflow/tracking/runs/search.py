@@ -102,7 +102,7 @@ class _Search:
 
     def __init__(self, store: Store, experiments: dict[str, str], metric: str) -> None:
         self._sign = 1 if metric.startswith(_LOWER_IS_BETTER) else -1
-        by = [f"metrics.`{metric}` {'ASC' if self._sign > 0 else 'DESC'}", "attributes.start_time DESC"]
+        by = [f"metrics.`{metric}` {'ASC' if self._sign > 0 else 'DESC'}"]
         self._each = partial(each_run, store, list(experiments), order=by)
         self._experiments, self._metric = experiments, metric
 

@@ -37,7 +37,7 @@ def stuck_runs(store: Store, *, watch: bool = False) -> list[Stuck]:
     """
     with store.errors():
         names = {e.experiment_id: e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)}
-    running = all_runs(store, list(names), "attributes.status = 'RUNNING'", newest_first=True)
+    running = all_runs(store, list(names), "attributes.status = 'RUNNING'")
     tops = {run.info.run_id: run for run in running if ROOT_TAG not in run.data.tags}
     gone: dict[str, tuple[bool, str]] = {}
     above = {run.data.tags[ROOT_TAG] for run in running if ROOT_TAG in run.data.tags} - tops.keys()

@@ -7,16 +7,18 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import requests
 from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.store.entities import PagedList
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
@@ -39,6 +41,7 @@ _MAX_EXPERIMENTS = 50_000
 _said: set[str] = set()
 """Stores of which it was said that they were copied."""
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
+T = TypeVar("T")
 _REFUSED = re.compile(r"endpoint (?P<endpoint>\S+) failed with error code (?P<status>401|403)\b")
 
 # The user's own settings win; these are what MLflow does when nothing is set.
@@ -171,6 +174,17 @@ class Store:
                 f"The store {self.sqlite_path} was copied or moved from {old}, and its artifacts are "
                 f"still read there; run {self.command('server-check', '--rebase')} to have them here."
             )
+
+    def every(self, search: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
+        """What `search` finds, asked for page by page as it is taken, by the token of each page."""
+        token = None
+        while True:
+            with self.errors():
+                found = search(token)
+            yield from found
+            token = found.token
+            if not token:
+                return
 
     def experiments(self) -> list[Experiment]:
         """Every experiment, deleted ones too."""
