@@ -153,15 +153,10 @@ def session(
     position: Position | None = None,
     promotes: Sequence[str] = (),
 ) -> Iterator[Session]:
-    """A tracked run around a study of the pair of a request.
+    """A tracked run around a study of the pair of a request, which the UI shows as `name`.
 
-    Args:
-        request: What is asked for.
-        name: What the UI shows.
-        caller: Who asks.
-        check: Refuses what is impossible for the pair, of which no weights have been loaded.
-        position: In place of the request's.
-        promotes: Slugs of the sites whose maps it may register, as regular expressions.
+    `check` refuses what is impossible for the pair before weights are loaded; `position` is taken in place of
+    the request's; `promotes` are slugs of the sites whose maps may be registered, as regular expressions.
     """
     spec, protocol = request.spec, request.protocol
     params: dict[str, ParamValue] = dict(request.params())

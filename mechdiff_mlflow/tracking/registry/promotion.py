@@ -124,12 +124,8 @@ def promote(
 def require_may_promote(store: Store, pair: str, sites: Iterable[str]) -> None:
     """Make sure, before any work, that this account may register the maps of a pair at some sites.
 
-    A server without a login lets everybody, and a new name is free.
-
-    Args:
-        store: Where to.
-        pair: Its name.
-        sites: Regular expressions of their slugs, such as `L26-attn_out`.
+    A server without a login lets everybody, and a new name is free. `sites` are regular expressions of slugs
+    such as `L26-attn_out`.
 
     Raises:
         MechdiffError: The pair's name cannot be part of a map's, or a server does not let it.

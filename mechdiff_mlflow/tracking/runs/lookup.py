@@ -79,14 +79,9 @@ def made_once(
 ) -> Run:
     """A new run with the name and start of `record` and some tags, made exactly once.
 
-    Args:
-        store: Where to.
-        experiment_id: In which experiment.
-        where: Filter that finds this run and no other, by its tags; looked up after an answer was lost.
-        record: What it will hold.
-        tags: Of the run.
-        look: Look before it is made the first time, too.
-        require: Called right before each request that makes it; raises if another process does that by now.
+    The filter `where` finds this run and no other; it is looked up after an answer was lost, and with `look`
+    before it is made the first time, too. `require` is called right before each request that makes it, and
+    raises if another process does that by now.
     """
 
     def find() -> Run | None:

@@ -56,15 +56,8 @@ def find_runs(
 ) -> list[FoundRun]:
     """Finished patch runs that have `metric`, the best first; the store orders them and sends no others.
 
-    Less is better for KL, rho and p-values, more for everything else.
-
-    Args:
-        store: Where to look, in every experiment.
-        pair: Only of this pair.
-        site: Only at this site.
-        metric: What counts.
-        best: Only the best of each pair and site.
-        limit: How many at most; None for all.
+    Less is better for KL, rho and p-values, more for everything else. With `best`, only the best of each pair
+    and site; `limit` is how many at most.
 
     Raises:
         MechdiffError: No run is found; says what to try.

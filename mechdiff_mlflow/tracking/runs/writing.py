@@ -27,9 +27,7 @@ from mechdiff_mlflow.tracking.store.store import Store
 class RecordWriter:
     """Writes records; several threads may, each into other runs.
 
-    Args:
-        store: Where to.
-        require: Called before each request that writes; raises if this process may not write any more.
+    `require` is called before each request that writes; it raises if this process may not write any more.
     """
 
     def __init__(self, store: Store, require: Callable[[], None]) -> None:
@@ -40,12 +38,7 @@ class RecordWriter:
     def write(self, run: Run, record: RunRecord, *, again: bool = False) -> Run:
         """Write everything but the status, the cheap checks before the first request.
 
-        Args:
-            run: As it is before; what it holds of durations is kept.
-            record: What it is to hold.
-            again: Whether some of that may be there from an earlier attempt.
-
-        Returns: The run with what was written.
+        Returns the run with what was written. `again` says that some may be there from an earlier attempt.
 
         Raises:
             MechdiffError: The record or the store refuses, or the store does not hold what was sent.
