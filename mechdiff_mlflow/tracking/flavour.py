@@ -136,8 +136,8 @@ def log_model(
         the_map: What to log.
         name: Of the logged model; characters it cannot have are replaced.
         store: By default where MLflow tracks to.
-        run_id: By default the active one.
-        experiment_id: Of that run.
+        run_id: By default the active one, in the experiment of `experiment_id`.
+        experiment_id: By default looked up.
         params: Shown on the model's page.
         metrics: For the model card; log them with `model_id` to link them to the model.
         again: Whether a killed process may have begun this, which is then gone on with.

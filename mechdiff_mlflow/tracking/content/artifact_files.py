@@ -1,9 +1,4 @@
-"""Files at one artifact location of a store: sent, made sure of and read, with a request each and no other.
-
-MLflow's client asks the server where a model's files belong, though it said so when it made the model, and
-lists a directory before it downloads a file of it. Nothing here is shared between two locations, so each
-thread may have its own.
-"""
+"""Files at one artifact location of a store: sent, made sure of and read in fewer requests than MLflow's."""
 
 from __future__ import annotations
 
@@ -31,10 +26,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A file that was sent: its hex digest, and its size in bytes."""
+    """A file that was sent."""
 
     sha256: str
-    size: int
+    size: int  # bytes
 
 
 def files_of(folder: Path) -> dict[str, Sent]:
@@ -93,10 +88,8 @@ class StoredFiles:
     def send(self, folder: Path, *, again: bool = False) -> None:
         """Put everything in `folder` there, under the same names.
 
-        Args:
-            folder: Of the files.
-            again: Whether a killed process may have sent some. A server that was in the midst of one keeps
-                a part of it that it does not list, so the place is emptied first, if it lists no others.
+        After a killed process (`again`) a server may keep a part of a file, which it does not list; so the
+        place is emptied first, if it lists no others.
         """
         if again and not isinstance(self._files, LocalArtifactRepository):
             self._empty({path.relative_to(folder).as_posix() for path in folder.rglob("*")})
@@ -115,11 +108,7 @@ class StoredFiles:
             _log.warning("What a killed upload may have left at %s stays there: %s", self._location, error)
 
     def read_back(self, names: Iterable[str], folder: Path) -> Path:
-        """A directory that holds the files `names` as they are stored.
-
-        That is where they lie, if the store keeps files on this machine; never change them there. Otherwise
-        they are fetched into `folder`.
-        """
+        """A directory that holds the files `names`: the store's own (never change it), or `folder`."""
         if isinstance(self._files, LocalArtifactRepository):
             place = Path(self._files.artifact_dir)
             self._store.say_if_moved(place)

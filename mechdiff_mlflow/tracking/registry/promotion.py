@@ -1,7 +1,6 @@
 """Making a run's map a registered version and moving an alias to it, so that the alias never lies.
 
-Uploaded and read back when the run was logged; read back again; registered; verified through the registry;
-only then the alias moves. Whatever step a promotion dies at, the alias stays, and running it again finishes.
+The alias moves last. Whatever step a promotion dies at, the alias stays, and running it again finishes.
 """
 
 from __future__ import annotations
@@ -66,10 +65,9 @@ def promote(
         run_id: A `patch` run, whose numbers the version gets, or a `fit` run that at most one patch measured.
         name: Under which to register; by default `<pair>-L<layer>-<hook>` of the run.
         alias: To move; the last step.
-        policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
-        why: In the user's words, for the history.
-        here: The command that has just written the run: it is not asked for again, and nothing is made or
-            moved once another process has taken the command over.
+        policy: Who may be promoted.
+        why: For the history.
+        here: The command that has just written the run, which may be taken over meanwhile.
         read: The run's map, if this very process has just logged it and read it back.
         say: Told in a sentence which version gives way to which, or that nothing moves.
 

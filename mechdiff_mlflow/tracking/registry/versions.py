@@ -133,12 +133,8 @@ def holder(store: Store, model: RegisteredModel, alias: str, known: Version | No
 
 def registered(store: Store, name: str) -> RegisteredModel:
     """MLflow's entity of the registered map `name`; an error says which there are."""
-    try:
-        with store.errors():
-            return store.client.get_registered_model(name)
-    except MechdiffError as error:
-        if not _is_missing(error):
-            raise
+    if (model := _model(store, name)) is not None:
+        return model
     known = sorted(model.name for model in our_models(store))
     close = difflib.get_close_matches(name, known, n=5) or known[:10]
     raise MechdiffError(f"No map is registered as {name!r}; there is {', '.join(close) or 'none yet'}.")
@@ -147,19 +143,24 @@ def registered(store: Store, name: str) -> RegisteredModel:
 def find(store: Store, name: str) -> RegisteredModel | None:
     """The same, or None where there is none or this account may not look; not another kind of model."""
     try:
-        with store.errors():
-            model = store.client.get_registered_model(name)
+        model = _model(store, name)
     except NotAllowed:
         return None
-    except MechdiffError as error:
-        if not _is_missing(error):
-            raise
-        return None
-    if model.tags.get(KIND_TAG) != "map":
+    if model is not None and model.tags.get(KIND_TAG) != "map":
         raise MechdiffError(
             f"A registered model {name!r} that is no map exists already; give another name with --name."
         )
     return model
+
+
+def _model(store: Store, name: str) -> RegisteredModel | None:
+    try:
+        with store.errors():
+            return store.client.get_registered_model(name)
+    except MechdiffError as error:
+        if not _is_missing(error):
+            raise
+    return None
 
 
 def our_models(store: Store, where: str = "") -> list[RegisteredModel]:

@@ -10,20 +10,19 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 
-from mlflow.entities import Run, RunTag
+from mlflow.entities import Run
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.cells import CELLS, cell_row, cells_text
-from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, RunRecord, check_same, key_of, param_text
+from mechdiff_mlflow.tracking.content.records import RunRecord, check_same, key_of, param_text
 from mechdiff_mlflow.tracking.content.tag_names import KEY_TAG, ROOT_TAG
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.runs.interrupts import Interrupts, ending
 from mechdiff_mlflow.tracking.runs.lookup import all_runs, made_once, reopen
-from mechdiff_mlflow.tracking.runs.mlflow_run import params_of, plain
+from mechdiff_mlflow.tracking.runs.mlflow_run import failure_tags, params_of, plain
 from mechdiff_mlflow.tracking.runs.provenance import code_version, provenance_tags
 from mechdiff_mlflow.tracking.runs.run_lock import RunLock, owner_in
 from mechdiff_mlflow.tracking.runs.writing import RecordWriter
-from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store, StoreFull, StoreUnreachable
 
 EPOCH_TAG = "mechdiff.epoch"
@@ -32,7 +31,6 @@ EPOCH_TAG = "mechdiff.epoch"
 _WRITERS = 8
 """Threads that log at once to a server; a SQLite file takes one writer at a time."""
 _SWITCH_S = 2e-5
-_CUT = " … (cut)"
 
 _log = logging.getLogger(__name__)
 
@@ -294,9 +292,7 @@ class OpenRun:
         try:
             with self._one_more_chance(error), self._store.errors():
                 if reason:
-                    note = f"**{status}:** {reason}\n\n{description}"
-                    tags = {"mechdiff.failure": reason, "mlflow.note.content": note}
-                    client.log_batch(run_id, tags=[RunTag(k, _cut(redact(v))) for k, v in tags.items()])
+                    client.log_batch(run_id, tags=failure_tags(status, reason, description))
                 client.set_terminated(run_id, status)
         except MechdiffError as another:
             if error is None:
@@ -319,8 +315,3 @@ class OpenRun:
                 f"start it with -P {shlex.quote(f'{key}={text[:200]}')}."
             )
         return True
-
-
-def _cut(text: str) -> str:
-    """A failure's text, cut visibly where MLflow would refuse it."""
-    return text if len(text) <= MAX_TAG_CHARS else text[: MAX_TAG_CHARS - len(_CUT)] + _CUT
