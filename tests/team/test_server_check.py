@@ -22,8 +22,7 @@ from team.tls_proxy import tls_proxy
 
 from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.tracking.store import server_check
-from mechdiff_mlflow.tracking.store.scratch import PREFIX
-from mechdiff_mlflow.tracking.store.server_check import Finding, Level, check_store
+from mechdiff_mlflow.tracking.store.server_check import PREFIX, Finding, Level, check_store
 from mechdiff_mlflow.tracking.store.store import open_store
 
 
