@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -88,7 +88,7 @@ def winners_of(store: Store, pair: str, alias: str) -> list[Version]:
 def list_versions(store: Store, name: str) -> list[Version]:
     """Every version of `name`, oldest first."""
     model, where = registered(store, name), f"name = '{name}'"
-    found = store.every(
+    found: Iterator[ModelVersion] = store.every(
         lambda token: store.client.search_model_versions(where, max_results=_PAGE, page_token=token)
     )
     versions = (version_of(v, aliases_of(model, int(v.version))) for v in found)
