@@ -39,7 +39,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from mechdiff_mlflow.tracking.content.records import RunRecord  # noqa: E402
 from mechdiff_mlflow.tracking.runs.provenance import code_version  # noqa: E402
-from mechdiff_mlflow.tracking.runs.runs import Tracker  # noqa: E402
+from mechdiff_mlflow.tracking.runs.tracker import Tracker  # noqa: E402
 from mechdiff_mlflow.tracking.store.store import open_store, prepare_process  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")

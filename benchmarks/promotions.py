@@ -43,7 +43,7 @@ from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import promote
 from mechdiff_mlflow.tracking.registry.versions import get_version, list_versions
 from mechdiff_mlflow.tracking.runs.provenance import code_version
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import open_store
 
 NAME = "bench-L0-attn_out"

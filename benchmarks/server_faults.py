@@ -38,7 +38,7 @@ from tracking.servers import Server, serving  # noqa: E402
 
 from mechdiff_mlflow.tracking.content.records import RunRecord  # noqa: E402
 from mechdiff_mlflow.tracking.runs.provenance import code_version  # noqa: E402
-from mechdiff_mlflow.tracking.runs.runs import Tracker  # noqa: E402
+from mechdiff_mlflow.tracking.runs.tracker import Tracker  # noqa: E402
 from mechdiff_mlflow.tracking.store.store import open_store  # noqa: E402
 
 CREATE = Rule(fault=Fault.DROP_ANSWER, method="POST", path=r"/runs/create$", first_of_each=True)

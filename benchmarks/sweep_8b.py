@@ -53,7 +53,7 @@ from mechdiff_mlflow.spec.prompts import check_disjoint, read_prompts
 from mechdiff_mlflow.spec.sites import Hook, Site
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.flavour import maps_of
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import open_store
 
 N_SITES = 10
@@ -199,11 +199,10 @@ def track(uri: str, pair: Pair, cells: list[Cell], folder: Path, clock: Clock) -
         study = Study(pair, Protocol(), workers=workers)
         with clock.stage("capture, fit, choose on val"):
             fits = study.fit(cells)
-            run.begin_soon(fields.planned_cell(fit, study) for fit in fits)
         with clock.stage("report on test"):
             patches = study.patch(
                 [fit.to_patch for fit in fits],
-                lambda i, patch: run.log_soon(lambda: fields.cell_run(fits[i], patch, study)),
+                lambda i, patch: run.log_soon(fields.cell_run(fits[i], patch, study)),
             )
         with clock.stage("what is left to store"):
             run.wait()

@@ -27,7 +27,7 @@ from team.postgres import postgres
 from team.server import ADMIN, Server, team_server
 
 from mechdiff_mlflow.tracking.content.records import RunRecord
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import open_store
 
 ARTIFACT_BYTES = 2**20

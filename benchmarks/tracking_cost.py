@@ -6,7 +6,7 @@ The records are those of a real sweep on the demo pair: 10 sites × 10 ranks × 
 params, metrics, tags, three prompt sets, tables, spec, environment and map, and a parent with curves and the
 best cell. They are made once, then logged to each store
 
-(ours) as `mechdiff sweep` does, by `Tracker` and `OpenRun.log_all`;
+(ours) as `mechdiff sweep` does, by `Tracker` and `OpenRun.log_soon`;
 (fluent) by `mlflow.start_run(nested=True)`, `log_param`, `log_metric`, `set_tag`, `log_input`, `log_table`
     and `log_text` one by one, the map by `mlflow.pyfunc.log_model` with its requirements given, which spares
     the naive side MLflow's slow inference of them;
@@ -56,7 +56,7 @@ from mechdiff_mlflow.models.pairs import load_pair
 from mechdiff_mlflow.spec.pair_spec import PairSpec, Rank
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import RunRecord, param_text
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 
 SITES = tuple(f"L{layer}/{hook}" for layer in range(24, 29) for hook in ("attn_out", "resid_post"))
@@ -141,7 +141,9 @@ def ours(sweep: Sweep, store: Store, experiment: str) -> Timing:
     start = time.perf_counter()
     with Tracker(store, experiment).run("sweep", f"sweep of {len(sweep.cells)} cells") as run:
         opened = time.perf_counter()
-        run.log_all(sweep.cells)
+        for cell in sweep.cells:
+            run.log_soon(cell)
+        run.wait()
         logged = time.perf_counter()
         run.add(sweep.headline)
     return _timing(len(sweep.cells), start, opened, logged)

@@ -268,7 +268,7 @@ def test_a_damaged_or_truncated_bundle_is_refused(tmp_path: Path) -> None:
 def test_paths_that_may_leave_the_folder_are_refused(tmp_path: Path, written: str) -> None:
     (tmp_path / "map.pt").write_bytes(b"x")
     (tmp_path / "root").mkdir()
-    with pytest.raises(MechdiffError, match=r"may leave|is a link that leaves"):
+    with pytest.raises(MechdiffError, match=r"lies outside|There is no file"):
         bundle_file(tmp_path / "root", written)
 
 
@@ -281,7 +281,7 @@ def test_links_may_not_leave_the_folder(tmp_path: Path) -> None:
     (root / "up").symlink_to(tmp_path)
     (root / "alias.pt").symlink_to(root / "in" / "own.pt")
     for written in ("out.pt", "up/map.pt"):
-        with pytest.raises(MechdiffError, match="is a link that leaves"):
+        with pytest.raises(MechdiffError, match="lies outside"):
             bundle_file(root, written)
     assert bundle_file(root, "alias.pt") == (root / "in" / "own.pt").resolve()
     for written in ("in", "none.pt"):
@@ -299,14 +299,14 @@ def test_links_may_not_leave_the_folder(tmp_path: Path) -> None:
         ('{"pair": "p", "winners": {"a": {"path": "x"}}}', "winners.a.alpha: Field required"),
         ('{"pair": "p", "winners": {"a": {"path": "x", "alpha": NaN}}}', "NaN is not a number"),
         ('{"pair": "p", "winners": {"a": {"path": "x", "alpha": -1}}}', "winners.a.alpha: Input should be"),
-        (" " * (1 << 20) + "{}", "over 1048576 bytes"),
+        (" " * (1 << 20) + "{}", "over 1048576"),
     ],
 )
 def test_a_wrong_manifest_is_refused(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(MechdiffError, match=words):
         Manifest.load(tmp_path / "manifest.json")
-    with pytest.raises(MechdiffError, match="Cannot read the manifest"):
+    with pytest.raises(MechdiffError, match=r"Manifest .* cannot be read"):
         Manifest.load(tmp_path / "none.json")
 
 

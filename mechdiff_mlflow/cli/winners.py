@@ -14,13 +14,12 @@ from mechdiff_mlflow.experiments.options import (
     AliasOptions,
     ForceOptions,
     PairOptions,
-    PositionOptions,
     StoreOptions,
-    TrackingOptions,
     WhyOptions,
 )
+from mechdiff_mlflow.experiments.requests import ImportRequest
 from mechdiff_mlflow.spec.options import FLAG, PATH, TEXT, number, option
-from mechdiff_mlflow.tracking.predecessor.exchange import Import, export_manifest, import_manifest
+from mechdiff_mlflow.tracking.predecessor.exchange import export_manifest, import_manifest
 from mechdiff_mlflow.tracking.registry import fetch, moves, promotion, versions
 from mechdiff_mlflow.tracking.registry.compare import diff
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
@@ -211,39 +210,13 @@ def _diff(request: DiffRequest) -> None:
     show.map_diff(diff(open_store(request.tracking_uri), request.a, request.b))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportRequest(PositionOptions, AliasOptions, WhyOptions, ForceOptions, TrackingOptions):
-    """Register the winners of a hand-made MANIFEST (pair, winners: path and alpha) with an alias.
-
-    Its .pt bundles are read without unpickling, and become maps with the same outputs.
-
-    \b
-    Example:
-      mechdiff import winners/manifest.json --pair cultural-demo --alias imported
-    """
-
-    manifest: Path = option(..., PATH, "", is_argument=True)
-    root: Path | None = option(None, PATH, "Folder in which its paths lie; default the manifest's own.")
-    pair: str | None = option(None, TEXT, "Name or spec of the pair; default what the manifest says.")
-
-
 @command(ImportRequest)
 def _import(request: ImportRequest) -> None:
-    what = Import(
-        manifest=request.manifest,
-        root=request.root or request.manifest.parent,
-        pair=None if request.pair is None else pair_name(request.pair),
-        position=request.position,
-        alias=request.alias,
-        why=request.why,
-        force=request.force,
-        experiment=request.experiment,
-    )
-    found = import_manifest(open_store(request.tracking_uri), what, say=lambda text: show.lines([text]))
+    found = import_manifest(open_store(request.tracking_uri), request, say=lambda text: show.lines([text]))
     for row in found:
         did = "is" if row.is_new else "was already"
-        show.lines([f"{row.key}: {row.version.name} version {row.version.number} {did} @{what.alias}"])
-    name = f"{found[0].version.name}@{what.alias}"
+        show.lines([f"{row.key}: {row.version.name} version {row.version.number} {did} @{request.alias}"])
+    name = f"{found[0].version.name}@{request.alias}"
     show.lines([f"Fetch: {show.command('fetch', name, '-o', 'map.pt')}"])
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.options import (
     LAYER,
     SPLIT,
+    AliasOptions,
     CellOptions,
     ForceOptions,
     MapOptions,
@@ -24,12 +26,13 @@ from mechdiff_mlflow.experiments.options import (
     StoreOptions,
     TrackingOptions,
     TrainOptions,
+    WhyOptions,
     count,
     one_alpha,
 )
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.sweep import SweepSite, Targets, cells_of
-from mechdiff_mlflow.spec.options import TEXT, Kind, listed, one_of, option, technical, whole
+from mechdiff_mlflow.spec.options import PATH, TEXT, Kind, listed, one_of, option, technical, whole
 from mechdiff_mlflow.spec.pair_spec import Cell, Rank
 from mechdiff_mlflow.spec.sites import Hook
 
@@ -300,3 +303,19 @@ class CompareRequest(SeedOptions, StoreOptions):
     out: str = technical(
         "mechdiff-compare.md", Kind("file", _document), "File to write; .md and .html are both written."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportRequest(PositionOptions, AliasOptions, WhyOptions, ForceOptions, TrackingOptions):
+    """Register the winners of a hand-made MANIFEST (pair, winners: path and alpha) with an alias.
+
+    Its .pt bundles are read without unpickling, and become maps with the same outputs.
+
+    \b
+    Example:
+      mechdiff import winners/manifest.json --pair cultural-demo --alias imported
+    """
+
+    manifest: Path = option(..., PATH, "", is_argument=True)
+    root: Path | None = option(None, PATH, "Folder in which its paths lie; default the manifest's own.")
+    pair: str | None = option(None, TEXT, "Name or spec of the pair; default what the manifest says.")

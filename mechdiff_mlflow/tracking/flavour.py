@@ -1,25 +1,19 @@
 """The MLflow flavour of an affine map: plain tensors, a digest and a numeric probe, no pickle.
 
-A saved model is a directory:
-
-    MLmodel               flavour `mechdiff` (digests, widths) and `python_function`
-    map.pt                the map, at the root: `models:/NAME@champion/map.pt` downloads it
-    probe.safetensors     a few input rows and what the map made of them when it was saved
-    README.md             the model card
-    conda.yaml            versions, for every kind of environment that MLflow makes
-
-MLflow checks nothing when it loads a model; we check both digests and the probe, every time.
+A saved model has `map.pt`, `probe.safetensors` (a few input rows and what the map made of them when it was
+saved), a card, `conda.yaml` and `MLmodel`. MLflow checks nothing when it loads one; we do.
 """
 
 from __future__ import annotations
 
 import hashlib
+import platform
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -40,9 +34,8 @@ from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.digests import file_sha256
 from mechdiff_mlflow.spec.version import __version__
-from mechdiff_mlflow.tracking.content.artifact_files import Sent, StoredFiles, sent_digest
+from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles, sent_digest
 from mechdiff_mlflow.tracking.content.card import model_card
-from mechdiff_mlflow.tracking.content.environment import environment
 from mechdiff_mlflow.tracking.content.names import logged_model_name
 from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, ParamValue, param_text
 from mechdiff_mlflow.tracking.content.tag_names import SHA256_TAG
@@ -65,15 +58,11 @@ Float32Array: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class LoggedMap:
-    """A map that the store holds, complete and read back.
+    """A map that the store holds, complete and read back."""
 
-    `model_id` is empty while the map is only a file of its run, `location` the URI of the model's files or of
-    that file, `sha256` the hex digest of its `map.pt`.
-    """
-
-    model_id: str
-    location: str
-    sha256: str
+    model_id: str  # empty while the map is only a file of its run
+    location: str  # URI of the model's files, or of that file
+    sha256: str  # hex digest of its `map.pt`
     run_id: str = ""
 
     @property
@@ -104,7 +93,7 @@ def _write(root: Path, the_map: AffineMap, content: bytes, model: Model, card: s
     (root / MAP_FILE).write_bytes(content)
     (root / PROBE_FILE).write_bytes(rows)
     (root / CARD_FILE).write_text(card, encoding="utf-8")
-    (root / ENVIRONMENT_FILE).write_text(environment(), encoding="utf-8")
+    (root / ENVIRONMENT_FILE).write_text(_environment(), encoding="utf-8")
     model.signature = _signature(the_map)
     model.add_flavor(
         FLAVOR_NAME,
@@ -147,8 +136,8 @@ def log_model(
         the_map: What to log.
         name: Of the logged model; characters it cannot have are replaced.
         store: By default where MLflow tracks to.
-        run_id: By default the active one.
-        experiment_id: Of that run.
+        run_id: By default the active one, in the experiment of `experiment_id`.
+        experiment_id: By default looked up.
         params: Shown on the model's page.
         metrics: For the model card; log them with `model_id` to link them to the model.
         again: Whether a killed process may have begun this, which is then gone on with.
@@ -192,7 +181,7 @@ def log_model(
             return next((m for status in ("READY", "PENDING") for m in found if m.status == status), None)
 
         begun = find() if again else None
-        logged = begun or store.patience.once(create, find)
+        logged = begun or store.retries.once(create, find)
         try:
             require_owner()
         except RunTakenOver:  # the other process goes on with this one, unless it has its own
@@ -219,26 +208,13 @@ def log_model(
             elif _has_output(store, run_id, logged.model_id):
                 return LoggedMap(logged.model_id, logged.artifact_location, sha256, run_id)
             add = partial(client.log_outputs, run_id, [LoggedModelOutput(logged.model_id, step=0)])
-            store.patience.once(add, lambda: _has_output(store, run_id, logged.model_id) or None)
+            store.retries.once(add, lambda: _has_output(store, run_id, logged.model_id) or None)
         except BaseException:
             require_owner()  # or another process may be going on with it
             if logged.status != "READY":
                 client.finalize_logged_model(logged.model_id, "FAILED")
             raise
     return LoggedMap(logged.model_id, logged.artifact_location, sha256, run_id)
-
-
-def send_map(store: Store, location: str, the_map: AffineMap, *, again: bool) -> dict[str, Sent]:
-    """Put `map.pt` alone among the artifacts of a run at `location`, and read it back; what was sent."""
-    content, sha256 = the_map.to_bytes(), the_map.sha256()
-    with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder:
-        sent = Path(folder, "sent")
-        sent.mkdir()
-        (sent / MAP_FILE).write_bytes(content)
-        files = StoredFiles(store, location)
-        files.send(sent, again=again)
-        files.require_same({MAP_FILE: sha256}, Path(folder, "back"))
-    return {MAP_FILE: Sent(sha256, len(content))}
 
 
 def _has_output(store: Store, run_id: str, model_id: str) -> bool:
@@ -318,14 +294,11 @@ def load_logged(store: Store, logged: LoggedMap) -> AffineMap:
     return the_map
 
 
-def maps_of_run(store: Store, run_id: str) -> list[LoggedMap]:
-    """As `maps_of`, of a run by its id."""
-    with store.errors():
-        return maps_of(store, store.client.get_run(run_id))
-
-
-def maps_of(store: Store, run: Run) -> list[LoggedMap]:
-    """The complete maps that a run logged, oldest first: its models, or the one that is a file."""
+def maps_of(store: Store, run: Run | str) -> list[LoggedMap]:
+    """The complete maps that a run, or one by its id, logged, oldest first: its models, or the one file."""
+    if isinstance(run, str):
+        with store.errors():
+            run = store.client.get_run(run)
     run_id, outputs = run.info.run_id, run.outputs.model_outputs if run.outputs else []
     with store.errors():
         models = map(store.client.get_logged_model, dict.fromkeys(one.model_id for one in outputs))
@@ -398,3 +371,20 @@ def _flavour_conf(root: Path) -> dict[str, Any]:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _environment() -> str:
+    """The file that MLflow makes a conda, virtualenv or uv environment from; the same for every map."""
+    pins = [
+        f"mechdiff-mlflow=={__version__}",
+        f"mlflow=={mlflow.__version__}",
+        f"torch=={torch.__version__.split('+')[0]}",
+        f"numpy=={np.__version__}",
+    ]
+    conda = {
+        "name": "mechdiff-map",
+        "channels": ["conda-forge"],
+        "dependencies": [f"python={platform.python_version()}", "pip", {"pip": pins}],
+    }
+    return str(yaml.safe_dump(conda, sort_keys=False))

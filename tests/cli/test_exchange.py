@@ -79,7 +79,7 @@ def test_paths_start_from_the_manifests_folder_unless_said(seed: Path, mechdiff:
     written = json.loads(seed.read_text())
     written["winners"]["L26_attn_out"]["path"] = "../rq2/best/best_L26_attn_out.pt"
     seed.write_text(json.dumps(written))
-    assert "may leave" in mechdiff("import", str(seed), code=1).output
+    assert "lies outside" in mechdiff("import", str(seed), code=1).output
 
 
 def test_one_bad_bundle_and_nothing_is_registered(

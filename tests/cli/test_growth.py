@@ -21,8 +21,8 @@ from mechdiff_mlflow.report.evidence import Evidence
 from mechdiff_mlflow.tracking.commands.documents import TABLES, evidence_of
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_SITE, pair_site
 from mechdiff_mlflow.tracking.runs import results
-from mechdiff_mlflow.tracking.runs.lookup import MOST_VALUES
-from mechdiff_mlflow.tracking.runs.results import results_df, tables_of
+from mechdiff_mlflow.tracking.runs.lookup import MOST_VALUES, all_runs
+from mechdiff_mlflow.tracking.runs.results import tables_of
 from mechdiff_mlflow.tracking.runs.search import FoundRun, find_runs
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 
@@ -31,7 +31,7 @@ SWEEP = ("--sites", "L2/attn_out,L3/attn_out", "--ranks", "2,full", "--targets",
 
 def read_whole(store: Store, pair: str) -> Evidence:
     """The evidence by reading every run."""
-    runs = results_df(store, pair)
+    runs = results._frame([results._row(run) for run in all_runs(store, [store.experiment_id(pair)])])
     done = runs[runs["status"] == "FINISHED"]
     kinds = {path: done[done["kind"] == kind]["run_id"] for path, kind in TABLES.items()}
     return Evidence.of(pair, runs, {path: tables_of(store, ids, path) for path, ids in kinds.items()})

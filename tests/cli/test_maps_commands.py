@@ -11,7 +11,7 @@ from tracking.conftest import make_map
 
 from mechdiff_mlflow.tracking.content.records import RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import SELECTION_LEAK
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import open_store
 
 NAME = "demo-L3-attn_out"

@@ -21,7 +21,7 @@ from mechdiff_mlflow.tracking.commands import computing
 from mechdiff_mlflow.tracking.content.tag_names import ROOT_TAG
 from mechdiff_mlflow.tracking.runs.provenance import code_version
 from mechdiff_mlflow.tracking.runs.resuming import RESUME_TAG, Command, user_of
-from mechdiff_mlflow.tracking.runs.runs import OpenRun
+from mechdiff_mlflow.tracking.runs.tracker import OpenRun
 from mechdiff_mlflow.tracking.store import store as stores
 from mechdiff_mlflow.tracking.store.store import open_store
 

@@ -14,7 +14,7 @@ from team.server import ADMIN, Server
 
 from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.tracking.registry.moves import history
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.server import login_name
 from mechdiff_mlflow.tracking.store.store import open_store
 

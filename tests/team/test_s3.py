@@ -18,7 +18,7 @@ from mechdiff_mlflow.tracking.content.records import RunRecord
 from mechdiff_mlflow.tracking.registry.fetch import fetch
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import promote
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.server_check import Level, check_store
 from mechdiff_mlflow.tracking.store.store import open_store
 

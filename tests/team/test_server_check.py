@@ -22,8 +22,7 @@ from team.tls_proxy import tls_proxy
 
 from mechdiff_mlflow.cli import cli
 from mechdiff_mlflow.tracking.store import server_check
-from mechdiff_mlflow.tracking.store.scratch import PREFIX
-from mechdiff_mlflow.tracking.store.server_check import Finding, Level, check_store
+from mechdiff_mlflow.tracking.store.server_check import PREFIX, Finding, Level, check_store
 from mechdiff_mlflow.tracking.store.store import open_store
 
 
@@ -77,7 +76,7 @@ def test_a_good_server_passes_and_is_left_as_it_was(team: Server, here: Path) ->
         *("permissions", "artifact proxy", "registry", "cleaned up"),
     }
     passed = {check for check, finding in found.items() if finding.level is Level.OK}
-    assert passed >= found.keys() - {"reachable", "store migrations"}  # a busy machine is slow to answer
+    assert passed == found.keys() - {"store migrations"}
     assert found["store migrations"].level is Level.SKIP
     assert "ann" in found["login"].seen
     assert all(finding.remedy for finding in found.values() if finding.level in (Level.WARN, Level.FAIL))
@@ -144,25 +143,8 @@ def test_a_server_behind_tls_passes_when_its_certificate_is_trusted(
     assert failed(strange) == list(strange) == ["reachable"]
     assert "is not trusted" in strange["reachable"].seen
     assert failed(found) == []
-    assert found["encryption"].seen == "https, certificate trusted"
+    assert found["encryption"].seen == "https"
     assert found["artifact proxy"].level is Level.OK
-
-
-def test_a_loopback_address_of_a_server_that_others_reach_too_fails(
-    careless: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    port = int(careless.rpartition(":")[2])
-    with closing(socket.socket()) as other:
-        other.bind(("127.0.0.2", port))
-        other.listen()
-        monkeypatch.setattr(server_check, "own_addresses", lambda: ["127.0.0.2"])
-        found = checked(careless)["authentication"]
-    assert found.level is Level.FAIL
-    assert f"port {port} is also open on 127.0.0.2" in found.seen
-
-
-def test_own_addresses_are_not_loopback() -> None:
-    assert not any(server_check.is_loopback(address) for address in server_check.own_addresses())
 
 
 @pytest.mark.usefixtures("as_ann")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mechdiff_mlflow.maps.affine import AffineMap, Weight
-from mechdiff_mlflow.tracking.runs.runs import RUN_ID_VARIABLE, Tracker
+from mechdiff_mlflow.tracking.runs.tracker import RUN_ID_VARIABLE, Tracker
 from mechdiff_mlflow.tracking.store import store as store_module
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 from mechdiff_mlflow.tracking.store.user_cache import CACHE_VARIABLE

@@ -7,8 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import wait
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +21,7 @@ from mlflow.entities import Run, ViewType
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.artifact_files import StoredFiles
 from mechdiff_mlflow.tracking.content.cells import CELLS
-from mechdiff_mlflow.tracking.content.keys import key_of
-from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.content.records import RunRecord, key_of
 from mechdiff_mlflow.tracking.content.tag_names import ARTIFACTS_TAG, KEY_TAG, ROOT_TAG
 from mechdiff_mlflow.tracking.runs import run_lock
 from mechdiff_mlflow.tracking.runs.open_run import EPOCH_TAG
@@ -37,8 +35,8 @@ from mechdiff_mlflow.tracking.runs.run_lock import (
     owner_in,
     taken_over,
 )
-from mechdiff_mlflow.tracking.runs.runs import OpenRun, Tracker
 from mechdiff_mlflow.tracking.runs.stuck import end_stuck, stuck_runs
+from mechdiff_mlflow.tracking.runs.tracker import OpenRun, Tracker
 from mechdiff_mlflow.tracking.runs.writing import RecordWriter
 from mechdiff_mlflow.tracking.store.file_locks import lock_file, process_start
 from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store
@@ -61,6 +59,12 @@ def cell(k: int, **contents: Any) -> RunRecord:
         tables={"per_prompt.json": table},
         **contents,
     )
+
+
+def log_all(run: OpenRun, records: Iterable[RunRecord]) -> list[str]:
+    for record in records:
+        run.log_soon(record)
+    return run.wait()
 
 
 def active(store: Store) -> list[Run]:
@@ -103,7 +107,7 @@ def test_a_resumed_tree_is_that_of_an_undisturbed_run(
     assert statuses(store) == {"ranks": "RUNNING", "k=1": "FINISHED", "k=2": "RUNNING"}
     before = {run.info.run_name: run for run in active(store)}
     with Tracker(store, "demo", resume=run_id).run("sweep", "ranks") as run:
-        ids = run.log_all(cell(k) for k in (1, 2, 3))
+        ids = log_all(run, (cell(k) for k in (1, 2, 3)))
     assert statuses(store) == dict.fromkeys(("ranks", "k=1", "k=2", "k=3"), "FINISHED")
     after = {run.info.run_name: run for run in active(store)}
     assert [after[f"k={k}"].info.run_id for k in (1, 2, 3)] == ids
@@ -159,7 +163,7 @@ def test_a_lost_answer_makes_no_second_run(
 
     monkeypatch.setattr(store.client._client, "create_run", create_and_lose)
     with tracker.run("sweep", "ranks") as run:
-        run.log_all(cell(k) for k in range(1, 4))
+        log_all(run, (cell(k) for k in range(1, 4)))
     assert lost == ["ranks", "k=1", "k=2", "k=3"]
     assert statuses(store) == dict.fromkeys(("ranks", "k=1", "k=2", "k=3"), "FINISHED")
     assert len(active(store)) == 4
@@ -254,7 +258,7 @@ def set_tags(store: Store, run_id: str, tags: dict[str, str]) -> None:
         store.client.set_tag(run_id, key, text)
 
 
-@pytest.mark.parametrize("path", ["begin_soon", "log_soon", "log"])
+@pytest.mark.parametrize("path", ["log_soon", "log"])
 def test_nothing_is_made_after_a_take_over(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
@@ -264,12 +268,7 @@ def test_nothing_is_made_after_a_take_over(
     with pytest.raises(RunTakenOver, match="elsewhere"), tracker.run("sweep", "ranks") as run:  # noqa: PT012
         set_tags(store, run.run_id, theirs(run._lock.owner))
         clock[0] += run_lock.OWNER_TIMEOUT_S
-        if path == "begin_soon":
-            run.begin_soon([replace(cell(k), metrics={}) for k in (1, 2)])
-            wait(run._begun.values())
-        if path == "log_soon":
-            run.log_soon(lambda: cell(1))
-        run.log_all([cell(2)]) if path != "log" else run.log(cell(2))
+        log_all(run, [cell(1), cell(2)]) if path == "log_soon" else run.log(cell(2))
     assert statuses(store) == {"ranks": "RUNNING"}
     assert not store.client.search_logged_models([store.experiment("demo")])
 
@@ -491,55 +490,6 @@ def test_every_child_has_its_key_and_the_parent_its_lease(store: Store, tracker:
     assert not lock_file(store.uri, "promotion").exists()
 
 
-def test_what_is_begun_in_the_background_is_finished_once(store: Store, tracker: Tracker) -> None:
-    """The map first, then the numbers: each is sent once, in one run."""
-    with tracker.run("sweep", "ranks") as run:
-        whole = {k: cell(k, metrics={"drop_pct": 10.0 * k}) for k in (1, 2)}
-        run.begin_soon(replace(record, metrics={}, tables={}) for record in whole.values())
-        for record in whole.values():
-            run.log_soon(lambda record=record: record)  # type: ignore[misc]
-        ids = run.wait()
-        assert run.wait() == []
-    found = {r.info.run_name: r for r in active(store)}
-    assert statuses(store) == dict.fromkeys(("ranks", "k=1", "k=2"), "FINISHED")
-    for k, run_id in zip((1, 2), ids, strict=True):
-        child = found[f"k={k}"]
-        assert child.info.run_id == run_id
-        assert child.data.metrics == {"drop_pct": 10.0 * k}
-        assert len(store.client.get_metric_history(run_id, "drop_pct")) == 1
-        assert len(child.outputs.model_outputs) == 1
-        assert list(json.loads(child.data.tags[ARTIFACTS_TAG])) == ["per_prompt.json"]
-
-
-def test_what_is_begun_and_not_finished_ends_with_its_parent(store: Store, tracker: Tracker) -> None:
-    with pytest.raises(ZeroDivisionError), tracker.run("sweep", "ranks") as run:  # noqa: PT012
-        run.begin_soon([replace(cell(1), metrics={})])
-        wait(run._begun.values())
-        _ = 1 / 0
-    assert statuses(store) == {"ranks": "FAILED", "k=1": "FAILED"}
-
-
-def test_what_could_not_be_begun_is_begun_again(
-    store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    send, failed = RecordWriter.send_map, []
-
-    def send_late(self: RecordWriter, run: Run, record: RunRecord, **more: Any) -> None:
-        send(self, run, record, **more)
-        if record.map is not None and not failed:
-            failed.append(True)
-            raise MechdiffError("The server stopped answering for hours.")
-
-    monkeypatch.setattr(RecordWriter, "send_map", send_late)
-    with tracker.run("sweep", "ranks") as run:
-        run.begin_soon([replace(cell(1), metrics={})])
-        run.log_all([cell(1)])
-    assert failed == [True]
-    assert statuses(store) == {"ranks": "FINISHED", "k=1": "FINISHED"}
-    (child,) = [r for r in active(store) if r.info.run_name == "k=1"]
-    assert len(child.outputs.model_outputs) == 1
-
-
 def test_what_failed_in_the_background_is_logged_in_the_end(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -555,7 +505,7 @@ def test_what_failed_in_the_background_is_logged_in_the_end(
     monkeypatch.setattr(RecordWriter, "write", write_late)
     interval = sys.getswitchinterval()
     with tracker.run("sweep", "ranks") as run:
-        ids = run.log_all([cell(1), cell(2)])
+        ids = log_all(run, [cell(1), cell(2)])
         assert sys.getswitchinterval() < interval
     assert sys.getswitchinterval() == interval
     assert failed == [True]

@@ -149,7 +149,7 @@ def test_a_logged_map_is_ready_and_belongs_to_its_run(store: Store) -> None:
     assert (model.status, model.name, model.source_run_id) == ("READY", "L3-attn_out α=0,3", run_id)
     assert logged.sha256 == the_map.sha256()
     assert "drop_pct | 34" in model.tags["mlflow.note.content"]
-    assert flavour.maps_of_run(store, run_id) == [logged]
+    assert flavour.maps_of(store, run_id) == [logged]
     mlflow.set_tracking_uri(store.uri)
     assert load_model(f"models:/{logged.model_id}") == the_map
 
@@ -159,7 +159,7 @@ def test_a_map_is_logged_to_the_active_run_by_name(store: Store) -> None:
     the_map = make_map(alpha=0.3)
     with mlflow.start_run(experiment_id=store.experiment("demo")) as run:
         logged = mechdiff_mlflow.log_model(the_map, name="mine")
-    assert flavour.maps_of_run(store, run.info.run_id) == [logged]
+    assert flavour.maps_of(store, run.info.run_id) == [logged]
     assert mechdiff_mlflow.load_model(logged.model_uri) == the_map
     x = torch.randn(3, D)
     assert np.array_equal(mlflow.pyfunc.load_model(logged.model_uri).predict(x.numpy()), the_map(x).numpy())
@@ -188,7 +188,7 @@ def test_a_store_that_keeps_other_bytes_is_found_out(
         log_model(make_map(), "x", store=store, run_id=run_id)
     [model] = store.client.search_logged_models([store.experiment("demo")])
     assert model.status == "FAILED"
-    assert flavour.maps_of_run(store, run_id) == []
+    assert flavour.maps_of(store, run_id) == []
 
 
 def test_a_lost_file_is_found_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +235,7 @@ def test_a_refusal_after_the_files_leaves_the_model_failed(store: Store, at: int
     assert failing.calls == at + 1
     [model] = store.client.search_logged_models([store.experiment("demo")])
     assert model.status == "FAILED"
-    assert flavour.maps_of_run(store, run_id) == []
+    assert flavour.maps_of(store, run_id) == []
 
 
 def test_maps_are_logged_by_several_threads_at_once(store: Store) -> None:
@@ -250,7 +250,7 @@ def test_maps_are_logged_by_several_threads_at_once(store: Store) -> None:
         logged = list(pool.map(log, range(12)))
     mlflow.set_tracking_uri(store.uri)
     for run_id, sha256 in logged:
-        [found] = flavour.maps_of_run(store, run_id)
+        [found] = flavour.maps_of(store, run_id)
         assert found.sha256 == sha256
         assert load_model(found.model_uri).sha256() == sha256
 

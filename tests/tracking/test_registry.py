@@ -29,7 +29,7 @@ from mechdiff_mlflow.tracking.registry.moves import Move, history
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import demote, promote, rollback
 from mechdiff_mlflow.tracking.registry.versions import get_version, list_versions, list_winners
-from mechdiff_mlflow.tracking.runs.runs import OpenRun, Tracker
+from mechdiff_mlflow.tracking.runs.tracker import OpenRun, Tracker
 from mechdiff_mlflow.tracking.store import user_cache as cache
 from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store, open_store
 
@@ -201,7 +201,7 @@ def test_unknown_names_aliases_and_versions_say_what_there_is(store: Store, patc
 
 def test_runs_and_logged_models_name_maps_too(store: Store, tracker: Tracker, patched: Patch) -> None:
     run_id = patched()
-    [logged] = flavour.maps_of_run(store, patched.fit)
+    [logged] = flavour.maps_of(store, patched.fit)
     assert load_map(f"runs:/{patched.fit}", store=store) == make_map()
     assert load_map(f"models:/{logged.model_id}", store=store) == make_map()
     with pytest.raises(MechdiffError, match=f"at α=1 and .* promote {run_id} to have it so, or name"):

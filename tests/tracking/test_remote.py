@@ -17,7 +17,7 @@ from mechdiff_mlflow.tracking.registry.fetch import CachedAnswer, fetch, load_ma
 from mechdiff_mlflow.tracking.registry.moves import history
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
 from mechdiff_mlflow.tracking.registry.promotion import promote
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import open_store
 
 from .conftest import flip_byte, make_map
@@ -121,7 +121,7 @@ def test_a_broken_answer_is_no_answer(tmp_path: Path, empty_database: Path) -> N
     promote(open_store(uri), logged(uri, 1), policy=PromotionPolicy(force=True))
     fetch(f"{NAME}@champion", tmp_path / "map.pt", tracking_uri=uri)
     [answer] = (tmp_path / "cache" / "answers").iterdir()
-    answer.write_text('{"label": "x", "sha256": "../../../etc", "asked_ms": 0}')
+    answer.write_text('{"label": "x", "sha256": "../../../etc", "asked": ""}')
     with pytest.raises(MechdiffError, match="which is none; promote its run again"):
         load_map(f"{NAME}@champion", tracking_uri=uri, offline=True)
     answer.write_text("[")

@@ -51,36 +51,36 @@ class Flaky:
 
 
 def client_of(flaky: Flaky, seconds: float = 30.0) -> tuple[RetryingClient, Retries]:
-    patience = Retries(seconds)
-    return RetryingClient(flaky, patience), patience
+    retries = Retries(seconds)
+    return RetryingClient(flaky, retries), retries
 
 
 def test_what_may_be_repeated_is_repeated_and_mlflow_repeats_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RETRIES, "9")
     flaky = Flaky(2)
-    client, patience = client_of(flaky)
+    client, retries = client_of(flaky)
     assert client.set_tag() == "tag"
     assert flaky.done == ["tag"] * 3
     assert flaky.retries == ["0"] * 3
     assert os.environ[RETRIES] == "9"
-    assert patience.has_retried
+    assert retries.has_retried
 
 
 def test_what_creates_is_asked_once_and_then_looked_up() -> None:
     flaky = Flaky(1)
-    client, patience = client_of(flaky)
+    client, retries = client_of(flaky)
     with pytest.raises(requests.ConnectionError):
         client.create_run()
     assert flaky.done == ["run"]
 
     flaky = Flaky(1)
-    client, patience = client_of(flaky)
-    assert patience.once(client.create_run, lambda: "found" if flaky.done else None) == "found"
+    client, retries = client_of(flaky)
+    assert retries.once(client.create_run, lambda: "found" if flaky.done else None) == "found"
     assert flaky.done == ["run"]
 
     flaky = Flaky(1)
-    client, patience = client_of(flaky)
-    assert patience.once(client.create_run, lambda: None) == "run"  # it never arrived
+    client, retries = client_of(flaky)
+    assert retries.once(client.create_run, lambda: None) == "run"  # it never arrived
     assert flaky.done == ["run"] * 2
 
 
@@ -105,7 +105,7 @@ def test_patience_ends_and_hurry_ends_it_at_once() -> None:
     assert len(flaky.done) > 1
 
     flaky = Flaky(10**9)
-    client, patience = client_of(flaky, seconds=1e5)
+    client, retries = client_of(flaky, seconds=1e5)
     ended: list[str] = []
 
     def wait() -> None:
@@ -116,16 +116,16 @@ def test_patience_ends_and_hurry_ends_it_at_once() -> None:
     waiting = threading.Thread(target=wait)
     waiting.start()
     time.sleep(0.1)
-    patience.hurry.set()
+    retries.hurry.set()
     waiting.join(30)
     assert ended == ["so"]
 
     flaky = Flaky(10**9)
-    client, patience = client_of(flaky, seconds=1e5)
-    with patience.one_attempt(), pytest.raises(requests.ConnectionError):
+    client, retries = client_of(flaky, seconds=1e5)
+    with retries.one_attempt(), pytest.raises(requests.ConnectionError):
         client.set_tag()
     assert len(flaky.done) == 1
-    assert not patience.hurry.is_set()
+    assert not retries.hurry.is_set()
 
 
 def test_threads_share_the_setting_and_leave_it_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

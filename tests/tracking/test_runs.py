@@ -18,7 +18,7 @@ from mlflow.entities import Param, Run
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.records import Dataset, RunRecord
 from mechdiff_mlflow.tracking.runs import writing
-from mechdiff_mlflow.tracking.runs.runs import RUN_ID_VARIABLE, Tracker
+from mechdiff_mlflow.tracking.runs.tracker import RUN_ID_VARIABLE, Tracker
 from mechdiff_mlflow.tracking.store.store import Store
 
 from .conftest import make_map
@@ -207,15 +207,15 @@ def test_a_child_that_cannot_be_written_is_failed_and_so_is_its_parent(
 def test_a_signal_waits_for_the_child_being_written(
     store: Store, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    upload = writing.artifacts.upload
+    write_files = writing.artifacts.write_files
 
-    def upload_during_sigterm(*arguments: Any) -> None:
+    def write_during_sigterm(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        upload(*arguments)
+        write_files(*arguments)
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught, tracker.run("run", "parent") as run:  # noqa: PT012
-        monkeypatch.setattr(writing.artifacts, "upload", upload_during_sigterm)
+        monkeypatch.setattr(writing.artifacts, "write_files", write_during_sigterm)
         run.log(patch("child", texts={"a.txt": "whole"}))
         pytest.fail("the signal was lost")
     assert caught.value.code == 128 + signal.SIGTERM
@@ -232,7 +232,7 @@ def test_sigterm_ends_a_process_with_its_run_killed(store: Store, tmp_path: Path
         textwrap.dedent(
             f"""
             import time
-            from mechdiff_mlflow.tracking.runs.runs import Tracker
+            from mechdiff_mlflow.tracking.runs.tracker import Tracker
             from mechdiff_mlflow.tracking.store.store import open_store
             with Tracker(open_store({store.uri!r}), "demo").run("run", "job"):
                 print("started", flush=True)
@@ -325,7 +325,7 @@ def test_mlflow_run_and_we_make_one_tree(store: Store, tmp_path: Path) -> None:
             """
             import sys
             from mechdiff_mlflow.tracking.content.records import RunRecord
-            from mechdiff_mlflow.tracking.runs.runs import Tracker
+            from mechdiff_mlflow.tracking.runs.tracker import Tracker
             from mechdiff_mlflow.tracking.store.store import open_store
             with Tracker(open_store(), "unused").run("run", "job", {"alpha": sys.argv[1], "k": 8}) as run:
                 run.log(RunRecord(kind="patch", name="child", metrics={"drop_pct": 1.0}))

@@ -23,7 +23,7 @@ from mlflow.store.db import utils as mlflow_db
 from mlflow.tracking import MlflowClient
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.retries import Retries
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable, open_store
@@ -348,7 +348,7 @@ def test_a_server_that_goes_away_is_asked_again_but_not_for_ever(
     """The run fails with one sentence; ending it costs one attempt, not another round of waiting."""
     attempts: list[float] = []
     with _answering(200, b'{"run": {"info": {"run_id": "r", "experiment_id": "1"}, "data": {}}}') as uri:
-        gone = Store(uri, MlflowClient(uri), patience=Retries(1.0))
+        gone = Store(uri, MlflowClient(uri), retries=Retries(1.0))
 
     def refuse(*_: object, **__: object) -> None:
         attempts.append(time.monotonic())

@@ -55,7 +55,7 @@ def test_a_map_costs_a_request_a_file_and_one_for_each_change(
     ]
     # Made, READY, an output of its run.
     assert len(asked) == N_FILES + 3 + 3
-    assert [model.sha256 for model in flavour.maps_of_run(store, run_id)] == [
+    assert [model.sha256 for model in flavour.maps_of(store, run_id)] == [
         make_map(seed).sha256() for seed in (0, 1)
     ]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,31 +34,16 @@ def workers_of(request: ExperimentRequest, folder: Path, stage: Stage, check: Ch
     `check` is called with the pair before any weights are loaded.
     """
     version = f"{code_version()} {source_sha256()}"
-    with _usable(folder) as place, _computing(request, stage, check) as inner:
-        yield Journal(inner, place, version=version, in_memory=request.memory_budget is None)
-
-
-@contextlib.contextmanager
-def _usable(folder: Path) -> Iterator[Path]:
-    """The folder, or a temporary one where nobody asked for it and it cannot be made."""
     forget_old_staging()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        if STAGING_VARIABLE in os.environ:
-            raise MechdiffError(
-                f"{STAGING_VARIABLE} is {os.environ[STAGING_VARIABLE]!r}, where no folder can be made "
-                f"({error.strerror}); set it to a folder of yours, or to none."
-            ) from error
-        warnings.warn(
-            f"{folder} cannot be made ({error.strerror}), so what is computed is lost if this command is "
-            f"stopped; set {STAGING_VARIABLE} to a folder of yours.",
-            stacklevel=2,
-        )
-        with tempfile.TemporaryDirectory(prefix="mechdiff-staging-") as temporary:
-            yield Path(temporary)
-    else:
-        yield folder
+        raise MechdiffError(
+            f"{folder}, for what is computed, cannot be made ({error.strerror}); set {STAGING_VARIABLE} to a "
+            "folder of yours."
+        ) from error
+    with _computing(request, stage, check) as inner:
+        yield Journal(inner, folder, version=version, in_memory=request.memory_budget is None)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from mechdiff_mlflow.tracking.commands.session import command_line
 from mechdiff_mlflow.tracking.content.parents import report_run
 from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.results import summarised, tables_of
-from mechdiff_mlflow.tracking.runs.resuming import earlier
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.resuming import earlier_attempts
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 
 TABLES = {"least_ranks.json": "sweep", "atlas.json": "atlas", "layers.json": "layers", "heads.json": "heads"}
@@ -100,7 +100,7 @@ def _logged(
     out = Path(request.out)
     files = document.write(out)
     params, tags = request.params(), {"mechdiff.command": command_line(request)}
-    left = earlier(store, experiment, [request.command, title, params], document.markdown(""))
+    left = earlier_attempts(store, experiment, [request.command, title, params], document.markdown(""))
     if left.finished is not None:
         return Written(document, files, store, left.finished.info.experiment_id)
     tracker = Tracker(store, experiment, resume=left.unfinished, as_asked=request.as_typed)

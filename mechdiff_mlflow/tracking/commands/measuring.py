@@ -29,9 +29,8 @@ from mechdiff_mlflow.tracking.commands.session import PYTHON, Caller, Result, se
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.names import check_alias
 from mechdiff_mlflow.tracking.content.parents import report_pass_run
-from mechdiff_mlflow.tracking.flavour import maps_of_run
+from mechdiff_mlflow.tracking.flavour import maps_of
 from mechdiff_mlflow.tracking.registry.fetch import load_map
-from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused
 from mechdiff_mlflow.tracking.registry.versions import winners_of
 from mechdiff_mlflow.tracking.store.store import open_store
 
@@ -50,9 +49,6 @@ def run(request: RunRequest, caller: Caller = PYTHON) -> Result:
                 "α would be chosen on the val prompts that are reported, and such a map may not be promoted; "
                 "report test, give one --alpha, or add --force."
             )
-    notes: list[str] = []
-    versions = []
-    refused = ""
     promotes = [] if request.promote is None else [cell.site.slug]
     with session(request, str(cell), caller, partial(check_cells, [cell]), promotes=promotes) as now:
         (fit,) = now.study.fit([cell])
@@ -62,20 +58,8 @@ def run(request: RunRequest, caller: Caller = PYTHON) -> Result:
         now.run.add(fields.headline(patch))
         _require_signal(patch)
         if request.promote is not None:
-            try:
-                say = notes.append
-                versions.append(now.promote(measured, fit.map, request.promote, force=request.force, say=say))
-            except PromotionRefused as refusal:  # what was measured stays, and the run is a good one
-                refused = str(refusal)
-    return replace(
-        now.result,
-        fits=[fit],
-        patches=[patch],
-        map_run=map_run,
-        versions=versions,
-        notes=notes,
-        refused=refused,
-    )
+            now.promote(measured, fit.map, request.promote, force=request.force)
+    return now.result(fits=[fit], patches=[patch], map_run=map_run)
 
 
 def fit(request: FitRequest, caller: Caller = PYTHON) -> Result:
@@ -88,7 +72,7 @@ def fit(request: FitRequest, caller: Caller = PYTHON) -> Result:
     with session(request, f"fit {cell}", caller, partial(check_cells, [cell])) as now:
         (found,) = now.study.fit([cell])
         map_run = now.place(fields.fit_run(found, now.study))
-    return replace(now.result, fits=[found], map_run=map_run)
+    return now.result(fits=[found], map_run=map_run)
 
 
 def patch(request: PatchRequest, caller: Caller = PYTHON) -> Result:
@@ -100,7 +84,7 @@ def patch(request: PatchRequest, caller: Caller = PYTHON) -> Result:
     store = open_store(request.tracking_uri)
     map_ = load_map(request.map, store=store)
     run_id = request.map.removeprefix("runs:/")
-    map_run = run_id if re.fullmatch("[0-9a-f]{32}", run_id) and maps_of_run(store, run_id) else None
+    map_run = run_id if re.fullmatch("[0-9a-f]{32}", run_id) and maps_of(store, run_id) else None
     map_ = map_ if request.alpha is None else map_.with_alpha(request.alpha)
     cell = _cell_of(map_, request.map)
 
@@ -114,7 +98,7 @@ def patch(request: PatchRequest, caller: Caller = PYTHON) -> Result:
         (found,) = now.study.patch([(cell, map_)])
         now.place(fields.patch_run(found, now.study, map_run=map_run, map_name=request.map))
         _require_signal(found)
-    return replace(now.result, patches=[found], map_run=map_run or "")
+    return now.result(patches=[found], map_run=map_run or "")
 
 
 def sweep(request: SweepRequest, caller: Caller = PYTHON) -> Result:
@@ -127,11 +111,9 @@ def sweep(request: SweepRequest, caller: Caller = PYTHON) -> Result:
     targets = request.targets.at(list(dict.fromkeys(cell.site for cell in cells)))
     with session(request, f"sweep of {len(cells)} cells", caller, partial(check_cells, cells)) as now:
         fits = now.study.fit(cells)
-        # Maps, then numbers, are stored while the next are computed.
-        now.run.begin_soon(fields.planned_cell(fit, now.study) for fit in fits)
         patches = now.study.patch(
             [fit.to_patch for fit in fits],
-            lambda i, patch: now.run.log_soon(lambda: fields.cell_run(fits[i], patch, now.study)),
+            lambda i, patch: now.run.log_soon(fields.cell_run(fits[i], patch, now.study)),
         )
         with now.study.stage("logging runs", len(fits)) as advance:
             now.run.wait(advance)
@@ -141,7 +123,7 @@ def sweep(request: SweepRequest, caller: Caller = PYTHON) -> Result:
         now.add_with_figures(
             figures, f"Sweep of {now.study.pair.name}", lambda files: replace(headline, files=files)
         )
-    return replace(now.result, fits=fits, patches=patches, least_ranks=least, figures=figures)
+    return now.result(fits=fits, patches=patches, least_ranks=least, figures=figures)
 
 
 def report_pass(request: ReportPassRequest, caller: Caller = PYTHON) -> Result:
@@ -176,7 +158,7 @@ def report_pass(request: ReportPassRequest, caller: Caller = PYTHON) -> Result:
             now.run.log(fields.patch_run(found, study, map_name=name))
             patches.append(found)
         now.run.add(report_pass_run(patches))
-    return replace(now.result, patches=patches)
+    return now.result(patches=patches)
 
 
 def _position_of(map_: AffineMap) -> Position:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mechdiff_mlflow.experiments import Protocol
 from mechdiff_mlflow.experiments import atlas as measured_atlas
 from mechdiff_mlflow.experiments.preflight import check_cells, check_pair, check_sites
@@ -24,7 +22,6 @@ from mechdiff_mlflow.tracking.commands.session import PYTHON, Caller, Result, se
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.names import check_alias
 from mechdiff_mlflow.tracking.content.parents import atlas_run, heads_run, layers_run
-from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused
 
 
 def atlas(request: AtlasRequest, caller: Caller = PYTHON) -> Result:
@@ -40,9 +37,6 @@ def atlas(request: AtlasRequest, caller: Caller = PYTHON) -> Result:
         sites = [Site(layer, hook) for layer in range(pair.n_layers) for hook in request.hooks]
         check_cells([Cell(site, *how) for site in sites], protocol, pair)
 
-    notes: list[str] = []
-    refused: list[str] = []
-    versions = []
     promotes = [rf"L\d+-{hook}" for hook in request.hooks] if request.promote_best else []
     with session(request, f"atlas of {request.pair}", caller, check, promotes=promotes) as now:
         found = measured_atlas.atlas(
@@ -57,29 +51,17 @@ def atlas(request: AtlasRequest, caller: Caller = PYTHON) -> Result:
             for site in (site for site in found.patches if site in found.best):
                 measured, map_ = found.patches[site], found.fits[site].map
                 child = now.run.log(fields.cell_run(found.fits[site], measured, now.study))
-                try:
-                    say = notes.append
-                    versions.append(now.promote(child, map_, request.alias, force=request.force, say=say))
-                except PromotionRefused as refusal:
-                    refused.append(str(refusal))
+                now.promote(child, map_, request.alias, force=request.force)
                 advance(1)
-            others = [patch for site, patch in found.patches.items() if site not in found.best]
-            now.run.log_all([fields.patch_run(patch, now.study) for patch in others], advance)
+            for site in (site for site in found.patches if site not in found.best):
+                now.run.log_soon(fields.patch_run(found.patches[site], now.study))
+            now.run.wait(advance)
         sentence, figures = first_difference(found.table), atlas_figures(found.table)
         now.add_with_figures(
             figures, f"Atlas of {now.study.pair.name}", lambda files: atlas_run(found, sentence, files)
         )
-    return replace(
-        now.result,
-        fits=list(found.fits.values()),
-        patches=list(found.patches.values()),
-        profile=found.table,
-        sentence=sentence,
-        figures=figures,
-        versions=versions,
-        notes=notes,
-        refused=" ".join(refused),
-    )
+    fits, patches = list(found.fits.values()), list(found.patches.values())
+    return now.result(fits=fits, patches=patches, profile=found.table, sentence=sentence, figures=figures)
 
 
 def layers(request: LayersRequest, caller: Caller = PYTHON) -> Result:
@@ -94,7 +76,7 @@ def layers(request: LayersRequest, caller: Caller = PYTHON) -> Result:
         now.add_with_figures(
             figures, f"Layers of {now.study.pair.name}", lambda files: layers_run(table, sentence, files)
         )
-    return replace(now.result, profile=table, sentence=sentence, figures=figures)
+    return now.result(profile=table, sentence=sentence, figures=figures)
 
 
 def heads(request: HeadsRequest, caller: Caller = PYTHON) -> Result:
@@ -113,4 +95,4 @@ def heads(request: HeadsRequest, caller: Caller = PYTHON) -> Result:
         sentence, figures = heads_sentence(table), heads_figures(table)
         title = f"Heads of {table['site'].iloc[0]}"
         now.add_with_figures(figures, title, lambda files: heads_run(table, sentence, files))
-    return replace(now.result, profile=table, sentence=sentence, figures=figures)
+    return now.result(profile=table, sentence=sentence, figures=figures)

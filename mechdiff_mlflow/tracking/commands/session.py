@@ -8,9 +8,10 @@ import shlex
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -30,11 +31,11 @@ from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
-from mechdiff_mlflow.tracking.registry.promotion import promote, require_may_promote
+from mechdiff_mlflow.tracking.registry.promotion import PromotionRefused, promote, require_may_promote
 from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.resuming import Command, user_of
-from mechdiff_mlflow.tracking.runs.runs import RUN_ID_VARIABLE, OpenRun, Tracker
+from mechdiff_mlflow.tracking.runs.tracker import RUN_ID_VARIABLE, OpenRun, Tracker
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 from mechdiff_mlflow.tracking.store.user_cache import staging
 
@@ -95,10 +96,22 @@ class Session:
     study: Study
     has_parent: bool
 
-    @property
-    def result(self) -> Result:
-        """Where the run is; the rest is what the caller adds."""
-        return Result(self.store, self.run.experiment_id, self.run.run_id, self.study.pair.name)
+    versions: list[Version] = field(default_factory=list)  # registered maps that got the alias
+    notes: list[str] = field(default_factory=list)  # what promotions said
+    refusals: list[str] = field(default_factory=list)  # why maps did not get the alias
+
+    def result(self, **found: Any) -> Result:
+        """Where the run is, what promotions gave, and what was `found`, by the names of `Result`."""
+        return Result(
+            store=self.store,
+            experiment_id=self.run.experiment_id,
+            run_id=self.run.run_id,
+            pair=self.study.pair.name,
+            versions=self.versions,
+            notes=self.notes,
+            refused=" ".join(self.refusals),
+            **found,
+        )
 
     def place(self, record: RunRecord) -> str:
         """Log a record below the parent, or as the open run itself where there is none; the run's id."""
@@ -107,12 +120,14 @@ class Session:
         self.run.add(record)
         return self.run.run_id
 
-    def promote(
-        self, run_id: str, map_: AffineMap, alias: str, *, force: bool, say: Callable[[str], None]
-    ) -> Version:
-        """Register the map that a run below this one measured, under an alias."""
-        policy = PromotionPolicy(force=force)
-        return promote(self.store, run_id, alias=alias, policy=policy, say=say, here=self.run, read=map_)
+    def promote(self, run_id: str, map_: AffineMap, alias: str, *, force: bool) -> None:
+        """Register the map that a run below this one measured; where that is refused, the run stays good."""
+        policy, say = PromotionPolicy(force=force), self.notes.append
+        try:
+            made = promote(self.store, run_id, alias=alias, policy=policy, say=say, here=self.run, read=map_)
+            self.versions.append(made)
+        except PromotionRefused as refusal:
+            self.refusals.append(str(refusal))
 
     def add_with_figures(
         self, figures: Sequence[Figure], title: str, make: Callable[[Mapping[str, Path]], RunRecord]
@@ -138,15 +153,10 @@ def session(
     position: Position | None = None,
     promotes: Sequence[str] = (),
 ) -> Iterator[Session]:
-    """A tracked run around a study of the pair of a request.
+    """A tracked run around a study of the pair of a request, which the UI shows as `name`.
 
-    Args:
-        request: What is asked for.
-        name: What the UI shows.
-        caller: Who asks.
-        check: Refuses what is impossible for the pair, of which no weights have been loaded.
-        position: In place of the request's.
-        promotes: Slugs of the sites whose maps it may register, as regular expressions.
+    `check` refuses what is impossible for the pair before weights are loaded; `position` is taken in place of
+    the request's; `promotes` are slugs of the sites whose maps may be registered, as regular expressions.
     """
     spec, protocol = request.spec, request.protocol
     params: dict[str, ParamValue] = dict(request.params())

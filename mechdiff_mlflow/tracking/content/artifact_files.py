@@ -1,9 +1,4 @@
-"""Files at one artifact location of a store: sent, made sure of and read, with a request each and no other.
-
-MLflow's client asks the server where a model's files belong, though it said so when it made the model, and
-lists a directory before it downloads a file of it. Nothing here is shared between two locations, so each
-thread may have its own.
-"""
+"""Files at one artifact location of a store: sent, made sure of and read in fewer requests than MLflow's."""
 
 from __future__ import annotations
 
@@ -31,10 +26,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A file that was sent: its hex digest, and its size in bytes."""
+    """A file that was sent."""
 
     sha256: str
-    size: int
+    size: int  # bytes
 
 
 def files_of(folder: Path) -> dict[str, Sent]:
@@ -93,33 +88,27 @@ class StoredFiles:
     def send(self, folder: Path, *, again: bool = False) -> None:
         """Put everything in `folder` there, under the same names.
 
-        Args:
-            folder: Of the files.
-            again: Whether a killed process may have sent some. A server that was in the midst of one keeps
-                a part of it that it does not list, so the place is emptied first, if it lists no others.
+        After a killed process (`again`) a server may keep a part of a file, which it does not list; so the
+        place is emptied first, if it lists no others.
         """
         if again and not isinstance(self._files, LocalArtifactRepository):
             self._empty({path.relative_to(folder).as_posix() for path in folder.rglob("*")})
-        self._store.patience.run(lambda: self._files.log_artifacts(str(folder)))
+        self._store.retries.run(lambda: self._files.log_artifacts(str(folder)))
 
     def _empty(self, names: Set[str]) -> None:
         try:
             folders = [""]
             for folder in folders:
-                for found in self._store.patience.run(partial(self._files.list_artifacts, folder or None)):
+                for found in self._store.retries.run(partial(self._files.list_artifacts, folder or None)):
                     if found.path not in names:
                         return
                     folders += [found.path] if found.is_dir else []
-            self._store.patience.run(self._files.delete_artifacts)
+            self._store.retries.run(self._files.delete_artifacts)
         except (MlflowException, requests.RequestException, NotImplementedError) as error:
             _log.warning("What a killed upload may have left at %s stays there: %s", self._location, error)
 
     def read_back(self, names: Iterable[str], folder: Path) -> Path:
-        """A directory that holds the files `names` as they are stored.
-
-        That is where they lie, if the store keeps files on this machine; never change them there. Otherwise
-        they are fetched into `folder`.
-        """
+        """A directory that holds the files `names`: the store's own (never change it), or `folder`."""
         if isinstance(self._files, LocalArtifactRepository):
             place = Path(self._files.artifact_dir)
             self._store.say_if_moved(place)
@@ -127,7 +116,7 @@ class StoredFiles:
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
             # What every kind of store implements; `download_artifacts` lists the directory first.
-            self._store.patience.run(partial(self._files._download_file, name, str(folder / name)))
+            self._store.retries.run(partial(self._files._download_file, name, str(folder / name)))
         return folder
 
     def require_same(self, sent: Mapping[str, str], folder: Path) -> Path:
@@ -160,7 +149,7 @@ class StoredFiles:
         sizes: dict[str, int] = {}
         for folder in sorted({str(PurePosixPath(name).parent) for name in sent}):
             ask = partial(self._files.list_artifacts, None if folder == "." else folder)
-            sizes |= {f.path: int(f.file_size or 0) for f in self._store.patience.run(ask) if not f.is_dir}
+            sizes |= {f.path: int(f.file_size or 0) for f in self._store.retries.run(ask) if not f.is_dir}
         for name, file in sent.items():
             if sizes.get(name) != file.size:
                 raise MechdiffError(

@@ -116,21 +116,6 @@ def cell_run(fit: FitRecord, patch: PatchRecord, study: Study) -> RunRecord:
     )
 
 
-def planned_cell(fit: FitRecord, study: Study) -> RunRecord:
-    """What is known of a sweep's cell before it is measured: what it is called, and its map."""
-    return RunRecord(
-        kind="patch",
-        name=_name(fit.cell),
-        params=params_of(fit.cell, study)
-        | _settings(fit.map)
-        | {"split": study.protocol.split, "n": len(study.report_prompts)},
-        tags=_tags(fit.cell, study),
-        datasets=_datasets(study, *study.prompt_sets),
-        map=fit.map,
-        is_model=False,
-    )
-
-
 def headline(patch: PatchRecord) -> RunRecord:
     """What a parent of one patch shows, so that parents compare without being unfolded."""
     shown = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.text import is_text, text_of
+from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +25,11 @@ ParamValue = str | int | float | bool
 MAX_PARAM_CHARS = 6000
 MAX_TAG_CHARS = 8000
 MAX_KEY_CHARS = 250
-MAX_DIGEST_CHARS = 36
+
+_OTHER_NUMBERS = 1e-2
+"""Relative difference at which a number is another one, and not the same computed elsewhere."""
+TIME = "time/"
+"""Beginning of the names of metrics that are durations."""
 
 # What MLflow accepts on every system: it also takes ":" except on Windows.
 _KEY = re.compile(r"[\w.\- /]+")
@@ -29,88 +37,46 @@ _KEY = re.compile(r"[\w.\- /]+")
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A prompt set that a run used, shown by MLflow among the run's datasets.
+    """A prompt set that a run used, shown by MLflow among the run's datasets."""
 
-    Args:
-        name: What the user calls it, e.g. `cultural-demo`.
-        split: `train`, `val` or `test`; MLflow's dataset context.
-        digest: At most 36 characters that change when any prompt changes.
-        n: Number of prompts.
-        source: The path that it was read from.
-    """
-
-    name: str
-    split: str
-    digest: str
-    n: int
-    source: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.digest or len(self.digest) > MAX_DIGEST_CHARS:
-            raise MechdiffError(
-                f"Digest {self.digest!r} of prompt set {self.name!r} has {len(self.digest)} characters; "
-                f"MLflow stores 1 to {MAX_DIGEST_CHARS}, so shorten it."
-            )
+    name: str  # what the user calls it
+    split: str  # `train`, `val` or `test`; MLflow's dataset context
+    digest: str  # at most 36 characters that change when any prompt changes
+    n: int  # number of prompts
+    source: str = ""  # the path that it was read from
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RunRecord:
-    """What one run is to hold; refuses what MLflow would refuse or mangle.
-
-    Args:
-        kind: `fit`, `patch`, `sweep`, `atlas`, `report`, …; tag `mechdiff.kind`.
-        name: Says what differs from its siblings, e.g. `L26/attn_out procrustes_scaled k=8 α=0.3`.
-        params: Resolved settings. Absent means absent: leave a key out rather than passing None or "".
-        metrics: Final values. NaN and infinities are not stored; the run gets a tag that says so.
-        stepped_metrics: Curves, key to {step: value}, e.g. drop_pct over k.
-        undefined: Why a metric has no value, e.g. {"drop_pct": "KL_raw is below the noise floor"}.
-        tags: Free labels; `mlflow.` and `mechdiff.` ones are written by the tracker.
-        datasets: The prompt sets used.
-        tables: Path in the run's artifacts (ending in .json) to a table that MLflow's UI can show.
-        texts: Path to the text of a small file.
-        files: Path to an existing local file or directory to copy there.
-        map: The map this run fitted; becomes a logged model of the run.
-        is_model: Or else the map stays a file of the run, until it is promoted.
-        map_run: The run whose map this run evaluates; metrics appear on that map's page too.
-        description: Markdown: asked, found, caveats, how to reproduce.
-        started_ms: Unix time in ms when the work began; None means now.
-        ended_ms: Unix time in ms when the work ended; None means now.
+    """What one run is to hold.
 
     Raises:
-        MechdiffError: A key, path, value or length that MLflow refuses or would change.
+        MechdiffError: A key, value or length that MLflow refuses or would change.
     """
 
-    kind: str
-    name: str
-    params: Mapping[str, ParamValue] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    stepped_metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    undefined: Mapping[str, str] = field(default_factory=dict)
+    kind: str  # `fit`, `patch`, `sweep`, `atlas`, `report`, …; tag `mechdiff.kind`
+    name: str  # what differs from its siblings, e.g. `L26/attn_out procrustes_scaled k=8 α=0.3`
+    params: Mapping[str, ParamValue] = field(default_factory=dict)  # no None or "": leave the key out
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what is not finite becomes a tag
+    stepped_metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # drop_pct over k, …
+    undefined: Mapping[str, str] = field(default_factory=dict)  # why a metric has no value
     tags: Mapping[str, str] = field(default_factory=dict)
-    datasets: tuple[Dataset, ...] = ()
-    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
-    texts: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, Path] = field(default_factory=dict)
-    map: AffineMap | None = None
-    is_model: bool = True
-    map_run: str | None = None
-    description: str = ""
-    started_ms: int | None = None
+    datasets: tuple[Dataset, ...] = ()  # the prompt sets used
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # by artifact path, ending in .json
+    texts: Mapping[str, str] = field(default_factory=dict)  # small files by artifact path
+    files: Mapping[str, Path] = field(default_factory=dict)  # local files and directories, likewise
+    map: AffineMap | None = None  # the map this run fitted
+    is_model: bool = True  # whether the map becomes a logged model at once, or stays a file until promoted
+    map_run: str | None = None  # the run whose map this run measures; metrics are on that map's page too
+    description: str = ""  # Markdown: asked, found, caveats, how to reproduce
+    started_ms: int | None = None  # Unix times when the work began and ended; None means now
     ended_ms: int | None = None
 
     def __post_init__(self) -> None:
-        for what, text in (("kind", self.kind), ("name", self.name)):
-            if not text.strip():
-                raise MechdiffError(f"The {what} of a run is empty; say what the run is.")
         for key in (*self.params, *self.metrics, *self.stepped_metrics, *self.undefined, *self.tags):
             check_key(key)
         for key, value in self.params.items():
             param_text(key, value)
-        for key, number in self.metrics.items():
-            _check_number(key, number)
-        for key, curve in self.stepped_metrics.items():
-            for number in curve.values():
-                _check_number(key, number)
         for key, text in (*self.tags.items(), ("name", self.name), ("description", self.description)):
             if not is_text(text):
                 raise MechdiffError(
@@ -121,12 +87,44 @@ class RunRecord:
                     f"Tag {key!r} has {len(text)} characters and MLflow keeps {MAX_TAG_CHARS}; "
                     "store the text as an artifact instead."
                 )
-        _check_artifact_paths([*self.tables, *self.texts, *self.files])
-        for path in self.tables:
-            if not path.endswith(".json"):
-                raise MechdiffError(f"Table {path!r} must end in .json, the form that MLflow shows.")
-        if self.map is not None and self.map_run is not None:
-            raise MechdiffError(f"Run {self.name!r} both fits a map and evaluates run {self.map_run}'s.")
+
+
+def key_of(record: RunRecord, code: str) -> str:
+    """32 hex digits over what a record was asked to be: its kind, settings, prompts, pair and code.
+
+    What was measured is not part of it, nor when. `code` is a version like `0.1.0+g1a2b3c4d5e`.
+    """
+    asked = {
+        "kind": record.kind,
+        "name": record.name,
+        "params": {key: param_text(key, value) for key, value in record.params.items()},
+        "datasets": sorted([p.name, p.split, p.digest] for p in record.datasets),
+        "pair": record.tags.get(PAIR_FINGERPRINT, ""),
+        # What the map is, where a command was given it: what a name stands for may change.
+        "map": [record.tags.get(key, "") for key in ("mechdiff.map", "mechdiff.map_sha256")]
+        if "mechdiff.map" in record.tags
+        else "",
+        "code": code,
+    }
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def check_same(run_id: str, record: RunRecord, logged: Mapping[str, float]) -> None:
+    """Make sure that what was computed again is what a run holds.
+
+    The last digits may differ: another machine, or other chunks after memory ran out.
+
+    Raises:
+        MechdiffError: A number is another one.
+    """
+    for key, value in record.metrics.items():
+        if key.startswith(TIME) or not math.isfinite(value) or key not in logged:
+            continue
+        if not math.isclose(value, logged[key], rel_tol=_OTHER_NUMBERS, abs_tol=1e-6):
+            raise MechdiffError(
+                f"Run {run_id} holds {key} = {logged[key]:.6g} and the same was now computed as {value:.6g}; "
+                "something changed since it was written, so begin anew instead of resuming."
+            )
 
 
 def check_key(key: str) -> None:
@@ -168,21 +166,3 @@ def param_text(key: str, value: object) -> str:
             "share a long list out to several commands."
         )
     return text
-
-
-def _check_number(key: str, value: object) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise MechdiffError(f"Metric {key!r} is {value!r}, which is no number; store it as a param or tag.")
-
-
-def _check_artifact_paths(paths: list[str]) -> None:
-    for path in paths:
-        pure = PurePosixPath(path)
-        leaves = pure.is_absolute() or ".." in pure.parts
-        if not path or leaves or str(pure) != path or re.search(r"[\\:]", path):
-            raise MechdiffError(
-                f"Artifact path {path!r} is not plain and relative; write e.g. tables/rows.json."
-            )
-    if len(set(paths)) < len(paths):
-        twice = next(path for path in paths if paths.count(path) > 1)
-        raise MechdiffError(f"Artifact {twice!r} is given twice in one run; give each its own path.")

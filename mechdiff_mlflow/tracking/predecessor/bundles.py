@@ -15,9 +15,8 @@ import io
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import torch
@@ -78,16 +77,9 @@ class Manifest(BaseModel):
             MechdiffError: The file cannot be read or is not a manifest.
         """
         try:
-            untrusted.size_of(path, sys.maxsize)
-            with path.open("rb") as file:
-                content = file.read(_MAX_MANIFEST_BYTES + 1)
-            if len(content) > _MAX_MANIFEST_BYTES:
-                raise MechdiffError(f"{path} is over {_MAX_MANIFEST_BYTES} bytes; a manifest is a page.")
-            return cls.model_validate(untrusted.parse_json(content))
-        except OSError as error:
-            raise MechdiffError(
-                f"Cannot read the manifest {path} ({error.strerror}); check the path."
-            ) from error
+            return cls.model_validate(
+                untrusted.parse_json(untrusted.read_text(path, _MAX_MANIFEST_BYTES, "Manifest"))
+            )
         except ValidationError as error:
             raise MechdiffError(f"{path} is not a manifest: {untrusted.explain(error)}.") from error
         except (ValueError, RecursionError) as error:
@@ -100,25 +92,11 @@ def bundle_file(root: Path, written: str) -> Path:
     Raises:
         MechdiffError: It would lie outside, by an absolute path, `..` or a link, or is no file.
     """
-    root = root.resolve()
-    parts = PurePosixPath(written).parts
-    windows = PureWindowsPath(written)
-    if "\0" in written or windows.drive or windows.root or "\\" in written or ".." in parts:
-        raise MechdiffError(
-            f"Path {written!r} of the manifest may leave {root}; write it relative to that folder, or name "
-            "the folder that paths start from with --root."
-        )
-    try:
-        path = (root / written).resolve()
-        there = path.is_file()
-    except (OSError, RuntimeError):  # a loop of links, too long a name
-        path, there = root, False
-    if not path.is_relative_to(root):
-        raise MechdiffError(f"Path {written!r} of the manifest is a link that leaves {root}; copy the file.")
-    if not there:
+    path = untrusted.inside(root, written, "The manifest's path")
+    if not untrusted.is_there(path) or not path.is_file():
         raise MechdiffError(
             f"There is no file {root / written}; correct the manifest, or name the folder that its paths "
-            "start from with --root (the seed's start from where its commands were run: --root .)."
+            "start from with --root (the original experiment's start from where its commands ran: --root .)."
         )
     return path
 

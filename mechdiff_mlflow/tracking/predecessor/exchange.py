@@ -11,13 +11,13 @@ from pathlib import Path
 from mlflow.entities import Run
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.requests import ImportRequest
 from mechdiff_mlflow.maps.affine import AffineMap
-from mechdiff_mlflow.spec.pair_spec import Position
+from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.text import text_of
-from mechdiff_mlflow.tracking.content.keys import key_of
 from mechdiff_mlflow.tracking.content.names import check_alias, registered_name
-from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.content.records import RunRecord, key_of
 from mechdiff_mlflow.tracking.content.tag_names import IMPORTED_FROM, KEY_TAG, PAIR_FINGERPRINT, ROOT_TAG
 from mechdiff_mlflow.tracking.predecessor import bundles
 from mechdiff_mlflow.tracking.predecessor.bundles import Manifest
@@ -33,34 +33,9 @@ from mechdiff_mlflow.tracking.registry.versions import Version, get_version, win
 from mechdiff_mlflow.tracking.runs.lookup import each_run
 from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
 from mechdiff_mlflow.tracking.runs.provenance import code_version
-from mechdiff_mlflow.tracking.runs.resuming import Earlier, earlier
-from mechdiff_mlflow.tracking.runs.runs import Tracker
+from mechdiff_mlflow.tracking.runs.resuming import EarlierAttempts, earlier_attempts
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
-
-
-@dataclass(frozen=True, slots=True)
-class Import:
-    """What to import, and as what.
-
-    Args:
-        manifest: The file.
-        root: Folder that its paths start from and may not leave.
-        pair: To call the maps after; None for what the manifest says.
-        position: Which token the predecessor read.
-        alias: That every map gets.
-        why: For the history.
-        force: Whether maps with the alias may be replaced at all: what is imported is not measured.
-        experiment: For the runs; None for what `experiment_of` says.
-    """
-
-    manifest: Path
-    root: Path
-    pair: str | None = None
-    position: Position = Position.DECISION
-    alias: str = "champion"
-    why: str = ""
-    force: bool = False
-    experiment: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +56,7 @@ class _Winner:
 
 
 def import_manifest(
-    store: Store, what: Import, say: Callable[[str], object] = lambda text: None
+    store: Store, request: ImportRequest, say: Callable[[str], object] = lambda text: None
 ) -> list[Imported]:
     """Register every winner of a manifest; all are read and converted before the store is touched.
 
@@ -91,30 +66,32 @@ def import_manifest(
         MechdiffError: The manifest or a bundle is not what it should be, two winners are of one site, or
             another map has the alias.
     """
-    check_alias(what.alias)
-    manifest = Manifest.load(what.manifest)
-    pair = what.pair or manifest.pair_name
-    winners = _read(what, manifest, pair)
-    present = {name: version for name in winners if (version := _holder(store, name, what.alias))}
+    check_alias(request.alias)
+    manifest = Manifest.load(request.manifest)
+    pair = request.pair or manifest.pair_name
+    if request.pair and Path(request.pair).is_file():
+        pair = PairSpec.load(request.pair).name
+    winners = _read(request, manifest, pair)
+    present = {name: version for name in winners if (version := _holder(store, name, request.alias))}
     fresh = {}
     for name, winner in winners.items():
         held = present.get(name)
         if held is not None and held.is_verified and is_same_function(store, winner.the_map, held):
             continue
-        if held is not None and not what.force:
+        if held is not None and not request.force:
             raise PromotionRefused(
-                f"{held.name}@{what.alias} is version {held.number} with {numbers(numbers_in(held.tags))}, "
-                f"and winner {winner.key} is another map, not measured here; import it under another "
-                "--alias and measure it, or add --force."
+                f"{held.name}@{request.alias} is version {held.number} with "
+                f"{numbers(numbers_in(held.tags))}, and winner {winner.key} is another map, not measured "
+                "here; import it under another --alias and measure it, or add --force."
             )
         fresh[name] = winner
-    experiment = experiment_of(store, what.experiment, pair)
+    experiment = experiment_of(store, request.experiment, pair)
     digests = sorted((name, winner.path, winner.the_map.sha256()) for name, winner in winners.items())
-    left = earlier(store, experiment, ["import", manifest.pair, pair, digests])
+    left = earlier_attempts(store, experiment, ["import", manifest.pair, pair, digests])
     require_may_promote(store, pair, [re.escape(winner.site.slug) for winner in fresh.values()])
     if fresh or left.unfinished:
         tracker = Tracker(store, experiment, resume=left.unfinished)
-        present |= _register(tracker, what, manifest, pair, fresh, left, say)
+        present |= _register(tracker, request, manifest, pair, fresh, left, say)
     return [Imported(winner.key, present[name], name in fresh) for name, winner in winners.items()]
 
 
@@ -136,12 +113,13 @@ def export_manifest(store: Store, folder: Path, pair: str, alias: str = "champio
     return versions
 
 
-def _read(what: Import, manifest: Manifest, pair: str) -> dict[str, _Winner]:
+def _read(request: ImportRequest, manifest: Manifest, pair: str) -> dict[str, _Winner]:
     """The winners of a manifest, by the name that each is registered under."""
     found: dict[str, _Winner] = {}
+    root = request.root or request.manifest.parent
     for key, winner in manifest.winners.items():
-        path = bundles.bundle_file(what.root, winner.path)
-        the_map = bundles.read_bundle(path, alpha=winner.alpha, key=key, position=what.position)
+        path = bundles.bundle_file(root, winner.path)
+        the_map = bundles.read_bundle(path, alpha=winner.alpha, key=key, position=request.position)
         site = Site.parse(str(the_map.meta["site"]))
         name = registered_name(pair, site)
         if name in found:
@@ -164,11 +142,11 @@ def _holder(store: Store, name: str, alias: str) -> Version | None:
 
 def _register(
     tracker: Tracker,
-    what: Import,
+    request: ImportRequest,
     manifest: Manifest,
     pair: str,
     fresh: Mapping[str, _Winner],
-    left: Earlier,
+    left: EarlierAttempts,
     say: Callable[[str], object],
 ) -> dict[str, Version]:
     """Log the maps that no earlier attempt logged whole, then promote each."""
@@ -178,14 +156,14 @@ def _register(
     rest = [name for name in records if name not in logged]
     with ExitStack() as stack:
         if rest or left.unfinished is not None:
-            params = {"pair": pair, "position": str(what.position)}
+            params = {"pair": pair, "position": str(request.position)}
             run = stack.enter_context(tracker.run("import", title, params, tags=left.tag))
-            source = what.manifest.read_text(encoding="utf-8")
+            source = request.manifest.read_text(encoding="utf-8")
             run.add(RunRecord(kind="import", name=title, texts={bundles.MANIFEST: source}))
             logged |= {name: run.log(records[name]) for name in rest}
-        policy, why = PromotionPolicy(force=what.force), what.why or title
+        alias, policy, why = request.alias, PromotionPolicy(force=request.force), request.why or title
         return {
-            name: promote(store, logged[name], name=name, alias=what.alias, policy=policy, why=why, say=say)
+            name: promote(store, logged[name], name=name, alias=alias, policy=policy, why=why, say=say)
             for name in records
         }
 

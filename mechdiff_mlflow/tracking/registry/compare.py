@@ -15,17 +15,13 @@ from mechdiff_mlflow.tracking.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class MapDiff:
-    """Two versions side by side: params, metrics and other tags that differ, and how alike the maps are.
-
-    `cosine_weight` is ⟨W_a, W_b⟩/(‖W_a‖·‖W_b‖) in the Frobenius product, None when the widths differ or a
-    weight is zero; `cosine_update` the same of W − I, the change that the fine-tune made, for square W.
-    """
+    """Two versions side by side, and how alike the maps are; cosines are in the Frobenius product."""
 
     a: Version
     b: Version
-    facts: Mapping[str, tuple[str | None, str | None]]
-    cosine_weight: float | None
-    cosine_update: float | None
+    facts: Mapping[str, tuple[str | None, str | None]]  # params, metrics and other tags that differ
+    cosine_weight: float | None  # of W_a and W_b; None when the widths differ or a weight is zero
+    cosine_update: float | None  # of W − I, the change that the fine-tune made, for square W
 
 
 def diff(store: Store, a: str, b: str) -> MapDiff:

@@ -14,12 +14,11 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec.digests import file_sha256
 from mechdiff_mlflow.tracking import flavour
-from mechdiff_mlflow.tracking.content.tag_names import SHA256_TAG
+from mechdiff_mlflow.tracking.content.tag_names import MAP_RUN_TAG, SHA256_TAG
 from mechdiff_mlflow.tracking.flavour import LoggedMap
+from mechdiff_mlflow.tracking.registry import measured
 from mechdiff_mlflow.tracking.registry.versions import Version, get_version
-from mechdiff_mlflow.tracking.runs.lookup import all_runs
 from mechdiff_mlflow.tracking.runs.mlflow_run import plain
-from mechdiff_mlflow.tracking.runs.runs import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store import user_cache as cache
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable, open_store, uri_of
 
@@ -35,17 +34,13 @@ class CachedAnswer(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a reference names: where its files are, the digest of its `map.pt`, and what to call it.
+    """What a reference names."""
 
-    `version` is the registered version, if it is one and the store was asked; `caution` says why this may not
-    be what the name means now, and is empty when the store was asked.
-    """
-
-    location: str
-    sha256: str
-    label: str
-    version: Version | None = None
-    caution: str = ""
+    location: str  # URI of its files
+    sha256: str  # digest of its `map.pt`
+    label: str  # what to call it
+    version: Version | None = None  # if it is registered, and the store was asked
+    caution: str = ""  # why this may not be what the name means now, where the store was not asked
 
     def __post_init__(self) -> None:
         # It names a directory of the cache, and comes from the store: `../..` would be removed as damaged.
@@ -200,7 +195,7 @@ def _map_of_run(store: Store, run_id: str) -> LoggedMap:
     """The only map that a run fitted, or that the run below it did, or that it measured at the same alpha."""
     with store.errors():
         run = store.client.get_run(run_id)
-    maps = flavour.maps_of(store, run)
+    maps = [one for _, some in measured.with_maps(store, run) for one in some]
     if not maps and (fit_id := run.data.tags.get(MAP_RUN_TAG)):
         with store.errors():
             fit = store.client.get_run(fit_id)
@@ -211,10 +206,6 @@ def _map_of_run(store: Store, run_id: str) -> LoggedMap:
                 f"Run {run_id} measured the map of run {fit_id} at α={ours} and that map has α={theirs}; "
                 f"promote {run_id} to have it so, or name {fit_id}."
             )
-    elif not maps:
-        where = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'FINISHED'"
-        below = all_runs(store, [run.info.experiment_id], where)
-        maps = [one for child in below for one in flavour.maps_of(store, child)]
     if len(maps) != 1:
         which = ", ".join(one.model_uri for one in maps[:10])
         remedy = f"name one of {which}" if maps else "give the id of a fit run"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -14,10 +14,10 @@ from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.tracking import flavour
 from mechdiff_mlflow.tracking.content.names import registered_name
-from mechdiff_mlflow.tracking.content.tag_names import SELECTION_LEAK
+from mechdiff_mlflow.tracking.content.tag_names import MAP_RUN_TAG, SELECTION_LEAK
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.runs.lookup import each_run
-from mechdiff_mlflow.tracking.runs.runs import MAP_RUN_TAG, OpenRun
+from mechdiff_mlflow.tracking.runs.tracker import OpenRun
 from mechdiff_mlflow.tracking.store.store import Store
 
 _FEW = 10
@@ -47,7 +47,10 @@ def measured_in(store: Store, run_id: str, here: OpenRun | None, read: AffineMap
         known = None if here is None else here.model_of(fit_id)
         maps = [known] if known else flavour.maps_of(store, fit)
     else:
-        fit, maps = _fitted(store, run)
+        fits = list(islice(with_maps(store, run), 2))
+        if len(fits) > 1:
+            raise MechdiffError(f"Run {run_id} has several maps below it; give the id of one of those runs.")
+        fit, maps = fits[0] if fits else (run, [])
         run = _measurement_of(store, fit)
     if not maps:
         raise MechdiffError(f"Run {fit.info.run_id} has no map; give the id of a fit run or of a patch run.")
@@ -67,18 +70,15 @@ def measured_in(store: Store, run_id: str, here: OpenRun | None, read: AffineMap
     return Measured(logged, the_map, run, facts, is_new)
 
 
-def _fitted(store: Store, run: Run) -> tuple[Run, list[LoggedMap]]:
-    """The run and its maps, or of a parent without a map the one child that fitted one."""
+def with_maps(store: Store, run: Run) -> Iterator[tuple[Run, list[LoggedMap]]]:
+    """The run and its maps, or of a parent without a map the finished runs below it that fitted one."""
     if maps := flavour.maps_of(store, run):
-        return run, maps
-    run_id = run.info.run_id
-    where = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'FINISHED'"
-    below = each_run(store, [run.info.experiment_id], where)
-    with_maps = ((one, maps) for one in below if (maps := flavour.maps_of(store, one)))
-    fits = list(islice(with_maps, 2))
-    if len(fits) > 1:
-        raise MechdiffError(f"Run {run_id} has several maps below it; give the id of one of those runs.")
-    return fits[0] if fits else (run, [])
+        yield run, maps
+        return
+    where = f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and attributes.status = 'FINISHED'"
+    for one in each_run(store, [run.info.experiment_id], where):
+        if maps := flavour.maps_of(store, one):
+            yield one, maps
 
 
 def _finished(store: Store, run_id: str, here: OpenRun | None = None) -> tuple[Run, bool]:

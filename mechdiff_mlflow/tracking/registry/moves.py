@@ -7,7 +7,6 @@ once from several machines the last one stays, and each mover reads back and say
 
 from __future__ import annotations
 
-import getpass
 import re
 import time
 import uuid
@@ -30,6 +29,7 @@ from mechdiff_mlflow.tracking.registry.versions import (
     number_of,
     registered,
 )
+from mechdiff_mlflow.tracking.runs.provenance import provenance_tags
 from mechdiff_mlflow.tracking.store.file_locks import file_lock, lock_file
 from mechdiff_mlflow.tracking.store.server import A_TOKEN, login_name
 from mechdiff_mlflow.tracking.store.store import Store
@@ -45,28 +45,16 @@ class MovedMeanwhile(MechdiffError):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """An alias going from one version to another.
+    """An alias going from one version to another; times are Unix times in ms, 0 when not known."""
 
-    Args:
-        action: `promote`, `rollback`, `demote`, or `outside` for one that another program made.
-        source: The version it left, None for none.
-        target: The version it went to, None when it was taken away.
-        who: The user.
-        when_ms: Unix time in ms when it began, later than the move that its source got the alias by; 0 when
-            not known.
-        why: In the user's words.
-        rules: The policy that a promotion met.
-        made_ms: Unix time in ms when it was seen to be made; 0 when not known.
-    """
-
-    action: str
-    source: _Number | None
-    target: _Number | None
+    action: str  # `promote`, `rollback`, `demote`, or `outside` for one that another program made
+    source: _Number | None  # the version it left, None for none
+    target: _Number | None  # the version it went to, None when it was taken away
     who: str = ""
-    when_ms: _Time = 0
-    why: str = ""
-    rules: str = ""
-    made_ms: _Time = 0
+    when_ms: _Time = 0  # when it began, later than the moves that were seen then
+    why: str = ""  # in the user's words
+    rules: str = ""  # the policy that a promotion met
+    made_ms: _Time = 0  # when it was seen to be made
 
     def text(self) -> str:
         """What the tag of its record holds."""
@@ -105,18 +93,8 @@ def move_alias(
 ) -> Version:
     """Record the move, make it, read it back; the caller holds the lock and has verified the target.
 
-    Gives the version that got the alias, or had it.
-
-    Args:
-        store: Where.
-        name: Of the registered map.
-        alias: To move.
-        target: Version that gets it; None to take it away from its holder.
-        action: What the history calls the move.
-        expected: The version that had it when the caller looked.
-        check: Told which version has it where that is another by now; may raise. Without it, that is refused.
-        why: In the user's words.
-        rules: The policy that was met.
+    Gives the version that got the alias, or had it where `target` is None, which takes it away. Where another
+    than the `expected` version has it by now, `check` is told and may raise; without it, that is refused.
 
     Raises:
         MovedMeanwhile: The alias is elsewhere, as another program moved it.
@@ -134,9 +112,10 @@ def move_alias(
     start, end = (None if one is None else one.number for one in (source, target))
     if start == end:
         return bearer
-    is_first = all(int(one.version) <= 1 for one in model.latest_versions)
-    seen = bearer.tags if source is None else {**bearer.tags, **source.tags}
-    before = _recorded(name, seen, alias) if source or is_first else _all_recorded(store, model, alias)
+    if source is None:
+        before = _all_recorded(store, model, alias)
+    else:
+        before = _recorded(name, {**bearer.tags, **source.tags}, alias)
     # Whatever the clocks say, a move comes after those that it saw.
     when_ms = max([began_ms, *(one.when_ms + 1 for one in before.values())])
     move = Move(action, start, end, _who(store), when_ms, why, rules)
@@ -233,9 +212,4 @@ def _now_ms() -> int:
 def _who(store: Store) -> str:
     """The login, where there is one; else the user of this machine."""
     login = login_name(store.uri) if store.is_server else None
-    if login not in (None, A_TOKEN):
-        return str(login)
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        return "unknown"
+    return provenance_tags()["mlflow.user"] if login in (None, A_TOKEN) else str(login)

@@ -1,7 +1,6 @@
 """Making a run's map a registered version and moving an alias to it, so that the alias never lies.
 
-Uploaded and read back when the run was logged; read back again; registered; verified through the registry;
-only then the alias moves. Whatever step a promotion dies at, the alias stays, and running it again finishes.
+The alias moves last. Whatever step a promotion dies at, the alias stays, and running it again finishes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from mechdiff_mlflow.tracking.registry.measured import Measured, measured_in, me
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy, numbers, numbers_in, same_prompts
 from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.runs.provenance import code_version
-from mechdiff_mlflow.tracking.runs.runs import OpenRun
+from mechdiff_mlflow.tracking.runs.tracker import OpenRun
 from mechdiff_mlflow.tracking.store.server import login_name
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
@@ -66,10 +65,9 @@ def promote(
         run_id: A `patch` run, whose numbers the version gets, or a `fit` run that at most one patch measured.
         name: Under which to register; by default `<pair>-L<layer>-<hook>` of the run.
         alias: To move; the last step.
-        policy: Who may be promoted; by default the defaults of `PromotionPolicy`.
-        why: In the user's words, for the history.
-        here: The command that has just written the run: it is not asked for again, and nothing is made or
-            moved once another process has taken the command over.
+        policy: Who may be promoted.
+        why: For the history.
+        here: The command that has just written the run, which may be taken over meanwhile.
         read: The run's map, if this very process has just logged it and read it back.
         say: Told in a sentence which version gives way to which, or that nothing moves.
 
@@ -124,12 +122,8 @@ def promote(
 def require_may_promote(store: Store, pair: str, sites: Iterable[str]) -> None:
     """Make sure, before any work, that this account may register the maps of a pair at some sites.
 
-    A server without a login lets everybody, and a new name is free.
-
-    Args:
-        store: Where to.
-        pair: Its name.
-        sites: Regular expressions of their slugs, such as `L26-attn_out`.
+    A server without a login lets everybody, and a new name is free. `sites` are regular expressions of slugs
+    such as `L26-attn_out`.
 
     Raises:
         MechdiffError: The pair's name cannot be part of a map's, or a server does not let it.
@@ -232,7 +226,7 @@ def _register(store: Store, name: str, measured: Measured) -> None:
     create = partial(store.client.create_registered_model, name, {versions.KIND_TAG: "map"}, description)
     with store.errors():
         try:
-            store.patience.run(create)
+            store.retries.run(create)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -276,7 +270,7 @@ def _create_version(
 
     with store.errors(), _default_store(store):
         # Promoters of a map come one after the other: what is found now was made by an earlier attempt.
-        return store.patience.once(make, lambda: _existing(store, name, measured))
+        return store.retries.once(make, lambda: _existing(store, name, measured))
 
 
 def _verified(store: Store, version: Version, measured: Measured) -> Version:

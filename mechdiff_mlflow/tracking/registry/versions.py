@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -28,18 +28,14 @@ _MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One registered version of a map.
-
-    `source` is the URI of its files, `run_id` the run that vouches for it; `tags` hold that run's params and
-    metrics, digests and the code version.
-    """
+    """One registered version of a map."""
 
     name: str
     number: int
-    source: str
-    run_id: str
+    source: str  # URI of its files
+    run_id: str  # of the run that vouches for it
     aliases: tuple[str, ...]
-    tags: Mapping[str, str]
+    tags: Mapping[str, str]  # that run's params and metrics, digests and the code version
 
     def __str__(self) -> str:
         return f"{self.name}/{self.number}"
@@ -91,17 +87,12 @@ def winners_of(store: Store, pair: str, alias: str) -> list[Version]:
 
 def list_versions(store: Store, name: str) -> list[Version]:
     """Every version of `name`, oldest first."""
-    model = registered(store, name)
-    found: list[Version] = []
-    token = None
-    with store.errors():
-        while True:
-            where = f"name = '{name}'"
-            page = store.client.search_model_versions(where, max_results=_PAGE, page_token=token)
-            found += [version_of(v, aliases_of(model, int(v.version))) for v in page]
-            token = page.token
-            if not token:
-                return sorted(found, key=lambda v: v.number)
+    model, where = registered(store, name), f"name = '{name}'"
+    found: Iterator[ModelVersion] = store.every(
+        lambda token: store.client.search_model_versions(where, max_results=_PAGE, page_token=token)
+    )
+    versions = (version_of(v, aliases_of(model, int(v.version))) for v in found)
+    return sorted(versions, key=lambda v: v.number)
 
 
 def get_version(store: Store, name: str, which: int | str) -> Version:
@@ -142,12 +133,8 @@ def holder(store: Store, model: RegisteredModel, alias: str, known: Version | No
 
 def registered(store: Store, name: str) -> RegisteredModel:
     """MLflow's entity of the registered map `name`; an error says which there are."""
-    try:
-        with store.errors():
-            return store.client.get_registered_model(name)
-    except MechdiffError as error:
-        if not _is_missing(error):
-            raise
+    if (model := _model(store, name)) is not None:
+        return model
     known = sorted(model.name for model in our_models(store))
     close = difflib.get_close_matches(name, known, n=5) or known[:10]
     raise MechdiffError(f"No map is registered as {name!r}; there is {', '.join(close) or 'none yet'}.")
@@ -156,33 +143,34 @@ def registered(store: Store, name: str) -> RegisteredModel:
 def find(store: Store, name: str) -> RegisteredModel | None:
     """The same, or None where there is none or this account may not look; not another kind of model."""
     try:
-        with store.errors():
-            model = store.client.get_registered_model(name)
+        model = _model(store, name)
     except NotAllowed:
         return None
-    except MechdiffError as error:
-        if not _is_missing(error):
-            raise
-        return None
-    if model.tags.get(KIND_TAG) != "map":
+    if model is not None and model.tags.get(KIND_TAG) != "map":
         raise MechdiffError(
             f"A registered model {name!r} that is no map exists already; give another name with --name."
         )
     return model
 
 
+def _model(store: Store, name: str) -> RegisteredModel | None:
+    try:
+        with store.errors():
+            return store.client.get_registered_model(name)
+    except MechdiffError as error:
+        if not _is_missing(error):
+            raise
+    return None
+
+
 def our_models(store: Store, where: str = "") -> list[RegisteredModel]:
     """Every registered map that MLflow's filter finds."""
     where = " and ".join(filter(None, (f"tags.`{KIND_TAG}` = 'map'", where)))
-    found: list[RegisteredModel] = []
-    token = None
-    with store.errors():
-        while True:
-            page = store.client.search_registered_models(where, max_results=_PAGE, page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                return found
+    return list(
+        store.every(
+            lambda token: store.client.search_registered_models(where, max_results=_PAGE, page_token=token)
+        )
+    )
 
 
 def version_of(found: ModelVersion, aliases: Iterable[str]) -> Version:

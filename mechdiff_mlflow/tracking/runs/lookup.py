@@ -18,11 +18,9 @@ _PAGE = 1000
 _IDS = 100
 
 
-def all_runs(
-    store: Store, experiment_ids: Sequence[str], where: str = "", *, newest_first: bool = False
-) -> list[Run]:
-    """Every run of some experiments that MLflow's filter `where` finds, deleted ones left out."""
-    return list(each_run(store, experiment_ids, where, newest_first=newest_first))
+def all_runs(store: Store, experiment_ids: Sequence[str], where: str = "") -> list[Run]:
+    """Every run of some experiments that MLflow's filter `where` finds, newest first, no deleted ones."""
+    return list(each_run(store, experiment_ids, where))
 
 
 def each_run(
@@ -31,20 +29,16 @@ def each_run(
     where: str = "",
     *,
     order: Sequence[str] = (),
-    newest_first: bool = False,
     page: int = _PAGE,
     view: int = ViewType.ACTIVE_ONLY,
 ) -> Iterator[Run]:
-    """The same in MLflow's `order`, or the newest first, asked for page by page as they are taken."""
-    by = ["attributes.start_time DESC"] if newest_first else [*order]
-    token = None
-    while experiment_ids:
-        with store.errors():
-            found = store.client.search_runs([*experiment_ids], where, view, page, by, page_token=token)
-        yield from found
-        token = found.token
-        if not token:
-            return
+    """The same in MLflow's `order`, equal ones newest first, asked for page by page as they are taken."""
+    if not experiment_ids:
+        return
+    ids, by = [*experiment_ids], [*order]
+    yield from store.every(
+        lambda token: store.client.search_runs(ids, where, view, page, by, page_token=token)
+    )
 
 
 def runs_of(store: Store, run_ids: Iterable[str]) -> list[Run]:
@@ -85,14 +79,9 @@ def made_once(
 ) -> Run:
     """A new run with the name and start of `record` and some tags, made exactly once.
 
-    Args:
-        store: Where to.
-        experiment_id: In which experiment.
-        where: Filter that finds this run and no other, by its tags; looked up after an answer was lost.
-        record: What it will hold.
-        tags: Of the run.
-        look: Look before it is made the first time, too.
-        require: Called right before each request that makes it; raises if another process does that by now.
+    The filter `where` finds this run and no other; it is looked up after an answer was lost, and with `look`
+    before it is made the first time, too. `require` is called right before each request that makes it, and
+    raises if another process does that by now.
     """
 
     def find() -> Run | None:
@@ -107,7 +96,7 @@ def made_once(
     with store.errors():
         if look and (found := find()) is not None:
             return found
-        return store.patience.once(create, find)
+        return store.retries.once(create, find)
 
 
 def reopen(store: Store, left: Run, tags: Mapping[str, str]) -> None:

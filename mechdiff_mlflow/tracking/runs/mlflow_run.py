@@ -7,12 +7,12 @@ import shlex
 from collections.abc import Mapping
 
 import mlflow
-from mlflow.entities import Run
+from mlflow.entities import Run, RunTag
 from mlflow.utils.name_utils import _GENERATOR_NOUNS, _GENERATOR_PREDICATES
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.text import number_in, text_of
-from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, RunRecord
 from mechdiff_mlflow.tracking.store.database import sqlite_path
 from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable, open_store
@@ -20,7 +20,7 @@ from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable, open_s
 RUN_ID_VARIABLE = "MLFLOW_RUN_ID"
 _DEFAULT_EXPERIMENT = "0"
 """Id of MLflow's Default experiment, where `mlflow run` puts what nobody chose a place for."""
-_MOST_CHARS = 5000
+_CUT = " … (cut)"
 
 
 def experiment_of(store: Store, asked: str | None, pair: str) -> str:
@@ -75,14 +75,20 @@ def note_failure(reason: str) -> None:
     run_id = os.environ.pop(RUN_ID_VARIABLE, None)
     if not run_id:
         return
-    reason = redact(reason)[:_MOST_CHARS]
     try:
         store = open_store()
         with store.errors():
-            store.client.set_tag(run_id, "mechdiff.failure", reason)
-            store.client.set_tag(run_id, "mlflow.note.content", f"**FAILED:** {reason}")
+            store.client.log_batch(run_id, tags=failure_tags("FAILED", reason))
     except MechdiffError:
         return  # the user hears the reason itself, which matters more than where it could not be noted
+
+
+def failure_tags(status: str, reason: str, description: str = "") -> list[RunTag]:
+    """The tags that say why a run failed; what is longer than MLflow takes is cut visibly."""
+    note = f"**{status}:** {reason}\n\n{description}"
+    texts = {"mechdiff.failure": redact(reason), "mlflow.note.content": redact(note)}
+    cut = MAX_TAG_CHARS - len(_CUT)
+    return [RunTag(k, text if len(text) <= MAX_TAG_CHARS else text[:cut] + _CUT) for k, text in texts.items()]
 
 
 def tags_to_add(run: Run, record: RunRecord, provenance: Mapping[str, str]) -> dict[str, str]:

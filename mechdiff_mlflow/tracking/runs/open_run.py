@@ -5,27 +5,24 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
-from functools import partial
 
-from mlflow.entities import Run, RunTag
+from mlflow.entities import Run
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.content.cells import CELLS, cell_row, cells_text
-from mechdiff_mlflow.tracking.content.keys import check_same, key_of
-from mechdiff_mlflow.tracking.content.records import MAX_TAG_CHARS, RunRecord, param_text
+from mechdiff_mlflow.tracking.content.records import RunRecord, check_same, key_of, param_text
 from mechdiff_mlflow.tracking.content.tag_names import KEY_TAG, ROOT_TAG
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.runs.interrupts import Interrupts, ending
 from mechdiff_mlflow.tracking.runs.lookup import all_runs, made_once, reopen
-from mechdiff_mlflow.tracking.runs.mlflow_run import params_of, plain
+from mechdiff_mlflow.tracking.runs.mlflow_run import failure_tags, params_of, plain
 from mechdiff_mlflow.tracking.runs.provenance import code_version, provenance_tags
 from mechdiff_mlflow.tracking.runs.run_lock import RunLock, owner_in
 from mechdiff_mlflow.tracking.runs.writing import RecordWriter
-from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.store import RunTakenOver, Store, StoreFull, StoreUnreachable
 
 EPOCH_TAG = "mechdiff.epoch"
@@ -34,7 +31,6 @@ EPOCH_TAG = "mechdiff.epoch"
 _WRITERS = 8
 """Threads that log at once to a server; a SQLite file takes one writer at a time."""
 _SWITCH_S = 2e-5
-_CUT = " … (cut)"
 
 _log = logging.getLogger(__name__)
 
@@ -68,8 +64,7 @@ class OpenRun:
         """Runs below this one that this process has written whole, by id."""
         self._patches: dict[str, Run] = {}
         """Finished patch runs below this one, by key."""
-        self._begun: dict[str, Future[tuple[Run, bool]]] = {}
-        self._soon: list[tuple[Callable[[], RunRecord], Future[str]]] = []
+        self._soon: list[tuple[RunRecord, Future[str]]] = []
         self._pool: ThreadPoolExecutor | None = None
         self._left = {child.data.tags[KEY_TAG]: child for child in self._below()} if resumed else {}
 
@@ -115,23 +110,9 @@ class OpenRun:
         with self._interrupts.deferred():
             return self._log(record, under)
 
-    def begin_soon(self, records: Iterable[RunRecord]) -> None:
-        """Make runs below this one in the background, with their maps, which take longest and come first.
-
-        `log_soon` with the measured records, which have the same keys, finishes them, and begins anew what
-        could not be begun.
-        """
-        for record in records:
-            key = key_of(record, code_version())
-            self._begun[key] = self._writers().submit(self._begin, key, record, self.run_id)
-
-    def log_soon(self, make: Callable[[], RunRecord]) -> None:
-        """Write one finished run below this one in the background; `wait` says how that went.
-
-        Args:
-            make: Gives the record, there too, and the same whenever it is called.
-        """
-        self._soon.append((make, self._writers().submit(lambda: self._log(make()))))
+    def log_soon(self, record: RunRecord) -> None:
+        """Write one finished run below this one in the background; `wait` says how that went."""
+        self._soon.append((record, self._writers().submit(self._log, record)))
 
     def wait(self, progress: Callable[[int], None] = lambda n: None) -> list[str]:
         """The ids of all that `log_soon` was given since the last call, in order, once they are written.
@@ -145,14 +126,14 @@ class OpenRun:
         soon, self._soon = self._soon, []
         ids = []
         try:
-            for make, future in soon:
+            for record, future in soon:
                 try:
                     ids.append(future.result())
                 except RunTakenOver:
                     raise
                 except MechdiffError:
                     with self._interrupts.deferred():
-                        ids.append(self._log(make(), again=True))
+                        ids.append(self._log(record, again=True))
                 progress(1)
         except BaseException:
             for _, future in soon:
@@ -160,14 +141,6 @@ class OpenRun:
             wait([future for _, future in soon])
             raise
         return ids
-
-    def log_all(
-        self, records: Iterable[RunRecord], progress: Callable[[int], None] = lambda n: None
-    ) -> list[str]:
-        """Write finished runs below this one, several at once where the store takes that; see `wait`."""
-        for record in records:
-            self.log_soon(partial(_unchanged, record))
-        return self.wait(progress)
 
     def written(self, run_id: str) -> Run | None:
         """A run below this one that this process wrote whole, as it is; None for any other."""
@@ -196,13 +169,7 @@ class OpenRun:
             if lost is error:
                 return
             raise lost from error
-        for future in self._begun.values():  # which `log_soon` did not finish
-            if not future.cancelled() and future.exception() is None:
-                run, _ = future.result()
-                if run.info.status != "FINISHED":
-                    unfinished = error or MechdiffError("It was begun and not finished.")
-                    self._finish(run.info.run_id, unfinished, "")
-        if error is None and (self.is_resumed or self._store.patience.has_retried):
+        if error is None and (self.is_resumed or self._store.retries.has_retried):
             self._delete_doubles()
         self._finish(self.run_id, error, self._description)
 
@@ -215,56 +182,37 @@ class OpenRun:
             sys.setswitchinterval(min(self._switch_s, _SWITCH_S))
         return self._pool
 
-    def _begin(self, key: str, record: RunRecord, parent: str, *, again: bool = False) -> tuple[Run, bool]:
-        """The run of a record, its map in it, and whether it is new; `again` after an attempt that failed."""
-        self._lock.require()
-        run = None if again else self._left.get(key)
-        is_new = run is None and not again
-        if run is None:  # which an earlier attempt may have made, and ended
-            run = self._child(key, record, parent, look=again)
-        if run.info.status != "FINISHED":
-            with self._ending(run.info.run_id, record):
-                if not is_new:
-                    self._lock.require()
-                    reopen(self._store, run, {EPOCH_TAG: str(self._lock.owner.epoch)})
-                self._writer.send_map(run, record, again=not is_new)
-        return run, is_new
-
     def _log(self, record: RunRecord, under: str | None = None, *, again: bool = False) -> str:
-        """Write a child whole; `again` where an earlier attempt of this process failed."""
+        """Write a child whole; `again` where an attempt of this process failed."""
         key = key_of(record, code_version())
         assert again or key not in self._logged, f"{record.name} is logged twice below {self.run_id}"
         self._logged[key] = ""
-        begun = self._begun.pop(key, None)
-        if begun is not None and begun.exception() is None:
-            run, is_new = begun.result()
-        else:
-            again = again or begun is not None
-            run, is_new = self._begin(key, record, under or self.run_id, again=again)
+        self._lock.require()
+        run = None if again else self._left.get(key)
+        is_new = run is None and not again
+        if run is None:  # which the attempt that failed may have made, and ended
+            run = self._child(key, record, under or self.run_id, look=again)
         run_id: str = run.info.run_id
         self._logged[key] = run_id
         if run.info.status == "FINISHED":
             check_same(run_id, record, run.data.metrics)
         else:
-            with self._ending(run_id, record):
+            try:
+                if not is_new:
+                    self._lock.require()
+                    reopen(self._store, run, {EPOCH_TAG: str(self._lock.owner.epoch)})
                 run = self._writer.write(run, record, again=not is_new)
                 self._lock.require()
                 with self._store.errors():
                     self._store.client.set_terminated(run_id, "FINISHED", record.ended_ms)
-                self._whole[run_id] = run
+            except BaseException as error:  # FAILED with the reason, unless another process has it
+                if self._lost(error) is None:
+                    self._finish(run_id, error, record.description)
+                raise
+            self._whole[run_id] = run
         if record.kind == "patch":
             self._patches[key] = run
         return run_id
-
-    @contextmanager
-    def _ending(self, run_id: str, record: RunRecord) -> Iterator[None]:
-        """A child that cannot be written ends FAILED with the reason, unless another process has it."""
-        try:
-            yield
-        except BaseException as error:
-            if self._lost(error) is None:
-                self._finish(run_id, error, record.description)
-            raise
 
     def _child(self, key: str, record: RunRecord, parent: str, *, look: bool) -> Run:
         """A new run below this one, or with `look` the one that is there."""
@@ -336,7 +284,7 @@ class OpenRun:
     def _one_more_chance(self, error: BaseException | None) -> AbstractContextManager[None]:
         """After a server was waited for in vain it gets one more chance in here, not another while."""
         in_vain = isinstance(error, StoreUnreachable)
-        return self._store.patience.one_attempt() if in_vain else nullcontext()
+        return self._store.retries.one_attempt() if in_vain else nullcontext()
 
     def _finish(self, run_id: str, error: BaseException | None, description: str) -> None:
         client = self._store.client
@@ -344,9 +292,7 @@ class OpenRun:
         try:
             with self._one_more_chance(error), self._store.errors():
                 if reason:
-                    note = f"**{status}:** {reason}\n\n{description}"
-                    tags = {"mechdiff.failure": reason, "mlflow.note.content": note}
-                    client.log_batch(run_id, tags=[RunTag(k, _cut(redact(v))) for k, v in tags.items()])
+                    client.log_batch(run_id, tags=failure_tags(status, reason, description))
                 client.set_terminated(run_id, status)
         except MechdiffError as another:
             if error is None:
@@ -369,12 +315,3 @@ class OpenRun:
                 f"start it with -P {shlex.quote(f'{key}={text[:200]}')}."
             )
         return True
-
-
-def _unchanged(record: RunRecord) -> RunRecord:
-    return record
-
-
-def _cut(text: str) -> str:
-    """A failure's text, cut visibly where MLflow would refuse it."""
-    return text if len(text) <= MAX_TAG_CHARS else text[: MAX_TAG_CHARS - len(_CUT)] + _CUT

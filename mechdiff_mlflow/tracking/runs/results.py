@@ -45,44 +45,20 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-def results_df(store: Store, experiment: str, *, where: str = "", kind: str | None = None) -> pd.DataFrame:
-    """Every run of `experiment`, newest first, one row each, params and metrics as columns.
-
-    MLflow keeps params as text and can only compare them for equality; here a param that reads as a number,
-    true or false is one, so that `k` may hold 1, 8 and "full". A metric with the name of a param gets the
-    column `metric.<name>`. Our own tags are text columns `tag.<name>`.
-
-    Args:
-        store: Where to look.
-        experiment: Name of the experiment.
-        where: MLflow's own filter, e.g. "metrics.drop_pct > 30 and params.hook = 'attn_out'".
-        kind: Only runs of this kind, e.g. "patch".
-
-    Raises:
-        MechdiffError: There is no such experiment, or the filter is not valid.
-    """
-    conditions = [where] if where else []
-    if kind is not None:
-        conditions.append(f"tags.`mechdiff.kind` = '{kind}'")
-    rows = [_row(run) for run in all_runs(store, [store.experiment_id(experiment)], " and ".join(conditions))]
-    return _frame(rows)
-
-
 def summarised(
     store: Store, experiment: str, tables: Mapping[str, str]
 ) -> tuple[pd.DataFrame, dict[str, dict[str, pd.DataFrame]]]:
-    """The top runs of an experiment and the patch runs below them, as `results_df` gives them, and tables.
+    """The top runs of an experiment and the patch runs below them, one row each, newest first; and tables.
 
-    What a finished run says of its patch runs is read in place of those. Of commands that were repeated with
-    the same settings, pair and code, only the newest one that finished counts, and what was begun since.
+    A param that reads as a number, true or false is one, so that `k` may hold 1, 8 and "full"; a metric with
+    the name of a param gets the column `metric.<name>`; tags are text columns `tag.<name>`. What a finished
+    run says of its patch runs is read in place of those. Of commands that were repeated with the same
+    settings, pair and code, only the newest one that finished counts, and what was begun since.
 
     Args:
         store: Where to look.
         experiment: Name of the experiment.
-        tables: Paths of tables, each with the kind of top run that has it.
-
-    Returns:
-        The runs, newest first, and by path and run id the tables.
+        tables: Paths of tables, each with the kind of top run that has it; the result has them by run id.
 
     Raises:
         MechdiffError: There is no such experiment.
@@ -168,7 +144,7 @@ def _not_all(each: Callable[..., Iterable[Run]], where: list[str]) -> Iterator[R
     commands: dict[str, Run] = {}
     while True:
         left = [*where, *(_is_other(_SAME_TAGS[0], run) for run in commands.values())]
-        page = list(islice(each(" and ".join(left), newest_first=True, page=_FEW), _FEW))
+        page = list(islice(each(" and ".join(left), page=_FEW), _FEW))
         yield from page
         if len(page) < _FEW:
             break

@@ -42,38 +42,23 @@ _MAX_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class LocalRecord:
-    """What this machine knows of a command that was begun on it.
+    """What this machine knows of a command that was begun on it."""
 
-    Args:
-        command: Digest of the command.
-        who: The user's login to the store, or of the system.
-        trusts: Whether its pair's spec said `trust_remote_code: true`.
-        run_id: Its top run, so that its tag proves nothing on another; empty until that is made.
-    """
-
-    command: str
-    who: str
-    trusts: bool
-    run_id: str = ""
+    command: str  # its digest
+    who: str  # the user's login to the store, or of the system
+    trusts: bool  # whether its pair's spec said `trust_remote_code: true`
+    run_id: str = ""  # its top run, so that its tag proves nothing on another; empty until that is made
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command whose run can be resumed.
+    """A command whose run can be resumed."""
 
-    Args:
-        argv: Its words after `mechdiff`, with every option that its numbers depend on.
-        folder: The working directory that relative paths in it start from; empty where there are none.
-        code: Version of the code.
-        parent: Whether its results lie below its run, and not in it.
-        record: Name of the local record of who began it.
-    """
-
-    argv: Annotated[tuple[str, ...], Field(min_length=1)]
-    folder: str
-    code: str
-    parent: bool
-    record: str = ""
+    argv: Annotated[tuple[str, ...], Field(min_length=1)]  # its words after `mechdiff`
+    folder: str  # the working directory that relative paths in it start from; empty where there are none
+    code: str  # version of the code
+    parent: bool  # whether its results lie below its run, and not in it
+    record: str = ""  # name of the local record of who began it
 
     @classmethod
     def here(cls, argv: Sequence[str], who: str, *, has_parent: bool, trusts: bool) -> Command:
@@ -157,7 +142,7 @@ def newest_of_mine(store: Store) -> tuple[Run | None, list[str]]:
     with store.errors():
         experiments = [e.experiment_id for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)]
     where = f"attributes.status != 'FINISHED' and tags.`{RESUME_TAG}` LIKE '{{%'"
-    for run in all_runs(store, experiments, where, newest_first=True):
+    for run in all_runs(store, experiments, where):
         with suppress(MechdiffError):  # what says no command is none
             known = Command.of(run).begun_by(run.info.run_id)
             if known is None or known.who != me:
@@ -197,42 +182,31 @@ def top_run(store: Store, run_id: str) -> Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Earlier:
-    """The runs that earlier attempts at the same left.
+class EarlierAttempts:
+    """The runs that earlier attempts at the same left."""
 
-    Args:
-        tag: For the run, if one is to be made or gone on with.
-        finished: The run that holds all this already.
-        unfinished: Id of a run that this machine's attempt left, to be gone on with.
-    """
-
-    tag: dict[str, str]
-    finished: Run | None = None
-    unfinished: str | None = None
+    tag: dict[str, str]  # for the run, if one is to be made or gone on with
+    finished: Run | None = None  # the run that holds all this already
+    unfinished: str | None = None  # id of a run that this machine's attempt left, to be gone on with
 
 
-def earlier(store: Store, experiment: str, asked: Any, content: Any = "") -> Earlier:
-    """The run that an earlier attempt made, if any; deleted ones do not count.
+def earlier_attempts(store: Store, experiment: str, asked: Any, content: Any = "") -> EarlierAttempts:
+    """The runs that attempts at the same request made in an experiment, which need not exist.
 
-    Args:
-        store: Where to look.
-        experiment: Name of the experiment, which need not exist.
-        asked: What makes it the same request, as JSON holds it.
-        content: What the run is to hold: where that is another now, a finished run is another, too.
+    `asked` is what makes it the same request, `content` what the run is to hold, both as JSON: where the
+    content is another now, a finished run is another, too.
     """
     request = _digest([asked, code_version()])
     tag = f"{request}.{_digest(content)}"
     with store.errors():
         there = store.client.get_experiment_by_name(experiment)
     if there is None or RUN_ID_VARIABLE in os.environ:  # `mlflow run` has made another run for this
-        return Earlier({_REPEAT_TAG: tag})
-    found = all_runs(
-        store, [there.experiment_id], f"tags.`{_REPEAT_TAG}` LIKE '{request}.%'", newest_first=True
-    )
+        return EarlierAttempts({_REPEAT_TAG: tag})
+    found = all_runs(store, [there.experiment_id], f"tags.`{_REPEAT_TAG}` LIKE '{request}.%'")
     finished = (run for run in found if run.info.status == "FINISHED" and run.data.tags[_REPEAT_TAG] == tag)
     left = (run for run in found if run.info.status != "FINISHED" and is_alive(store, run) is False)
     unfinished = next((run.info.run_id for run in left), None)
-    return Earlier({_REPEAT_TAG: tag}, next(finished, None), unfinished)
+    return EarlierAttempts({_REPEAT_TAG: tag}, next(finished, None), unfinished)
 
 
 def _digest(what: Any) -> str:

@@ -1,10 +1,6 @@
 """The lock of a run: one process writes it at a time, and one that was taken for dead does not go on.
 
-An owner is named in the run's tag `mechdiff.lease.<epoch>`, counts up in it, and holds a lock file, which
-the system lets go when it dies. Where that file is not seen, an owner counts as dead when its tag has not
-changed for `OWNER_TIMEOUT_S` of the observer's own clock. Who takes over writes the next epoch's tag, waits,
-and reads it back; an owner reads the tags again before it writes, if it last did so more than half that wait
-ago. What that leaves open is in docs/faults.md.
+How, and what that leaves open, is in docs/faults.md, points 5 and 6.
 
 References: Gray & Cheriton (1989), Leases; Kleppmann (2016), How to do distributed locking (fencing tokens).
 """

@@ -29,35 +29,20 @@ _MOST_A_PAGE = 1000
 
 @dataclass(frozen=True, slots=True)
 class FoundRun:
-    """A patch run that measured a map.
-
-    Args:
-        run_id: To fetch or promote.
-        experiment: Its name.
-        pair: Its name.
-        site: Where.
-        settings: solver, family, k, alpha, split and n as logged.
-        metric: Name of the metric that was asked for.
-        value: Its value.
-        low: Lower end of its 95 % interval, if logged.
-        high: The upper end.
-        leak: Whether something was chosen on prompts that are reported; None where nobody knows.
-        prompts: Name, digest and split of each prompt set.
-        started_ms: Unix time in ms.
-    """
+    """A patch run that measured a map."""
 
     run_id: str
-    experiment: str
+    experiment: str  # its name
     pair: str
     site: str
-    settings: dict[str, str]
-    metric: str
+    settings: dict[str, str]  # solver, family, k, alpha, split and n as logged
+    metric: str  # the one that was asked for
     value: float
-    low: float | None
+    low: float | None  # ends of its 95 % interval, if logged
     high: float | None
-    leak: bool | None
-    prompts: tuple[dict[str, str], ...]
-    started_ms: int
+    leak: bool | None  # whether something was chosen on prompts that are reported; None: nobody knows
+    prompts: tuple[dict[str, str], ...]  # name, digest and split of each set
+    started_ms: int  # Unix time
 
 
 def find_runs(
@@ -71,15 +56,8 @@ def find_runs(
 ) -> list[FoundRun]:
     """Finished patch runs that have `metric`, the best first; the store orders them and sends no others.
 
-    Less is better for KL, rho and p-values, more for everything else.
-
-    Args:
-        store: Where to look, in every experiment.
-        pair: Only of this pair.
-        site: Only at this site.
-        metric: What counts.
-        best: Only the best of each pair and site.
-        limit: How many at most; None for all.
+    Less is better for KL, rho and p-values, more for everything else. With `best`, only the best of each pair
+    and site; `limit` is how many at most.
 
     Raises:
         MechdiffError: No run is found; says what to try.
@@ -117,7 +95,7 @@ class _Search:
 
     def __init__(self, store: Store, experiments: dict[str, str], metric: str) -> None:
         self._sign = 1 if metric.startswith(_LOWER_IS_BETTER) else -1
-        by = [f"metrics.`{metric}` {'ASC' if self._sign > 0 else 'DESC'}", "attributes.start_time DESC"]
+        by = [f"metrics.`{metric}` {'ASC' if self._sign > 0 else 'DESC'}"]
         self._each = partial(each_run, store, list(experiments), order=by)
         self._experiments, self._metric = experiments, metric
 

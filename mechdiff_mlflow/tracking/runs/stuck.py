@@ -17,29 +17,17 @@ from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """A run that is RUNNING and that nobody is known to be at work on.
-
-    Args:
-        run_id: Its id.
-        experiment: Name of its experiment.
-        name: Its name.
-        started_ms: Unix time in ms.
-        root: Id of the top run.
-        owner: Who wrote it; None where the run does not say.
-        is_dead: Whether that process is known to be dead.
-        can_resume: Whether `mechdiff resume` would finish the top run.
-        orphaned: Why the top run cannot be read; empty where it can.
-    """
+    """A run that is RUNNING and that nobody is known to be at work on."""
 
     run_id: str
-    experiment: str
+    experiment: str  # its name
     name: str
-    started_ms: int
-    root: str
-    owner: Owner | None = None
-    is_dead: bool = False
-    can_resume: bool = False
-    orphaned: str = ""
+    started_ms: int  # Unix time
+    root: str  # id of the top run
+    owner: Owner | None = None  # who wrote it; None where the run does not say
+    is_dead: bool = False  # whether that process is known to be dead
+    can_resume: bool = False  # whether `mechdiff resume` would finish the top run
+    orphaned: str = ""  # why the top run cannot be read
 
 
 def stuck_runs(store: Store, *, watch: bool = False) -> list[Stuck]:
@@ -49,7 +37,7 @@ def stuck_runs(store: Store, *, watch: bool = False) -> list[Stuck]:
     """
     with store.errors():
         names = {e.experiment_id: e.name for e in store.client.search_experiments(ViewType.ACTIVE_ONLY)}
-    running = all_runs(store, list(names), "attributes.status = 'RUNNING'", newest_first=True)
+    running = all_runs(store, list(names), "attributes.status = 'RUNNING'")
     tops = {run.info.run_id: run for run in running if ROOT_TAG not in run.data.tags}
     gone: dict[str, tuple[bool, str]] = {}
     above = {run.data.tags[ROOT_TAG] for run in running if ROOT_TAG in run.data.tags} - tops.keys()

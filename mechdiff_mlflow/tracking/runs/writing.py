@@ -7,6 +7,7 @@ keeps one of two equal points. The caller sets the status, last.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,49 +15,30 @@ from mlflow.entities import LoggedModelInput, Metric, Param, Run, RunData, RunTa
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking import flavour
-from mechdiff_mlflow.tracking.content import artifacts, keys
+from mechdiff_mlflow.tracking.content import artifacts
 from mechdiff_mlflow.tracking.content.artifact_files import Sent, StoredFiles, digest_tag, files_of
-from mechdiff_mlflow.tracking.content.records import RunRecord, param_text
+from mechdiff_mlflow.tracking.content.records import TIME, RunRecord, param_text
+from mechdiff_mlflow.tracking.content.tag_names import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.flavour import MAP_FILE, LoggedMap
 from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.store import Store
-
-MAP_RUN_TAG = "mechdiff.map_run"
 
 
 class RecordWriter:
     """Writes records; several threads may, each into other runs.
 
-    Args:
-        store: Where to.
-        require: Called before each request that writes; raises if this process may not write any more.
+    `require` is called before each request that writes; it raises if this process may not write any more.
     """
 
     def __init__(self, store: Store, require: Callable[[], None]) -> None:
         self._store, self._require = store, require
-        self._sent: dict[str, dict[str, Sent]] = {}
         self.models: dict[str, LoggedMap] = {}
         """The logged models of runs that were written or measured, by run."""
-
-    def send_map(self, run: Run, record: RunRecord, *, again: bool = False) -> None:
-        """Send the map of a record alone, once; see `write`."""
-        with self._store.errors():
-            if record.map is not None and record.is_model:
-                self._model_of(run, record, again)
-            elif record.map is not None and MAP_FILE not in self._sent.setdefault(run.info.run_id, {}):
-                self._require()
-                sent = flavour.send_map(self._store, run.info.artifact_uri, record.map, again=again)
-                self._sent[run.info.run_id] |= sent
 
     def write(self, run: Run, record: RunRecord, *, again: bool = False) -> Run:
         """Write everything but the status, the cheap checks before the first request.
 
-        Args:
-            run: As it is before; what it holds of durations is kept.
-            record: What it is to hold.
-            again: Whether some of that may be there from an earlier attempt.
-
-        Returns: The run with what was written.
+        Returns the run with what was written. `again` says that some may be there from an earlier attempt.
 
         Raises:
             MechdiffError: The record or the store refuses, or the store does not hold what was sent.
@@ -65,9 +47,7 @@ class RecordWriter:
         params = [Param(key, redact(param_text(key, value))) for key, value in record.params.items()]
         metrics, undefined = _finite(record)
         with self._store.errors():
-            self.send_map(run, record, again=again)
-            sent = self._sent.setdefault(run_id, {})
-            sent |= self._send(run, record, again)
+            sent = self._send(run, record, again)
             model = self._model_of(run, record, again)
             inputs = [LoggedModelInput(model.model_id)] if model and record.map_run else None
             if record.datasets or inputs:
@@ -76,12 +56,11 @@ class RecordWriter:
             at_ms = record.ended_ms or run.info.start_time
             if again:  # a former owner's last request may have come in since
                 run = client.get_run(run_id)
-            known = keys.fresh({key: value for key, value, _ in metrics}, run.data.metrics)
             model_id = model.model_id if model else None
             points = [
                 Metric(key, value, at_ms, step, model_id=model_id)
                 for key, value, step in metrics
-                if key in known
+                if not (key.startswith(TIME) and key in run.data.metrics)  # durations stay as they were
             ]
             tags = [RunTag(key, redact(text)) for key, text in _tags(record, undefined, sent).items()]
             if points or params or tags:
@@ -90,25 +69,27 @@ class RecordWriter:
         return Run(run.info, RunData(points, params, tags))
 
     def _send(self, run: Run, record: RunRecord, again: bool) -> dict[str, Sent]:
-        """Send the files of a record, and make sure that they are there."""
-        sent: dict[str, Sent] = {}
-
-        def send(folder: str) -> None:
-            sent_now = files_of(Path(folder))
-            files = StoredFiles(self._store, run.info.artifact_uri)
-            self._require()
-            files.send(Path(folder), again=again)
-            files.require_present(sent_now)
-            sent.update(sent_now)
-
-        artifacts.upload(send, record)
+        """Send the files of a record, its map too where that is no model, and check them there."""
+        with tempfile.TemporaryDirectory(prefix="mechdiff-") as temporary:
+            folder = Path(temporary, "sent")
+            artifacts.write_files(record, folder)
+            is_file = record.map is not None and not record.is_model
+            if record.map is not None and is_file:
+                (folder / MAP_FILE).write_bytes(record.map.to_bytes())
+            if sent := files_of(folder):
+                files = StoredFiles(self._store, run.info.artifact_uri)
+                self._require()
+                files.send(folder, again=again)
+                files.require_present(sent)
+                if is_file:
+                    files.require_same({MAP_FILE: sent[MAP_FILE].sha256}, Path(temporary, "back"))
         return sent
 
     def _model_of(self, run: Run, record: RunRecord, again: bool) -> LoggedMap | None:
         """The logged model that metrics belong to: of the record's own map, or of the run it measures."""
         run_id: str = record.map_run or run.info.run_id
         if record.map is not None and record.is_model and run_id not in self.models:
-            there = flavour.maps_of_run(self._store, run_id) if again else []
+            there = flavour.maps_of(self._store, run_id) if again else []
             wanted = record.map.sha256() if there else ""
             found = next((model for model in there if model.sha256 == wanted), None)
             self.models[run_id] = found or flavour.log_model(
@@ -123,7 +104,7 @@ class RecordWriter:
                 require_owner=self._require,
             )
         elif record.map_run is not None and run_id not in self.models:
-            fitted = flavour.maps_of_run(self._store, run_id)
+            fitted = flavour.maps_of(self._store, run_id)
             if not fitted:
                 raise MechdiffError(f"Run {run_id} has no map to evaluate; give the id of a fit run.")
             self.models[run_id] = fitted[-1]

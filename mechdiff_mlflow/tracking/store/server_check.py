@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import ipaddress
+import os
+import secrets
 import shlex
-import socket
-import statistics
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import mlflow
 import requests
-from mlflow.environment_variables import MLFLOW_TRACKING_INSECURE_TLS
+from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
@@ -24,7 +27,6 @@ from mlflow.utils.uri import is_local_uri
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.store import database
 from mechdiff_mlflow.tracking.store.redaction import redact
-from mechdiff_mlflow.tracking.store.scratch import Scratch
 from mechdiff_mlflow.tracking.store.server import (
     SEARCH,
     SERVER_ANSWER_S,
@@ -34,9 +36,9 @@ from mechdiff_mlflow.tracking.store.server import (
 )
 from mechdiff_mlflow.tracking.store.store import PLACE_TAG, Store, open_store, prepare_process, uri_of
 
-_SLOW_MS = 100
-"""A run costs half a dozen requests, a sweep thousands."""
-_REQUESTS = 5
+PREFIX = "mechdiff-server-check"
+"""Beginning of the names of what is made to try a store, and deleted again."""
+_PROBE_BYTES = 256 * 1024
 _PROXY = "mlflow server --serve-artifacts --artifacts-destination PLACE, then new experiments"
 
 
@@ -52,19 +54,12 @@ class Level(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the check.
+    """One line of the check."""
 
-    Args:
-        check: What was looked at.
-        level: How it is.
-        seen: What was seen, with values and without secrets.
-        remedy: What to do, empty when all is well.
-    """
-
-    check: str
+    check: str  # what was looked at
     level: Level
-    seen: str
-    remedy: str = ""
+    seen: str  # with values and without secrets
+    remedy: str = ""  # empty when all is well
 
 
 def check_store(tracking_uri: str | None = None) -> list[Finding]:
@@ -90,26 +85,18 @@ def check_store(tracking_uri: str | None = None) -> list[Finding]:
 
 def _server(uri: str) -> Iterator[Finding]:
     try:
-        answers = [ask_server(uri)]
-        while len(answers) < _REQUESTS and answers[-1].ok:
-            answers.append(ask_server(uri))
-        version = ask_server(uri, "GET", "/version")
+        answer, version = ask_server(uri), ask_server(uri, "GET", "/version")
         is_open = is_answer_of_mlflow(_ask_as_nobody(uri))
     except (MlflowException, requests.RequestException) as error:
         yield _unreachable(uri, str(error))
         return
-    status = answers[-1].status_code
+    status, name = answer.status_code, login_name(uri)
     refused = status in (requests.codes.unauthorized, requests.codes.forbidden)
-    if not refused and not is_answer_of_mlflow(answers[-1]):
+    if not refused and not is_answer_of_mlflow(answer):
         seen = f"what answers at {redact(uri)} (HTTP {status}) is no MLflow server"
         yield Finding("reachable", Level.FAIL, seen, "check host, port and path of the address")
         return
-    ms = statistics.median(1000 * answer.elapsed.total_seconds() for answer in answers)
-    seen = f"{redact(uri)} answers a search in {ms:.0f} ms"
-    slow = "with basic-auth set auth_cache_ttl_seconds = 60; one worker, or several with uvloop"
-    is_slow = ms > _SLOW_MS
-    yield Finding("reachable", Level.WARN if is_slow else Level.OK, seen, slow if is_slow else "")
-    name = login_name(uri)
+    yield Finding("reachable", Level.OK, f"{redact(uri)} answers")
     if refused:
         seen = f"user {name!r} is refused" if name else "no user is given and one is needed"
         remedy = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
@@ -117,8 +104,7 @@ def _server(uri: str) -> Iterator[Finding]:
     else:
         yield Finding("login", Level.OK, f"as {name}" if name else "none given, none needed")
         yield _version(version.text.strip() if version.ok else "")
-    yield _authentication(uri, is_open)
-    yield _encryption(uri)
+    yield from _exposure(uri, is_open)
     remedy = "on the server's machine: mechdiff server-check --tracking-uri DATABASE"
     yield Finding("store migrations", Level.SKIP, "cannot be seen through HTTP", remedy)
     if refused:
@@ -165,68 +151,28 @@ def _version(theirs: str) -> Finding:
     return Finding("version", Level.OK, seen)
 
 
-def _authentication(uri: str, is_open: bool) -> Finding:
+def _exposure(uri: str, is_open: bool) -> Iterator[Finding]:
+    """Who may change what is on a server, and whether others can read what goes there."""
+    parts = urlsplit(uri)
+    host = parts.hostname or ""
+    is_here = host == "localhost" or host.startswith("127.") or host == "::1"
+    remedy = "for more than one person: mlflow server --app-name basic-auth"
     if not is_open:
-        return Finding("authentication", Level.OK, "who gives no credentials is refused")
-    remedy = "mlflow server --app-name basic-auth, or bind it to 127.0.0.1"
-    parts = urlsplit(uri)
-    if not is_loopback(parts.hostname or ""):
-        seen = f"anybody who reaches {parts.hostname} may read, change and delete everything"
-        return Finding("authentication", Level.FAIL, seen, remedy)
-    others = [address for address in own_addresses() if _listens(address, parts.port or 80)]
-    if others:
-        seen = f"none, and port {parts.port} is also open on {', '.join(others)}: anybody may do everything"
-        return Finding("authentication", Level.FAIL, seen, remedy)
-    seen = "none: whoever is logged in to this machine may do everything"
-    return Finding("authentication", Level.WARN, seen, "for more than one person: --app-name basic-auth")
-
-
-def own_addresses() -> list[str]:
-    """This machine's addresses on its routes to others."""
-    found = []
-    for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
-        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((target, 9))  # only looks the route up: UDP sends nothing here
-            found.append(str(probe.getsockname()[0]))
-    return [address for address in found if not is_loopback(address)]
-
-
-def _listens(address: str, port: int) -> bool:
-    with suppress(OSError), socket.create_connection((address, port), timeout=1):
-        return True
-    return False
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name says that the server is on this machine; other names are not looked up."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _encryption(uri: str) -> Finding:
-    """Whether others can read what goes to a server or a database."""
-    parts = urlsplit(uri)
-    if is_loopback(parts.hostname or "localhost"):
-        return Finding("encryption", Level.OK, "the connection does not leave this machine")
-    if parts.scheme == "https":
-        if MLFLOW_TRACKING_INSECURE_TLS.get():
-            seen = "https, but MLFLOW_TRACKING_INSECURE_TLS trusts any certificate"
-            return Finding("encryption", Level.WARN, seen, "name the certificate's authority instead")
-        return Finding("encryption", Level.OK, "https, certificate trusted")
-    if parts.scheme != "http":
-        mode = parse_qs(parts.query).get("sslmode", ["prefer"])[0]
-        if mode in ("require", "verify-ca", "verify-full"):
-            return Finding("encryption", Level.OK, f"sslmode={mode}")
-        remedy = "append ?sslmode=verify-full (PostgreSQL) or your driver's equivalent to the URI"
-        return Finding(
-            "encryption", Level.WARN, f"the URI does not insist on TLS to {parts.hostname}", remedy
-        )
+        yield Finding("authentication", Level.OK, "who gives no credentials is refused")
+    elif is_here:
+        yield Finding("authentication", Level.WARN, "none: whoever reaches it may do everything", remedy)
+    else:
+        seen = f"anybody who reaches {host} may read, change and delete everything"
+        yield Finding("authentication", Level.FAIL, seen, remedy)
     remedy = "a reverse proxy with TLS before the server, and its https:// address here"
-    if login_name(uri):
-        return Finding("encryption", Level.FAIL, "http: the password crosses the network readable", remedy)
-    return Finding("encryption", Level.WARN, "http: whoever is on the way can read and change all", remedy)
+    if is_here:
+        yield Finding("encryption", Level.OK, "the connection does not leave this machine")
+    elif parts.scheme == "https":
+        yield Finding("encryption", Level.OK, "https")
+    elif login_name(uri):
+        yield Finding("encryption", Level.FAIL, "http: the password crosses the network readable", remedy)
+    else:
+        yield Finding("encryption", Level.WARN, "http: whoever is on the way can read and change all", remedy)
 
 
 def _database(uri: str) -> Iterator[Finding]:
@@ -252,9 +198,7 @@ def _database(uri: str) -> Iterator[Finding]:
         return
     yield Finding("store migrations", Level.OK, f"at {head}, as MLflow {mlflow.__version__} wants it")
     store = open_store(uri)
-    if store.sqlite_path is None:
-        yield _encryption(uri)
-    else:
+    if store.sqlite_path is not None:
         yield _places(store, store.sqlite_path.parent)
     yield from _round_trips(store)
 
@@ -317,12 +261,12 @@ def _listed(words: list[str], between: str) -> str:
 
 
 def _round_trips(store: Store) -> list[Finding]:
-    with store.patience.one_attempt():  # what does not answer at once is a finding
+    with store.retries.one_attempt():  # what does not answer at once is a finding
         return list(_tries(store))
 
 
 def _tries(store: Store) -> Iterator[Finding]:
-    scratch = Scratch(store)
+    scratch = _Scratch(store)
     mine = "ask the server's administrator" if store.is_server else "check the permissions of the store"
     try:
         made = _try("permissions", scratch.runs, mine)
@@ -330,8 +274,6 @@ def _tries(store: Store) -> Iterator[Finding]:
         if made.level is Level.OK:
             yield _artifacts(store, scratch)
             yield _try("registry", scratch.registry, mine)
-        else:
-            yield Finding("artifacts, registry", Level.SKIP, "no run to try them with")
     finally:
         left = scratch.remove()
     if left:
@@ -348,7 +290,7 @@ def _try(check: str, attempt: Callable[[], str], remedy: str) -> Finding:
         return Finding(check, Level.FAIL, str(error), remedy)
 
 
-def _artifacts(store: Store, scratch: Scratch) -> Finding:
+def _artifacts(store: Store, scratch: _Scratch) -> Finding:
     if not store.is_server:
         found = _try("artifacts", scratch.artifacts, "check the folder's permissions")
         if found.level is Level.OK and store.sqlite_path is None:
@@ -366,3 +308,84 @@ def _artifacts(store: Store, scratch: Scratch) -> Finding:
         seen = f"off: clients reach {scheme}:// themselves, and need its credentials; {found.seen}"
         return Finding(found.check, Level.WARN, seen, _PROXY)
     return found
+
+
+class _Scratch:
+    """An experiment, a run, a logged model and a registered map under a name that nobody else uses.
+
+    Its methods `runs`, `artifacts` and `registry`, in this order, say what they saw or raise `MechdiffError`.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.name = f"{PREFIX}-{secrets.token_hex(4)}"
+        self.artifact_uri = ""
+        """Where the run's artifacts go."""
+        self._store, self._client = store, store.client
+        self._undo: list[tuple[str, Callable[[], object]]] = []
+        self._run_id = self._model_id = ""
+
+    def runs(self) -> str:
+        """Make the experiment, a run with a param, a metric and a tag, and a logged model."""
+        client, name = self._client, self.name
+        experiment_id = self._store.experiment(name)
+        self._undo.append((f"experiment {name}", lambda: client.delete_experiment(experiment_id)))
+        with self._store.errors():
+            run = client.create_run(experiment_id, run_name=name)
+            self._run_id, self.artifact_uri = run.info.run_id, run.info.artifact_uri
+            self._undo.append((f"run {self._run_id}", lambda: client.delete_run(self._run_id)))
+            metric = Metric("checked", 1.0, int(time.time() * 1000), 0)
+            client.log_batch(self._run_id, [metric], [Param("check", name)], [RunTag("check", name)])
+            client.set_terminated(self._run_id)
+            self._model_id = client.create_logged_model(experiment_id, name, self._run_id).model_id
+            undo = (f"logged model {self._model_id}", lambda: client.delete_logged_model(self._model_id))
+            self._undo.append(undo)
+            client.finalize_logged_model(self._model_id, LoggedModelStatus.READY)
+        return "may make an experiment, a run and a logged model"
+
+    def artifacts(self) -> str:
+        """Send a file to the run's artifacts, get it back and delete it."""
+        content = os.urandom(_PROBE_BYTES)
+        with tempfile.TemporaryDirectory(prefix="mechdiff-") as folder, self._store.errors():
+            sent, back = Path(folder, "probe.bin"), Path(folder, "back")
+            sent.write_bytes(content)
+            back.mkdir()
+            place = get_artifact_repository(self.artifact_uri, tracking_uri=self._store.uri)
+            self._undo.append(("file probe.bin", lambda: place.delete_artifacts("probe.bin")))
+            place.log_artifact(str(sent))
+            found = Path(place.download_artifacts("probe.bin", str(back))).read_bytes()
+            self._undo.pop()[1]()
+        if found != content:
+            raise MechdiffError(f"The {len(content)} bytes sent came back as {len(found)} others.")
+        return f"{_PROBE_BYTES // 1024} KiB came back as they were sent"
+
+    def registry(self) -> str:
+        """Register a version of a model, point an alias at it and take that away."""
+        client, name = self._client, self.name
+        # A database's registry looks logged models up in MLflow's default store, not in this one.
+        at_server = {"source": f"models:/{self._model_id}", "model_id": self._model_id}
+        source = at_server if self._store.is_server else {"source": self.artifact_uri}
+        with self._store.errors():
+            client.create_registered_model(name)
+            self._undo.append((f"registered model {name}", lambda: client.delete_registered_model(name)))
+            number = client.create_model_version(name, run_id=self._run_id, **source).version
+            client.set_model_version_tag(name, number, "check", name)
+            client.set_registered_model_alias(name, "checked", number)
+            client.delete_registered_model_alias(name, "checked")
+        return "may register a model, and set and take away an alias"
+
+    def remove(self) -> list[str]:
+        """Delete everything again, the youngest first; what could not be deleted."""
+        left = []
+        for what, undo in reversed(self._undo):
+            try:
+                with self._store.errors():
+                    undo()
+            except MechdiffError as error:
+                left.append(f"{what} ({error})")
+        if self.artifact_uri and not self._store.is_server and is_local_uri(self.artifact_uri):
+            # <root>/<experiment>/<run>/artifacts, of which the root may be new too
+            folder = Path(local_file_uri_to_path(self.artifact_uri)).parents[1]
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                folder.parent.rmdir()
+        return left

@@ -7,16 +7,18 @@ import logging
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 import requests
 from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
+from mlflow.store.entities import PagedList
 from mlflow.tracking import MlflowClient
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
@@ -39,6 +41,7 @@ _MAX_EXPERIMENTS = 50_000
 _said: set[str] = set()
 """Stores of which it was said that they were copied."""
 _URI_VARIABLE = "MLFLOW_TRACKING_URI"
+T = TypeVar("T")
 _REFUSED = re.compile(r"endpoint (?P<endpoint>\S+) failed with error code (?P<status>401|403)\b")
 
 # The user's own settings win; these are what MLflow does when nothing is set.
@@ -73,25 +76,18 @@ class NotAllowed(MechdiffError):
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """An opened, working tracking store and the model registry that belongs to it.
+    """An opened, working tracking store and the model registry that belongs to it."""
 
-    Args:
-        uri: Its absolute URI, secrets included: print `shown` instead.
-        client: The one MLflow client that our code uses on it.
-        sqlite_path: The database file of a SQLite store.
-        patience: For how long requests are repeated while it is away.
-        seen: Tags of experiments that were asked for by name, by id.
-    """
-
-    uri: str
+    uri: str  # absolute, secrets included: print `shown` instead
     client: MlflowClient | RetryingClient = field(repr=False)
-    sqlite_path: Path | None = None
-    patience: Retries = field(default_factory=Retries, repr=False)
+    sqlite_path: Path | None = None  # the database file of a SQLite store
+    retries: Retries = field(default_factory=Retries, repr=False)
     seen: dict[str, Mapping[str, str]] = field(default_factory=dict, repr=False, compare=False)
+    """Tags of experiments that were asked for by name, by id."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.client, RetryingClient):
-            object.__setattr__(self, "client", RetryingClient(self.client, self.patience))
+            object.__setattr__(self, "client", RetryingClient(self.client, self.retries))
 
     @property
     def shown(self) -> str:
@@ -127,7 +123,7 @@ class Store:
                 place |= tags or {}
                 try:
                     create = partial(self.client.create_experiment, name, self._artifact_root(name), place)
-                    made = str(self.patience.once(create, lambda: self._id_of(name)))
+                    made = str(self.retries.once(create, lambda: self._id_of(name)))
                     self.seen[made] = place
                     return made
                 except MlflowException as error:
@@ -178,6 +174,17 @@ class Store:
                 f"The store {self.sqlite_path} was copied or moved from {old}, and its artifacts are "
                 f"still read there; run {self.command('server-check', '--rebase')} to have them here."
             )
+
+    def every(self, search: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
+        """What `search` finds, asked for page by page as it is taken, by the token of each page."""
+        token = None
+        while True:
+            with self.errors():
+                found = search(token)
+            yield from found
+            token = found.token
+            if not token:
+                return
 
     def experiments(self) -> list[Experiment]:
         """Every experiment, deleted ones too."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -11,9 +10,11 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from pydantic import TypeAdapter, ValidationError
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.tracking.store.database import sqlite_path
@@ -22,28 +23,16 @@ CACHE_VARIABLE = "MECHDIFF_CACHE"
 STAGING_VARIABLE = "MECHDIFF_STAGING"
 
 _STALE_S = 14 * 24 * 3600
-_DIGEST = re.compile("[0-9a-f]{64}")
 _RUN_ID = re.compile("[0-9A-Za-z_-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The map that a name meant in a store.
+    """The map that a name meant in a store."""
 
-    Args:
-        label: What it named, e.g. `NAME/3`.
-        sha256: Digest of the map.
-        asked_ms: When the store said so, Unix time in ms.
-    """
-
-    label: str
-    sha256: str
-    asked_ms: int
-
-    @property
-    def asked(self) -> str:
-        """When the store said so, in UTC."""
-        return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(self.asked_ms / 1000))
+    label: str  # what it named, e.g. `NAME/3`
+    sha256: str  # digest of the map
+    asked: str  # when the store said so, in UTC
 
 
 def cache_root() -> Path:
@@ -67,13 +56,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def entry(sha256: str) -> Path:
-    """The directory for the model whose map has this digest.
-
-    Raises:
-        MechdiffError: It is no digest; what a store says must not name other places.
-    """
-    if _DIGEST.fullmatch(sha256) is None:
-        raise MechdiffError(f"{sha256[:80]!r} is no SHA-256 digest; promote the run again.")
+    """The directory for the model whose map has this digest, which the caller has checked to be one."""
     return cache_root() / "maps" / sha256
 
 
@@ -107,16 +90,15 @@ def forget_old_staging() -> None:
 
 def remember(uri: str, name: str, label: str, sha256: str) -> None:
     """Note what `name` means in the store `uri` now."""
-    answer = Answer(label, sha256, int(time.time() * 1000))
-    write(_answer_path(uri, name), json.dumps({"name": name, **asdict(answer)}).encode())
+    answer = Answer(label, sha256, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
+    write(_answer_path(uri, name), TypeAdapter(Answer).dump_json(answer))
 
 
 def recall(uri: str, name: str) -> Answer | None:
     """What `name` meant in the store `uri` when it was last asked on this machine; None if it never was."""
     try:
-        found = json.loads(_answer_path(uri, name).read_text(encoding="utf-8"))
-        return Answer(str(found["label"]), str(found["sha256"]), int(found["asked_ms"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        return TypeAdapter(Answer).validate_json(_answer_path(uri, name).read_bytes())
+    except (OSError, ValidationError):
         return None
 
 

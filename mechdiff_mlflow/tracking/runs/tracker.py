@@ -1,9 +1,6 @@
 """Runs: one tree per command, written so that none is left RUNNING and nothing is there twice.
 
-Every run below a parent has a key (see `keys`), by which it is looked up before it is made again: after a
-lost answer, and after a killed process when the parent is resumed. What it holds is a function of what was
-computed, so that writing it again changes nothing, and FINISHED comes last, once the store was seen to hold
-what was sent. Who may write is decided by `run_lock`.
+How is in docs/faults.md.
 """
 
 from __future__ import annotations
@@ -24,24 +21,19 @@ from mechdiff_mlflow.tracking.runs.mlflow_run import RUN_ID_VARIABLE, active_run
 from mechdiff_mlflow.tracking.runs.open_run import OpenRun
 from mechdiff_mlflow.tracking.runs.provenance import provenance_tags
 from mechdiff_mlflow.tracking.runs.run_lock import RunLock, taken_over
-from mechdiff_mlflow.tracking.runs.writing import MAP_RUN_TAG
 from mechdiff_mlflow.tracking.store.redaction import redact
 from mechdiff_mlflow.tracking.store.store import Store
 
-__all__ = ["MAP_RUN_TAG", "RUN_ID_VARIABLE", "OpenRun", "Tracker"]
+__all__ = ["RUN_ID_VARIABLE", "OpenRun", "Tracker"]
 
 
 class Tracker:
-    """Writes runs of one experiment.
+    """Writes runs of one experiment, which is made if there is none.
 
-    Args:
-        store: Where to.
-        experiment: Name of the experiment, made if there is none. The run that an enclosing `mlflow run`
-            made brings its own, and its children go there too. A run of this experiment that the calling
-            program is in becomes the parent.
-        resume: Id of an unfinished run to go on with, instead of making one.
-        as_asked: From a param's name and its text, as somebody typed it for `mlflow run`, to the text that
-            is logged for that value.
+    The run of an enclosing `mlflow run` brings its own experiment, and its children go there too. A run
+    of this experiment that the calling program is in becomes the parent. `resume` is the id of an unfinished
+    run to go on with; `as_asked` gives, for a param's name and its text as typed for `mlflow run`, the text
+    that is logged.
     """
 
     def __init__(
@@ -55,7 +47,7 @@ class Tracker:
         self.store = store
         self.experiment = experiment
         self.as_asked = as_asked
-        self.interrupts = Interrupts(store.patience.hurry)
+        self.interrupts = Interrupts(store.retries.hurry)
         self._resume = resume
 
     @contextmanager
@@ -75,13 +67,8 @@ class Tracker:
         It ends FINISHED; FAILED when the body raises; KILLED on SIGTERM, SIGHUP or Ctrl-C. The reason becomes
         a tag and goes into the description.
 
-        Args:
-            kind: `run`, `sweep`, `atlas`, `report`, `fit`, `patch`, …
-            name: What the UI shows.
-            params: The settings as asked for. Those that `mlflow run` has logged already must agree.
-            tags: More tags.
-            texts: Small files by path, sent before any work, so that a store that takes none is found then.
-            description: Markdown, until `add` brings a better one.
+        `texts` are sent before any work, so that a store that takes none is found then. Params that `mlflow
+        run` has logged already must agree.
 
         Raises:
             MechdiffError: The store refuses, MLFLOW_RUN_ID names a run that cannot be continued, or another
