@@ -99,7 +99,7 @@ def patches(records: Sequence[PatchRecord], pair: str) -> None:
     for text in dict.fromkeys(selection.sentence(patch.leak) for patch in records):
         lines([f"{text}. For a number without that, {selection.REMEDY}."] if text else [])
     if len(records) == 1:
-        lines([wording.plain(wording.transport(of_record(first)))])
+        sentences(wording.transport(of_record(first)))
 
 
 def continuations(rows: Sequence[Steered], title: str) -> None:
@@ -237,6 +237,11 @@ def lines(texts: Sequence[str]) -> None:
     """Print plain lines."""
     for text in texts:
         _console().print(plain(text), markup=False, soft_wrap=True)
+
+
+def sentences(text: str) -> None:
+    """Print lines of Markdown without its marks."""
+    lines(wording.plain(text).splitlines())
 
 
 def warn(text: str) -> None:

@@ -40,11 +40,11 @@ def write_report(request: ReportRequest) -> Written:
     Raises:
         MechdiffError: No run of the pair has been made, or nothing can be written there.
     """
-    name = PairSpec.load(request.pair).name
-    store = open_store(request.tracking_uri)
+    spec = PairSpec.load(request.pair)
+    name, store = spec.name, open_store(request.tracking_uri)
     experiment = experiment_of(store, request.experiment, name)
     evidence = evidence_of(store, name, experiment)
-    document = reports.report(evidence)
+    document = reports.report(evidence, spec, min_effect_nats=request.min_effect)
     doubts = reports.caveats(evidence)
     return _logged(request, store, document, f"report of {name}", experiment, doubts)
 
@@ -63,7 +63,9 @@ def write_comparison(request: CompareRequest) -> Written:
     documents = []
     for other in others:
         tables = tables_of(store, sorted(needed_runs(matches(first, other))), "per_prompt.json")
-        documents.append(comparison(first, other, tables, seed=request.seed))
+        documents.append(
+            comparison(first, other, tables, seed=request.seed, min_effect_nats=request.min_effect)
+        )
     return _logged(request, store, joined(documents), " against ".join(names), names[0], [])
 
 

@@ -57,8 +57,9 @@ def atlas_run(record: AtlasRecord, sentence: str, files: Mapping[str, Path]) -> 
         stepped_metrics=curves,
         tables={"atlas.json": table},
         files=files,
-        description=f"{sentence}\n\nHeatmaps: `figures.html` under Artifacts. One run below for each site "
-        "above the noise floor; only promoted sites keep their map, others refit with `mechdiff run`.",
+        description="\n\n".join(sentence.splitlines())
+        + "\n\nHeatmaps: `figures.html` under Artifacts. One run below for "
+        "each site above the noise floor; only promoted sites keep their map, others refit with `mechdiff run`.",
     )
 
 
