@@ -78,8 +78,8 @@ def where(table: pd.DataFrame, min_effect_nats: float) -> list[str]:
         ]
     else:
         sentences = [
-            f"{len(found)} of {len(places)} {kind} carry the difference: **{_layers(found)}**. Base's "
-            f"activation in place of tuned's moves the next token there by {least} or more."
+            f"At {len(found)} of {len(places)} {kind} base's activation in place of tuned's moves the next "
+            f"token by {least} or more: **{_layers(found)}**."
         ]
         sentences += [_site_sentence(row) for row in found.head(MOST_SITES).to_dict("records")]
         if len(found) > MOST_SITES:
@@ -89,10 +89,12 @@ def where(table: pd.DataFrame, min_effect_nats: float) -> list[str]:
         return [*sentences, f"Base and tuned activations are equal at all {len(table)} sites."]
     n_equal = int(differs.argmax())
     before = f"; the {n_equal} sites before it are bit-identical" if n_equal else ""
-    return [
-        *sentences,
-        f"The first site whose activations differ is `{table.iloc[n_equal]['site']}`{before}.",
-    ]
+    last = f"The first site whose activations differ is `{table.iloc[n_equal]['site']}`{before}."
+    sums = table[~table["site"].isin(places["site"])]
+    if len(sums):
+        top = sums.loc[pd.to_numeric(sums["KL_raw"]).idxmax()]
+        last += f" The residual stream, which sums all, has up to {top['KL_raw']:.3g} nats (`{top['site']}`)."
+    return [*sentences, last]
 
 
 def _layers(found: pd.DataFrame) -> str:

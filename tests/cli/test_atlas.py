@@ -70,7 +70,7 @@ def test_the_report_shows_the_atlas(shown: str, toy: Path, here: Path, mechdiff:
     mechdiff("report", "--pair", str(toy))
     text = (here / "mechdiff-report.md").read_text()
     start = text.index("## Where")
-    assert "carry the difference: **the attention of L2–L3" in text[start : text.index("## How")]
+    assert "nats or more: **the attention of L2–L3" in text[start : text.index("## How")]
     assert "atlas-kl-raw.png" in text
     mechdiff("report", "--pair", str(toy), "--min-effect", "1000")
     text = (here / "mechdiff-report.md").read_text()
@@ -85,7 +85,7 @@ def test_the_places_named_are_those_with_an_effect(shown: str) -> None:
     table = table.assign(
         KL_raw=table["KL_raw"].mask(at, 0.5).where(at | (table["hook"] == "resid_post"), 1e-5)
     )
-    first, *sites, last = where(table, 0.01)
+    first, *sites, _ = where(table, 0.01)
     assert "3 of 8 attention and MLP outputs" in first
     assert "**the attention of L2–L3 and the MLP of L2**" in first
     assert len(sites) == 3

@@ -58,8 +58,8 @@ def atlas_run(record: AtlasRecord, sentence: str, files: Mapping[str, Path]) -> 
         tables={"atlas.json": table},
         files=files,
         description="\n\n".join(sentence.splitlines())
-        + "\n\nHeatmaps: `figures.html` under Artifacts. One run below for "
-        "each site above the noise floor; only promoted sites keep their map, others refit with `mechdiff run`.",
+        + "\n\nHeatmaps: `figures.html` under Artifacts. One run below for each site above the noise floor; "
+        "only promoted sites keep their map, others refit with `mechdiff run`.",
     )
 
 
