@@ -12,7 +12,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.document import Block, Document, bullets, grid
+from mechdiff_mlflow.report.document import Block, Document, Grid, bullets
 from mechdiff_mlflow.report.evidence import Evidence, Measured
 from mechdiff_mlflow.report.profiles import where
 from mechdiff_mlflow.text import text_of
@@ -121,12 +121,13 @@ def comparison(
 def _where(evidence: Evidence, min_effect_nats: float) -> str:
     if evidence.atlas is None:
         return f"`{evidence.pair}`: not measured; run mechdiff atlas --pair {evidence.pair}."
-    return f"`{evidence.pair}`: {' '.join(where(evidence.atlas, min_effect_nats))}"
+    first, *_, last = where(evidence.atlas, min_effect_nats)
+    return f"`{evidence.pair}`: {first} {last}"
 
 
 def _transport_table(
     first: Evidence, second: Evidence, tables: PerPrompt, seed: int, min_effect_nats: float
-) -> str:
+) -> Grid:
     a, b = first.pair, second.pair
     rows = []
     for match in matches(first, second):
@@ -134,22 +135,22 @@ def _transport_table(
         rows.append(
             {
                 "cell": match.what,
+                "difference, points": wording.percent(gap),
+                "verdict": verdict(match, gap, a, b, min_effect_nats),
                 f"KL_raw {a}": wording.number(one.kl_raw),
                 f"KL_raw {b}": wording.number(other.kl_raw),
                 f"drop % {a}": wording.percent(one.drop),
                 f"drop % {b}": wording.percent(other.drop),
-                "difference, points": wording.percent(gap),
                 f"skill % {a}": wording.percent(one.skill),
                 f"skill % {b}": wording.percent(other.skill),
-                "verdict": verdict(match, gap, a, b, min_effect_nats),
                 f"run {a}": f"`{one.run_id}`",
                 f"run {b}": f"`{other.run_id}`",
             }
         )
-    return grid(rows)
+    return Grid(rows)
 
 
-def _ranks(first: Evidence, second: Evidence, min_effect_nats: float) -> str:
+def _ranks(first: Evidence, second: Evidence, min_effect_nats: float) -> Block:
     keys = ["site", "solver", "family", "alpha", "target_pct"]
     if not len(first.least_ranks) or not len(second.least_ranks):
         return "Not measured on both; run mechdiff sweep on both."
@@ -174,7 +175,7 @@ def _ranks(first: Evidence, second: Evidence, min_effect_nats: float) -> str:
                 "verdict": says,
             }
         )
-    return grid(rows)
+    return Grid(rows)
 
 
 def _disjoint(row: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.document import Block, Document, bullets, grid
+from mechdiff_mlflow.report.document import Block, Document, Grid, bullets
 from mechdiff_mlflow.report.evidence import Evidence, Measured
 from mechdiff_mlflow.report.figures import bars, curve_figures
 from mechdiff_mlflow.report.profiles import (
@@ -221,11 +221,11 @@ def _rank_table(evidence: Evidence) -> list[Block]:
         "Smallest tested ranks from which on every rank reaches the target; k is called low up to a quarter "
         "of the width. Family update counts rank(W − I), content rank(W)."
     )
-    return [about, grid(cells)] if cells else []
+    return [about, Grid(cells)] if cells else []
 
 
-def _patch_table(patches: Sequence[Measured]) -> str:
-    return grid(
+def _patch_table(patches: Sequence[Measured]) -> Grid:
+    return Grid(
         [
             {
                 "site": str(p.site),
@@ -274,8 +274,8 @@ def _commands(evidence: Evidence) -> list[str]:
     return [*dict.fromkeys(ours), f"mechdiff report --pair {evidence.pair}"]
 
 
-def _run_table(evidence: Evidence) -> str:
-    return grid(
+def _run_table(evidence: Evidence) -> Grid:
+    return Grid(
         [
             {
                 "run": f"`{row['run_id']}`",

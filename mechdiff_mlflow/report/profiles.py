@@ -9,7 +9,7 @@ import pandas as pd
 
 from mechdiff_mlflow.measures.stats import above_floor
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.document import Block, bullets, grid
+from mechdiff_mlflow.report.document import Block, Grid, bullets
 from mechdiff_mlflow.report.figures import Curve, Figure, curves, heatmap
 from mechdiff_mlflow.spec.sites import SUBLAYERS, Hook, Site
 
@@ -224,6 +224,6 @@ def heads_blocks(site: str, table: pd.DataFrame) -> list[Block]:
                 "Coverage need not add up: heads interact through everything downstream.",
             ]
         ),
-        grid(rows),
+        Grid(rows),
         *heads_figures(table),
     ]
