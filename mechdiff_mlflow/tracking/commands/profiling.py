@@ -73,7 +73,9 @@ def atlas(request: AtlasRequest, caller: Caller = PYTHON) -> Result:
         sentence = "\n".join([*said, *how(measured_at, request.min_effect)])
         figures = atlas_figures(found.table, request.min_effect)
         now.add_with_figures(
-            figures, f"Atlas of {now.study.pair.name}", lambda files: atlas_run(found, sentence, files)
+            figures,
+            f"Atlas of {now.study.pair.name}",
+            lambda files: atlas_run(found, sentence, files, request.min_effect),
         )
     return replace(
         now.result,

@@ -59,7 +59,7 @@ class RunRecord:
 
     Args:
         kind: `fit`, `patch`, `sweep`, `atlas`, `report`, …; tag `mechdiff.kind`.
-        name: Says what differs from its siblings, e.g. `L26/attn_out procrustes_scaled k=8 α=0.3`.
+        name: Says what differs from its siblings, e.g. `L26/attn_out k=8 α=0.3 procrustes_scaled`.
         params: Resolved settings. Absent means absent: leave a key out rather than passing None or "".
         metrics: Final values. NaN and infinities are not stored; the run gets a tag that says so.
         stepped_metrics: Curves, key to {step: value}, e.g. drop_pct over k.
