@@ -101,7 +101,7 @@ def test_the_view_opens_with_runs_filter_and_columns(server: str, tmp_path: Path
     store = open_store(server)
     dom = page(view_url(store, store.experiment_id("toy")), tmp_path, once="drop_pct")
     assert "tags.`mechdiff.kind` = 'patch'" in dom
-    assert "L3/resid_post procrustes_scaled k=full α=0.5" in dom
+    assert "L3/resid_post k=full α=0.5 procrustes_scaled" in dom
     for column in ("layer", "hook", "family", "alpha", "drop_pct", "skill_pct", "KL_raw", "KL_mapped"):
         assert (
             re.search(rf'col-id="(?:params|metrics)\.`{column}`"|\$\$\${column}', dom) or f">{column}<" in dom
@@ -117,7 +117,7 @@ def test_the_view_opens_with_its_charts(server: str, tmp_path: Path) -> None:
         once="js-plotly-plot",
     )
     text = re.sub(r"<[^>]+>", " ", dom)
-    assert "Maps (4)" in re.sub(r"\s+", " ", text)
+    assert "Maps (5)" in re.sub(r"\s+", " ", text)
     for title in ("Parallel Coordinates", "rank vs. drop_pct", "rank vs. alpha vs. drop_pct"):
         assert title in text
     assert dom.count("js-plotly-plot") >= 2, "charts are drawn, not empty"

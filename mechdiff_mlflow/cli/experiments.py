@@ -82,7 +82,7 @@ def _atlas(request: AtlasRequest) -> None:
     done = _carried_out(profiling.atlas, request)
     if done.patches:
         show.patches(done.patches, done.pair)
-    show.lines([done.sentence])
+    show.sentences(done.sentence)
     _finish(done, *done.notes, *_fetches(done, request.alias))
 
 
@@ -90,7 +90,7 @@ def _atlas(request: AtlasRequest) -> None:
 def _layers(request: LayersRequest) -> None:
     done = _carried_out(profiling.layers, request)
     show.frame(done.table)
-    show.lines([done.sentence])
+    show.sentences(done.sentence)
     _finish(done)
 
 
@@ -98,7 +98,7 @@ def _layers(request: LayersRequest) -> None:
 def _heads(request: HeadsRequest) -> None:
     done = _carried_out(profiling.heads, request)
     show.frame(done.table.drop(columns=["site", "n_heads", "KL_all"]))
-    show.lines([done.sentence])
+    show.sentences(done.sentence)
     _finish(done)
 
 

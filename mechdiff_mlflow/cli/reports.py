@@ -28,7 +28,7 @@ def _report(request: ReportRequest) -> None:
 @command(CompareRequest)
 def _compare(request: CompareRequest) -> None:
     done = write_comparison(request)
-    show.lines([done.document.markdown("").partition("## Caveats")[0]])
+    show.document(done.document)
     show.lines([f"Wrote {path}" for path in done.files])
     show.where_to_look(done.store, done.experiment_id)
 

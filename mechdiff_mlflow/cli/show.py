@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import click
 import pandas as pd
+from rich import box
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.measure import Measurement
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +29,7 @@ from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, leak_lines
+from mechdiff_mlflow.report.document import Document, Grid
 from mechdiff_mlflow.report.evidence import of_record
 from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.text import plain, text_of
@@ -37,6 +42,8 @@ from mechdiff_mlflow.tracking.runs.stuck import Stuck
 from mechdiff_mlflow.tracking.store.store import Store, command_on
 
 _PIPE_WIDTH = 160
+LINE_S = 60.0
+"""Between two lines on progress where there is no terminal."""
 
 
 def _console() -> Console:
@@ -50,9 +57,10 @@ def _cell(text: object) -> Text:
 
 
 def _table(*heads: str, title: str = "", **options: Any) -> Table:
-    table = Table(title=_cell(title) if title else None, **options)
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(title=_cell(title) if title else None, title_justify="left", **look, **options)
     for head in heads:
-        table.add_column(_cell(head))
+        table.add_column(_cell(head), overflow="fold")
     return table
 
 
@@ -60,13 +68,35 @@ def _row(table: Table, *cells: object) -> None:
     table.add_row(*map(_cell, cells))
 
 
+def _print(table: Table, keep: int) -> None:
+    """Print a table whose cells are never cut.
+
+    On a terminal without room the last columns go, down to `keep`, then cells take several lines; elsewhere
+    rows are as long as they need.
+    """
+    console, left_out = _console(), list[str]()
+    unbounded = console.options.update(max_width=10_000)
+    for column in table.columns:  # an interval may take two lines, a name or a number one
+        column.no_wrap = not any(" " in str(cell) for cell in (column.header, *column.cells))
+    if not console.is_terminal:
+        console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
+    while len(table.columns) > keep and Measurement.get(console, unbounded, table).maximum > console.width:
+        left_out.insert(0, str(table.columns.pop().header))
+    if Measurement.get(console, unbounded, table).minimum > console.width:
+        for column in table.columns:
+            column.no_wrap = False
+    console.print(table)
+    if left_out:
+        lines([f"No room for {', '.join(left_out)}; a wider terminal or a pipe shows all columns."])
+
+
 def fits(records: Sequence[FitRecord], pair: str) -> None:
     """Print fitted maps."""
-    table = _table("site", "solver", "family", "k", "α", "off span", "ρ val", "cos val", title=pair)
+    table = _table("site", "k", "α", "ρ val", "cos val", "solver", "family", "off span", title=pair)
     for fit in records:
         cell, quality = fit.cell, (_number(fit.rho), _number(fit.cos_mean))
-        _row(table, cell.site, cell.solver, cell.family, cell.rank, cell.alpha, fit.off_span, *quality)
-    _console().print(table)
+        _row(table, cell.site, cell.rank, cell.alpha, *quality, cell.solver, cell.family, fit.off_span)
+    _print(table, keep=5)
 
 
 def patches(records: Sequence[PatchRecord], pair: str) -> None:
@@ -84,7 +114,7 @@ def patches(records: Sequence[PatchRecord], pair: str) -> None:
         _row(
             table, cell.site, cell.rank, cell.alpha, *kls, drop, skill, patch.null, floor, _number(patch.rho)
         )
-    _console().print(table)
+    _print(table, keep=7)
     if len(records) == 1:
         controls = sorted(first.controls.items(), key=lambda item: item[1])
         lines(["Controls (mean KL): " + ", ".join(f"{name} {_number(kl)}" for name, kl in controls)])
@@ -99,7 +129,7 @@ def patches(records: Sequence[PatchRecord], pair: str) -> None:
     for text in dict.fromkeys(selection.sentence(patch.leak) for patch in records):
         lines([f"{text}. For a number without that, {selection.REMEDY}."] if text else [])
     if len(records) == 1:
-        lines([wording.plain(wording.transport(of_record(first)))])
+        sentences(wording.transport(of_record(first)))
 
 
 def continuations(rows: Sequence[Steered], title: str) -> None:
@@ -111,7 +141,7 @@ def continuations(rows: Sequence[Steered], title: str) -> None:
     for row in rows:
         texts = [row.prompt, row.base, row.clean, "n/a" if row.raw is None else row.raw, row.mapped]
         _row(table, *texts, _number(row.kl_raw), _number(row.kl_mapped))
-    _console().print(table)
+    _print(table, keep=len(heads))
 
 
 def adapter(record: AdapterRecord, folder: Path) -> None:
@@ -126,7 +156,7 @@ def adapter(record: AdapterRecord, folder: Path) -> None:
     table = _table(*CLOSENESS_HEADS, title=title)
     for cells in closeness_rows(record):
         _row(table, *cells)
-    _console().print(table)
+    _print(table, keep=len(CLOSENESS_HEADS))
     lines(leak_lines(record))
 
 
@@ -135,7 +165,20 @@ def frame(table: pd.DataFrame) -> None:
     shown = _table(*map(str, table.columns))
     for row in table.itertuples(index=False):
         _row(shown, *(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row))
-    _console().print(shown)
+    _print(shown, keep=4)
+
+
+def document(document: Document) -> None:
+    """Print what a document says before its caveats: sentences, and tables as such."""
+    lines([document.title])
+    for block in takewhile(lambda block: block != "## Caveats", document.blocks):
+        if isinstance(block, Grid):
+            table = _table(*block.heads)
+            for row in block.rows:
+                _row(table, *(wording.plain(row[head]) for head in block.heads))
+            _print(table, keep=3)
+        elif isinstance(block, str):
+            sentences(block.removeprefix("## "))
 
 
 def winners(versions: Sequence[Version]) -> None:
@@ -143,10 +186,11 @@ def winners(versions: Sequence[Version]) -> None:
     if not versions:
         lines([f"No map has an alias yet; promote one with {command('promote', 'RUN')}"])
         return
-    table = _table("map", "version", "aliases", "solver", "k", "α", "drop %", "skill %", "verified", "run")
+    heads = ("map", "version", "aliases", "k", "α", "drop %", "skill %", "verified", "solver", "run")
+    table = _table(*heads)
     for version in versions:
         tags = version.tags
-        texts = [tags.get(key, "n/a") for key in ("solver", "k", "alpha")]
+        texts = [tags.get(key, "n/a") for key in ("k", "alpha")]
         try:
             numbers = [
                 _number(foreign.number(tags, key) if key in tags else None)
@@ -156,8 +200,9 @@ def winners(versions: Sequence[Version]) -> None:
             foreign.left_out(f"map {version}", error)
             continue
         names = [version.name, str(version.number), ", ".join(version.aliases)]
-        _row(table, *names, *texts, *numbers, "yes" if version.is_verified else "no", version.run_id)
-    _console().print(table)
+        solver, verified = tags.get("solver", "n/a"), "yes" if version.is_verified else "no"
+        _row(table, *names, *texts, *numbers, verified, solver, version.run_id)
+    _print(table, keep=3)
 
 
 def moves(made: Sequence[Move], name: str, alias: str) -> None:
@@ -170,7 +215,7 @@ def moves(made: Sequence[Move], name: str, alias: str) -> None:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(move.when_ms / 1000)) if move.when_ms else "?"
         ends = ["none" if number is None else str(number) for number in (move.source, move.target)]
         _row(table, when, move.who or "?", move.action, *ends, move.rules, move.why)
-    _console().print(table)
+    _print(table, keep=7)
 
 
 def map_diff(found: MapDiff) -> None:
@@ -180,19 +225,23 @@ def map_diff(found: MapDiff) -> None:
         _row(table, key, *("n/a" if text is None else text for text in pair))
     for what, cosine in (("cosine of W", found.cosine_weight), ("cosine of W − I", found.cosine_update)):
         _row(table, what, "", "n/a" if cosine is None else f"{cosine:.6f}")
-    _console().print(table)
+    _print(table, keep=3)
 
 
 def found_runs(found: Sequence[FoundRun]) -> None:
     """Print runs in the order given."""
     metric = found[0].metric
-    table = _table("pair", "site", "solver", "k", "α", "split", "n", metric, "95 % interval", "leak", "run")
+    heads = ("run", "site", metric, "95 % interval", "k", "α", "pair", "n", "split", "leak", "solver")
+    table = _table(*heads)
     for run in found:
-        settings = [run.settings.get(key, "n/a") for key in ("solver", "k", "alpha", "split", "n")]
+        k, alpha, n, split, solver = (
+            run.settings.get(key, "n/a") for key in ("k", "alpha", "n", "split", "solver")
+        )
         interval = "" if run.low is None or run.high is None else f"{run.low:.4g} to {run.high:.4g}"
         leak = "unknown" if run.leak is None else "yes" if run.leak else "no"
-        _row(table, run.pair, run.site, *settings, _number(run.value), interval, leak, run.run_id)
-    _console().print(table)
+        shown = (run.run_id, run.site, _number(run.value), interval)
+        _row(table, *shown, k, alpha, run.pair, n, split, leak, solver)
+    _print(table, keep=3)
 
 
 def stuck(found: Sequence[Stuck], verdicts: Sequence[str], now_s: float) -> None:
@@ -202,23 +251,41 @@ def stuck(found: Sequence[Stuck], verdicts: Sequence[str], now_s: float) -> None
         minutes = max(0, now_s - one.started_ms / 1000) / 60
         age = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
         _row(table, one.run_id, one.name, one.experiment, age, one.owner or "not said", verdict)
-    _console().print(table)
+    _print(table, keep=6)
 
 
 @contextlib.contextmanager
 def bars() -> Iterator[Stage]:
-    """A stage for experiments that draws one bar a stretch of work on standard error."""
+    """A stage for experiments: a bar for each name on standard error, or a line a minute."""
     text, bar, _, left = Progress.get_default_columns()
     columns = (text, bar, MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), left)
+    tasks: dict[str, TaskID] = {}
+    done = threading.Event()
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
 
         @contextlib.contextmanager
         def stage(name: str, total: int) -> Iterator[Advance]:
-            task = progress.add_task(name, total=total)
+            if name in tasks:
+                progress.reset(tasks[name], total=total)
+            else:
+                tasks[name] = progress.add_task(name, total=total)
+            task = tasks[name]
             yield lambda steps: progress.update(task, advance=steps)
             progress.update(task, completed=total)
 
-        yield stage
+        def tell() -> None:
+            while not done.wait(LINE_S):
+                for task in progress.tasks:
+                    if not task.finished:
+                        so_far = f"{task.description}: {task.completed:.0f} of {task.total:.0f}"
+                        click.echo(plain(f"{so_far}, {task.elapsed or 0:.0f} s"), err=True)
+
+        if progress.disable:
+            threading.Thread(target=tell, daemon=True).start()
+        try:
+            yield stage
+        finally:
+            done.set()
 
 
 def where_to_look(store: Store, experiment_id: str, *commands: str) -> None:
@@ -237,6 +304,11 @@ def lines(texts: Sequence[str]) -> None:
     """Print plain lines."""
     for text in texts:
         _console().print(plain(text), markup=False, soft_wrap=True)
+
+
+def sentences(text: str) -> None:
+    """Print lines of Markdown without its marks."""
+    lines(wording.plain(text).splitlines())
 
 
 def warn(text: str) -> None:

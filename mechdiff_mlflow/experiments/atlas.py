@@ -14,7 +14,7 @@ from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
-from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.sites import SUBLAYERS, Hook, Site
 
 COLUMNS = (
     "site", "layer", "hook", "alpha", "change", "KL_raw", "KL_mapped", "drop_pct", "drop_low", "drop_high",
@@ -38,13 +38,21 @@ class AtlasRecord:
 
 
 def atlas(
-    study: Study, *, hooks: Sequence[Hook], solver: str, family: str, alpha: float, best: int = 0
+    study: Study,
+    *,
+    hooks: Sequence[Hook],
+    solver: str,
+    family: str,
+    alpha: float,
+    best: int = 0,
+    min_effect_nats: float = 0.0,
 ) -> AtlasRecord:
     """Raw and mapped patches at every layer of some hooks, all maps of full rank and scale `alpha`.
 
     A first pass scores raw and identity patches everywhere. Maps and controls are then tried only where
     KL_raw is above its noise floor: elsewhere no drop is defined, whatever the map. The `best` sites are
-    those with the highest drop on val.
+    those with the highest drop on val among attention and MLP outputs, or whatever else alone was visited,
+    whose KL_raw there is at least `min_effect_nats`.
 
     Raises:
         MechdiffError: A hook, the solver or the family is impossible for this pair.
@@ -61,7 +69,7 @@ def atlas(
     ]
     fits = {fit.cell.site: fit for fit in study.fit(cells)} if cells else {}
     patches = {p.cell.site: p for p in study.patch([fit.to_patch for fit in fits.values()])} if fits else {}
-    ranked = _ranked_on_val(study, fits)[:best] if best else []
+    ranked = _ranked_on_val(study, fits, min_effect_nats)[:best] if best else []
     for site in ranked:
         one_of = selection.entry(f"site (one of {len(fits)})", study.val_prompts)
         map_ = selection.recorded(fits[site].map, one_of)
@@ -80,24 +88,18 @@ def _varies(rows: SiteRows) -> bool:
     return bool((rows.base != rows.base[0]).any()) and bool((rows.tuned != rows.tuned[0]).any())
 
 
-def _ranked_on_val(study: Study, fits: Mapping[Site, FitRecord]) -> list[Site]:
-    """Sites by rising KL_mapped/KL_raw on val.
+def _ranked_on_val(study: Study, fits: Mapping[Site, FitRecord], min_effect_nats: float) -> list[Site]:
+    """Sites with an effect by rising KL_mapped/KL_raw on val, or KL_mapped where nothing is patched raw.
 
-    What enters a block is what leaves the one before, and not counted twice.
+    The residual stream is the sum of what came before, so its sites count only where no others were visited.
     """
-    wanted = {
-        site: {"mapped": fit.map}
-        for site, fit in fits.items()
-        if not (site.hook is Hook.RESID_PRE and Site(max(site.layer - 1, 0), Hook.RESID_POST) in fits)
-    }
+    kinds = (SUBLAYERS, (Hook.RESID_POST,), (Hook.RESID_PRE,))
+    found = ([site for site in fits if site.hook in hooks] for hooks in kinds)
+    wanted = {site: {"mapped": fits[site].map} for site in next(filter(None, found), [])}
     rows = study.computing.score(study.val_prompts, study.protocol.position, wanted, study.stage)
-
-    def left(site: Site) -> float:
-        patched = rows[site].patched
-        raw = patched[RAW].mean_kl if RAW in patched else 1.0
-        return patched["mapped"].mean_kl / raw if raw > 0 else float("inf")
-
-    return sorted(wanted, key=left)
+    raw = {site: rows[site].patched[RAW].mean_kl if RAW in rows[site].patched else None for site in wanted}
+    moving = [site for site, kl in raw.items() if kl is None or 0 < kl >= min_effect_nats]
+    return sorted(moving, key=lambda site: rows[site].patched["mapped"].mean_kl / (raw[site] or 1.0))
 
 
 def _table(rows: Mapping[Site, SiteRows], patches: Mapping[Site, PatchRecord], alpha: float) -> pd.DataFrame:

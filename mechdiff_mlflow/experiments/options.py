@@ -11,10 +11,11 @@ from mechdiff_mlflow.maps.affine import Family
 from mechdiff_mlflow.models.named_pair import named_pair, pair_name_of
 from mechdiff_mlflow.models.pairs import EngineOptions
 from mechdiff_mlflow.solvers import SOLVERS, Settings
-from mechdiff_mlflow.spec.options import FLAG, TEXT, Kind, Request, one_of, option, technical, whole
+from mechdiff_mlflow.spec.options import FLAG, TEXT, Kind, Request, number, one_of, option, technical, whole
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.spec.prompt_files import PromptFiles
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.text import text_of
 
 DEFAULT_PAIR = "cultural-demo"
 
@@ -32,6 +33,8 @@ def count(name: str) -> Kind:
     return whole(name, 100, least=1, none="all")
 
 
+MIN_EFFECT_NATS = 0.01
+"""KL_raw from which on a site has an effect: less may be above the noise, but no behaviour hangs on it."""
 LAYER = whole("Layer", 26, most=99_999)
 SPLIT = one_of("Split", "test", "val")
 
@@ -169,6 +172,17 @@ class ReportedOptions(Request):
         "Reported split; val, as in the original experiment, also makes the choices, tagged as a leak.",
     )
     n: int | None = option("all", count("--n"), "Reported prompts, or all.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EffectOptions(Request):
+    """Which sites count as places where the models differ."""
+
+    min_effect: float = option(
+        text_of(MIN_EFFECT_NATS),
+        number("--min-effect", MIN_EFFECT_NATS, least=0),
+        "KL_raw in nats from which on a site has an effect.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ def layer_profile(study: Study) -> pd.DataFrame:
     swapped, noise = {}, {}
     for name, taker in DIRECTIONS.items():
         task = Swap(prompts, position, taker, tuple(sites))
-        swapped[name] = study.computing.whole(task, study.stage, f"patching {taker}")
+        swapped[name] = study.computing.whole(task, study.stage, f"patching {taker} on {prompts.split}")
         noise[name] = study.computing.clean_noise(taker, prompts, position)
     own = next(iter(swapped.values()))
     columns["cka"] = [

@@ -12,6 +12,7 @@ from mechdiff_mlflow.experiments.options import (
     SPLIT,
     AliasOptions,
     CellOptions,
+    EffectOptions,
     ForceOptions,
     MapOptions,
     MismatchOptions,
@@ -139,8 +140,6 @@ class SweepRequest(
 ):
     """Sweep ranks (and scales) over sites: drop%(k) and the smallest rank that reaches a target.
 
-    This answers RQ3: how many directions does the transport of a site need?
-
     \b
     Example:
       mechdiff sweep --sites L26/attn_out:0.3 --ranks 1,8,32,full --targets 30
@@ -174,8 +173,7 @@ def _count_or_original(text: str) -> int | str:
 class ReportPassRequest(TrainOptions, MismatchOptions, ExperimentRequest):
     """Measure the registered winners of a pair again, each with the α kept on its version.
 
-    One patch run per winner. Nothing is fitted or chosen, so no number is picked from several. This answers
-    RQ2: how well does one linear map transport base activations?
+    One patch run per winner. Nothing is fitted or chosen, so no number is picked from several.
 
     \b
     Example:
@@ -203,7 +201,13 @@ class ReportPassRequest(TrainOptions, MismatchOptions, ExperimentRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class AtlasRequest(
-    ForceOptions, SolverOptions, PositionOptions, ReportedOptions, TrainOptions, ExperimentRequest
+    EffectOptions,
+    ForceOptions,
+    SolverOptions,
+    PositionOptions,
+    ReportedOptions,
+    TrainOptions,
+    ExperimentRequest,
 ):
     """Patch every layer at every hook, raw and mapped: where do the models differ, and how transportably?
 
@@ -222,7 +226,8 @@ class AtlasRequest(
     promote_best: int = option(
         "0",
         whole("--promote-best", 3, most=100_000),
-        "Register the maps of this many sites, those with the highest drop on val.",
+        "Register the maps of this many attention and MLP outputs: those with an effect and the highest "
+        "drop on val.",
     )
     alias: str = option("champion", TEXT, "Alias of what is registered.")
 
@@ -230,8 +235,6 @@ class AtlasRequest(
 @dataclass(frozen=True, kw_only=True)
 class LayersRequest(PositionOptions, ReportedOptions, ExperimentRequest):
     """Compare base and tuned layer by layer: CKA, and unmapped layer patches both ways.
-
-    This answers RQ1: at which layers do the models differ?
 
     \b
     Example:
@@ -243,8 +246,7 @@ class LayersRequest(PositionOptions, ReportedOptions, ExperimentRequest):
 class HeadsRequest(PositionOptions, ReportedOptions, ExperimentRequest):
     """Find the heads of a layer that carry the difference: coverage KL_S / KL_all of sets S.
 
-    Heads get the base model's values before the output projection. val chooses sets greedily. This answers
-    RQ4: which attention heads of a site carry the effect?
+    Heads get the base model's values before the output projection. val chooses sets greedily.
 
     \b
     Example:
@@ -271,8 +273,8 @@ DOCUMENT = Kind("file", _document)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportRequest(PairOptions, TrackingOptions):
-    """Write up what the runs of a pair show: results, tables, curves, controls, caveats.
+class ReportRequest(EffectOptions, PairOptions, TrackingOptions):
+    """Write up what the runs of a pair show: where, how, how low-rank; then tables, controls and caveats.
 
     No model is loaded and nothing is measured again; deleting the report's run loses nothing.
 
@@ -287,7 +289,7 @@ class ReportRequest(PairOptions, TrackingOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareRequest(SeedOptions, StoreOptions):
+class CompareRequest(EffectOptions, SeedOptions, StoreOptions):
     """Compare fine-tunes by their runs: where, how transportable, how low-rank, and how sure.
 
     PAIRS are two or more; each is compared with the first. Every pair's runs are those of its own experiment,

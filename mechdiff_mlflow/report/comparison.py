@@ -12,9 +12,9 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.document import Block, Document, bullets, grid
+from mechdiff_mlflow.report.document import Block, Document, Grid, bullets
 from mechdiff_mlflow.report.evidence import Evidence, Measured
-from mechdiff_mlflow.report.profiles import first_difference
+from mechdiff_mlflow.report.profiles import where
 from mechdiff_mlflow.text import text_of
 
 PerPrompt = Mapping[str, pd.DataFrame]
@@ -75,10 +75,10 @@ def difference(match: Match, tables: PerPrompt, *, seed: int) -> Interval | None
     )
 
 
-def verdict(match: Match, interval: Interval | None, first: str, second: str) -> str:
+def verdict(match: Match, interval: Interval | None, first: str, second: str, min_effect_nats: float) -> str:
     """Say which pair drops further, or that there is no evidence."""
     for patch, pair in ((match.first, first), (match.second, second)):
-        if wording.negligible(patch):
+        if wording.negligible(patch, min_effect_nats):
             return f"says little: KL_raw of {pair} is negligible"
     if interval is None or interval.low is None:
         return "n/a"
@@ -88,7 +88,9 @@ def verdict(match: Match, interval: Interval | None, first: str, second: str) ->
     return "no evidence of a difference"
 
 
-def comparison(first: Evidence, second: Evidence, tables: PerPrompt, *, seed: int) -> Document:
+def comparison(
+    first: Evidence, second: Evidence, tables: PerPrompt, *, seed: int, min_effect_nats: float
+) -> Document:
     """The comparison of two pairs as a document, from the per-prompt tables of `needed_runs`."""
     a, b = first.pair, second.pair
     blocks: list[Block] = [
@@ -98,16 +100,16 @@ def comparison(first: Evidence, second: Evidence, tables: PerPrompt, *, seed: in
             "no evidence of a difference."
         ),
         "## Where",
-        bullets([_where(first), _where(second)]),
+        bullets([_where(first, min_effect_nats), _where(second, min_effect_nats)]),
         "## How transportable",
-        _transport_table(first, second, tables, seed),
+        _transport_table(first, second, tables, seed, min_effect_nats),
         "## How low-rank",
-        _ranks(first, second),
+        _ranks(first, second, min_effect_nats),
         "## Caveats",
         bullets(
             [
                 "Intervals are per row, not corrected for the number of rows.",
-                f"KL_raw below {wording.NEGLIGIBLE_NATS:g} nats is negligible: no behaviour hangs on it.",
+                f"KL_raw below {min_effect_nats:g} nats is negligible: no behaviour hangs on it.",
                 "KL_raw differs between the pairs, so equal drops in percent are not equal drops in nats.",
                 "Percentile bootstrap intervals under-cover a little when KL has heavy tails.",
             ]
@@ -116,13 +118,16 @@ def comparison(first: Evidence, second: Evidence, tables: PerPrompt, *, seed: in
     return Document(f"{a} against {b}", blocks)
 
 
-def _where(evidence: Evidence) -> str:
+def _where(evidence: Evidence, min_effect_nats: float) -> str:
     if evidence.atlas is None:
         return f"`{evidence.pair}`: not measured; run mechdiff atlas --pair {evidence.pair}."
-    return f"`{evidence.pair}`: {first_difference(evidence.atlas)}"
+    first, *_, last = where(evidence.atlas, min_effect_nats)
+    return f"`{evidence.pair}`: {first} {last}"
 
 
-def _transport_table(first: Evidence, second: Evidence, tables: PerPrompt, seed: int) -> str:
+def _transport_table(
+    first: Evidence, second: Evidence, tables: PerPrompt, seed: int, min_effect_nats: float
+) -> Grid:
     a, b = first.pair, second.pair
     rows = []
     for match in matches(first, second):
@@ -130,22 +135,22 @@ def _transport_table(first: Evidence, second: Evidence, tables: PerPrompt, seed:
         rows.append(
             {
                 "cell": match.what,
+                "difference, points": wording.percent(gap),
+                "verdict": verdict(match, gap, a, b, min_effect_nats),
                 f"KL_raw {a}": wording.number(one.kl_raw),
                 f"KL_raw {b}": wording.number(other.kl_raw),
                 f"drop % {a}": wording.percent(one.drop),
                 f"drop % {b}": wording.percent(other.drop),
-                "difference, points": wording.percent(gap),
                 f"skill % {a}": wording.percent(one.skill),
                 f"skill % {b}": wording.percent(other.skill),
-                "verdict": verdict(match, gap, a, b),
                 f"run {a}": f"`{one.run_id}`",
                 f"run {b}": f"`{other.run_id}`",
             }
         )
-    return grid(rows)
+    return Grid(rows)
 
 
-def _ranks(first: Evidence, second: Evidence) -> str:
+def _ranks(first: Evidence, second: Evidence, min_effect_nats: float) -> Block:
     keys = ["site", "solver", "family", "alpha", "target_pct"]
     if not len(first.least_ranks) or not len(second.least_ranks):
         return "Not measured on both; run mechdiff sweep on both."
@@ -157,7 +162,7 @@ def _ranks(first: Evidence, second: Evidence) -> str:
         says = "the intervals are disjoint" if _disjoint(row) else "no evidence of a difference"
         for evidence in (first, second):
             at = [p for p in evidence.patches if (str(p.site), p.alpha) == (row["site"], row["alpha"])]
-            if any(map(wording.negligible, at)):
+            if any(wording.negligible(patch, min_effect_nats) for patch in at):
                 says = f"says little: KL_raw of {evidence.pair} is negligible"
         rows.append(
             {
@@ -170,7 +175,7 @@ def _ranks(first: Evidence, second: Evidence) -> str:
                 "verdict": says,
             }
         )
-    return grid(rows)
+    return Grid(rows)
 
 
 def _disjoint(row: Mapping[str, Any]) -> bool:

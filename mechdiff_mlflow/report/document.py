@@ -14,7 +14,26 @@ from mechdiff_mlflow.report.figures import Figure, page
 from mechdiff_mlflow.text import html as escape_html
 from mechdiff_mlflow.text import plain
 
-Block: TypeAlias = str | Figure
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts by column, the same in every row."""
+
+    rows: Sequence[Mapping[str, str]]
+
+    @property
+    def heads(self) -> list[str]:
+        """Its columns."""
+        return list(self.rows[0]) if self.rows else []
+
+    def markdown(self) -> str:
+        """The table in Markdown, or `None.` where it is empty."""
+        lines = [self.heads, ["---"] * len(self.heads), *(row.values() for row in self.rows)]
+        cells = ([cell.replace("|", "&#124;") for cell in line] for line in lines)
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells) if self.rows else "None."
+
+
+Block: TypeAlias = str | Grid | Figure
 """A string is Markdown."""
 
 _TO_HTML = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -23,13 +42,6 @@ _TO_HTML = MarkdownIt("commonmark", {"html": False}).enable("table")
 def bullets(items: Sequence[str]) -> str:
     """A list of short texts."""
     return "\n".join(f"- {item}" for item in items)
-
-
-def grid(rows: Sequence[Mapping[str, str]]) -> str:
-    """A table of texts by column, the same in every row."""
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []
-    cells = ([cell.replace("|", "&#124;") for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells) or "None."
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Document:
     def markdown(self, pictures: str) -> str:
         """The Markdown, whose pictures lie in the folder `pictures`."""
         parts = [
-            f"![{block.title}]({pictures}/{block.name}.png)" if isinstance(block, Figure) else plain(block)
+            f"![{block.title}]({pictures}/{block.name}.png)" if isinstance(block, Figure) else _text(block)
             for block in (f"# {self.title}", *self.blocks)
         ]
         return "\n\n".join(parts) + "\n"
@@ -50,7 +62,7 @@ class Document:
     def html(self) -> str:
         """One HTML file with interactive figures, which needs nothing from the network."""
         parts = [
-            f"<figure>{block.div}</figure>" if isinstance(block, Figure) else _TO_HTML.render(plain(block))
+            f"<figure>{block.div}</figure>" if isinstance(block, Figure) else _TO_HTML.render(_text(block))
             for block in (f"# {self.title}", *self.blocks)
         ]
         return page(escape_html(self.title), "\n".join(parts))
@@ -77,6 +89,10 @@ class Document:
                 f"Cannot write {str(out)[:200]} ({error.strerror}); choose another --out."
             ) from error
         return list(contents)
+
+
+def _text(block: str | Grid) -> str:
+    return plain(block.markdown() if isinstance(block, Grid) else block)
 
 
 def joined(documents: Sequence[Document]) -> Document:

@@ -24,6 +24,7 @@ _PRECEDENCE = {"report_pass": 3, "run": 2, "patch": 2, "sweep": 1, "atlas": 0}
 _PICKED_FROM = ("sweep", "atlas")
 """Kinds of runs from which the best is picked on the reported split itself."""
 _LEVEL = 0.95
+_REVISION = len("sha256:") + 12
 _OLD_LEAKS = {"true": "Leak: settings chosen on the reported prompts", "unknown": selection.sentence(None)}
 
 
@@ -82,6 +83,7 @@ class Evidence:
 
     pair: str
     fingerprint: str  # of its models and prompts
+    revisions: tuple[str, str]  # of base and tuned
     patches: Sequence[Measured]  # the newest run of every cell and conditions, by site and rank
     parents: pd.DataFrame  # runs above them: run_id, name, kind, started, `tag.mechdiff.command`
     least_ranks: pd.DataFrame  # rows of the sweeps' `least_ranks.json`, newest first, with their run_id
@@ -136,6 +138,9 @@ class Evidence:
         return cls(
             pair=pair,
             fingerprint=markdown(fingerprint, 80),
+            revisions=next(
+                _revisions(row) for row in rows if _text(row, "tag.pair_fingerprint") == fingerprint
+            ),
             patches=sorted(
                 newest.values(), key=lambda p: (p.site, p.solver, p.family, p.k or math.inf, p.alpha)
             ),
@@ -241,6 +246,12 @@ def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> M
         p_permutation=_number(row, "p/permutation"),
         asked_alpha=str(foreign.scales(asked, parent or "")) if asked.get(parent or "") else "",
     )
+
+
+def _revisions(row: Row) -> tuple[str, str]:
+    """Of base and tuned, short; an adapter's without its base's."""
+    base, tuned = (_text(row, f"{role}_revision").rpartition("+")[2] for role in ("base", "tuned"))
+    return markdown(base[:_REVISION] or "unknown"), markdown(tuned[:_REVISION] or "unknown")
 
 
 def _by_run(runs: pd.DataFrame, found: Mapping[str, pd.DataFrame]) -> list[pd.DataFrame]:

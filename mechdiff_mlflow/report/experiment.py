@@ -1,4 +1,4 @@
-"""The report of a pair: the Results text filled in, the tables and figures behind it, and what to doubt."""
+"""The report of a pair: the answer in sentences, the tables and figures behind it, and what to doubt."""
 
 from __future__ import annotations
 
@@ -6,52 +6,62 @@ from collections.abc import Sequence
 
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.document import Block, Document, bullets, grid
+from mechdiff_mlflow.report.document import Block, Document, Grid, bullets
 from mechdiff_mlflow.report.evidence import Evidence, Measured
 from mechdiff_mlflow.report.figures import bars, curve_figures
-from mechdiff_mlflow.report.profiles import atlas_figures, first_difference, heads_blocks, layers_blocks
+from mechdiff_mlflow.report.profiles import (
+    MOST_SITES,
+    atlas_figures,
+    heads_blocks,
+    layers_blocks,
+    where,
+)
+from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.spec.sites import SUBLAYERS
 from mechdiff_mlflow.text import markdown, plain, text_of
 
 LOW_RANK_SHARE = 0.25
 """k ≪ d is said of ranks up to this share of the width."""
 
 
-def report(evidence: Evidence) -> Document:
-    """The whole report of a pair."""
+RESEARCH_QUESTIONS = (
+    "Research questions of the original experiment: RQ1 (do the representations differ, and from which layer "
+    "on?) is answered by *Where* and *Layers*, RQ2 (does a linear map causally transport base activations to "
+    "tuned ones?) by *How*, RQ3 (what is the smallest rank that suffices?) by *How low-rank*, RQ4 (which "
+    "attention heads carry the difference?) by *Heads*."
+)
+
+
+def report(evidence: Evidence, spec: PairSpec | None, *, min_effect_nats: float) -> Document:
+    """The whole report of a pair: the answer first, what it rests on below."""
     quoted = evidence.quoted()
     patches = [patch for patch in quoted if patch.source != "atlas"]
     cells = [patch for patch in evidence.patches if patch.source != "atlas"]
-    scales = [text for patch in quoted if (text := wording.scale(patch))]
+    shown = answering(quoted, min_effect_nats)
     blocks: list[Block] = [
-        (
-            f"Pair `{evidence.pair}` (fingerprint `{evidence.fingerprint}`), from {len(evidence.patches)} "
-            "patch runs. KL is KL(patched ‖ clean) of the next token in nats, drop is "
-            "100·(1 − KL_mapped/KL_raw), skill 100·(1 − KL_mapped/KL of the best control); brackets are 95 % "
-            "bootstrap intervals. RQ1 to RQ4 are the research questions: do the representations differ, and "
-            "from which layer on; does a linear map causally transport base activations to tuned ones; what "
-            "is the smallest rank that suffices; which attention heads carry the difference."
-        ),
-        "## Results",
-        f"**RQ2 (causal transport).** {_conditions(patches)}",
-        bullets([wording.transport(patch) for patch in patches] or ["No site yet."]),
-        *([bullets(scales)] if scales else ()),
-        *_rank_control(evidence),
-    ]
-    if evidence.atlas is not None:
-        blocks.append(f"**Where.** {first_difference(evidence.atlas)}")
-    blocks += [
+        _models(evidence, spec),
+        "## Where",
+        *_where(evidence, min_effect_nats),
+        "## How",
+        *_how(shown, min_effect_nats),
+        "## How low-rank",
+        _low_rank(evidence, shown, min_effect_nats),
+        "## How sure",
+        _how_sure(evidence, shown),
         "## Tables",
         "Quoted above, one row a site:",
-        _patch_table(patches),
+        _patch_table(shown),
         *([f"All {len(cells)} cells:", _patch_table(cells)] if cells else ()),
+        *_rank_table(evidence),
         *curve_figures(evidence.patches),
-        *_controls(patches),
+        *_controls(patches or shown),
     ]
     if evidence.atlas is not None:
         blocks += [
             "## Atlas",
-            f"Every layer and hook, from run `{evidence.atlas['run_id'].iloc[0]}`; grey has no value.",
-            *atlas_figures(evidence.atlas),
+            f"Every layer and hook, from run `{evidence.atlas['run_id'].iloc[0]}`; grey has no value, or no "
+            f"effect (KL_raw below {min_effect_nats:g} nats).",
+            *atlas_figures(evidence.atlas, min_effect_nats),
         ]
     if evidence.layers is not None:
         blocks += layers_blocks(evidence.layers)
@@ -64,8 +74,79 @@ def report(evidence: Evidence) -> Document:
         "\n".join(["```bash", *_commands(evidence), "```"]),
         "## Runs",
         _run_table(evidence),
+        RESEARCH_QUESTIONS,
     ]
     return Document(f"What the fine-tune changed: {evidence.pair}", blocks)
+
+
+def answering(quoted: Sequence[Measured], min_effect_nats: float) -> list[Measured]:
+    """The patches that the answer quotes: of an atlas only attention and MLP outputs with an effect.
+
+    Those come first, by falling KL_raw.
+    """
+    places = [patch for patch in quoted if _is_place(patch, min_effect_nats)]
+    others = [patch for patch in quoted if patch not in places and patch.source != "atlas"]
+    return [
+        *sorted(places, key=lambda patch: patch.kl_raw or 0.0, reverse=True),
+        *sorted(others, key=lambda patch: patch.kl_raw or 0.0, reverse=True),
+    ]
+
+
+def how(patches: Sequence[Measured], min_effect_nats: float) -> list[str]:
+    """Sentences: at how many sites with an effect a map carries it, then one a patch, and one on its α."""
+    if not patches:
+        return ["No site with an effect has been patched yet."]
+    places = [patch for patch in patches if _is_place(patch, min_effect_nats)]
+    carried = [p for p in places if wording.above(p.drop) and wording.above(p.skill)]
+    said = [
+        f"A linear map carries the difference at {len(carried)} of the {len(places)} such sites that were "
+        "patched: its drop and its skill over the best control lie above 0."
+    ]
+    for patch in patches[:MOST_SITES]:
+        said += [wording.transport(patch, min_effect_nats), wording.scale(patch) or ""]
+    if len(patches) > MOST_SITES:
+        said.append(f"{len(patches) - MOST_SITES} more were patched; the table shows them all.")
+    return [text for text in said if text]
+
+
+def _how(patches: Sequence[Measured], min_effect_nats: float) -> list[Block]:
+    first, *rest = how(patches, min_effect_nats)
+    return [first, bullets(rest)] if rest else [first]
+
+
+def _is_place(patch: Measured, min_effect_nats: float) -> bool:
+    """Whether it is at an attention or MLP output with an effect."""
+    return patch.site.hook in SUBLAYERS and not wording.negligible(patch, min_effect_nats)
+
+
+def _models(evidence: Evidence, spec: PairSpec | None) -> str:
+    """Which models these are, by name where the pair has a spec, and by revision."""
+    if spec is None:
+        return "**Base** is {}, **tuned** is {}.".format(*evidence.revisions)
+    tuned = spec.tuned
+    name = tuned.model or (f"adapter {tuned.adapter}" if tuned.adapter else f"planted {tuned.planted}")
+    base, changed = evidence.revisions
+    return (
+        f"**Base** is `{markdown(spec.base.model, 80)}` ({base}), **tuned** is `{markdown(name, 80)}` "
+        f"({changed}). {markdown(spec.description)}"
+    ).rstrip()
+
+
+def _where(evidence: Evidence, min_effect_nats: float) -> list[Block]:
+    if evidence.atlas is None:
+        return [f"Not measured: no atlas has been run; run `mechdiff atlas --pair {evidence.pair}`."]
+    first, *sites, last = where(evidence.atlas, min_effect_nats)
+    return [first, *([bullets(sites)] if sites else ()), last]
+
+
+def _how_sure(evidence: Evidence, patches: Sequence[Measured]) -> str:
+    conditions = "; ".join(sorted({str(patch.conditions) for patch in patches})) or "no prompts"
+    solvers = ", ".join(sorted({f"`{p.solver}` ({p.family} family)" for p in patches})) or "none"
+    return (
+        f"Measured on {conditions}, with the solver {solvers}; {len(caveats(evidence))} caveats are below. "
+        "KL is KL(patched ‖ clean) of the next token in nats, drop is 100·(1 − KL_mapped/KL_raw), skill "
+        "100·(1 − KL_mapped/KL of the best control); brackets are 95 % bootstrap intervals."
+    )
 
 
 def caveats(evidence: Evidence) -> list[str]:
@@ -113,20 +194,18 @@ def caveats(evidence: Evidence) -> list[str]:
     return found
 
 
-def _conditions(patches: Sequence[Measured]) -> str:
-    if not patches:
-        return "No site was patched outside an atlas."
-    solvers = sorted({f"`{p.solver}` ({p.family} family)" for p in patches})
-    conditions = sorted({str(p.conditions) for p in patches})
-    return f"{', '.join(solvers)}; {'; '.join(conditions)}."
-
-
-def _rank_control(evidence: Evidence) -> list[Block]:
+def _low_rank(evidence: Evidence, shown: Sequence[Measured], min_effect_nats: float) -> str:
     rows = wording.rows_of(evidence.least_ranks)
     if not rows:
-        return ["**RQ3 (rank-k control).** Not measured: no sweep has been run."]
+        sites = ",".join(str(patch.site) for patch in shown[:2]) or "SITES"
+        command = f"mechdiff sweep --pair {evidence.pair} --sites {sites}"
+        return f"Not measured: no sweep has been run; run `{command}`."
+    return bullets([wording.low_rank(row, evidence.patches, LOW_RANK_SHARE, min_effect_nats) for row in rows])
+
+
+def _rank_table(evidence: Evidence) -> list[Block]:
     cells = []
-    for row in rows:
+    for row in wording.rows_of(evidence.least_ranks):
         k, ends = wording.ranks(row)
         cells.append(
             {
@@ -141,18 +220,15 @@ def _rank_control(evidence: Evidence) -> list[Block]:
                 "run": f"`{row['run_id']}`",
             }
         )
-    return [
-        (
-            "**RQ3 (rank-k control).** The smallest tested rank from which on every rank reaches the target; "
-            "k ≪ d is said up to a quarter of the width. Family update counts rank(W − I), content rank(W)."
-        ),
-        bullets([wording.low_rank(row, evidence.patches, LOW_RANK_SHARE) for row in rows]),
-        grid(cells),
-    ]
+    about = (
+        "Smallest tested ranks from which on every rank reaches the target; k is called low up to a quarter "
+        "of the width. Family update counts rank(W − I), content rank(W)."
+    )
+    return [about, Grid(cells)] if cells else []
 
 
-def _patch_table(patches: Sequence[Measured]) -> str:
-    return grid(
+def _patch_table(patches: Sequence[Measured]) -> Grid:
+    return Grid(
         [
             {
                 "site": str(p.site),
@@ -201,8 +277,8 @@ def _commands(evidence: Evidence) -> list[str]:
     return [*dict.fromkeys(ours), f"mechdiff report --pair {evidence.pair}"]
 
 
-def _run_table(evidence: Evidence) -> str:
-    return grid(
+def _run_table(evidence: Evidence) -> Grid:
+    return Grid(
         [
             {
                 "run": f"`{row['run_id']}`",

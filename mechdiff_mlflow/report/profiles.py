@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import pandas as pd
 
 from mechdiff_mlflow.measures.stats import above_floor
-from mechdiff_mlflow.report.document import Block, bullets, grid
+from mechdiff_mlflow.report import wording
+from mechdiff_mlflow.report.document import Block, Grid, bullets
 from mechdiff_mlflow.report.figures import Curve, Figure, curves, heatmap
-from mechdiff_mlflow.spec.sites import Hook
+from mechdiff_mlflow.spec.sites import SUBLAYERS, Hook, Site
 
 _HOOKS = tuple(str(hook) for hook in Hook)
+_CARRIERS = {
+    Hook.ATTN_OUT: "the attention of",
+    Hook.MLP_OUT: "the MLP of",
+    Hook.RESID_PRE: "what enters",
+    Hook.RESID_POST: "what leaves",
+}
+MOST_SITES = 8
+"""Sites that get a sentence each."""
 _SHARES = (0.5, 0.9)
 """Shares of the effect of all heads: how few heads carry them?"""
 
 
-def atlas_figures(table: pd.DataFrame) -> list[Figure]:
-    """KL_raw, drop, skill, ρ and where KL_raw is above its floor, layers × hooks, of an atlas's table."""
+def atlas_figures(table: pd.DataFrame, min_effect_nats: float) -> list[Figure]:
+    """KL_raw, and where it is an effect drop, skill and ρ, layers × hooks, of an atlas's table."""
+    no_effect = pd.to_numeric(table["KL_raw"]) < min_effect_nats  # False where nothing was patched raw
 
     def drawn(key: str, title: str, unit: str = "", **scale: Any) -> Figure:
-        numbers = table.assign(value=pd.to_numeric(table[key]))
+        numbers = pd.to_numeric(table[key])
+        numbers = table.assign(value=numbers if key == "KL_raw" else numbers.mask(no_effect))
         wide = numbers.pivot(index="layer", columns="hook", values="value")
         values = wide.reindex(columns=list(_HOOKS)).to_numpy(dtype=float)  # NaN where there is no value
         rows = [f"L{int(layer)}" for layer in wide.index]
@@ -33,31 +45,74 @@ def atlas_figures(table: pd.DataFrame) -> list[Figure]:
         drawn("drop_pct", "KL drop of the mapped patch", "%", **diverging),
         drawn("skill_pct", "skill over the best control", "%", **diverging),
         drawn("rho", "ρ: part of the change that the map leaves", bounds=(0, 1)),
-        drawn("above_floor", "KL_raw above ten noise floors (1) or not (0)", bounds=(0, 1)),
     ]
 
 
-def first_difference(table: pd.DataFrame) -> str:
-    """Say where activations first differ, where patching first matters, how many sites are significant."""
-    differs = table[table["change"] > 0]
-    if not len(differs):
-        return f"Base and tuned activations are equal at all {len(table)} sites."
-    first = differs.iloc[0]
-    n_below = int((table["change"] > 0).to_numpy().argmax())
-    text = (
-        f"The first site whose activations differ is `{first['site']}` (‖Y − X‖/‖Y‖ = {first['change']:.2g})"
-        f"{f'; the {n_below} sites before it are bit-identical' if n_below else ''}."
-    )
-    matters = table[table["above_floor"].astype(bool)]
-    if not len(matters):
-        return f"{text} Nowhere is KL_raw above its noise floor."
-    text += f" A raw patch first moves next-token KL above the noise floor at `{matters.iloc[0]['site']}`"
-    text += f" and does so at {len(matters)} of {len(table)} sites."
-    tested = table["p_holm"].dropna()
-    return (
-        f"{text} The map beats the best control at {int((tested < 0.05).sum())} of {len(tested)} of them "
-        "(sign-flip test, Holm-corrected p < 0.05)."
-    )
+def effects(table: pd.DataFrame, min_effect_nats: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of an atlas at attention and MLP outputs: all, and those with an effect, the largest first.
+
+    Where the atlas visited no such outputs, of the residual stream.
+    """
+    places = table[table["hook"].isin(list(map(str, SUBLAYERS)))]
+    places = places if len(places) else table
+    kl = pd.to_numeric(places["KL_raw"])
+    return places, places[kl >= min_effect_nats].sort_values("KL_raw", ascending=False)
+
+
+def where(table: pd.DataFrame, min_effect_nats: float) -> list[str]:
+    """Sentences on an atlas: which layers carry the difference, each of their sites, where it begins."""
+    places, found = effects(table, min_effect_nats)
+    if places["KL_raw"].isna().all():
+        return [
+            "Base and tuned differ in width, so no site can be patched raw.",
+            "Where they differ is open: look at the maps below.",
+        ]
+    are_sums = not set(places["hook"]) & set(map(str, SUBLAYERS))
+    kind = "residual sites, which are sums of all before them" if are_sums else "attention and MLP outputs"
+    least = f"{min_effect_nats:g} nats"
+    if not len(found):
+        most = places.sort_values("KL_raw").iloc[-1]
+        sentences = [
+            f"None of {len(places)} {kind} has an effect: base's activation in place of tuned's moves the "
+            f"next token by less than {least} everywhere ({most['KL_raw']:.2g} at most, at `{most['site']}`)."
+        ]
+    else:
+        sentences = [
+            f"At {len(found)} of {len(places)} {kind} base's activation in place of tuned's moves the next "
+            f"token by {least} or more: **{_layers(found)}**."
+        ]
+        sentences += [_site_sentence(row) for row in found.head(MOST_SITES).to_dict("records")]
+        if len(found) > MOST_SITES:
+            sentences.append(f"{len(found) - MOST_SITES} more sites have less; the atlas shows them all.")
+    differs = (table["change"] > 0).to_numpy()
+    if not differs.any():
+        return [*sentences, f"Base and tuned activations are equal at all {len(table)} sites."]
+    n_equal = int(differs.argmax())
+    before = f"; the {n_equal} sites before it are bit-identical" if n_equal else ""
+    last = f"The first site whose activations differ is `{table.iloc[n_equal]['site']}`{before}."
+    sums = table[~table["site"].isin(places["site"])]
+    if len(sums):
+        top = sums.loc[pd.to_numeric(sums["KL_raw"]).idxmax()]
+        last += f" The residual stream, which sums all, has up to {top['KL_raw']:.3g} nats (`{top['site']}`)."
+    return [*sentences, last]
+
+
+def _layers(found: pd.DataFrame) -> str:
+    """`the attention of L24–L27 and the MLP of L3, L5`: layers by hook, neighbours as ranges."""
+    parts = []
+    for hook, name in _CARRIERS.items():
+        layers = sorted(found[found["hook"] == str(hook)]["layer"].astype(int))
+        starts = [layer for layer in layers if layer - 1 not in layers]
+        ends = [layer for layer in layers if layer + 1 not in layers]
+        runs = [f"L{a}" if a == b else f"L{a}–L{b}" for a, b in zip(starts, ends, strict=True)]
+        parts += [f"{name} {', '.join(runs)}"] if runs else []
+    return " and ".join(parts)
+
+
+def _site_sentence(row: Mapping[Hashable, Any]) -> str:
+    site = Site.parse(str(row["site"]))
+    what = wording.WHERE[site.hook.value].format(layer=site.layer)
+    return f"`{site}`, {what}: {row['KL_raw']:.3g} nats."
 
 
 def layer_figures(table: pd.DataFrame) -> list[Figure]:
@@ -82,8 +137,8 @@ def _curve(name: str, table: pd.DataFrame, x: str, y: str) -> Curve:
 def layers_blocks(table: pd.DataFrame) -> list[Block]:
     """The section on layers."""
     return [
-        "## Layers (RQ1: do the representations differ?)",
-        f"**RQ1 (where).** {layers_sentence(table)} Run `{table['run_id'].iloc[0]}`.",
+        "## Layers",
+        f"{layers_sentence(table)} Run `{table['run_id'].iloc[0]}`.",
         *layer_figures(table),
     ]
 
@@ -161,14 +216,14 @@ def heads_blocks(site: str, table: pd.DataFrame) -> list[Block]:
         for r in single.to_dict("records")
     ]
     return [
-        f"## Heads of {site} (RQ4: which heads carry the difference?)",
-        f"**RQ4 (heads).** {heads_sentence(table)}",
+        f"## Heads of {site}",
+        heads_sentence(table),
         bullets(
             [
                 "Heads are replaced before o_proj, on val chosen greedily, reported on the report split.",
                 "Coverage need not add up: heads interact through everything downstream.",
             ]
         ),
-        grid(rows),
+        Grid(rows),
         *heads_figures(table),
     ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from mechdiff_mlflow.experiments.options import MIN_EFFECT_NATS
 from mechdiff_mlflow.experiments.sweep import rank_text
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report.evidence import Measured
@@ -15,10 +16,6 @@ from mechdiff_mlflow.text import text_of
 
 SMALL_N = 100
 """Prompts below which percentile intervals are called too narrow."""
-
-NEGLIGIBLE_NATS = 0.01
-"""Below this KL_raw may be real, above the noise floor, but no behaviour hangs on it."""
-
 
 WHERE = {
     "resid_pre": "what enters decoder block {layer}",
@@ -29,9 +26,9 @@ WHERE = {
 """Meaning of each hook."""
 
 
-def negligible(patch: Measured) -> bool:
+def negligible(patch: Measured, min_effect_nats: float) -> bool:
     """Whether the raw patch hardly changes the next token, so that a drop of it says little."""
-    return patch.kl_raw is not None and patch.kl_raw < NEGLIGIBLE_NATS
+    return patch.kl_raw is not None and patch.kl_raw < min_effect_nats
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -83,7 +80,7 @@ def plain(sentence: str) -> str:
     return sentence.replace("`", "").replace("**", "")
 
 
-def transport(patch: Measured) -> str:
+def transport(patch: Measured, min_effect_nats: float = MIN_EFFECT_NATS) -> str:
     """One sentence on a site: how far KL falls, and whether that beats the best control."""
     what = f"`{patch.site}` (α={text_of(patch.alpha)}, k={patch.rank})"
     if patch.drop is None and patch.kl_raw is None and patch.skill is not None:  # of different widths
@@ -95,7 +92,7 @@ def transport(patch: Measured) -> str:
         return f"{what} is **not** linearly transportable by these maps: KL rises ({drop})."
     if not above(patch.drop):
         return f"{what}: {drop}; the interval includes 0, so there is no evidence of transport."
-    if negligible(patch):
+    if negligible(patch, min_effect_nats):
         return (
             f"{what}: {drop}, but of only {number(patch.kl_raw, 2)} nats: a raw patch hardly changes the "
             "next token here, so the drop says little."
@@ -126,12 +123,17 @@ def scale(patch: Measured) -> str | None:
         return f"At `{patch.site}` val chose α=1: no change of scale.{edge}"
     way = "smaller" if patch.alpha < 1 else "larger"
     return (
-        f"At `{patch.site}` val chose α={text_of(patch.alpha)} of {', '.join(map(text_of, tried))}: the "
-        f"mapped vector, mean included, works best {way} than the fit itself has it.{edge}"
+        f"At `{patch.site}` val chose α={text_of(patch.alpha)} of {len(tried)} from {text_of(tried[0])} to "
+        f"{text_of(tried[-1])}: the mapped vector, mean included, works best {way} than the fit has it.{edge}"
     )
 
 
-def low_rank(row: Mapping[str, Any], patches: Sequence[Measured], low_rank_share: float) -> str:
+def low_rank(
+    row: Mapping[str, Any],
+    patches: Sequence[Measured],
+    low_rank_share: float,
+    min_effect_nats: float = MIN_EFFECT_NATS,
+) -> str:
     """One sentence on a least rank, a row of `least_ranks.json`; it is low up to a share of the width.
 
     Among `patches` is the one at the conservative rank, whose skill counts too.
@@ -154,7 +156,7 @@ def low_rank(row: Mapping[str, Any], patches: Sequence[Measured], low_rank_share
         return f"{text}: that is not k ≪ d."
     cell = (row["site"], row["solver"], row["family"], alpha, sure)
     at = [p for p in patches if (str(p.site), p.solver, p.family, p.alpha, p.rank) == cell]
-    if any(map(negligible, at)):
+    if any(negligible(patch, min_effect_nats) for patch in at):
         return f"{text}, but of a KL_raw of only {number(at[0].kl_raw, 2)} nats, so it says little."
     if not any(above(patch.skill) for patch in at):
         return f"{text}, but a control without any rank does as well, so this is no evidence of control."

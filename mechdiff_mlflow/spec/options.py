@@ -58,16 +58,19 @@ def whole(option: str, example: int, *, least: int = 0, most: int = LARGEST, non
     return Kind("whole number", parse, none)
 
 
-def number(option: str, example: float) -> Kind:
-    """A finite number."""
+def number(option: str, example: float, *, least: float = -math.inf) -> Kind:
+    """A finite number of at least `least`."""
 
     def parse(text: str) -> float:
         try:
             value = number_in(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value):
-            raise MechdiffError(f"{option} {text[:80]!r} is not a number; pass e.g. {text_of(example)}.")
+        if not (math.isfinite(value) and value >= least):
+            bound = "" if least == -math.inf else f" of at least {text_of(least)}"
+            raise MechdiffError(
+                f"{option} {text[:80]!r} is not a number{bound}; pass e.g. {text_of(example)}."
+            )
         return value
 
     return Kind("number", parse)

@@ -23,6 +23,10 @@ class Hook(Choice):
     """Leaves the block."""
 
 
+SUBLAYERS = (Hook.ATTN_OUT, Hook.MLP_OUT)
+"""Hooks where one place acts by itself; what enters or leaves a block is the sum of all before it."""
+
+
 class Position(Choice):
     """The token, or mean of tokens, that is read and replaced; KL is always read at the last token."""
 

@@ -12,7 +12,7 @@ from cli.test_run import SITE, artifacts, runs_of
 
 from mechdiff_mlflow import load_map
 from mechdiff_mlflow.measures import stats
-from mechdiff_mlflow.report.profiles import first_difference
+from mechdiff_mlflow.report.profiles import atlas_figures, where
 from mechdiff_mlflow.tracking.commands.documents import evidence_of
 from mechdiff_mlflow.tracking.store.store import open_store
 
@@ -36,8 +36,8 @@ def test_atlas_finds_where_the_models_begin_to_differ(
     assert (table["KL_raw"][:first] == 0).all()
     assert table["change"][first] > 0
     assert table["site"][first] == "L2/attn_out"
-    assert "The first site whose activations differ is `L2/attn_out`" in shown
-    assert f"the {first} sites before it are bit-identical" in shown
+    assert "The first site whose activations differ is L2/attn_out; the 9 sites before it" in shown
+    assert "A linear map carries the difference at" in shown
 
     above = table[table["above_floor"]]
     runs = runs_of(client)
@@ -60,7 +60,7 @@ def test_the_best_on_val_are_registered_and_each_place_once(
 ) -> None:
     names = [line.split()[3] for line in shown.splitlines() if line.startswith("Fetch:")]
     assert len(names) == 2
-    assert not any("resid_pre" in name for name in names), "what enters a block left the one before"
+    assert all("attn_out" in name or "mlp_out" in name for name in names), "residual sites are sums"
     for name in names:
         assert load_map(name).alpha == 1.0
 
@@ -69,8 +69,29 @@ def test_the_report_shows_the_atlas(shown: str, toy: Path, here: Path, mechdiff:
     mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "1")
     mechdiff("report", "--pair", str(toy))
     text = (here / "mechdiff-report.md").read_text()
-    assert "**Where.** The first site whose activations differ is `L2/attn_out`" in text
+    start = text.index("## Where")
+    assert "nats or more: **the attention of L2–L3" in text[start : text.index("## How")]
     assert "atlas-kl-raw.png" in text
+    mechdiff("report", "--pair", str(toy), "--min-effect", "1000")
+    text = (here / "mechdiff-report.md").read_text()
+    assert "None of 8 attention and MLP outputs has an effect" in text
+    assert "KL_raw below 1000 nats" in text
+
+
+def test_the_places_named_are_those_with_an_effect(shown: str) -> None:
+    table = evidence_of(open_store(), "toy", "toy").atlas
+    assert table is not None
+    at = table["site"].isin(["L2/attn_out", "L2/mlp_out", "L3/attn_out"])
+    table = table.assign(
+        KL_raw=table["KL_raw"].mask(at, 0.5).where(at | (table["hook"] == "resid_post"), 1e-5)
+    )
+    first, *sites, _ = where(table, 0.01)
+    assert "3 of 8 attention and MLP outputs" in first
+    assert "**the attention of L2–L3 and the MLP of L2**" in first
+    assert len(sites) == 3
+    assert "0.6 nats" in where(table, 0.6)[0]
+    drop = atlas_figures(table, 0.6)[1]
+    assert drop.png != atlas_figures(table, 0.01)[1].png, "cells without an effect are grey"
 
 
 def test_one_hook_of_equal_models(toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient) -> None:
@@ -79,4 +100,5 @@ def test_one_hook_of_equal_models(toy: Path, mechdiff: Invoke, client: mlflow.Ml
     assert table is not None
     assert set(table["hook"]) == {"resid_pre"}
     equal = table[:2].assign(change=0.0)
-    assert "are equal at all 2 sites" in first_difference(equal)
+    assert "are equal at all 2 sites" in where(equal, 0.01)[-1]
+    assert "residual sites, which are sums of all before them" in where(table, 0.01)[0]

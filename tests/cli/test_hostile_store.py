@@ -190,7 +190,7 @@ def test_every_command_shows_the_other_rows_and_obeys_nothing(
         for i in "abcde":
             assert f"map toy-L3-{i}/1: drop_pct is" in warned
     if name == "history":
-        assert re.search(r"promote +│ none +│ 1 ", done.output)
+        assert re.search(r"promote +none +1 ", done.output)
         assert warned.count(f"a move of {NAME}") == len(MOVES) - 1
     if name == "report":
         for path in ("mechdiff-report.md", "mechdiff-report.html"):

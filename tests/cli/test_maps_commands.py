@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import mlflow
@@ -59,8 +60,9 @@ def test_two_versions_side_by_side(mechdiff: Invoke, measured: list[str]) -> Non
     for run in measured:
         mechdiff("promote", run, "--force")
     shown = mechdiff("maps", "diff", f"{NAME}/1", f"{NAME}@champion").output
-    rows = {line.split("│")[1].strip(): line for line in shown.splitlines() if line.count("│") > 2}
-    assert [cell.strip() for cell in rows["drop_pct"].split("│")[2:4]] == ["12", "40"]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in shown.splitlines()]
+    rows = {line[0]: line[1:] for line in cells}
+    assert rows["drop_pct"] == ["12.0", "40.0"]
     assert {"cosine of W", "cosine of W − I"} <= rows.keys()
     assert "alpha" not in rows
     assert "no version 3" in mechdiff("maps", "diff", f"{NAME}/3", f"{NAME}/1", code=1).output

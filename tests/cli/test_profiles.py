@@ -1,4 +1,4 @@
-"""Layers (RQ1) and heads (RQ4) on the toy pair."""
+"""Layers and heads on the toy pair."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_layers(toy: Path, here: Path, mechdiff: Invoke, client: mlflow.MlflowCl
     (patch,) = runs_of(client, "swapped")["patch"]
     assert found["KL_base_from_tuned"][3] == pytest.approx(patch.data.metrics["KL_raw"], rel=1e-6)
     mechdiff("report", "--pair", str(toy))
-    assert "**RQ1 (where).**" in (here / "mechdiff-report.md").read_text()
+    assert "## Layers" in (here / "mechdiff-report.md").read_text()
 
 
 def test_heads(toy: Path, here: Path, mechdiff: Invoke, client: mlflow.MlflowClient) -> None:
@@ -62,9 +62,7 @@ def test_heads(toy: Path, here: Path, mechdiff: Invoke, client: mlflow.MlflowCli
     assert {p.step: p.value for p in curve} == greedy["coverage"].to_dict()
     mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "1")
     mechdiff("report", "--pair", str(toy))
-    assert (
-        "**RQ4 (heads).** Replacing all heads at `L3/attn_out`" in (here / "mechdiff-report.md").read_text()
-    )
+    assert "Replacing all heads at `L3/attn_out`" in (here / "mechdiff-report.md").read_text()
 
 
 def test_heads_where_nothing_differs(toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient) -> None:

@@ -23,7 +23,9 @@ def test_the_view_has_the_charts_of_a_sweep(store: Store) -> None:
     experiment_id = store.experiment("demo")
     install_view(store, experiment_id)
     found = state(store, experiment_id)
-    parallel, scatter, contour, bar = found["compareRunCharts"]
+    layers, parallel, scatter, contour, bar = found["compareRunCharts"]
+    assert (layers["xaxis"]["key"], layers["yaxis"]["key"]) == ("layer", "KL_raw")
+    assert len({chart["uuid"] for chart in found["compareRunCharts"]}) == 5
     assert (parallel["type"], parallel["selectedParams"]) == ("PARALLEL", ["layer", "hook", "alpha"])
     assert parallel["selectedMetrics"] == ["rank", "drop_pct"]
     assert (scatter["type"], scatter["xaxis"]["key"], scatter["yaxis"]["key"]) == (
@@ -37,7 +39,10 @@ def test_the_view_has_the_charts_of_a_sweep(store: Store) -> None:
     sections = {section["uuid"] for section in found["compareRunSections"]}
     assert {chart["metricSectionId"] for chart in found["compareRunCharts"]} <= sections
     assert found["orderByKey"] == "metrics.`drop_pct`"
-    assert "params.`layer`" in found["selectedColumns"]
+    assert found["selectedColumns"][:5] == [
+        *(f"metrics.`{key}`" for key in ("drop_pct", "skill_pct", "KL_raw", "KL_mapped")),
+        "params.`layer`",
+    ]
     # MLflow must be able to run the filter, or the UI shows an error instead of the runs.
     assert list(store.client.search_runs([experiment_id], found["searchFilter"])) == []
 

@@ -131,7 +131,7 @@ class Workers(ABC):
         Where base and tuned differ in width there is no raw row.
         """
         task = Score(prompts, position, replacements)
-        return task.site_rows(self.whole(task, stage, "patching tuned"))
+        return task.site_rows(self.whole(task, stage, f"patching tuned on {prompts.split}"))
 
     def clean_noise(self, role: str, prompts: PromptSet, position: Position) -> float:
         """Mean distance between two clean runs of one model over a few of the prompts, nats.

@@ -40,11 +40,11 @@ def write_report(request: ReportRequest) -> Written:
     Raises:
         MechdiffError: No run of the pair has been made, or nothing can be written there.
     """
-    name = _name_of(request.pair, request.tracking_uri)
+    name, spec = _named(request.pair, request.tracking_uri)
     store = open_store(request.tracking_uri)
     experiment = experiment_of(store, request.experiment, name)
     evidence = evidence_of(store, name, experiment)
-    document = reports.report(evidence)
+    document = reports.report(evidence, spec, min_effect_nats=request.min_effect)
     doubts = reports.caveats(evidence)
     return _logged(request, store, document, f"report of {name}", experiment, doubts)
 
@@ -55,7 +55,7 @@ def write_comparison(request: CompareRequest) -> Written:
     Raises:
         MechdiffError: There are not two pairs, a pair has no runs, or nothing can be written there.
     """
-    names = [_name_of(pair, request.tracking_uri) for pair in request.pairs]
+    names = [_named(pair, request.tracking_uri)[0] for pair in request.pairs]
     if len(names) < 2 or len(set(names)) < len(names):
         raise MechdiffError(f"Pairs {', '.join(names)} cannot be compared; name two or more different ones.")
     store = open_store(request.tracking_uri)
@@ -63,20 +63,23 @@ def write_comparison(request: CompareRequest) -> Written:
     documents = []
     for other in others:
         tables = tables_of(store, sorted(needed_runs(matches(first, other))), "per_prompt.json")
-        documents.append(comparison(first, other, tables, seed=request.seed))
+        documents.append(
+            comparison(first, other, tables, seed=request.seed, min_effect_nats=request.min_effect)
+        )
     return _logged(request, store, joined(documents), " against ".join(names), names[0], [])
 
 
-def _name_of(pair: str, tracking_uri: str | None) -> str:
-    """The name of a pair; one that was given by the names of its models has no spec, but an experiment."""
+def _named(pair: str, tracking_uri: str | None) -> tuple[str, PairSpec | None]:
+    """A pair's name and its spec; one that was given by the names of its models has an experiment alone."""
     try:
-        return PairSpec.load(pair).name
+        spec = PairSpec.load(pair)
+        return spec.name, spec
     except MechdiffError:
         store = open_store(tracking_uri)
         with store.errors():
             if store.client.get_experiment_by_name(pair) is None:
                 raise
-        return pair
+        return pair, None
 
 
 def evidence_of(store: Store, pair: str, experiment: str) -> Evidence:

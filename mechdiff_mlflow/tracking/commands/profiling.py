@@ -8,13 +8,15 @@ from mechdiff_mlflow.experiments.preflight import check_cells, check_pair, check
 from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
 from mechdiff_mlflow.experiments.requests import AtlasRequest, HeadsRequest, LayersRequest
 from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.report.evidence import of_record
+from mechdiff_mlflow.report.experiment import answering, how
 from mechdiff_mlflow.report.profiles import (
     atlas_figures,
-    first_difference,
     heads_figures,
     heads_sentence,
     layer_figures,
     layers_sentence,
+    where,
 )
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
 from mechdiff_mlflow.spec.sites import Hook, Site
@@ -46,6 +48,7 @@ def atlas(request: AtlasRequest, caller: Caller = PYTHON) -> Result:
             family=request.family,
             alpha=request.alpha,
             best=request.promote_best,
+            min_effect_nats=request.min_effect,
         )
         with now.study.stage("logging runs", len(found.patches)) as advance:
             for site in (site for site in found.patches if site in found.best):
@@ -56,9 +59,14 @@ def atlas(request: AtlasRequest, caller: Caller = PYTHON) -> Result:
             for site in (site for site in found.patches if site not in found.best):
                 now.run.log_soon(fields.patch_run(found.patches[site], now.study))
             now.run.wait(advance)
-        sentence, figures = first_difference(found.table), atlas_figures(found.table)
+        said = where(found.table, request.min_effect)
+        measured_at = answering([of_record(patch) for patch in found.patches.values()], request.min_effect)
+        sentence = "\n".join([*said, *how(measured_at, request.min_effect)])
+        figures = atlas_figures(found.table, request.min_effect)
         now.add_with_figures(
-            figures, f"Atlas of {now.study.pair.name}", lambda files: atlas_run(found, sentence, files)
+            figures,
+            f"Atlas of {now.study.pair.name}",
+            lambda files: atlas_run(found, sentence, files, request.min_effect),
         )
     fits, patches = list(found.fits.values()), list(found.patches.values())
     return now.result(fits=fits, patches=patches, profile=found.table, sentence=sentence, figures=figures)

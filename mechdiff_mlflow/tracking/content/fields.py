@@ -271,7 +271,7 @@ def _percent(interval: Interval | None) -> str:
 
 
 def _name(cell: Cell) -> str:
-    return f"{cell.site} {cell.solver} k={cell.rank} α={cell.alpha}"
+    return f"{cell.site} k={cell.rank} α={cell.alpha} {cell.solver}"  # what differs comes first
 
 
 def _tags(cell: Cell, study: Study) -> dict[str, str]:

@@ -9,6 +9,7 @@ import pandas as pd
 
 from mechdiff_mlflow.experiments import PatchRecord
 from mechdiff_mlflow.experiments.atlas import AtlasRecord
+from mechdiff_mlflow.report.profiles import effects
 from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.records import RunRecord
 
@@ -39,17 +40,21 @@ def report_pass_run(patches: Sequence[PatchRecord]) -> RunRecord:
     )
 
 
-def atlas_run(record: AtlasRecord, sentence: str, files: Mapping[str, Path]) -> RunRecord:
+def atlas_run(
+    record: AtlasRecord, sentence: str, files: Mapping[str, Path], min_effect_nats: float
+) -> RunRecord:
     """An atlas's table, figures by artifact path, and each hook's curves over layers (step = layer)."""
     table = record.table
+    _, found = effects(table, min_effect_nats)
     curves: dict[str, dict[int, float]] = {}
     for key in ("KL_raw", "drop_pct", "skill_pct", "rho"):
         for row in table.dropna(subset=[key]).to_dict("records"):
             curves.setdefault(f"{key}/{row['hook']}", {})[int(row["layer"])] = float(row[key])
     metrics = {"n_sites": float(len(table)), "n_above_floor": float(table["above_floor"].sum())}
-    for key in ("drop_pct", "skill_pct"):
-        if table[key].notna().any():
-            metrics[f"best/{key}"] = float(table[key].max())
+    metrics |= {"n_with_effect": float(len(found))}
+    for key in ("drop_pct", "skill_pct"):  # of places with an effect: 99 % of nothing is not the best
+        if found[key].notna().any():
+            metrics[f"best/{key}"] = float(found[key].max())
     return RunRecord(
         kind="atlas",
         name="atlas",
@@ -57,8 +62,9 @@ def atlas_run(record: AtlasRecord, sentence: str, files: Mapping[str, Path]) -> 
         stepped_metrics=curves,
         tables={"atlas.json": table},
         files=files,
-        description=f"{sentence}\n\nHeatmaps: `figures.html` under Artifacts. One run below for each site "
-        "above the noise floor; only promoted sites keep their map, others refit with `mechdiff run`.",
+        description="\n\n".join(sentence.splitlines())
+        + "\n\nHeatmaps: `figures.html` under Artifacts. One run below for each site above the noise floor; "
+        "only promoted sites keep their map, others refit with `mechdiff run`.",
     )
 
 

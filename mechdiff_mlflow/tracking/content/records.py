@@ -55,7 +55,7 @@ class RunRecord:
     """
 
     kind: str  # `fit`, `patch`, `sweep`, `atlas`, `report`, …; tag `mechdiff.kind`
-    name: str  # what differs from its siblings, e.g. `L26/attn_out procrustes_scaled k=8 α=0.3`
+    name: str  # what differs from its siblings, e.g. `L26/attn_out k=8 α=0.3 procrustes_scaled`
     params: Mapping[str, ParamValue] = field(default_factory=dict)  # no None or "": leave the key out
     metrics: Mapping[str, float] = field(default_factory=dict)  # what is not finite becomes a tag
     stepped_metrics: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # drop_pct over k, …

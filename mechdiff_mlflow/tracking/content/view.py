@@ -19,10 +19,12 @@ from mechdiff_mlflow.tracking.store.store import Store
 
 VIEW_KEY = "mechdiff"
 _TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
-_PARAMS = ("layer", "hook", "solver", "family", "k", "alpha", "split")
-_METRICS = ("drop_pct", "skill_pct", "KL_raw", "KL_mapped", "noise_floor", "rho")
-_RUN_NAME = "attributes.`Run Name`"
-_NAME_WIDTH, _VALUE_WIDTH = 320, 95  # pixels
+_METRICS = ("drop_pct", "skill_pct", "KL_raw", "KL_mapped")
+_PARAMS = ("layer", "hook", "k", "alpha", "solver", "family", "split")
+_MORE_METRICS = ("rho", "noise_floor")
+_RUN_NAME, _DATE = "attributes.`Run Name`", "runDateAndNestInfo"
+_NAME_WIDTH, _DATE_WIDTH, _VALUE_WIDTH = 190, 70, 84
+"""Pixels: name and four metrics fit beside MLflow's side panel in a window of 1280."""
 _SECTION = "mechdiff-charts"
 _LOCAL_UI = "http://127.0.0.1:5000"
 # The UI gets slow when it compares many more.
@@ -64,10 +66,13 @@ def ui_command(store: Store) -> str | None:
 
 
 def _state(kind: str) -> dict[str, Any]:
-    columns = [f"params.`{key}`" for key in _PARAMS] + [f"metrics.`{key}`" for key in _METRICS]
+    columns = [f"metrics.`{key}`" for key in _METRICS] + [f"params.`{key}`" for key in _PARAMS]
+    columns += [f"metrics.`{key}`" for key in _MORE_METRICS]
     # The metric `rank`, not the param `k`: the UI leaves the rows of "full" out of a numeric axis.
     rank, drop = ({"key": key, "type": "METRIC"} for key in ("rank", "drop_pct"))
+    layer, kl_raw = {"key": "layer", "type": "PARAM"}, {"key": "KL_raw", "type": "METRIC"}
     charts = [
+        _chart("SCATTER", name="layer-kl", xaxis=layer, yaxis=kl_raw),
         _chart("PARALLEL", selectedParams=["layer", "hook", "alpha"], selectedMetrics=["rank", "drop_pct"]),
         _chart("SCATTER", xaxis=rank, yaxis=drop),
         _chart("CONTOUR", xaxis=rank, yaxis={"key": "alpha", "type": "PARAM"}, zaxis=drop),
@@ -83,8 +88,8 @@ def _state(kind: str) -> dict[str, Any]:
         "modelVersionFilter": "All Runs",
         "datasetsFilter": [],
         "selectedColumns": columns,
-        "columnOrder": [_RUN_NAME, "runDateAndNestInfo", *columns],
-        "columnWidths": {_RUN_NAME: _NAME_WIDTH, **dict.fromkeys(columns, _VALUE_WIDTH)},
+        "columnOrder": [_RUN_NAME, _DATE, *columns],
+        "columnWidths": {_RUN_NAME: _NAME_WIDTH, _DATE: _DATE_WIDTH, **dict.fromkeys(columns, _VALUE_WIDTH)},
         "runsHiddenMode": "SHOWALL",
         "viewMaximized": False,
         "runListHidden": False,
@@ -98,10 +103,10 @@ def _state(kind: str) -> dict[str, Any]:
     }
 
 
-def _chart(kind: str, **settings: Any) -> dict[str, Any]:
+def _chart(kind: str, name: str = "", **settings: Any) -> dict[str, Any]:
     return {
         "type": kind,
-        "uuid": f"mechdiff-{kind.lower()}",
+        "uuid": f"mechdiff-{name or kind.lower()}",
         "metricSectionId": _SECTION,
         "deleted": False,
         "isGenerated": False,
