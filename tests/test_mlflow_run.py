@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import mlflow
+import mlflow.cli
 import pytest
-from cli.conftest import empty_store  # noqa: F401
+from cli.conftest import empty_store, here  # noqa: F401
+from click.testing import CliRunner
 from mlflow.entities import Run
-from test_docs_commands import shown
+from mlflow.projects.backend import local
+from mlflow.projects.utils import get_run_env_vars
+from test_docs_commands import demo_pairs, shown  # noqa: F401
+
+from mechdiff_mlflow.cli import cli as mechdiff
 
 ROOT = Path(__file__).parents[1]
 
@@ -90,26 +95,32 @@ def test_mlflow_run_makes_the_tree_that_the_command_line_makes(mlflow_run: objec
 
 @pytest.mark.parametrize("line", [line for line in shown(ROOT / "README.md") if line.startswith("mlflow")])
 def test_the_lines_of_the_readme_run_as_they_are_written(
-    tmp_path: Path,
-    empty_store: Path,  # noqa: F811
+    here: Path,  # noqa: F811
+    demo_pairs: None,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
     line: str,
 ) -> None:
-    shutil.copy(empty_store, tmp_path)
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    environment |= {
-        "MLFLOW_TRACKING_URI": uri,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }
-    words = [sys.executable, "-m", *shlex.split(line)]
-    done = subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    client = mlflow.MlflowClient(uri)
+    """MLflow does all that it does, but for the process that the test above starts: the command runs here."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'mlflow.db'}")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(local, "_run_entry_point", run_in_this_process)
+    done = CliRunner().invoke(mlflow.cli.cli, shlex.split(line)[1:])
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    client = mlflow.MlflowClient()
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert len(runs) > 2
     assert {run.info.status for run in runs} == {"FINISHED"}
+
+
+def run_in_this_process(
+    command: str, work_dir: str, experiment_id: str, run_id: str
+) -> local.LocalSubmittedRun:
+    """Stands for MLflow's own, which starts a shell."""
+    python, flag, module, *words = shlex.split(command)
+    assert (python, flag, module) == ("python", "-m", "mechdiff_mlflow")
+    done = CliRunner().invoke(mechdiff, words, env=get_run_env_vars(run_id, experiment_id))
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    return local.LocalSubmittedRun(run_id, subprocess.Popen(["true"]))
 
 
 def test_a_bad_value_fails_the_run_with_its_reason(mlflow_run: object) -> None:
