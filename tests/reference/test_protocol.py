@@ -245,7 +245,9 @@ def test_a_comparison(
     assert f"| {gap:.1f} [{low:.1f}, {high:.1f}] |" in (here / "compared.md").read_text()
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-9), ("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [("float64", 1e-9), ("float32", 1e-5), ("bfloat16", 2e-2), ("float16", 2e-2)]
+)
 def test_a_patch_that_is_no_identity_is_refused(
     dtype: str, limit: float, spec: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
