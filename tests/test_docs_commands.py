@@ -43,6 +43,7 @@ BEFORE = {
 """What a page tells in words to do first."""
 
 N_PROMPTS = {"train": 150, "val": 16, "test": 24}
+"""Of train more than the models are wide."""
 
 
 def pages() -> list[Path]:
@@ -66,7 +67,7 @@ def _is_ours(line: str) -> bool:
 
 @pytest.fixture
 def demo_pairs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shipped pairs with fewer prompts, of train more than the models are wide; no command says how many."""
+    """The shipped pairs with fewer prompts: no command says how many there are."""
     folder = tmp_path_factory.mktemp("pairs")
     found = {}
     for name, path in spec.shipped_pairs().items():
