@@ -107,6 +107,17 @@ def test_a_record_is_the_reference_number_by_number(spec: Path, site: PlainSite)
         assert p == pytest.approx(exact_sign_flip(expected[reference] - expected["mapped"]), abs=0.01)
 
 
+def test_where_train_leaves_directions_open_val_chooses_what_happens_to_them(spec: Path) -> None:
+    """Twelve prompts span 11 of 16 dimensions: the rest is dropped or passes, whichever does better."""
+    site = PlainSite(PlainPair(spec), SITE.layer, str(SITE.hook), n_train=12)
+    (fit,) = study_of(spec, n_train=12).fit([cell(None, ALPHAS)])
+    on_val = {key: site.patched("val", made).mean() for key, made in site.offers(None, ALPHAS).items()}
+    assert {rule for rule, _ in on_val} == {"zero", "nearest_identity"}
+    tried = fit.candidates.set_index(["off_span", "alpha"])["KL_mapped"].to_dict()
+    assert tried == {key: pytest.approx(kl, **CLOSE) for key, kl in on_val.items()}
+    assert (fit.off_span, fit.map.alpha) == min(on_val, key=lambda key: on_val[key])
+
+
 def test_a_map_that_does_harm_has_a_p_value_near_one(spec: Path, site: PlainSite) -> None:
     """At a tenth of its length the map does worse than the raw patch, which a two-sided test would reward."""
     (record,) = patched(study_of(spec), cell(None, (0.1,)))
