@@ -1,4 +1,4 @@
-"""A cluster of three nodes on this machine: the numbers of one process, to the bit, whoever dies meanwhile."""
+"""A cluster of three nodes on this machine: the numbers of one process, to the bit, whoever dies then."""
 
 from __future__ import annotations
 
