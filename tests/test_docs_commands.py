@@ -42,6 +42,9 @@ BEFORE = {
 }
 """What a page tells in words to do first."""
 
+N_PROMPTS = {"train": 150, "val": 16, "test": 24}
+"""Of train more than the models are wide."""
+
 
 def pages() -> list[Path]:
     first = [ROOT / page for page in PAGES]
@@ -64,7 +67,7 @@ def _is_ours(line: str) -> bool:
 
 @pytest.fixture
 def demo_pairs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shipped pairs with fewer prompts to report on; no command says how many."""
+    """The shipped pairs with fewer prompts: no command says how many there are."""
     folder = tmp_path_factory.mktemp("pairs")
     found = {}
     for name, path in spec.shipped_pairs().items():
@@ -75,7 +78,7 @@ def demo_pairs(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
                 fields[side]["model"] = str((path.parent / model).resolve())
         for split, file in fields["prompts"].items():
             lines = (path.parent / file).read_text().splitlines()
-            kept = lines if split == "train" else lines[:24]
+            kept = lines[: N_PROMPTS[split]]
             (folder / f"{name}-{split}.jsonl").write_text("\n".join(kept) + "\n")
             fields["prompts"][split] = f"{name}-{split}.jsonl"
         found[name] = folder / f"{name}.yaml"

@@ -4,61 +4,51 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
+import mlflow.cli
 import pytest
-from cli.conftest import empty_store  # noqa: F401
+from cli.conftest import empty_store, here  # noqa: F401
+from click.testing import CliRunner, Result
 from mlflow.entities import Run
-from test_docs_commands import shown
+from mlflow.projects.backend import local
+from mlflow.projects.utils import get_run_env_vars
+from test_docs_commands import demo_pairs, shown  # noqa: F401
+
+from mechdiff_mlflow.cli import cli as mechdiff
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def mlflow_run(tmp_path: Path, toy: Path) -> object:
-    """Calls `mlflow run` with an own store; gives the process and the client."""
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    environment |= {
-        "MLFLOW_TRACKING_URI": uri,
+def runs_in(store: Path) -> list[Run]:
+    client = mlflow.MlflowClient(f"sqlite:///{store}")
+    return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+
+
+def test_mlflow_run_makes_the_tree_that_the_command_line_makes(here: Path, toy: Path) -> None:  # noqa: F811
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{here / 'mlflow.db'}",
         # MLproject says "python", which has to be this one.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
-
-    def run(*words: str) -> tuple[subprocess.CompletedProcess[str], list[Run]]:
-        process = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "mlflow",
-                "run",
-                str(ROOT),
-                "--env-manager",
-                "local",
-                "-P",
-                f"pair={toy}",
-                *words,
-            ],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        client = mlflow.MlflowClient(uri)
-        return process, client.search_runs([e.experiment_id for e in client.search_experiments()])
-
-    return run
-
-
-def test_mlflow_run_makes_the_tree_that_the_command_line_makes(mlflow_run: object, toy: Path) -> None:
-    process, runs = mlflow_run("-P", "layer=3", "-P", "hook=resid_post", "-P", "k=4")
+    words = ["--env-manager", "local", "-P", f"pair={toy}"]
+    for parameter in ("layer=3", "hook=resid_post", "k=4"):
+        words += ["-P", parameter]
+    process = subprocess.run(
+        [sys.executable, "-m", "mlflow", "run", str(ROOT), *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert process.returncode == 0, process.stderr
+    runs = runs_in(here / "mlflow.db")
     by_kind = {run.data.tags["mechdiff.kind"]: run for run in runs}
     assert len(runs) == len(by_kind) == 3
     parent, fit, patch = (by_kind[kind] for kind in ("run", "fit", "patch"))
@@ -88,36 +78,48 @@ def test_mlflow_run_makes_the_tree_that_the_command_line_makes(mlflow_run: objec
     assert f"mechdiff promote {fit.info.run_id}" in process.stdout
 
 
+@pytest.fixture
+def mlflow_run(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:  # noqa: F811
+    """`mlflow run` that does all it does, but for the shell that the test above starts: commands run here."""
+
+    def run_here(command: str, work_dir: str, experiment_id: str, run_id: str) -> local.LocalSubmittedRun:
+        python, flag, module, *words = shlex.split(command)
+        assert (python, flag, module) == ("python", "-m", "mechdiff_mlflow")
+        done = CliRunner().invoke(mechdiff, words, env=get_run_env_vars(run_id, experiment_id))
+        assert "Traceback" not in done.output
+        print(done.output)
+        return local.LocalSubmittedRun(run_id, subprocess.Popen(["false" if done.exit_code else "true"]))
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{here / 'mlflow.db'}")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(local, "_run_entry_point", run_here)
+    return lambda words: CliRunner().invoke(mlflow.cli.cli, ["run", *words])
+
+
 @pytest.mark.parametrize("line", [line for line in shown(ROOT / "README.md") if line.startswith("mlflow")])
 def test_the_lines_of_the_readme_run_as_they_are_written(
-    tmp_path: Path,
-    empty_store: Path,  # noqa: F811
+    mlflow_run: Callable[..., Result],
+    here: Path,  # noqa: F811
+    demo_pairs: None,  # noqa: F811
     line: str,
 ) -> None:
-    shutil.copy(empty_store, tmp_path)
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    environment |= {
-        "MLFLOW_TRACKING_URI": uri,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }
-    words = [sys.executable, "-m", *shlex.split(line)]
-    done = subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    client = mlflow.MlflowClient(uri)
-    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    done = mlflow_run(shlex.split(line)[2:])
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    runs = runs_in(here / "mlflow.db")
     assert len(runs) > 2
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_a_bad_value_fails_the_run_with_its_reason(mlflow_run: object) -> None:
-    process, runs = mlflow_run("-P", "layer=99", "-P", "hook=resid_post")
-    assert process.returncode != 0
-    (run,) = runs
+def test_a_bad_value_fails_the_run_with_its_reason(
+    mlflow_run: Callable[..., Result],
+    here: Path,  # noqa: F811
+    toy: Path,
+) -> None:
+    words = [".", "--env-manager", "local", "-P", f"pair={toy}", "-P", "layer=99", "-P", "hook=resid_post"]
+    done = mlflow_run(words)
+    assert done.exit_code != 0
+    (run,) = runs_in(here / "mlflow.db")
     assert run.info.status == "FAILED"
     reason = "Layer 99 does not exist: the model has 4 layers, 0 to 3."
     assert run.data.tags["mechdiff.failure"] == reason
-    assert f"Error: {reason}" in process.stderr
-    assert "Traceback" not in process.stderr.partition("mlflow.cli")[0]
+    assert f"Error: {reason}" in done.output

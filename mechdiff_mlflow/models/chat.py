@@ -91,10 +91,11 @@ class Readers:
             MechdiffError: A side lacks a template, embedding or position that it needs; or as `read`.
         """
         own = self.prompts.get(prompts.split)
-        if own is None or own.prompts[: len(prompts)] != prompts.prompts:
+        rows = None if own is None else own.rows_of(prompts)
+        if rows is None:
             return self._reading(role, position, [prompts], prompts.digest).sets[0]
         at = list(self.prompts).index(prompts.split)
-        return self.all_prompts(role, position).sets[at][: len(prompts)]
+        return self.all_prompts(role, position).sets[at].take(rows)
 
     def all_prompts(self, role: str, position: Position) -> Reading:
         """All prompts of the pair as one side sees them; raises as `tokens`."""

@@ -78,12 +78,24 @@ class PromptSet:
     @property
     def digest(self) -> str:
         """32 hex digits of sha256 over the conversations, in order."""
-        lines = [
+        lines = self._conversations
+        lines += [json.dumps(self.groups)] if self.groups else []
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+    @property
+    def _conversations(self) -> list[str]:
+        return [
             json.dumps([dict(m) for m in p.messages], sort_keys=True, ensure_ascii=False)
             for p in self.prompts
         ]
-        lines += [json.dumps(self.groups)] if self.groups else []
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+    def rows_of(self, part: PromptSet) -> list[int] | None:
+        """Where each prompt of `part` stands in this set; None if one does not."""
+        if self.prompts[: len(part)] == part.prompts:
+            return list(range(len(part)))
+        where = {conversation: row for row, conversation in enumerate(self._conversations)}
+        rows = [where[one] for one in part._conversations if one in where]
+        return rows if len(rows) == len(part) else None
 
     @property
     def groups(self) -> tuple[int, ...]:

@@ -107,6 +107,17 @@ def test_a_record_is_the_reference_number_by_number(spec: Path, site: PlainSite)
         assert p == pytest.approx(exact_sign_flip(expected[reference] - expected["mapped"]), abs=0.01)
 
 
+def test_where_train_leaves_directions_open_val_chooses_what_happens_to_them(spec: Path) -> None:
+    """Twelve prompts span 11 of 16 dimensions: the rest is dropped or passes, whichever does better."""
+    site = PlainSite(PlainPair(spec), SITE.layer, str(SITE.hook), n_train=12)
+    (fit,) = study_of(spec, n_train=12).fit([cell(None, ALPHAS)])
+    on_val = {key: site.patched("val", made).mean() for key, made in site.offers(None, ALPHAS).items()}
+    assert {rule for rule, _ in on_val} == {"zero", "nearest_identity"}
+    tried = fit.candidates.set_index(["off_span", "alpha"])["KL_mapped"].to_dict()
+    assert tried == {key: pytest.approx(kl, **CLOSE) for key, kl in on_val.items()}
+    assert (fit.off_span, fit.map.alpha) == min(on_val, key=lambda key: on_val[key])
+
+
 def test_a_map_that_does_harm_has_a_p_value_near_one(spec: Path, site: PlainSite) -> None:
     """At a tenth of its length the map does worse than the raw patch, which a two-sided test would reward."""
     (record,) = patched(study_of(spec), cell(None, (0.1,)))
@@ -152,16 +163,19 @@ def test_groups_of_prompts_are_drawn_flipped_and_shuffled_as_wholes(grouped: Pat
         assert record.p_null == pytest.approx(exact_sign_flip(null - mapped, groups), abs=0.012)
     # p is near 1/16 of four groups, and would be near 1/256 of eight prompts.
     assert exact_sign_flip(raw - mapped, groups) > 5 * exact_sign_flip(raw - mapped)
-    # The least rank, too: its interval and how often it is reached.
+    # The least rank, too, and how often it is reached: of targets that nearly all resamples reach, and half.
     ks, table = (1, 4, 16), [rows(record, "KL_mapped") for record in records]
-    target = (drop(raw, table[0]) + drop(raw, table[1])) / 2
-    (least,) = least_ranks(records, [target], seed=SEED)
-    resampled = [
-        min_rank({k: drop(raw[i], one[i]) for k, one in zip(ks, table, strict=True)}, target)
-        for i in draws(groups, seed=SEED, n_resamples=9999)
-    ]
-    assert least.found.k == min_rank({k: drop(raw, one) for k, one in zip(ks, table, strict=True)}, target)
-    assert least.found.p_reached == pytest.approx(np.mean([k is not None for k in resampled]), abs=1e-12)
+    drops = [drop(raw, one) for one in table]
+    for target in ((drops[0] + drops[1]) / 2, drops[2]):
+        (least,) = least_ranks(records, [target], seed=SEED)
+        resampled = [
+            min_rank({k: drop(raw[i], one[i]) for k, one in zip(ks, table, strict=True)}, target)
+            for i in draws(groups, seed=SEED, n_resamples=9999)
+        ]
+        assert least.found.k == min_rank(dict(zip(ks, drops, strict=True)), target)
+        p_reached = np.mean([k is not None for k in resampled])
+        assert least.found.p_reached == pytest.approx(p_reached, abs=1e-12)
+    assert 0.2 < p_reached < 0.8
     # Groups change places with groups of their size: of train every one stays where it is.
     (shuffled,) = patched(study_of(grouped, permutations=2), cell(4))
     assert shuffled.controls["shuffled"] == pytest.approx(shuffled.kl_mapped, rel=1e-6)

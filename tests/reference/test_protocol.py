@@ -22,6 +22,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.atlas import atlas
 from mechdiff_mlflow.experiments.sweep import least_ranks
+from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import Weight
 from mechdiff_mlflow.models.pairs import load_pair
 from mechdiff_mlflow.solvers import PairedSpectrum
@@ -180,6 +181,8 @@ def test_an_atlas(spec: Path, plain: PlainPair) -> None:
     on_val, on_test = (sorted(ratios, key=lambda site: ratios[site]) for ratios in left.values())
     assert on_val != on_test, "this pair cannot tell which split ranks"
     assert [str(site) for site in record.best] == on_val
+    for made in (record.fits[record.best[0]].map, record.patches[record.best[0]].map):
+        assert selection.entry(f"site (one of {len(record.fits)})", study.val_prompts) in selection.of(made)
 
 
 def test_a_report_pass_measures_the_promoted_map(
@@ -245,7 +248,9 @@ def test_a_comparison(
     assert f"| {gap:.1f} [{low:.1f}, {high:.1f}] |" in (here / "compared.md").read_text()
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("float64", 1e-9), ("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [("float64", 1e-9), ("float32", 1e-5), ("bfloat16", 2e-2), ("float16", 2e-2)]
+)
 def test_a_patch_that_is_no_identity_is_refused(
     dtype: str, limit: float, spec: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

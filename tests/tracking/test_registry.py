@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -801,6 +802,17 @@ def _promote_all(uri: str, run_ids: list[str], failures: "multiprocessing.Queue[
         failures.put("")
     except BaseException as error:
         failures.put(repr(error))
+
+
+def test_a_promoter_waits_for_another_on_this_machine(store: Store, patched: Patch) -> None:
+    promote(store, patched(1))
+    run_id = patched(2)
+    with ThreadPoolExecutor(1) as pool:
+        with moves.promotion_lock(store):
+            other = pool.submit(promote, store, run_id)
+            assert wait([other], 2).not_done
+            assert len(list_versions(store, NAME)) == 1
+        assert other.result(60).number == 2
 
 
 def test_several_promoters_take_turns(store: Store, patched: Patch) -> None:

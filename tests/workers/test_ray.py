@@ -1,4 +1,4 @@
-"""A cluster of four nodes on this machine: the numbers of one process, to the bit, whoever dies meanwhile."""
+"""A cluster of three nodes on this machine: the numbers of one process, to the bit, whoever dies then."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed"),
 ]
 
-N_NODES = 4
+N_NODES = 3
 OPTIONS = EngineOptions(batch_size=2)
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Four nodes of one CPU each, on loopback, with a token."""
+    """Three nodes of one CPU each, on loopback, with a token."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in _of_our_own().items():
             patch.setenv(name, value)
