@@ -103,7 +103,7 @@ def how(patches: Sequence[Measured], min_effect_nats: float) -> list[str]:
         "patched: its drop and its skill over the best control lie above 0."
     ]
     for patch in patches[:MOST_SITES]:
-        said += [wording.transport(patch, min_effect_nats), wording.scale(patch)]
+        said += [wording.transport(patch, min_effect_nats), wording.scale(patch) or ""]
     if len(patches) > MOST_SITES:
         said.append(f"{len(patches) - MOST_SITES} more were patched; the table shows them all.")
     return [text for text in said if text]
