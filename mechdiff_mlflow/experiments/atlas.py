@@ -69,9 +69,10 @@ def atlas(
     ]
     fits = {fit.cell.site: fit for fit in study.fit(cells)} if cells else {}
     patches = {p.cell.site: p for p in study.patch([fit.to_patch for fit in fits.values()])} if fits else {}
-    ranked = _ranked_on_val(study, fits, min_effect_nats)[:best] if best else []
+    candidates = _ranked_on_val(study, fits, min_effect_nats) if best else []
+    ranked = candidates[:best]
     for site in ranked:
-        one_of = selection.entry(f"site (one of {len(fits)})", study.val_prompts)
+        one_of = selection.entry(f"site (one of {len(candidates)})", study.val_prompts)
         map_ = selection.recorded(fits[site].map, one_of)
         leak = selection.leaks(map_, study.report_prompts, but=selection.CELL)
         fits[site], patches[site] = replace(fits[site], map=map_), replace(patches[site], map=map_, leak=leak)

@@ -71,7 +71,7 @@ def where(table: pd.DataFrame, min_effect_nats: float) -> list[str]:
     kind = "residual sites, which are sums of all before them" if are_sums else "attention and MLP outputs"
     least = f"{min_effect_nats:g} nats"
     if not len(found):
-        most = places.sort_values("KL_raw").iloc[-1]
+        most = places.iloc[int(pd.to_numeric(places["KL_raw"]).to_numpy().argmax())]
         sentences = [
             f"None of {len(places)} {kind} has an effect: base's activation in place of tuned's moves the "
             f"next token by less than {least} everywhere ({most['KL_raw']:.2g} at most, at `{most['site']}`)."
@@ -92,7 +92,7 @@ def where(table: pd.DataFrame, min_effect_nats: float) -> list[str]:
     last = f"The first site whose activations differ is `{table.iloc[n_equal]['site']}`{before}."
     sums = table[~table["site"].isin(places["site"])]
     if len(sums):
-        top = sums.loc[pd.to_numeric(sums["KL_raw"]).idxmax()]
+        top = sums.iloc[int(pd.to_numeric(sums["KL_raw"]).to_numpy().argmax())]
         last += f" The residual stream, which sums all, has up to {top['KL_raw']:.3g} nats (`{top['site']}`)."
     return [*sentences, last]
 

@@ -95,7 +95,8 @@ def test_the_places_named_are_those_with_an_effect(shown: str) -> None:
 
 
 def test_one_hook_of_equal_models(toy: Path, mechdiff: Invoke, client: mlflow.MlflowClient) -> None:
-    mechdiff("atlas", "--pair", str(toy), "--hooks", "resid_pre")
+    words = ("--hooks", "resid_pre", "--promote-best", "1", "--min-effect", "1000")
+    assert "Fetch:" not in mechdiff("atlas", "--pair", str(toy), *words).output, "nothing has that effect"
     table = evidence_of(open_store(), "toy", "toy").atlas
     assert table is not None
     assert set(table["hook"]) == {"resid_pre"}

@@ -151,7 +151,7 @@ def test_a_sweep_and_its_least_rank(
 
 
 def test_an_atlas(spec: Path, plain: PlainPair) -> None:
-    """KL_raw everywhere, maps where it is above the floor, and promotion by drop on val."""
+    """KL_raw everywhere, maps where it is above the floor, and sublayers promoted by drop on val."""
     study = Study(load_pair(PairSpec.load(str(spec))), Protocol())
     record = atlas(study, hooks=list(Hook), solver="procrustes_scaled", family="update", alpha=1.0, best=16)
     table = record.table.set_index("site")
@@ -173,16 +173,24 @@ def test_an_atlas(spec: Path, plain: PlainPair) -> None:
             made = site.chosen(None, (1.0,))[2]
             mapped = site.patched("test", made)
             assert row["drop_pct"] == pytest.approx(100 * (1 - mapped.sum() / raw.sum()), rel=1e-6)
-            if hook != "resid_pre" or layer == FIRST_CHANGED:  # else the same place as the block below's end
-                for split, ratios in left.items():
-                    ratios[f"L{layer}/{hook}"] = (
-                        site.patched(split, made).sum() / site.patched(split, lambda x: x).sum()
-                    )
-    on_val, on_test = (sorted(ratios, key=lambda site: ratios[site]) for ratios in left.values())
-    assert on_val != on_test, "this pair cannot tell which split ranks"
-    assert [str(site) for site in record.best] == on_val
-    for made in (record.fits[record.best[0]].map, record.patches[record.best[0]].map):
-        assert selection.entry(f"site (one of {len(record.fits)})", study.val_prompts) in selection.of(made)
+            for split, ratios in left.items():
+                ratios[f"L{layer}/{hook}"] = (
+                    site.patched(split, made).sum() / site.patched(split, lambda x: x).sum()
+                )
+    sums = atlas(
+        study, hooks=[Hook.RESID_POST], solver="procrustes_scaled", family="update", alpha=1.0, best=16
+    )
+    tells = False
+    for found, hooks in ((record, ("attn_out", "mlp_out")), (sums, ("resid_post",))):
+        on_val, on_test = (
+            sorted((site for site in ratios if site.endswith(hooks)), key=ratios.__getitem__)
+            for ratios in left.values()
+        )
+        tells |= on_val != on_test
+        assert [str(site) for site in found.best] == on_val
+        for made in (found.fits[found.best[0]].map, found.patches[found.best[0]].map):
+            assert selection.entry(f"site (one of {len(on_val)})", study.val_prompts) in selection.of(made)
+    assert tells, "this pair cannot tell which split ranks"
 
 
 def test_a_report_pass_measures_the_promoted_map(

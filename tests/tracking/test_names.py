@@ -8,7 +8,9 @@ from mlflow.utils.validation import (
 )
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.tracking.content import fields
 from mechdiff_mlflow.tracking.content.names import check_alias, check_name, logged_model_name, registered_name
 
 SITE = Site(26, Hook.ATTN_OUT)
@@ -46,3 +48,13 @@ def test_any_run_name_becomes_a_logged_models_name(text: str) -> None:
 def test_aliases_that_mean_something_else_are_refused(alias: str) -> None:
     with pytest.raises(MechdiffError, match=r"Alias .* is not possible"):
         check_alias(alias)
+
+
+def test_run_names_differ_in_what_a_narrow_column_shows() -> None:
+    cells = [
+        Cell(Site(layer, hook), "procrustes_scaled", "update", Rank(k), Alpha((0.3,)))
+        for layer in (4, 24)
+        for hook in Hook
+        for k in (1, 8, 32, None)
+    ]
+    assert len({fields._name(cell)[:20] for cell in cells}) == len(cells)
