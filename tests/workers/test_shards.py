@@ -17,7 +17,7 @@ from mechdiff_mlflow.experiments.workers.tasks import Capture, Gradients, Score
 from mechdiff_mlflow.experiments.workers.workers import chunks_of, merged, shards_of
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
-from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec.prompts import Prompt, PromptSet, TokenizedPrompts
 
 
 class Cut(LocalWorkers):
@@ -81,6 +81,17 @@ def test_every_prompt_is_in_one_shard(small_batches: Pair) -> None:
     assert {p for part in parts for p in (q.text for q in part.prompts.prompts)} == {
         p.text for p in prompts.prompts
     }
+
+
+def test_a_part_of_a_split_is_not_tokenised_anew(small_batches: Pair) -> None:
+    prompts = small_batches.prompts_of("val")
+    whole = small_batches.tokens("tuned", prompts, Position.LAST_CONTENT)
+    before = len(small_batches.readers._readings)
+    part = PromptSet("val", (prompts.prompts[7], prompts.prompts[2]))
+    assert small_batches.tokens("tuned", part, Position.LAST_CONTENT) == whole.take([7, 2])
+    assert len(small_batches.readers._readings) == before
+    strange = PromptSet("val", (prompts.prompts[7], Prompt(({"role": "user", "content": "well"},))))
+    assert prompts.rows_of(strange) is None
 
 
 def test_what_cannot_be_cut_stays_whole(small_batches: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
