@@ -34,6 +34,8 @@ class RecordWriter:
         self._store, self._require = store, require
         self.models: dict[str, LoggedMap] = {}
         """The logged models of runs that were written or measured, by run."""
+        self._sent: dict[str, dict[str, Sent]] = {}
+        """All files of each run that is written, which may be in several goes."""
 
     def write(self, run: Run, record: RunRecord, *, again: bool = False) -> Run:
         """Write everything but the status, the cheap checks before the first request.
@@ -47,7 +49,8 @@ class RecordWriter:
         params = [Param(key, redact(param_text(key, value))) for key, value in record.params.items()]
         metrics, undefined = _finite(record)
         with self._store.errors():
-            sent = self._send(run, record, again)
+            sent = self._sent.setdefault(run_id, {})
+            sent |= self._send(run, record, again)
             model = self._model_of(run, record, again)
             inputs = [LoggedModelInput(model.model_id)] if model and record.map_run else None
             if record.datasets or inputs:
