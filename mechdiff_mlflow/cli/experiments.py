@@ -104,7 +104,12 @@ def _heads(request: HeadsRequest) -> None:
 
 @cli.group("pair")
 def pair_group() -> None:
-    """Pairs of models, by the names of their checkpoints."""
+    """Pairs of models, written down.
+
+    \b
+    Example:
+      mechdiff pair init --tuned org/adapter --prompts prompts.jsonl
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

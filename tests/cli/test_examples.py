@@ -15,7 +15,7 @@ from cli.test_run import runs_of
 
 from mechdiff_mlflow.cli import cli
 
-PAIRLESS = ("promote", "fetch", "maps", "doctor", "compare", "runs", "resume", "server-check")
+PAIRLESS = ("promote", "fetch", "maps", "doctor", "compare", "runs", "resume", "server-check", "pair")
 PLACE = {"26": "3", "24": "2", "L26": "L3", "L24": "L2", "cultural-demo": "toy", "1,8,32,full": "1,8,full"}
 
 
@@ -79,6 +79,9 @@ def test_every_example_runs(name: str, toy: Path, mechdiff: Invoke, client: mlfl
         words = [str(toy.parent / "twin.yaml") if word == "cognitive-demo" else word for word in words]
         if name == "promote":
             words[1] = runs_of(client)["fit"][0].info.run_id
+        if name.startswith("pair"):
+            own = {"org/adapter": toy.parent / "tuned", "prompts.jsonl": toy.parent / "train.jsonl"}
+            words = [str(own.get(word, word)) for word in words] + ["--base", str(toy.parent / "base")]
         if name == "run":
             words.append("--force")  # what is kept of the pair of the example is harmful on the toy pair
         pairless = name.split()[0] in PAIRLESS or "--pair" in words
