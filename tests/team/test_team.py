@@ -183,7 +183,7 @@ def test_no_secret_is_printed_logged_or_stored(team: Server, promoted: Promoted,
     """Ann's password is nowhere in what her commands printed, in the database, or in the artifacts."""
     secrets = [team.passwords["ann"], team.passwords["admin"], database.password]
     stored = [file.read_bytes() for file in (team.folder / "artifacts").rglob("*") if file.is_file()]
-    assert len(stored) > 10
+    assert len(stored) > 5
     assert not [s for s in secrets if s in promoted.output or any(s.encode() in file for file in stored)]
     with closing(database.connect("mlflow")) as connection:
         assert _found(connection.cursor(), promoted.run) > 0  # what the search finds if it is there
