@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import huggingface_hub
+import pandas as pd
 import pytest
 import torch
 from cli.conftest import Invoke, empty_store, here, mechdiff  # noqa: F401
@@ -155,3 +159,20 @@ def test_what_is_missing_is_said_before_any_weights(
     says: str,
 ) -> None:
     assert says in " ".join(mechdiff("run", *words, "--layer", "3", code=1).output.split())
+
+
+def test_a_data_set_is_the_source_of_its_prompts(
+    models: Path,
+    mechdiff: Invoke,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The library is not needed to test what is done with its table."""
+    table = pd.read_json(models / "p.jsonl", lines=True).rename(columns={"text": "question"})
+    library = ModuleType("datasets")
+    library.load_dataset = lambda name, split: SimpleNamespace(to_pandas=lambda: table)  # type: ignore[attr-defined]
+    library.__spec__ = ModuleSpec("datasets", None)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    named = ("--tuned", "tuned", "--base", "base", "--prompts-from", "org/questions:question")
+    assert "18 test prompts" in " ".join(
+        mechdiff("run", *named, "--layer", "3", "--alpha", "1").output.split()
+    )

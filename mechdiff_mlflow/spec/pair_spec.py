@@ -17,7 +17,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.model_files import PACKAGED, check_folder, packaged_file
 from mechdiff_mlflow.spec.plant import Plant
-from mechdiff_mlflow.spec.prompt_files import PromptFiles, read_splits
+from mechdiff_mlflow.spec.prompt_files import NonEmpty, PromptFiles, read_splits
 from mechdiff_mlflow.spec.prompts import SPLITS as SPLITS
 from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Position as Position
@@ -113,7 +113,6 @@ class _Frozen(BaseModel):
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
-NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 
 
 class BaseModelSpec(_Frozen):
@@ -239,6 +238,14 @@ class PairSpec(_Frozen):
             )
         untrusted.inside(self.root, name, f"prompts.{split} of pair {self.name!r}:")
         return path
+
+    def prompt_source(self, split: str) -> str:
+        """Where the prompts of a split are from: a file's path, or a data set's name.
+
+        Raises:
+            MechdiffError: As `prompt_path`.
+        """
+        return self.prompts.dataset or str(self.prompt_path(split))
 
     def read_prompts(self) -> dict[str, PromptSet]:
         """The prompts, by split.

@@ -292,7 +292,7 @@ def _datasets(study: Study, *sets: PromptSet) -> tuple[records.Dataset, ...]:
             split=prompts.split,
             digest=prompts.digest,
             n=len(prompts),
-            source=str(spec.prompt_path(prompts.split)),
+            source=spec.prompt_source(prompts.split),
         )
         for prompts in sets
     )
