@@ -283,9 +283,7 @@ class ReportRequest(EffectOptions, PairOptions, TrackingOptions):
       mechdiff report --pair cultural-demo --out mechdiff-report.md
     """
 
-    out: str = technical(
-        "mechdiff-report.md", Kind("file", _document), "File to write; .md and .html are both written."
-    )
+    out: str = technical("mechdiff-report.md", DOCUMENT, "File to write; .md and .html are both written.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,9 +300,7 @@ class CompareRequest(EffectOptions, SeedOptions, StoreOptions):
     """
 
     pairs: tuple[str, ...] = option(..., TEXT, "", is_argument=True, is_repeated=True)
-    out: str = technical(
-        "mechdiff-compare.md", Kind("file", _document), "File to write; .md and .html are both written."
-    )
+    out: str = technical("mechdiff-compare.md", DOCUMENT, "File to write; .md and .html are both written.")
 
 
 @dataclass(frozen=True, kw_only=True)

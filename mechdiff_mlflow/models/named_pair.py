@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models.checkpoints import explained
 from mechdiff_mlflow.spec import untrusted
+from mechdiff_mlflow.spec.model_files import read_json
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.prompt_files import PromptFiles
 
@@ -77,11 +78,7 @@ def _adapter_config(model: str) -> dict[str, Any] | None:
     path = _file_of(model, "adapter_config.json")
     if path is None:
         return None
-    text = untrusted.read_text(path, _MAX_JSON, "Adapter configuration")
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise MechdiffError(f"{path} is not JSON ({error}); download the adapter again.") from None
+    config = read_json(path, _MAX_JSON)
     return config if isinstance(config, dict) else {}
 
 

@@ -51,7 +51,7 @@ def check_folder(folder: Path) -> None:
         MechdiffError: A header or size does not fit its file, the configuration claims a model that the
             weights cannot hold, the index names files elsewhere, or an adapter is a pickle or names code.
     """
-    contents = {path.name: _json(path) for path in sorted(folder.glob("*.json"))}
+    contents = {path.name: read_json(path) for path in sorted(folder.glob("*.json"))}
     if folder.suffix == GGUF and folder.is_file():
         with folder.open("rb") as weights:
             if weights.read(4) != b"GGUF":
@@ -132,8 +132,13 @@ def check_model(folder: Path) -> None:
     )
 
 
-def _json(path: Path) -> Any:
-    text = untrusted.read_text(path, _MAX_JSON, "Model file")
+def read_json(path: Path, limit: int = _MAX_JSON) -> Any:
+    """The value of a JSON file beside weights, of at most `limit` bytes.
+
+    Raises:
+        MechdiffError: It cannot be read or is not JSON.
+    """
+    text = untrusted.read_text(path, limit, "Model file")
     try:
         return json.loads(text)  # configurations do have Infinity
     except (ValueError, RecursionError) as error:

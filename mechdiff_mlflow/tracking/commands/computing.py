@@ -28,8 +28,10 @@ SMALL_MODEL = 50_000_000
 
 
 @contextlib.contextmanager
-def workers_of(request: ExperimentRequest, folder: Path, stage: Stage, check: Check) -> Iterator[Journal]:
-    """Those who compute a request, with its pair loaded and sound, behind a journal in `folder`.
+def workers_of(
+    request: ExperimentRequest, spec: PairSpec, folder: Path, stage: Stage, check: Check
+) -> Iterator[Journal]:
+    """Those who compute a request, with the pair of `spec` loaded and sound, behind a journal in `folder`.
 
     `check` is called with the pair before any weights are loaded.
     """
@@ -42,18 +44,18 @@ def workers_of(request: ExperimentRequest, folder: Path, stage: Stage, check: Ch
             f"{folder}, for what is computed, cannot be made ({error.strerror}); set {STAGING_VARIABLE} to a "
             "folder of yours."
         ) from error
-    with _computing(request, stage, check) as inner:
+    with _computing(request, spec, stage, check) as inner:
         yield Journal(inner, folder, version=version, in_memory=request.memory_budget is None)
 
 
 @contextlib.contextmanager
-def _computing(request: ExperimentRequest, stage: Stage, check: Check) -> Iterator[Workers]:
+def _computing(request: ExperimentRequest, spec: PairSpec, stage: Stage, check: Check) -> Iterator[Workers]:
     if request.engine == "ray":
         from mechdiff_mlflow.experiments.workers.ray_workers import RayWorkers  # Ray is an extra
 
         with stage("starting workers", 1):  # each loads the pair and checks it; this process holds no model
             workers = RayWorkers(
-                load_as_asked(request.spec, request, lazily=True, check=check),
+                load_as_asked(spec, request, lazily=True, check=check),
                 request.workers,
                 address=request.address,
                 device=request.device,
@@ -64,7 +66,7 @@ def _computing(request: ExperimentRequest, stage: Stage, check: Check) -> Iterat
             yield workers
         return
     with stage("loading both models", 1):
-        pair = load_as_asked(request.spec, request, check=check)
+        pair = load_as_asked(spec, request, check=check)
     with stage("checking the plumbing", 1):
         require_sound(pair)
     yield LocalWorkers(pair)

@@ -186,7 +186,9 @@ def session(
     setting = fields.setting(spec)
     with tracker.run(request.kind, name, params if has_parent else {}, tags=tags, texts=setting) as run:
         again.begun(run.run_id, None if resumed is None else resumed.record)
-        with workers_of(request, staging(run.run_id), caller.stage, partial(check, protocol)) as workers:
+        with workers_of(
+            request, spec, staging(run.run_id), caller.stage, partial(check, protocol)
+        ) as workers:
             run.pin(PAIR_FINGERPRINT, workers.pair.fingerprint, "the pair or mechdiff")
             yield Session(store, run, Study(workers.pair, protocol, caller.stage, workers), has_parent)
     workers.discard()  # only now: the run is finished, and nobody will resume it
