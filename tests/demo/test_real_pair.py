@@ -12,7 +12,8 @@ import pytest
 import torch
 from cli.conftest import Invoke, empty_store, here, mechdiff  # noqa: F401
 from peft import PeftModel
-from torch import Tensor, nn
+from reference.plain_study import hooked
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechdiff_mlflow.experiments.rows import RAW
@@ -43,29 +44,10 @@ def pair() -> Pair:
 def plain_kl(model: Any, ids: Tensor, site: Site) -> float:
     """KL(patched ‖ clean) of the next token, base's own activation of the last token put into tuned, nats."""
     block = model.base_model.model.model.layers[site.layer]
-    hook = str(site.hook)
-    module: nn.Module = {"attn_out": block.self_attn, "mlp_out": block.mlp}.get(hook, block)
 
     def forward(act: Callable[[Tensor], Tensor | None]) -> Tensor:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            changed = act(args[0] if args else kwargs["hidden_states"])
-            return None if changed is None else ((changed, *args[1:]), kwargs)
-
-        def after(_: nn.Module, __: Any, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
-            changed = act(first)
-            if changed is None:
-                return output
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        if hook == "resid_pre":
-            handle = module.register_forward_pre_hook(before, with_kwargs=True)
-        else:
-            handle = module.register_forward_hook(after)
-        try:
+        with hooked(block, str(site.hook), act):
             return model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)
-        finally:
-            handle.remove()
 
     seen: list[Tensor] = []
 

@@ -43,6 +43,33 @@ class PlainMap:
         return PlainMap(self.weight, self.mean_base, self.mean_tuned, alpha)
 
 
+@contextmanager
+def hooked(block: Any, hook: str, act: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """While open, `act` sees the activations [1, tokens, d] at a hook of a block, and may give others."""
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        changed = act(args[0])
+        return None if changed is None else (changed, *args[1:])
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        changed = act(first)
+        if changed is None:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    module = {"attn_out": block.self_attn, "mlp_out": block.mlp}.get(hook, block)
+    handle = (
+        module.register_forward_pre_hook(before)
+        if hook == "resid_pre"
+        else module.register_forward_hook(after)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @dataclass
 class PlainPair:
     """Both models of a pair spec, loaded by transformers in float64, and its prompts as token ids."""
@@ -86,37 +113,8 @@ class PlainPair:
             for text in self.texts[split]
         ]
 
-    def _module(self, role: str, layer: int, hook: str) -> nn.Module:
-        block = self.models[role].model.layers[layer]
-        return {"attn_out": block.self_attn, "mlp_out": block.mlp}.get(hook, block)
-
-    @contextmanager
-    def _hooked(
-        self, role: str, layer: int, hook: str, act: Callable[[Tensor], Tensor | None]
-    ) -> Iterator[None]:
-        """While open, `act` sees the site's activations [1, tokens, d] and may give others."""
-
-        def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            changed = act(args[0])
-            return None if changed is None else (changed, *args[1:])
-
-        def after(module: nn.Module, args: Any, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
-            changed = act(first)
-            if changed is None:
-                return None
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-        module = self._module(role, layer, hook)
-        handle = (
-            module.register_forward_pre_hook(before)
-            if hook == "resid_pre"
-            else module.register_forward_hook(after)
-        )
-        try:
-            yield
-        finally:
-            handle.remove()
+    def _block(self, role: str, layer: int) -> nn.Module:
+        return self.models[role].model.layers[layer]
 
     def activations(self, role: str, split: str, layer: int, hook: str, n: int | None = None) -> Tensor:
         """At the decision token, [n, d]."""
@@ -127,7 +125,7 @@ class PlainPair:
             def keep(x: Tensor) -> None:
                 rows.append(x[0, -1].clone())
 
-            with torch.no_grad(), self._hooked(role, layer, hook, keep):
+            with torch.no_grad(), hooked(self._block(role, layer), hook, keep):
                 for ids in self.ids(role, split, n):
                     self.models[role](ids)
             self._activations[key] = torch.stack(rows)
@@ -155,7 +153,7 @@ class PlainPair:
                 x[0, -1] = row
                 return x
 
-            with torch.no_grad(), self._hooked("tuned", layer, hook, put):
+            with torch.no_grad(), hooked(self._block("tuned", layer), hook, put):
                 found.append(self.models["tuned"](ids).logits[0, -1].log_softmax(-1))
         return torch.stack(found)
 
