@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from mechdiff_mlflow.experiments.requests import ExperimentRequest
 from mechdiff_mlflow.spec.options import FLAG, TEXT, Request, flag_of, option
 from mechdiff_mlflow.spec.untrusted import inside, is_there
 from mechdiff_mlflow.tracking.commands.session import Resumption
-from mechdiff_mlflow.tracking.runs.resuming import Command, newest_of_mine, top_run, who_began
+from mechdiff_mlflow.tracking.runs.resuming import Command, names_in, newest_of_mine, top_run, who_began
 from mechdiff_mlflow.tracking.runs.stuck import Stuck, end_stuck, stuck_runs
 from mechdiff_mlflow.tracking.store.store import Store, open_store
 
@@ -140,7 +139,7 @@ def _check_taken(run_id: str, asked: Request, field: str) -> None:
     if field in ("promote", "promote_best") and value:
         asks = "moves an alias"
     if field in ("pair", "map", "tuned", "base", "prompts", "prompts_from") and value is not None:
-        for name in (value, *re.split("[,:]", value)):
+        for name in names_in(value):
             path = Path(name)
             try:
                 if path.is_absolute() or ".." in path.parts or is_there(path):

@@ -63,7 +63,7 @@ class Command:
     @classmethod
     def here(cls, argv: Sequence[str], who: str, *, has_parent: bool, trusts: bool) -> Command:
         """A command of this process, noted on this machine."""
-        names = [name for word in argv[1:] for name in (word, *re.split("[,:]", word)) if name]
+        names = [name for word in argv[1:] for name in names_in(word)]
         is_relative = any(not Path(name).is_absolute() and is_there(Path(name)) for name in names)
         folder = str(Path.cwd()) if is_relative else ""
         command = cls(tuple(argv), folder, code_version(), has_parent, secrets.token_hex(16))
@@ -134,6 +134,11 @@ class Command:
 
 
 _COMMAND, _LOCAL_RECORD = TypeAdapter(Command), TypeAdapter(LocalRecord)
+
+
+def names_in(word: str) -> list[str]:
+    """What may be names of files in a command's word: all of it, and what commas and colons part."""
+    return [name for name in (word, *re.split("[,:]", word)) if name]
 
 
 def newest_of_mine(store: Store) -> tuple[Run | None, list[str]]:
