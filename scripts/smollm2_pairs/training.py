@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional
 
-from scripts.smollm2_pairs.base import encode
+from scripts.chat_tokens import encode
 from scripts.smollm2_pairs.measure import greedy_replies
 from scripts.smollm2_pairs.questions import Question
 

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 
 import mechdiff_mlflow.spec.demo
 from mechdiff_mlflow.spec.sites import Hook, Site
+from scripts.chat_tokens import encode
 from scripts.demo_pairs.measure import (
     accuracy,
     activations,
-    encode,
     kl_patched_clean_nats,
     next_token_logits,
 )
