@@ -19,7 +19,7 @@ from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan, check_prompts,
 from mechdiff_mlflow.engine.model.forward import PromptForward, Recording, score_gradients
 from mechdiff_mlflow.engine.model.sums import without_unlike
 from mechdiff_mlflow.engine.paths.attention_heads import AttentionHeads
-from mechdiff_mlflow.engine.paths.startup_check import MODES, ComputePath, choose_path
+from mechdiff_mlflow.engine.paths.startup_check import EACH, MEAN, MODES, ONE, ComputePath, choose_path
 from mechdiff_mlflow.engine.paths.variants import ScoreBoard, ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
@@ -75,7 +75,7 @@ class PatchEngine:
         # By weak references, in both directions: what was recorded must not keep a model in memory.
         self._recorded: weakref.WeakSet[CleanRuns] = weakref.WeakSet()
         self._mode = mode
-        self._paths = {False: self._chosen(spans=False)}
+        self._paths = {ONE: self._chosen(ONE)}
         if self.mode != "sweep":
             self._fusion = Fusion()  # what is captured is what a clean run of the path has
         self.forward.n_prompts = 0
@@ -93,7 +93,7 @@ class PatchEngine:
     @property
     def mode(self) -> str:
         """How patched runs are computed: "sweep", "masked" or "naive"."""
-        return self._paths[False].name
+        return self._paths[ONE].name
 
     @property
     def limits(self) -> ChunkLimits:
@@ -171,8 +171,8 @@ class PatchEngine:
     def clean_noise(self, prompts: TokenizedPrompts) -> Tensor:
         """How far apart two clean runs of the same prompts are, in nats: [N, 2], float64 on the CPU.
 
-        First KL(batched ‖ alone), then what rounding alone would leave, see `rounding_kl`. `n_forwards`
-        leaves out the two forwards a prompt that this costs.
+        First KL(batched ‖ alone), then what rounding alone would leave, see `rounding_kl`; with an answer,
+        the sums over its tokens. `n_forwards` leaves out the two forwards a prompt that this costs.
 
         Raises:
             MechdiffError: A token or position does not exist, or a logit is not finite.
@@ -185,11 +185,13 @@ class PatchEngine:
                 logits: dict[int, Tensor] = {}
                 for chunk in in_chunks(prompts, size, self.forward.device):
                     rows = self.forward.record(chunk, []).logits
-                    logits.update(zip(chunk.index.tolist(), rows, strict=True))
-                runs.append(torch.stack([logits[i] for i in range(len(prompts))]))
+                    logits.update(zip(chunk.index.tolist(), rows.split(chunk.steps), strict=True))
+                runs.append(torch.cat([logits[i] for i in range(len(prompts))]))
         self.forward.n_prompts = counted
         apart = next_token_divergences(*runs).kl_patched_clean
-        return torch.stack([apart, rounding_kl(runs[1])], 1)
+        by_step = torch.stack([apart, rounding_kl(runs[1])], 1)
+        steps = [prompts.n_steps(i) for i in range(len(prompts))]
+        return torch.stack([of_prompt.sum(0) for of_prompt in by_step.split(steps)])
 
     def score_gradients(
         self, prompts: TokenizedPrompts, sites: Sequence[Site], *, seed: int = 0
@@ -239,7 +241,7 @@ class PatchEngine:
         """
         sites = list(dict.fromkeys(group.site for group in groups))
         recorded = self._to_score(prompts, sites)
-        board = ScoreBoard(groups, len(recorded))
+        board = ScoreBoard(groups, recorded.prompts)
 
         def run(chunk: Chunk, limits: ChunkLimits) -> None:
             path = self._path(chunk)
@@ -262,7 +264,7 @@ class PatchEngine:
 
     def _forward_alone(self, chunk: Chunk, sites: Sequence[Site]) -> Recording:
         # As the path does that scores such a chunk: both must give the same to the bit.
-        fusion = self._fusion if chunk.span == 1 else Fusion()
+        fusion = Fusion() if _span_of(chunk) == MEAN else self._fusion
         with fusion.applied():
             return self.forward.record(chunk, sites)
 
@@ -303,22 +305,24 @@ class PatchEngine:
             suffix=max(len(ids) - i for ids, i in zip(prompts.ids, prompts.positions, strict=True)),
             n_sites=n_sites,
             n_columns=n_columns,
-            tree=self.mode == "masked" or bool(prompts.spans),
+            tree=self.mode == "masked" or (bool(prompts.spans) and not prompts.each),
+            steps=max(prompts.steps, default=1),
+            n_replaced=prompts.most_replaced,
         )
         return limits_within(self._cache.budget, self.limits, shape, load)
 
     def _path(self, chunk: Chunk) -> ComputePath:
         """How patched runs of a chunk are computed."""
-        spans = chunk.span > 1
-        if spans not in self._paths:
+        span = _span_of(chunk)
+        if span not in self._paths:
             counted = self.forward.n_prompts
-            self._paths[spans] = self._chosen(spans=spans)
+            self._paths[span] = self._chosen(span)
             self.forward.n_prompts = counted
-        return self._paths[spans]
+        return self._paths[span]
 
-    def _chosen(self, *, spans: bool) -> ComputePath:
+    def _chosen(self, span: str) -> ComputePath:
         limits = self._runner.limits
-        return self._tried(lambda: choose_path(self.forward, self._mode, limits, self._fusion, spans=spans))
+        return self._tried(lambda: choose_path(self.forward, self._mode, limits, self._fusion, span=span))
 
     def _tried(self, work: Callable[[], _R]) -> _R:
         try:
@@ -338,3 +342,10 @@ class PatchEngine:
         for site in sites:
             self.forward.decoder.check(site)
         check_prompts(prompts, self.forward.vocabulary)
+
+
+def _span_of(chunk: Chunk) -> str:
+    """What of the chunk's span is replaced."""
+    if chunk.span == 1:
+        return ONE
+    return EACH if chunk.each else MEAN

@@ -29,9 +29,9 @@ class Prefix:
             mask = mask[prompts]
         return Prefix(self.keys[prompts], self.values[prompts], mask)
 
-    def first(self) -> Prefix:
-        """The prefix of the first suffix position alone."""
-        mask = None if self.mask is None else self.mask[:, :, :1, : self.keys.shape[2] + 1]
+    def first(self, n: int) -> Prefix:
+        """The prefix of the first n suffix positions alone."""
+        mask = None if self.mask is None else self.mask[:, :, :n, : self.keys.shape[2] + n]
         return Prefix(self.keys, self.values, mask)
 
     def added_mask(self, suffix: int, dtype: torch.dtype) -> Tensor:

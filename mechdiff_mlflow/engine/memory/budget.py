@@ -60,16 +60,18 @@ class Load:
     n_sites: int = 1  # sites that are read
     n_columns: int = 0  # patched runs of each prompt; 0 for a capture
     tree: bool = False  # whether variants stand side by side behind a mask (the path masked)
+    steps: int = 1  # next tokens of each prompt that are compared
+    n_replaced: int = 1  # vectors that a replacement has
 
 
 def needed(limits: ChunkLimits, shape: ModelShape, load: Load) -> dict[str, int]:
     """Bytes that a call takes at most beside the weights and the activations it returns, by limit.
 
-    With e bytes a number, T tokens a prompt, S of them re-run, w the width, i of the MLP, a of the query and
-    k of the key heads, V the vocabulary, L layers, s sites and c patched runs a prompt:
+    With e bytes a number, T tokens a prompt, S of them re-run, R replaced, A read, w the width, i of the MLP,
+    a of the query and k of the key heads, V the vocabulary, L layers, s sites and c patched runs a prompt:
 
     - a prompt: e·L·(2·T·k + 2·S·w) of recorded keys, values and suffixes, T·((6·w + 3·i + 2·a)·e + 8·w) for
-      the block at work, V·(2·e + 8) of clean logits, (s + c)·w·(2·e + 8) of replacements; under eager
+      the block at work, A·V·(2·e + 8) of clean logits, (s + c)·R·w·(2·e + 8) of replacements; under eager
       attention e·heads·T² for each of two matrices of scores too;
     - a patched token: (10·w + 4·i)·e + 4·(6·a + 4·k), and as a tree 2·e·L·k of cache and its row of the mask;
     - a row of logits: V·(e + 4) + w·e.
@@ -78,15 +80,15 @@ def needed(limits: ChunkLimits, shape: ModelShape, load: Load) -> dict[str, int]
     recorded = e * shape.n_layers * (2 * t * shape.kv_width + 2 * load.suffix * w) if load.n_columns else 0
     block = t * ((6 * w + 3 * shape.inner + 2 * shape.heads_width) * e + 8 * w)
     scores = 2 * e * shape.n_heads * t * t if shape.keeps_scores else 0
-    logits = shape.vocabulary * (2 * e + 8)
-    replacements = (load.n_sites + load.n_columns) * w * (2 * e + 8)
+    logits = load.steps * shape.vocabulary * (2 * e + 8)
+    replacements = (load.n_sites + load.n_columns) * load.n_replaced * w * (2 * e + 8)
     # No more rows than there are.
     n_rows = min(limits.max_rows, limits.batch_size * load.n_columns * load.suffix)
     row = (10 * w + 4 * shape.inner) * e + 4 * (6 * shape.heads_width + 4 * shape.kv_width)
     if load.tree:
         in_tree = min(n_rows, load.n_columns * load.suffix)
         row += 2 * e * shape.n_layers * shape.kv_width + (2 * e + 4 * shape.n_heads) * (t + in_tree)
-    n_head = min(limits.head_rows, limits.batch_size * max(1, load.n_columns))
+    n_head = min(limits.head_rows, limits.batch_size * max(1, load.n_columns) * load.steps)
     return {
         "batch_size": limits.batch_size * (recorded + block + scores + logits + replacements),
         "max_rows": n_rows * row,

@@ -105,7 +105,7 @@ class CleanRuns(ChunkPlan):
 
     @property
     def activations(self) -> dict[Site, Tensor]:
-        """Rows [N, width] by site, in the model's dtype, once every prompt was run."""
+        """Rows [N, width] by site, in the model's dtype, once every prompt was run; shorter ones end in 0."""
         if self._rows is None:
             return {}
         if self._copied_from is not None:
@@ -133,23 +133,25 @@ class CleanRuns(ChunkPlan):
         """Take over the activations of a chunk that was run."""
         index = recording.chunk.index
         if self.sites and not self._done[index].all():
-            self._store(index, [recording.clean[site] for site in self.sites])
+            self._store(recording.chunk, [recording.clean[site] for site in self.sites])
         self._done[index] = True
 
-    def _store(self, index: Tensor, clean: Sequence[Tensor]) -> None:
+    def _store(self, chunk: Chunk, clean: Sequence[Tensor]) -> None:
         # One copy between devices, not one a site.
         rows = torch.stack([x.to(clean[0].device) for x in clean], 1)  # [n, sites, width]
+        width = rows.shape[-1]
         if self._rows is None:
             # A copy into pinned memory goes on while the GPU computes.
             pinned = rows.is_cuda and self._rows_on.type == "cpu"
-            shape = (len(self), *rows.shape[1:])
-            self._rows = torch.empty(shape, dtype=rows.dtype, device=self._rows_on, pin_memory=pinned)
+            longest = width // chunk.span * self.prompts.most_replaced if chunk.each else width
+            shape = (len(self), len(clean), longest)
+            self._rows = torch.zeros(shape, dtype=rows.dtype, device=self._rows_on, pin_memory=pinned)
         if self._rows.is_pinned():
-            for i, row in zip(index.tolist(), rows, strict=True):
-                self._rows[i].copy_(row, non_blocking=True)
+            for i, row in zip(chunk.index.tolist(), rows, strict=True):
+                self._rows[i, :, :width].copy_(row, non_blocking=True)
             self._copied_from = rows.device
         else:
-            self._rows[index.to(self._rows.device)] = rows.to(self._rows.device)
+            self._rows[chunk.index.to(self._rows.device), :, :width] = rows.to(self._rows.device)
 
     def keep(self, recording: Recording) -> None:
         """Keep a chunk that was run, if it fits; after the first that does not, none is."""

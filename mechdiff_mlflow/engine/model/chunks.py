@@ -23,13 +23,20 @@ class Chunk:
     positions: Tensor  # position of each token in its own prompt [n, length]
     suffix: int  # tokens from the patched position to the end; 1 for the decision token
     is_padded: bool  # whether some prompt is shorter than the others
-    span: int = 1  # tokens from the patched position on whose mean is the activation
+    span: int = 1  # tokens from the patched position on that are read and replaced
+    steps: int = 1  # tokens up to the end whose next-token distributions are compared
+    each: bool = False  # the span's tokens are read and replaced one by one, not by their mean
 
     def __len__(self) -> int:
         return len(self.index)
 
     def read(self, hidden: Tensor) -> Tensor:
-        """Among hidden states [n, length, width] the activation [n, width]: of one token or a span's mean."""
+        """Among hidden states [n, length, width] the activation [n, width]: of one token or a span's mean.
+
+        Where each token is replaced, their activations one after another, [n, span * width].
+        """
+        if self.each:
+            return self.spanned(hidden).clone().flatten(1)
         if self.span == 1:
             return hidden[:, -self.suffix].clone()
         tokens = self.spanned(hidden)
@@ -46,7 +53,7 @@ class ChunkPlan:
 
     def __init__(self, prompts: TokenizedPrompts, device: torch.device) -> None:
         self.prompts, self._device = prompts, device
-        self.order = sorted(range(len(prompts)), key=lambda i: (*_suffix(prompts, i), len(prompts.ids[i])))
+        self.order = sorted(range(len(prompts)), key=lambda i: (*shape_of(prompts, i), len(prompts.ids[i])))
 
     def __len__(self) -> int:
         return len(self.order)
@@ -56,15 +63,15 @@ class ChunkPlan:
         return len(self.prompts.ids[self.order[start]])
 
     def take(self, start: int, size: int) -> Chunk:
-        """At most `size` prompts from a place in the order on, that share a suffix length and a span."""
+        """At most `size` prompts from a place in the order on, that share what `shape_of` says."""
         rows = self.order[start : start + size]
-        suffix = _suffix(self.prompts, rows[0])
-        alike = list(takewhile(lambda i: _suffix(self.prompts, i) == suffix, rows))
-        return _padded(self.prompts, alike, *suffix, self._device)
+        shape = shape_of(self.prompts, rows[0])
+        alike = list(takewhile(lambda i: shape_of(self.prompts, i) == shape, rows))
+        return _padded(self.prompts, alike, self._device)
 
 
 def in_chunks(prompts: TokenizedPrompts, size: int, device: torch.device) -> Iterator[Chunk]:
-    """Chunks of at most `size` prompts that share a suffix length and a span, short prompts first."""
+    """Chunks of at most `size` prompts that share what `shape_of` says, short prompts first."""
     cuts, start = ChunkPlan(prompts, device), 0
     while start < len(cuts):
         chunk = cuts.take(start, size)
@@ -72,9 +79,9 @@ def in_chunks(prompts: TokenizedPrompts, size: int, device: torch.device) -> Ite
         start += len(chunk)
 
 
-def _suffix(prompts: TokenizedPrompts, i: int) -> tuple[int, int]:
-    """Tokens from the patched position to the end, and how many of them are averaged."""
-    return len(prompts.ids[i]) - prompts.positions[i], prompts.span(i)
+def shape_of(prompts: TokenizedPrompts, i: int) -> tuple[int, int, int]:
+    """What prompts of one chunk share: tokens from the patched position on, how many are patched and read."""
+    return len(prompts.ids[i]) - prompts.positions[i], prompts.span(i), prompts.n_steps(i)
 
 
 def check_prompts(prompts: TokenizedPrompts, vocabulary: int) -> None:
@@ -93,9 +100,8 @@ def check_prompts(prompts: TokenizedPrompts, vocabulary: int) -> None:
             )
 
 
-def _padded(
-    prompts: TokenizedPrompts, rows: list[int], suffix: int, span: int, device: torch.device
-) -> Chunk:
+def _padded(prompts: TokenizedPrompts, rows: list[int], device: torch.device) -> Chunk:
+    suffix, span, steps = shape_of(prompts, rows[0])
     length = max(len(prompts.ids[i]) for i in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -103,7 +109,14 @@ def _padded(
         ids[row, length - len(prompts.ids[i]) :] = torch.tensor(prompts.ids[i])
         mask[row, length - len(prompts.ids[i]) :] = True
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    padded = not bool(mask.all())
     return Chunk(
-        torch.tensor(rows), ids.to(device), mask.to(device), positions.to(device), suffix, padded, span
+        torch.tensor(rows),
+        ids.to(device),
+        mask.to(device),
+        positions.to(device),
+        suffix,
+        is_padded=not bool(mask.all()),
+        span=span,
+        steps=steps,
+        each=prompts.each,
     )

@@ -25,8 +25,8 @@ class Recording:
     """What a clean run leaves of a chunk of n prompts."""
 
     chunk: Chunk
-    clean: dict[Site, Tensor]  # the model's own activation [n, width], at the position or mean of its span
-    logits: Tensor  # next-token logits [n, vocabulary]
+    clean: dict[Site, Tensor]  # the model's own activation, see `Chunk.read`
+    logits: Tensor  # next-token logits [n * steps, vocabulary], prompt by prompt
 
     def __len__(self) -> int:
         return len(self.chunk)
@@ -34,7 +34,7 @@ class Recording:
     def finite(self) -> Tensor:
         """Whether activations and logits are numbers [n, sites + 1], on the logits' device."""
         device = self.logits.device
-        tensors = (*self.clean.values(), self.logits)
+        tensors = (*self.clean.values(), self.logits.view(len(self), -1))
         return torch.stack([torch.isfinite(x).all(-1).to(device) for x in tensors], 1)
 
     def check_finite(self, finite: Tensor | None = None) -> None:
@@ -65,7 +65,7 @@ class PromptForward:
 
     @torch.no_grad()
     def __call__(self, chunk: Chunk, **more: Any) -> Tensor:
-        """Next-token logits [n, vocabulary]; `more` goes to the model."""
+        """Next-token logits [n * steps, vocabulary]; `more` goes to the model."""
         return self.logits(chunk, **more)
 
     def logits(self, chunk: Chunk, **more: Any) -> Tensor:
@@ -76,22 +76,22 @@ class PromptForward:
         if chunk.is_padded or "position_ids" not in self._accepts:
             kwargs["attention_mask"] = chunk.mask.long()
         if "logits_to_keep" in self._accepts:
-            kwargs["logits_to_keep"] = 1
-        return self._last_logits(chunk.ids, chunk.positions, **{**kwargs, **more})
+            kwargs["logits_to_keep"] = chunk.steps
+        return self._last_logits(chunk.ids, chunk.positions, chunk.steps, **{**kwargs, **more})
 
     @torch.no_grad()
     def tokens(self, n: int) -> Tensor:
         """Logits [n, vocabulary] of n prompts of one token; they are not counted."""
         positions = torch.zeros(n, 1, dtype=torch.long, device=self.device)
-        return self._last_logits(torch.full_like(positions, self._filler), positions)
+        return self._last_logits(torch.full_like(positions, self._filler), positions, 1)
 
-    def _last_logits(self, ids: Tensor, positions: Tensor, **kwargs: Any) -> Tensor:
+    def _last_logits(self, ids: Tensor, positions: Tensor, steps: int, **kwargs: Any) -> Tensor:
         if "position_ids" in self._accepts:
             kwargs["position_ids"] = positions
         kwargs.setdefault("use_cache", False)
         with plain_attention(self.decoder), _contiguous_input(self._head):
             logits: Tensor = self.decoder.model(input_ids=ids, **kwargs).logits
-        return logits[:, -1]
+        return logits[:, -steps:].flatten(0, 1)
 
     def record(self, chunk: Chunk, sites: Sequence[Site], **more: Any) -> Recording:
         """The clean run of a chunk, with its activations at `sites`; `more` goes to the model."""

@@ -64,8 +64,9 @@ class MaskedPath:
         for prompts, part in in_parts(len(chunk), variants, n_rows):
             columns = [column for group in part for column in group.columns]
             logits = self._forward_rows(recording, prompts, part, len(columns))
-            owner = torch.arange(prompts.start, prompts.stop).repeat_interleave(len(columns))
-            yield Rows(owner, torch.tensor(columns).repeat(prompts.stop - prompts.start), logits)
+            read = torch.arange(prompts.start * chunk.steps, prompts.stop * chunk.steps)
+            owner = read.repeat_interleave(len(columns))
+            yield Rows(owner, torch.tensor(columns).repeat(len(read)), logits)
 
     def _forward_rows(
         self, recording: CachedRecording, prompts: slice, part: Sequence[Variants], n_variants: int
@@ -98,7 +99,8 @@ class MaskedPath:
                 use_cache=True,
             )
         logits: Tensor = out.logits
-        return logits.view(b * n_variants, suffix, -1)[:, -1]
+        read = logits.view(b, n_variants, suffix, -1)[:, :, -chunk.steps :]
+        return read.transpose(1, 2).flatten(0, 2)
 
 
 def _tree_mask(prefix: Prefix, *, suffix: int, variants: int, dtype: torch.dtype) -> Tensor:
@@ -127,5 +129,5 @@ def _replace(hidden: Tensor, first: int, values: Tensor, clean: Tensor, chunk: C
     hidden = hidden.clone()
     variants = hidden.view(n, tokens // chunk.suffix, chunk.suffix, width)
     span = variants[:, first : first + values.shape[1], : chunk.span]  # [n, v, span, width]
-    span.copy_(moved(span, values.unsqueeze(2), clean[:, None, None]))
+    span.copy_(moved(span, values, clean.unsqueeze(1)))
     return hidden

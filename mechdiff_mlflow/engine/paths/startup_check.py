@@ -44,11 +44,11 @@ class NaivePath:
     def run(self, recording: Recording, variants: Sequence[Variants], limits: ChunkLimits) -> Iterator[Rows]:
         """Logits of every prompt under every variant, one variant at a time."""
         chunk = recording.chunk
-        owner = torch.arange(len(chunk))
+        owner = torch.arange(len(recording.logits))
         for group in variants:
-            clean = recording.clean[group.site].unsqueeze(1)
+            clean = recording.clean[group.site]
             for i, column in enumerate(group.columns):
-                edit = partial(_replace, chunk, group.values[:, i].unsqueeze(1), clean)
+                edit = partial(_replace, chunk, group.values[:, i], clean)
                 with activation_hook(self._forward.decoder, group.site, edit, len(chunk)):
                     yield Rows(owner, torch.full_like(owner, column), self._forward(chunk))
 
@@ -65,6 +65,9 @@ ComputePath: TypeAlias = SweepPath | MaskedPath | NaivePath
 
 MODES = ("auto", "sweep", "masked", "naive")
 
+ONE, EACH, MEAN = "one", "each", "mean"
+"""What of a span of tokens is replaced."""
+
 _WITH_SPANS = ("masked", "naive")
 _CROWD = 20
 
@@ -78,7 +81,7 @@ weights.
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A few variants, and their logits by the reference [n, columns, vocabulary]."""
+    """A few variants, and their logits by the reference [n * steps, columns, vocabulary]."""
 
     recording: Recording
     variants: Sequence[Variants]
@@ -105,7 +108,7 @@ class Trial:
                     f"they were, so it is not what the model computes with; set {_override(site)} in the "
                     "pair's spec."
                 )
-        return cls(recording, variants, torch.stack(rows, 1))  # [n, variants, vocabulary]
+        return cls(recording, variants, torch.stack(rows, 1))  # [n * steps, variants, vocabulary]
 
     def check(self, path: ComputePath, limits: ChunkLimits) -> None:
         """Refuse a path whose logits are off by too much of what the patch does to them."""
@@ -126,19 +129,20 @@ class Trial:
 
 
 def choose_path(
-    forward: PromptForward, mode: str, limits: ChunkLimits, fusion: Fusion, *, spans: bool = False
+    forward: PromptForward, mode: str, limits: ChunkLimits, fusion: Fusion, *, span: str = ONE
 ) -> ComputePath:
     """The fastest way of computing patched runs, of `MODES`, that agrees with the reference on this model.
 
-    With `spans` it is for prompts of which several tokens are moved together, which the sweep cannot do.
+    `span` says for which prompts: where `ONE` token is replaced, `EACH` of several, or their `MEAN`, by which
+    the sweep cannot move them.
 
     Raises:
         MechdiffError: Some hook of the model does not change its logits, or `mode` does not fit the model.
     """
     modes: tuple[str, ...] = MODES[1:] if mode == "auto" else (mode,)
-    if spans:
+    if span == MEAN:
         modes = tuple(name for name in modes if name in _WITH_SPANS) or _WITH_SPANS
-    trials = list(_trials(forward, span=2 if spans else 1))
+    trials = list(_trials(forward, span))
     reasons: list[str] = []
     for name in modes:
         try:
@@ -169,20 +173,25 @@ def _path_named(name: str, forward: PromptForward, fusion: Fusion) -> ComputePat
     return MaskedPath(forward) if name == "masked" else SweepPath(forward, fusion)
 
 
-def _trials(forward: PromptForward, span: int) -> Iterable[Trial]:
+def _trials(forward: PromptForward, span: str) -> Iterable[Trial]:
     """Every hook half-way up on a padded chunk, and two more on one that is not, before its last token."""
     decoder = forward.decoder
     n = len(decoder.blocks)
     middle = [Site(n // 2, hook) for hook in Hook]
     others = [Site(0, Hook.MLP_OUT), Site(max(0, n - 2), Hook.RESID_PRE)]
     # A block without a recognised MLP still has its other hooks.
-    yield Trial.of(forward, _chunk(forward, (5, 9), span, span), list(filter(decoder.has, middle)))
+    suffix = 1 if span == ONE else 2
+    yield Trial.of(forward, _chunk(forward, (5, 9), suffix, span), list(filter(decoder.has, middle)))
     yield Trial.of(forward, _chunk(forward, (7,), 3, span), list(filter(decoder.has, others)))
 
 
-def _chunk(forward: PromptForward, lengths: Sequence[int], suffix: int, span: int) -> Chunk:
+def _chunk(forward: PromptForward, lengths: Sequence[int], suffix: int, span: str) -> Chunk:
     ids = tuple(tuple((17 * i + 5 * n) % forward.vocabulary for i in range(n)) for n in lengths)
-    prompts = TokenizedPrompts(ids, tuple(n - suffix for n in lengths), (span,) * len(lengths))
+    n_replaced = {ONE: 1, MEAN: 2, EACH: suffix}[span]
+    spans = (n_replaced,) * len(lengths)
+    steps = spans if span == EACH else ()
+    positions = tuple(n - suffix for n in lengths)
+    prompts = TokenizedPrompts(ids, positions, spans, steps, each=span == EACH)
     return next(in_chunks(prompts, len(lengths), forward.device))
 
 

@@ -1,8 +1,8 @@
 """Every variant of every prompt in one pass up the blocks.
 
 A variant is a row at the patched position that enters at its site, and sees the prompt's recorded keys and
-values and itself. Where the position is not the last, the row is followed by its own copy of the S - 1 tokens
-after it, clean up to the block where it enters.
+values and itself. Where the position is not the last, the row is followed by its own copy of the tokens after
+it, up to S in all, clean up to the block where it enters; where each of the first R is replaced, R enter.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class SweepPath:
         for prompts, part in in_parts(len(chunk), variants, limits.max_rows // chunk.suffix):
             ascent = _Ascent(self._decoder, recording, prompts, eager=self._kind == "eager")
             with self._fusion.applied():
-                hidden = ascent.run(part)  # [V, b, width]
-            n_variants, n_prompts, width = hidden.shape
-            rows = hidden.transpose(0, 1).reshape(-1, width)
-            owner = torch.arange(prompts.start, prompts.stop).repeat_interleave(n_variants)
-            column = torch.tensor(ascent.columns).repeat(n_prompts)
+                hidden = ascent.run(part)  # [V, b, steps, width]
+            n_variants, n_prompts, steps, width = hidden.shape
+            rows = hidden.movedim(0, 2).reshape(-1, width)
+            owner = torch.arange(prompts.start * steps, prompts.stop * steps).repeat_interleave(n_variants)
+            column = torch.tensor(ascent.columns).repeat(n_prompts * steps)
             with self._fusion.applied(), head(self._forward, recording.output_length) as logits:
                 for start in range(0, len(rows), limits.head_rows):
                     some = slice(start, start + limits.head_rows)
@@ -84,12 +84,13 @@ class _Ascent:
         self._decoder, self._recording, self._prompts, self._eager = decoder, recording, prompts, eager
         self._n_prompts = prompts.stop - prompts.start
         self._rows: list[Tensor] = []  # [v, b, S, width] each, one above the other
-        self._suffix = recording.chunk.suffix
+        self._suffix, self._steps = recording.chunk.suffix, recording.chunk.steps
+        self._replaced = recording.chunk.span  # R; the sweep moves no means
         self.columns: list[int] = []
 
     @torch.no_grad()
     def run(self, variants: Sequence[Variants]) -> Tensor:
-        """Hidden states [V, b, width] of the last token as they leave the last block, V as in `columns`."""
+        """Hidden states [V, b, steps, width] of the last tokens behind the last block, V as in `columns`."""
         by_site: dict[Site, list[Variants]] = {}
         for group in variants:
             by_site.setdefault(group.site, []).append(group)
@@ -100,35 +101,38 @@ class _Ascent:
                 self._join(at[Hook.RESID_PRE], self._recording.entering[i])
                 self._block(i, at[Hook.ATTN_OUT], at[Hook.MLP_OUT])
                 self._join(at[Hook.RESID_POST], self._recording.leaving[i])
-        return torch.cat([rows[:, :, -1].to(self._rows[-1].device) for rows in self._rows])
+        return torch.cat([rows[:, :, -self._steps :].to(self._rows[-1].device) for rows in self._rows])
 
     def _join(self, groups: Sequence[Variants], residual: Tensor) -> None:
         for group in groups:
             self._add(self._values(group), group.columns, residual)
 
     def _values(self, group: Variants) -> Tensor:
-        """Replacements [v, b, width]."""
-        return group.values[self._prompts].transpose(0, 1)
+        """Replacements [v, b, R, width]."""
+        return self._by_token(group.values[self._prompts].transpose(0, 1))
+
+    def _by_token(self, x: Tensor) -> Tensor:
+        """From activations as they are recorded, [..., R * width], to those of each token."""
+        return x.unflatten(-1, (self._replaced, -1))
 
     def _add(self, rows: Tensor, columns: Sequence[int], residual: Tensor) -> None:
-        """Rows [v, b, width] join the others, each before its own copy of the suffix after it."""
-        rows = rows.unsqueeze(2)
-        if self._suffix > 1:
-            after = residual[None, self._prompts, 1:].expand(len(rows), -1, -1, -1)
+        """Rows [v, b, R, width] join the others, each before its own copy of the suffix after it."""
+        if self._suffix > self._replaced:
+            after = residual[None, self._prompts, self._replaced :].expand(len(rows), -1, -1, -1)
             rows = torch.cat([rows, after], 2)
         self._rows.append(rows)
         self.columns.extend(columns)
 
     def _block(self, i: int, attn: Sequence[Variants], mlp: Sequence[Variants]) -> None:
         """Take the rows through block i; those that replace a sublayer's output enter amid it."""
-        start = self._recording.entering[i][self._prompts, 0]  # [b, width]
+        start = self._recording.entering[i][self._prompts, : self._replaced]  # [b, R, width]
         entering = [column for group in (*attn, *mlp) for column in group.columns]
         n_variants = sum(len(rows) for rows in self._rows)
         if n_variants + len(entering) == 0:
             return
         tokens = [rows.to(start.device).flatten(0, 2) for rows in self._rows]
         if entering:
-            tokens.append(start.expand(len(entering), -1, -1).flatten(0, 1))
+            tokens.append(start.expand(len(entering), -1, -1, -1).flatten(0, 2))
         arguments = map_tensors(
             self._recording.arguments[i], partial(self._a_row_each, n_variants, len(entering))
         )
@@ -138,7 +142,8 @@ class _Ascent:
         width = out.shape[-1]
         self._rows = [out[:n_live].view(n_variants, -1, self._suffix, width)] if n_variants else []
         if entering:
-            self._add(out[n_live:].view(len(entering), -1, width), entering, self._recording.leaving[i])
+            entered = out[n_live:].view(len(entering), -1, self._replaced, width)
+            self._add(entered, entering, self._recording.leaving[i])
 
     def _a_row_each(self, n_variants: int, n_entering: int, x: Tensor) -> Tensor:
         """From one value a suffix token [n or 1, S, ...] to one a row [1, rows, ...]."""
@@ -146,7 +151,7 @@ class _Ascent:
         rest = (-1,) * (x.dim() - 2)
         live, entering = (
             y.expand(n, self._n_prompts, -1, *rest).flatten(0, 2)
-            for y, n in ((x, n_variants), (x[:, :1], n_entering))
+            for y, n in ((x, n_variants), (x[:, : self._replaced], n_entering))
         )
         return torch.cat([live, entering]).unsqueeze(0)
 
@@ -160,8 +165,8 @@ class _Ascent:
             )
         prefix = self._recording.prefixes[i].of(self._prompts)
         suffix = self._suffix
-        if not self._rows and suffix > 1:  # nothing but entering rows, one token each
-            prefix, suffix = prefix.first(), 1
+        if not self._rows and suffix > self._replaced:  # nothing but entering rows
+            prefix, suffix = prefix.first(self._replaced), self._replaced
         query, key, value = (self._by_prompt(x, suffix) for x in (query, key, value))
         scale = kwargs.get("scaling")
         out = split_attention(
@@ -192,18 +197,19 @@ class _Ascent:
         block = self._decoder.blocks[i]
         into_attn, into_mlp = ([self._values(group) for group in groups] for groups in (attn, mlp))
         if mlp:
-            clean = self._recording.clean[Site(i, Hook.ATTN_OUT)][self._prompts]
-            into_attn.append(clean.expand(sum(len(x) for x in into_mlp), -1, -1))
-        n_rows = n_live + self._n_prompts * sum(len(x) for x in into_attn)
+            clean = self._by_token(self._recording.clean[Site(i, Hook.ATTN_OUT)][self._prompts])
+            into_attn.append(clean.expand(sum(len(x) for x in into_mlp), -1, -1, -1))
+        n_rows = n_live + self._n_prompts * self._replaced * sum(len(x) for x in into_attn)
         with ExitStack() as stack:
             if into_attn:
                 assert block.attn_out is not None
-                # Entering rows have no suffix, so our attention could not tell them from the others.
-                last = _LastRows(torch.cat(into_attn).flatten(0, 1), n_rows, must_cut=self._suffix > 1)
+                # Entering rows of fewer tokens than the others: our attention could not tell them apart.
+                must_cut = self._suffix > self._replaced
+                last = _LastRows(torch.cat(into_attn).flatten(0, 2), n_rows, must_cut=must_cut)
                 stack.enter_context(last.replaced(block.attention, block.attn_out))
             if into_mlp:
                 assert block.mlp_out is not None
-                last = _LastRows(torch.cat(into_mlp).flatten(0, 1), n_rows, must_cut=False)
+                last = _LastRows(torch.cat(into_mlp).flatten(0, 2), n_rows, must_cut=False)
                 stack.enter_context(last.replaced(block.mlp, block.mlp_out))
             yield
 

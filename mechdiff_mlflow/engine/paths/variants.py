@@ -14,10 +14,15 @@ from torch import Tensor
 from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import Divergences
+from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Site
 
 Replace = Callable[[Tensor, Tensor], Tensor]
-"""From prompt indices [n] (on the CPU) and the model's own activations [n, width] there to [n, v, width]."""
+"""From prompt indices [n] (on the CPU) and the model's own activations [n, width] there to [n, v, width].
+
+Where each token of a span is replaced, the vectors of its tokens lie one after another in place of `width`,
+here and below; what is beyond the end of a prompt's span is cut off.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +59,21 @@ class Variants:
 
 
 def moved(span: Tensor, value: Tensor, clean: Tensor) -> Tensor:
-    """A span's tokens [..., span, width] with the mean `value` in place of `clean`, [..., 1, width] each.
+    """A span's tokens [..., span, width] with the mean `value` in place of `clean`, [..., width] each.
 
-    One token is replaced; several all move by the same vector. Of all changes that give the span a certain
-    mean that is the smallest, and tokens keep their differences.
+    A vector for each token, [..., span * width], replaces it; a mean moves all by the same vector. Of all
+    changes that give the span a certain mean that is the smallest, and tokens keep their differences.
     """
-    if span.shape[-2] == 1:
-        return value.to(span.device)
-    return span + (value - clean).to(span.device)
+    if value.shape[-1] == span.shape[-2] * span.shape[-1]:
+        return value.to(span.device).unflatten(-1, span.shape[-2:])
+    return span + (value - clean).to(span.device).unsqueeze(-2)
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Logits of patched runs."""
 
-    owner: Tensor  # which prompt of the chunk each row belongs to [r], ascending, on the CPU
+    owner: Tensor  # which row of the chunk's clean logits each belongs to [r], ascending, on the CPU
     column: Tensor  # which column of the score it fills [r], on the CPU
     logits: Tensor  # [r, vocabulary]
 
@@ -77,7 +82,9 @@ class Rows:
 class ScoreResult:
     """What became of N prompts under every variant."""
 
-    divergences: tuple[Divergences, ...]  # one for each group, in order; fields [N, v] in float64 on the CPU
+    # One for each group, in order; fields [N, v] in float64 on the CPU; with answers of up to T tokens
+    # [N, v, T], NaN after the end of each.
+    divergences: tuple[Divergences, ...]
     clean: Mapping[Site, Tensor]  # own activations [N, width] at the groups' sites
 
 
@@ -107,11 +114,12 @@ def in_parts(
 class ScoreBoard:
     """Scores of N prompts under all variants: every group owns a range of columns."""
 
-    def __init__(self, groups: Sequence[VariantGroup], n_prompts: int) -> None:
+    def __init__(self, groups: Sequence[VariantGroup], prompts: TokenizedPrompts) -> None:
         self._groups = groups
         self._ends = list(accumulate(group.count() for group in groups))
         self._starts = [0, *self._ends[:-1]] if groups else []
-        self._scores = Divergences.zeros(n_prompts, self._ends[-1] if groups else 0)
+        shape = (len(prompts), max(prompts.steps, default=1), self.n_columns)
+        self._scores = Divergences.zeros(*shape).map(lambda x: x.fill_(torch.nan))  # [N, T, columns]
 
     @property
     def n_columns(self) -> int:
@@ -155,8 +163,9 @@ class ScoreBoard:
         self, recording: Recording, same: Tensor, scored: Sequence[tuple[Tensor, Tensor, Divergences]]
     ) -> None:
         """Put a chunk's scored rows (owner, column, divergences), which must be finite, in their places."""
-        index = recording.chunk.index
-        chunk = Divergences.zeros(len(index), self._scores.top1_agrees.shape[1])
+        index, steps = recording.chunk.index, recording.chunk.steps
+        same = same.repeat_interleave(steps, 0)
+        chunk = Divergences.zeros(len(same), self.n_columns)
         exact = Divergences.zeros(1)
         for field in fields(Divergences):
             values = getattr(chunk, field.name)
@@ -165,17 +174,18 @@ class ScoreBoard:
             values[same] = getattr(exact, field.name)
             finite = torch.isfinite(values)
             if not finite.all():
-                prompt, name, site = self._first(~finite, index)
+                prompt, name, site = self._first(~finite, index.repeat_interleave(steps))
                 raise MechdiffError(
                     f"{name} at {site} makes the logits of prompt {prompt} NaN or infinite; load the "
                     "model in bfloat16 or float32, or look at the map that made the replacement."
                 )
-            getattr(self._scores, field.name)[index] = values
+            getattr(self._scores, field.name)[index, :steps] = values.unflatten(0, (-1, steps))
 
     def result(self, clean: Mapping[Site, Tensor]) -> ScoreResult:
         """Everything, group by group."""
+        scores = self._scores.map(lambda x: x[:, 0] if x.shape[1] == 1 else x.transpose(1, 2))
         ranges = zip(self._starts, self._ends, strict=True)
-        divergences = tuple(self._scores.map(itemgetter((slice(None), slice(*ends)))) for ends in ranges)
+        divergences = tuple(scores.map(itemgetter((slice(None), slice(*ends)))) for ends in ranges)
         return ScoreResult(divergences, clean)
 
     def _first(self, where: Tensor, index: Tensor) -> tuple[int, str, Site]:
@@ -190,4 +200,4 @@ class ScoreBoard:
             values = group.replacements[index.to(group.replacements.device)]
         else:
             values = group.replacements(index, clean)
-        return values.to(device=clean.device, dtype=clean.dtype)
+        return values[..., : clean.shape[-1]].to(device=clean.device, dtype=clean.dtype)
