@@ -19,8 +19,9 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.preflight import examine
 from mechdiff_mlflow.models import bounded as bounds
 from mechdiff_mlflow.models import chat
-from mechdiff_mlflow.models.chat import read, tokenize
+from mechdiff_mlflow.models.chat import tokenize
 from mechdiff_mlflow.models.pairs import Pair, load_pair
+from mechdiff_mlflow.models.readers import read
 from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
 from mechdiff_mlflow.spec.prompts import Prompt, PromptSet
 

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mechdiff_mlflow.errors import MechdiffError
@@ -15,6 +14,7 @@ from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 from mechdiff_mlflow.measures.metrics import next_token_divergences
 from mechdiff_mlflow.models.attach import Tokens, attached
 from mechdiff_mlflow.models.bounded import run_bounded
+from mechdiff_mlflow.models.generation import continued
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.models.sides import Side
 from mechdiff_mlflow.spec.pair_spec import Position
@@ -111,26 +111,10 @@ def _continue(
     attachment: AbstractContextManager[object] | None = None,
 ) -> tuple[list[str], Tensor]:
     """Greedy continuations, and the logits of their first tokens [n, vocabulary]."""
-    model: Any = side.model
+    said, logits = continued(
+        side, prompts, max_new_tokens, attachment=lambda index: attachment or nullcontext()
+    )
     tokenizer = side.tokenizer
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    length = max(map(len, prompts.ids))
-    rows = torch.tensor([[pad] * (length - len(ids)) + list(ids) for ids in prompts.ids])
-    mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts.ids])
-    device = model.get_input_embeddings().weight.device
-    with side.switch(), attachment or nullcontext(), torch.no_grad():
-        out = model.generate(
-            input_ids=rows.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            do_sample=False,
-            num_beams=1,
-            **dict.fromkeys(("temperature", "top_p", "top_k")),  # of the checkpoint, they would warn
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    said = out.sequences[:, length:].tolist()
     what = f"Decoding with the {side.role} tokenizer"  # whose decoder may grow what it gets
     texts = run_bounded(what, lambda: tokenizer.batch_decode(said, skip_special_tokens=True))
-    return [text.strip() for text in texts], out.logits[0]
+    return [text.strip() for text in texts], logits

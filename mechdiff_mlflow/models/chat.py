@@ -1,26 +1,22 @@
-"""How a model reads prompts: chat templates and tokenizers, within bounds, and what they leave out."""
+"""Prompts and answers as tokens: chat templates and tokenizers, and what they leave out."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import transformers.utils.chat_template_utils
 from transformers import PreTrainedTokenizerBase
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.models.bounded import run_bounded
-from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.prompts import Message, Prompt, PromptSet, TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Position
 
 if TYPE_CHECKING:
-    from mechdiff_mlflow.models.sides import Side
+    pass
 
 
 class _StoppedClock(datetime.datetime):
@@ -34,134 +30,9 @@ class _StoppedClock(datetime.datetime):
 MAX_TOKENS = 1 << 20
 """The most that one prompt may have."""
 
-_PROMPTS_A_SECOND = 50
 _ELSE = "set template: none, or the name of the other side, in the pair spec"
 _STAND_IN = "\ue000{}\ue001"
 """Private-use characters, which no text has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """Prompts as one tokenizer and its chat template give them."""
-
-    sets: tuple[TokenizedPrompts, ...]
-    remarks: tuple[str, ...] = ()  # what the template leaves out or lacks without being wrong
-
-
-def read(
-    load: Callable[[], PreTrainedTokenizerBase],
-    sets: Sequence[PromptSet],
-    *,
-    what: str,
-    chat: bool = True,
-    position: Position = Position.DECISION,
-) -> Reading:
-    """Load a tokenizer and read prompts through it, in a process with bounds on time and memory.
-
-    Raises:
-        MechdiffError: It, called `what`, takes too much time or memory; or as `load` and `tokenize`.
-    """
-
-    def work() -> dict[str, Any]:
-        tokenizer = load()
-        tokens = [dataclasses.asdict(tokenize(tokenizer, s, chat=chat, position=position)) for s in sets]
-        return {"sets": tokens, "remarks": _remarks(tokenizer, sets) if chat else []}
-
-    found = run_bounded(what, work, seconds=sum(map(len, sets)) // _PROMPTS_A_SECOND)
-    tokens = (
-        TokenizedPrompts(tuple(map(tuple, s["ids"])), tuple(s["positions"]), tuple(s["spans"]))
-        for s in found["sets"]
-    )
-    return Reading(tuple(tokens), tuple(found["remarks"]))
-
-
-@dataclass(frozen=True, eq=False)
-class Readers:
-    """Reads prompts for both sides of a pair, each set once; sides are by role, all prompts by split."""
-
-    spec: PairSpec
-    sides: Mapping[str, Side]
-    prompts: Mapping[str, PromptSet]
-    _readings: dict[tuple[str, str, Position], Reading] = field(default_factory=dict)
-
-    def tokens(self, role: str, prompts: PromptSet, position: Position) -> TokenizedPrompts:
-        """Prompts as one side sees them.
-
-        Raises:
-            MechdiffError: A side lacks a template, embedding or position that it needs; or as `read`.
-        """
-        own = self.prompts.get(prompts.split)
-        rows = None if own is None else own.rows_of(prompts)
-        if rows is None:
-            return self._reading(role, position, [prompts], prompts.digest).sets[0]
-        at = list(self.prompts).index(prompts.split)
-        return self.all_prompts(role, position).sets[at].take(rows)
-
-    def all_prompts(self, role: str, position: Position) -> Reading:
-        """All prompts of the pair as one side sees them; raises as `tokens`."""
-        return self._reading(role, position, list(self.prompts.values()), "")
-
-    @property
-    def remarks(self) -> list[str]:
-        """What the chat templates in use leave out of the prompts or lack, one sentence each."""
-        found = [r for role in self.sides for r in self.all_prompts(role, Position.DECISION).remarks]
-        return list(dict.fromkeys(found))
-
-    def tokenizer_for(self, role: str) -> PreTrainedTokenizerBase:
-        """The tokenizer that one side's prompts are read through."""
-        return self.sides[self._reader(role)].tokenizer
-
-    def _reader(self, role: str) -> str:
-        return self.spec.template if self.spec.template in self.sides else role
-
-    def _reading(self, role: str, position: Position, sets: Sequence[PromptSet], which: str) -> Reading:
-        reader = self._reader(role)
-        key = (reader, which, position)
-        if key not in self._readings:
-            self._check_templates()
-            what = f"Reading prompts through the {reader} tokenizer of {self.spec.name}"
-            tokenizer, chat = self.sides[reader].tokenizer, self.spec.template != "none"
-            found = read(lambda: tokenizer, sets, what=what, chat=chat, position=position)
-            for role in self.sides if reader == self.spec.template else (reader,):
-                self._check_embedded(found, reader, self.sides[role])
-                for prompts, tokens in zip(sets, found.sets, strict=True):
-                    _check_lengths(prompts, tokens, self.sides[role])
-            self._readings[key] = found
-        return self._readings[key]
-
-    def _check_templates(self) -> None:
-        asked = self.spec.template
-        has = [role for role, side in self.sides.items() if getattr(side.tokenizer, "chat_template", None)]
-        needs = {"own": [*self.sides], "none": []}.get(asked, [asked])
-        lack = [role for role in needs if role not in has]
-        if lack:
-            other = f"template: {has[0]} for both to read the {has[0]} side's, or " if has else ""
-            raise MechdiffError(
-                f"The {' and the '.join(lack)} tokenizer of {self.spec.name} has no chat template, which "
-                f"template: {asked} asks for; set {other}template: none in the pair spec."
-            )
-
-    def _check_embedded(self, found: Reading, reader: str, side: Side) -> None:
-        rows = side.checkpoint.n_embeddings
-        top = max((max(ids) for tokens in found.sets for ids in tokens.ids), default=0)
-        if rows is not None and top >= rows:
-            token = str(self.sides[reader].tokenizer.convert_ids_to_tokens(top))[:80]
-            other = "base" if reader == "tuned" else "tuned"
-            raise MechdiffError(
-                f"The {reader} tokenizer gives token {top} ({token!r}) and the {side.role} model has "
-                f"embeddings for {rows}; set template: {other}, or none, or save the model with its "
-                "embeddings resized."
-            )
-
-
-def _check_lengths(prompts: PromptSet, tokens: TokenizedPrompts, side: Side) -> None:
-    most, lengths = side.checkpoint.max_tokens, [len(ids) for ids in tokens.ids]
-    if most is not None and max(lengths, default=0) > most:
-        longest = lengths.index(max(lengths))
-        raise MechdiffError(
-            f"Prompt {longest + 1} of {prompts.split} has {lengths[longest]} tokens and {side.role} has "
-            f"positions for {most}; shorten or remove it, and any other that is as long."
-        )
 
 
 def tokenize(
@@ -199,11 +70,50 @@ def tokenize(
         is_last = position is Position.DECISION
         ends.append((last, last) if is_last else _content(tokenizer, prompt, chat, tokens, where))
     if chat:
-        _remarks(tokenizer, [prompts])
+        remarks_on(tokenizer, [prompts])
     if position is Position.CONTENT_MEAN:
         spans = tuple(last - first + 1 for first, last in ends)
         return TokenizedPrompts(tuple(ids), tuple(first for first, _ in ends), spans)
     return TokenizedPrompts(tuple(ids), tuple(last for _, last in ends))
+
+
+def answer_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompts: PromptSet, *, chat: bool = True
+) -> tuple[list[list[int]], int | None]:
+    """Tokens of each answer behind its prompt, with the token that ends the turn, and that token.
+
+    Without `chat`, a blank stands between a prompt and its answer unless the prompt ends in one.
+
+    Raises:
+        MechdiffError: An answer's first token also holds the end of its prompt.
+    """
+    end, answers = _end_of_turn(tokenizer, chat), []
+    for number, prompt in enumerate(prompts.prompts, 1):
+        if prompt.answer is None:
+            answers.append([])
+            continue
+        where = f"{prompts.split} prompt {number}"
+        before = _token_ids(tokenizer, prompt, chat, where)
+        text = _rendered(tokenizer, prompt, where) if chat else prompt.text
+        between = "" if chat or text[-1:].isspace() else " "
+        whole = tokenizer(text + between + prompt.answer.strip(), add_special_tokens=not chat)["input_ids"]
+        if tuple(whole[: len(before)]) != before or len(whole) == len(before):
+            raise MechdiffError(
+                f"{_name(tokenizer)} joins the end of {where} and its answer in one token; change the "
+                "prompt's last character, or use --answer-tokens 1."
+            )
+        answers.append([*map(int, whole[len(before) :]), *([] if end is None else [end])])
+    return answers, end
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, chat: bool) -> int | None:
+    """The first special token that the template puts behind an answer, else the end of a text."""
+    answered = _stand_ins("user", "assistant")
+    whole = (_attempt(tokenizer, answered, answering=False) or "") if chat else ""
+    behind = tokenizer(whole.partition(answered.text)[2], add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    end: int | None = next((int(i) for i in behind if i in special), tokenizer.eos_token_id)
+    return end
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -292,7 +202,7 @@ def _attempt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, answering: b
         return None
 
 
-def _remarks(tokenizer: PreTrainedTokenizerBase, sets: Sequence[PromptSet]) -> list[str]:
+def remarks_on(tokenizer: PreTrainedTokenizerBase, sets: Sequence[PromptSet]) -> list[str]:
     """What a chat template leaves out of the prompts, and whether it begins the answer.
 
     Raises:

@@ -18,7 +18,6 @@ from mechdiff_mlflow.engine import ModuleNames
 from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.engine.model.sums import sites_of
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.models.chat import Readers, read
 from mechdiff_mlflow.models.checkpoints import (
     Checkpoint,
     module_names,
@@ -26,6 +25,7 @@ from mechdiff_mlflow.models.checkpoints import (
     with_commits,
 )
 from mechdiff_mlflow.models.peft_adapters import Adapter
+from mechdiff_mlflow.models.readers import Readers, read
 from mechdiff_mlflow.models.recordings import RecordedPrompts
 from mechdiff_mlflow.models.sides import AdaptedModel, ModelCache, Side, digest, engine_maker
 from mechdiff_mlflow.models.sides import EngineOptions as EngineOptions

@@ -77,7 +77,14 @@ class Answers:
 
     ids: tuple[tuple[int, ...], ...]  # of each prompt, at least one
     n_tokens: int  # at most, T
-    each: bool  # whether a patch replaces every token that one of these follows, or the first of them alone
+    each: (
+        bool  # whether a patch replaces every token that one of these follows, or the first such token alone
+    )
+
+    @property
+    def most_replaced(self) -> int:
+        """Tokens that a patch replaces, at most."""
+        return max(map(len, self.ids)) if self.each else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +107,17 @@ class PromptSet:
 
     split: str
     prompts: tuple[Prompt, ...]
+    answers: Answers | None = None  # what is read behind them; None is the decision token alone
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @property
     def digest(self) -> str:
-        """32 hex digits of sha256 over the conversations, in order."""
+        """32 hex digits of sha256 over the conversations, in order, and what is read behind them."""
         lines = self._conversations
         lines += [json.dumps(self.groups)] if self.groups else []
+        lines += [repr(self.answers)] if self.answers is not None else []
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
     @property
@@ -147,7 +156,15 @@ class PromptSet:
                 f"{n} {self.split} prompts were asked for and there are {len(self)}; "
                 f"pass {option} 1 to {len(self)}."
             )
-        return PromptSet(self.split, self.prompts[:n])
+        return self.take(range(n))
+
+    def take(self, indices: Iterable[int]) -> PromptSet:
+        """Some of the prompts, in that order, with their answers."""
+        some = list(indices)
+        answers = self.answers
+        if answers is not None:
+            answers = replace(answers, ids=tuple(answers.ids[i] for i in some))
+        return PromptSet(self.split, tuple(self.prompts[i] for i in some), answers)
 
 
 def read_prompts(

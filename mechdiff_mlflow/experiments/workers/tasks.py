@@ -99,8 +99,7 @@ class Task:
         """The same for some of the prompts; the task itself for all of them."""
         if len(rows) == len(self.prompts):
             return self
-        prompts = PromptSet(self.prompts.split, tuple(self.prompts.prompts[i] for i in rows))
-        return replace(self, prompts=prompts, rows=tuple(rows))
+        return replace(self, prompts=self.prompts.take(rows), rows=tuple(rows))
 
 
 @dataclass(frozen=True, eq=False)

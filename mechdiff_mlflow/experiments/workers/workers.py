@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.engine.model.chunks import ChunkPlan
+from mechdiff_mlflow.engine.model.chunks import ChunkPlan, shape_of
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.rows import Replacements, SiteRows
 from mechdiff_mlflow.experiments.workers.tasks import (
@@ -138,8 +138,8 @@ class Workers(ABC):
 
         The larger of the KL between runs in a batch and alone, and of what rounding alone leaves.
         """
-        few = prompts.prompts[:: -(-len(prompts) // _NOISE_PROMPTS)]
-        return self.ask(clean_noise, role, PromptSet(prompts.split, few), position)
+        few = prompts.take(range(0, len(prompts), -(-len(prompts) // _NOISE_PROMPTS)))
+        return self.ask(clean_noise, role, few, position)
 
     def whole(self, task: Task, stage: Stage = silent, name: str = "") -> Tensors:
         """The result of a task that was done shard by shard."""
@@ -174,12 +174,8 @@ class LocalWorkers(Workers):
 
 def chunks_of(prompts: TokenizedPrompts, batch_size: int) -> list[list[int]]:
     """Prompts that the engine runs together, in the order in which it takes them."""
-
-    def alike(i: int) -> tuple[int, int]:
-        return len(prompts.ids[i]) - prompts.positions[i], prompts.span(i)
-
     chunks = []
-    for _, group in groupby(ChunkPlan(prompts, torch.device("cpu")).order, key=alike):
+    for _, group in groupby(ChunkPlan(prompts, torch.device("cpu")).order, key=partial(shape_of, prompts)):
         rows = list(group)
         chunks += [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     return chunks
