@@ -57,11 +57,9 @@ def atlas(
     Raises:
         MechdiffError: A hook, the solver or the family is impossible for this pair.
     """
-    pair, protocol = study.pair, study.protocol
-    sites = [Site(layer, hook) for layer in range(pair.n_layers) for hook in Hook if hook in hooks]
+    sites = [Site(layer, hook) for layer in range(study.pair.n_layers) for hook in Hook if hook in hooks]
     everywhere: dict[Site, dict[str, AffineMap]] = {site: {} for site in sites}
-    rows = study.computing.score(study.report_prompts, protocol.position, everywhere, study.stage)
-    rows = {site: replace(at, clean_noise=study.noise) for site, at in rows.items()}
+    rows = study.score(study.report_prompts, everywhere)
     cells = [
         Cell(site, solver, family, Rank(None), Alpha((alpha,)))
         for site in sites
@@ -97,7 +95,7 @@ def _ranked_on_val(study: Study, fits: Mapping[Site, FitRecord], min_effect_nats
     kinds = (SUBLAYERS, (Hook.RESID_POST,), (Hook.RESID_PRE,))
     found = ([site for site in fits if site.hook in hooks] for hooks in kinds)
     wanted = {site: {"mapped": fits[site].map} for site in next(filter(None, found), [])}
-    rows = study.computing.score(study.val_prompts, study.protocol.position, wanted, study.stage)
+    rows = study.score(study.val_prompts, wanted)
     raw = {site: rows[site].patched[RAW].mean_kl if RAW in rows[site].patched else None for site in wanted}
     moving = [site for site, kl in raw.items() if kl is None or 0 < kl >= min_effect_nats]
     return sorted(moving, key=lambda site: rows[site].patched["mapped"].mean_kl / (raw[site] or 1.0))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mechdiff_mlflow.engine.memory.budget import parse_bytes
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.protocol import MAX_PERMUTATIONS
+from mechdiff_mlflow.experiments.protocol import MAX_ANSWER_TOKENS, MAX_PERMUTATIONS
 from mechdiff_mlflow.maps.affine import Family
 from mechdiff_mlflow.models.named_pair import named_pair, pair_name_of
 from mechdiff_mlflow.models.pairs import EngineOptions
@@ -200,6 +200,22 @@ class PositionOptions(Request):
         "decision",
         Kind("position", Position.parse),
         "What is read and replaced: decision (last token of the prompt), last_content or content_mean.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(Request):
+    """How much of an answer is compared, and where a patch acts in it."""
+
+    answer_tokens: int = option(
+        "1",
+        whole("--answer-tokens", 8, least=1, most=MAX_ANSWER_TOKENS),
+        "Tokens of each answer that are compared, at most; 1: the first alone.",
+    )
+    patch_at: str = option(
+        "decision",
+        one_of("--patch-at", "decision", "answer"),
+        "decision: a patch replaces one token of each prompt; answer: each of its answer's tokens, too.",
     )
 
 

@@ -38,6 +38,11 @@ def check_pair(protocol: Protocol, pair: Pair) -> None:
         )
     for prompts in study.prompt_sets:
         pair.check_same_tokens(prompts, protocol.position)
+    if protocol.answer_tokens > 1 and not pair.tokenizers_agree:
+        raise MechdiffError(
+            f"The tokenizers of {pair.name} differ, so base and tuned do not read an answer as the same "
+            "tokens; use --answer-tokens 1, or set template: tuned or base in the spec."
+        )
     plant, widths = pair.spec.tuned.plant, _widths(pair)
     if plant is not None:
         check_sites([plant.site], pair)

@@ -11,6 +11,9 @@ from mechdiff_mlflow.spec.pair_spec import Position
 MAX_PERMUTATIONS = 100_000
 """Each is a fit of its own that is kept; so many tell p-values from 1e-5."""
 
+MAX_ANSWER_TOKENS = 1024
+"""Each is a row of logits of every patched run."""
+
 
 @dataclass(frozen=True)
 class Protocol(Settings):
@@ -27,6 +30,8 @@ class Protocol(Settings):
     n: int | None = None  # reported prompts; None is all
     n_train: int | None = None  # prompts fitted on; None is all
     position: Position = Position.DECISION  # which token is read and replaced
+    answer_tokens: int = 1  # T: tokens of each answer that are compared; 1 is the first alone
+    patch_at: str = "decision"  # `answer` also replaces every token of the answer that another one follows
     permutations: int = 0  # how often the fit is repeated on shuffled pairs, its choices inside; 0 is never
     seed: int = 0  # random seed: bootstrap, sign flips, shuffles, sampled gradients, random controls
     n_resamples: int = 2000  # of the bootstrap
@@ -39,6 +44,16 @@ class Protocol(Settings):
         if not 0 <= self.permutations <= MAX_PERMUTATIONS:
             raise MechdiffError(
                 f"{self.permutations} permutations are impossible; give 0 to {MAX_PERMUTATIONS}."
+            )
+        if not 1 <= self.answer_tokens <= MAX_ANSWER_TOKENS or self.patch_at not in ("decision", "answer"):
+            raise MechdiffError(
+                f"{self.answer_tokens} tokens of an answer, patched at {self.patch_at!r}, are impossible; "
+                f"give 1 to {MAX_ANSWER_TOKENS}, and decision or answer."
+            )
+        if self.patch_at == "answer" and self.position is not Position.DECISION:
+            raise MechdiffError(
+                f"An answer follows the decision token, and position {self.position} is another; use "
+                "--patch-at decision, or --position decision."
             )
         if not 0 <= self.seed < 2**63:
             raise MechdiffError(f"Seed {self.seed} is impossible; give 0 to {2**63 - 1}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from mechdiff_mlflow.experiments.answers import AnswerRecord
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures.stats import Correlation, Interval
 from mechdiff_mlflow.spec.pair_spec import Cell
@@ -69,3 +70,4 @@ class PatchRecord:
     leak: tuple[str, ...] | None  # what was chosen on reported prompts, see `selection`; None if nobody knows
     undefined: Mapping[str, str]  # why a number has no value, by name
     seconds: float  # time of the split's recording and patches, shared by all cells
+    answer: AnswerRecord | None = None  # the same by whole answers; None where the first token is all

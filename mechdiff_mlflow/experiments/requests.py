@@ -11,6 +11,7 @@ from mechdiff_mlflow.experiments.options import (
     LAYER,
     SPLIT,
     AliasOptions,
+    AnswerOptions,
     CellOptions,
     EffectOptions,
     ForceOptions,
@@ -90,6 +91,7 @@ class ExperimentRequest(NamedPairOptions, SeedOptions, ModelOptions, TrackingOpt
 class RunRequest(
     CellOptions,
     PositionOptions,
+    AnswerOptions,
     ReportedOptions,
     TrainOptions,
     PermutationOptions,
@@ -115,7 +117,7 @@ class RunRequest(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitRequest(CellOptions, PositionOptions, TrainOptions, ExperimentRequest):
+class FitRequest(CellOptions, PositionOptions, AnswerOptions, TrainOptions, ExperimentRequest):
     """Fit a map at one site; val chooses what is left open.
 
     \b
@@ -125,7 +127,9 @@ class FitRequest(CellOptions, PositionOptions, TrainOptions, ExperimentRequest):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PatchRequest(MapOptions, ReportedOptions, TrainOptions, MismatchOptions, ExperimentRequest):
+class PatchRequest(
+    MapOptions, AnswerOptions, ReportedOptions, TrainOptions, MismatchOptions, ExperimentRequest
+):
     """Patch with a map that exists, and report.
 
     \b
@@ -136,7 +140,13 @@ class PatchRequest(MapOptions, ReportedOptions, TrainOptions, MismatchOptions, E
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRequest(
-    SolverOptions, PositionOptions, ReportedOptions, TrainOptions, PermutationOptions, ExperimentRequest
+    SolverOptions,
+    PositionOptions,
+    AnswerOptions,
+    ReportedOptions,
+    TrainOptions,
+    PermutationOptions,
+    ExperimentRequest,
 ):
     """Sweep ranks (and scales) over sites: drop%(k) and the smallest rank that reaches a target.
 
@@ -170,7 +180,7 @@ def _count_or_original(text: str) -> int | str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportPassRequest(TrainOptions, MismatchOptions, ExperimentRequest):
+class ReportPassRequest(AnswerOptions, TrainOptions, MismatchOptions, ExperimentRequest):
     """Measure the registered winners of a pair again, each with the α kept on its version.
 
     One patch run per winner. Nothing is fitted or chosen, so no number is picked from several.
@@ -195,6 +205,8 @@ class ReportPassRequest(TrainOptions, MismatchOptions, ExperimentRequest):
             split=self.split,
             n=None if isinstance(self.n, str) else self.n,
             n_train=self.n_train,
+            answer_tokens=self.answer_tokens,
+            patch_at=self.patch_at,
             seed=self.seed,
         )
 
@@ -205,6 +217,7 @@ class AtlasRequest(
     ForceOptions,
     SolverOptions,
     PositionOptions,
+    AnswerOptions,
     ReportedOptions,
     TrainOptions,
     ExperimentRequest,

@@ -33,11 +33,21 @@ class Patched:
     kl_clean_patched_nats: Array  # KL(clean ‖ patched)
     top1_agrees: Array  # how far patched and clean prefer the same tokens, see `Divergences`
     delta_logprob_nats: Array  # change of the log-probability of the clean run's preferred token
+    # KL(patched ‖ clean) after each token of the answer [n, T], NaN after its end; None where T is 1
+    steps_nats: Array | None = None
 
     @property
     def mean_kl(self) -> float:
-        """Mean KL(patched ‖ clean) in nats."""
+        """Mean KL(patched ‖ clean) of the first token in nats."""
         return float(self.kl_patched_clean_nats.mean())
+
+    @property
+    def answer_kl_nats(self) -> Array:
+        """KL(patched ‖ clean) of each answer, the sum over its tokens, [n]."""
+        if self.steps_nats is None:
+            return self.kl_patched_clean_nats
+        total: Array = np.nansum(self.steps_nats, axis=1)
+        return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +59,17 @@ class SiteRows:
     tuned_rows: Mapping[Site, Tensor]  # tuned activations [n, d_tuned], in the same way
     patched: Mapping[str, Patched]  # by label, what each replacement did
     clean_noise: float = 0.0  # how far apart clean runs of the same prompts are, nats: `Workers.clean_noise`
+    answer_noise: float = 0.0  # the same of whole answers
 
     @property
     def noise_floor(self) -> float:
         """KL that a mean KL must stand out from, nats: the identity patch's, or that of two clean runs."""
         return max(self.patched[IDENTITY].mean_kl, self.clean_noise)
+
+    @property
+    def answer_floor(self) -> float:
+        """The same of the KL of answers, nats an answer."""
+        return max(float(self.patched[IDENTITY].answer_kl_nats.mean()), self.answer_noise)
 
     @property
     def base(self) -> Tensor:
@@ -68,6 +84,11 @@ class SiteRows:
     def kl(self, maps: Sequence[AffineMap]) -> Array:
         """KL(patched ‖ clean) of each prompt, the mean over maps labelled by their digests, nats [n]."""
         mean: Array = np.mean([self.patched[map_.digest].kl_patched_clean_nats for map_ in maps], axis=0)
+        return mean
+
+    def answer_kl(self, maps: Sequence[AffineMap]) -> Array:
+        """The same of whole answers."""
+        mean: Array = np.mean([self.patched[map_.digest].answer_kl_nats for map_ in maps], axis=0)
         return mean
 
 

@@ -6,7 +6,7 @@ Every split is recorded once per model however many sites, ranks, scales, solver
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -14,11 +14,12 @@ from itertools import chain
 import pandas as pd
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.answers import AnswerRecord, answer_record, with_answers
 from mechdiff_mlflow.experiments.fitting import Fitter
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
-from mechdiff_mlflow.experiments.rows import IDENTITY, SiteRows
+from mechdiff_mlflow.experiments.rows import IDENTITY, Replacements, SiteRows
 from mechdiff_mlflow.experiments.summary import (
     alignment,
     mean_of_defined,
@@ -49,6 +50,7 @@ class Study:
     _fitted: list[AffineMap] = field(default_factory=list)
     _rows: dict[str, dict[Site, SiteRows]] = field(default_factory=dict)
     _seconds: dict[str, float] = field(default_factory=dict)
+    _answered: dict[str, PromptSet] = field(default_factory=dict)
 
     @cached_property
     def report_prompts(self) -> PromptSet:
@@ -64,6 +66,12 @@ class Study:
     def train_prompts(self) -> PromptSet:
         """The prompts that maps are fitted on."""
         return self.pair.prompts_of("train", self.protocol.n_train, option="--n-train")
+
+    def answered(self, prompts: PromptSet) -> PromptSet:
+        """Prompts with the answers that are compared token by token; as they are if the first is all."""
+        if prompts.digest not in self._answered:
+            self._answered[prompts.digest] = with_answers(prompts, self.protocol, self.computing)
+        return self._answered[prompts.digest]
 
     @property
     def prompt_sets(self) -> list[PromptSet]:
@@ -84,7 +92,7 @@ class Study:
             MechdiffError: A site, solver, family or rank is impossible for this pair, or an activation is
                 not finite.
         """
-        self.computing.prepare(self.prompt_sets, self.protocol.position)
+        self._prepare()
         fitter = self._fitter
         fitter.record(cells)
         offers = []
@@ -123,7 +131,7 @@ class Study:
             MechdiffError: A map does not fit its site, or the identity patch is not one.
         """
         fits = list(fits)
-        self.computing.prepare(self.prompt_sets, self.protocol.position)
+        self._prepare()
         fitter = self._fitter
         fitter.record([cell for cell, _ in fits])
         tried = [(cell.site, fitter.controls(cell)) for cell, _ in fits]
@@ -158,6 +166,7 @@ class Study:
                 seconds=self._seconds[self.protocol.split],
                 p_null=p_null[i],
                 p_holm=p_holm[i],
+                answer=self._answer(map_, *chosen[i], rows),
             )
             floor, limit = rows.patched[IDENTITY].mean_kl, FLOOR_LIMIT_NATS[self.pair.spec.dtype]
             if not floor <= limit:
@@ -186,6 +195,34 @@ class Study:
         return self.computing.clean_noise("tuned", self.report_prompts, self.protocol.position)
 
     @cached_property
+    def answer_noise(self) -> float:
+        """The same of whole answers, nats an answer."""
+        if self.protocol.answer_tokens == 1:
+            return self.noise
+        prompts = self.answered(self.report_prompts)
+        return self.computing.clean_noise("tuned", prompts, self.protocol.position)
+
+    def score(self, prompts: PromptSet, replacements: Replacements) -> dict[Site, SiteRows]:
+        """Patch the tuned model with maps, and compare what is read of its answers."""
+        position = self.protocol.position
+        rows = self.computing.score(self.answered(prompts), position, replacements, self.stage)
+        if prompts is not self.report_prompts:
+            return rows
+        noise, of_answers = self.noise, self.answer_noise
+        return {site: replace(at, clean_noise=noise, answer_noise=of_answers) for site, at in rows.items()}
+
+    def _answer(
+        self, map_: AffineMap, controls: Mapping[str, Sequence[AffineMap]], null: str, rows: SiteRows
+    ) -> AnswerRecord | None:
+        if self.protocol.answer_tokens == 1:
+            return None
+        return answer_record(map_, controls[null], rows, self.protocol, self.bootstrap)
+
+    def _prepare(self) -> None:
+        train, *others = self.prompt_sets
+        self.computing.prepare([train, *map(self.answered, others)], self.protocol.position)
+
+    @cached_property
     def _fitter(self) -> Fitter:
         return Fitter(self.computing, self.protocol, self.train_prompts, self.stage)
 
@@ -203,16 +240,15 @@ class Study:
         if missing:
             prompts = self.report_prompts if split == self.protocol.split else self.val_prompts
             started = time.perf_counter()
-            scored = self.computing.score(prompts, self.protocol.position, missing, self.stage)
+            scored = self.score(prompts, missing)
             self._seconds[split] = self._seconds.get(split, 0.0) + time.perf_counter() - started
-            noise = self.noise if split == self.protocol.split else 0.0
             for site, rows in scored.items():
                 before = known[site].patched if site in known else {}
-                known[site] = replace(rows, patched={**before, **rows.patched}, clean_noise=noise)
+                known[site] = replace(rows, patched={**before, **rows.patched})
         return known
 
     def _choose(self, cell: Cell, offers: Sequence[AffineMap], val: SiteRows) -> FitRecord:
-        """The offer with the least mean KL on val."""
+        """The offer with the least mean KL of whole answers on val."""
         best = _best(offers, val) if self._is_scored(offers) else offers[0]
         chosen = ["alpha"] if len({map_.alpha for map_ in offers}) > 1 else []
         if len({map_.meta["off_span"] for map_ in offers}) > 1:
@@ -230,6 +266,8 @@ class Study:
             position=str(self.protocol.position),
             dtype=self.pair.spec.dtype,
         )
+        if self.protocol.answer_tokens > 1:
+            map_ = map_.with_meta(answer_tokens=self.protocol.answer_tokens, patch_at=self.protocol.patch_at)
         rho, cosines = alignment(map_, val)
         candidates = [
             {
@@ -254,7 +292,7 @@ class Study:
 
 
 def _best(maps: Iterable[AffineMap], rows: SiteRows) -> AffineMap:
-    return min(maps, key=lambda map_: rows.patched[map_.digest].mean_kl)
+    return min(maps, key=lambda map_: float(rows.patched[map_.digest].answer_kl_nats.mean()))
 
 
 def _best_controls(
@@ -264,4 +302,4 @@ def _best_controls(
     found: dict[str, list[AffineMap]] = {}
     for name, maps in named:
         found.setdefault(name, []).append(_best(maps, val))
-    return found, min(found, key=lambda name: float(val.kl(found[name]).mean()))
+    return found, min(found, key=lambda name: float(val.answer_kl(found[name]).mean()))

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from mechdiff_mlflow.experiments.answers import AnswerRecord
 from mechdiff_mlflow.experiments.fitting import SHUFFLED
 from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, SiteRows
@@ -46,6 +47,7 @@ def summarise(
     seconds: float,
     p_null: float | None,
     p_holm: float | None,
+    answer: AnswerRecord | None,
 ) -> PatchRecord:
     """One map on one split, from the site's patched rows by the digests of maps.
 
@@ -63,7 +65,7 @@ def summarise(
         drop = stats.drop_pct(kl_raw, kl_mapped, noise_floor=noise, bootstrap=bootstrap)
         difference = stats.kl_difference(kl_raw, kl_mapped, bootstrap=bootstrap)
         if drop.estimate is None:
-            undefined["drop_pct"] = _below_floor("KL_raw", raw.mean_kl, noise)
+            undefined["drop_pct"] = stats.below_floor("KL_raw", raw.mean_kl, noise)
         else:
             p_sign_flip = stats.sign_flip_p(kl_raw - kl_mapped, seed=bootstrap.seed, groups=bootstrap.groups)
             cos_vs_kl = _correlation(cosines, kl_raw - kl_mapped, bootstrap)
@@ -76,7 +78,7 @@ def summarise(
     best = control_kl[null]
     skill = stats.drop_pct(best, mapped.kl_patched_clean_nats, noise_floor=noise, bootstrap=bootstrap)
     if skill.estimate is None:
-        undefined["skill_pct"] = _below_floor(f"the KL of {null}", float(best.mean()), noise)
+        undefined["skill_pct"] = stats.below_floor(f"the KL of {null}", float(best.mean()), noise)
     return PatchRecord(
         cell=cell,
         map=map_,
@@ -103,10 +105,13 @@ def summarise(
         cos_vs_kl=cos_vs_kl,
         top1_agreement=float(mapped.top1_agrees.mean()),
         delta_logprob=float(mapped.delta_logprob_nats.mean()),
-        per_prompt=_per_prompt(rows, mapped, control_kl, prompts, cosines),
+        per_prompt=_per_prompt(rows, mapped, control_kl, prompts, cosines).assign(
+            **({} if answer is None else answer.per_prompt)
+        ),
         leak=leak,
-        undefined=undefined,
+        undefined=undefined if answer is None else {**undefined, **answer.undefined},
         seconds=seconds,
+        answer=answer,
     )
 
 
@@ -129,13 +134,6 @@ def _correlation(
         return None
     found = stats.correlation(cosines[defined], gain[defined], bootstrap=bootstrap.of(defined))
     return None if found.pearson.estimate is None else found
-
-
-def _below_floor(what: str, kl_nats: float, noise_nats: float) -> str:
-    return (
-        f"below noise floor: {what} is {kl_nats:.2g} nats, under {stats.FLOORS:g} times the floor of "
-        f"{noise_nats:.2g}"
-    )
 
 
 def _per_prompt(

@@ -119,6 +119,14 @@ def above_floor(kl_nats: float, noise_floor: float) -> bool:
     return kl_nats > 0 and kl_nats >= FLOORS * noise_floor
 
 
+def below_floor(what: str, kl_nats: float, noise_floor: float) -> str:
+    """Why a ratio over such a mean KL has no value."""
+    return (
+        f"below noise floor: {what} is {kl_nats:.2g} nats, under {FLOORS:g} times the floor of "
+        f"{noise_floor:.2g}"
+    )
+
+
 def drop_difference(
     first: tuple[ArrayLike, ArrayLike],
     second: tuple[ArrayLike, ArrayLike],

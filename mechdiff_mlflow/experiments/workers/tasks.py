@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -20,6 +21,9 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import rows
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, Replacements, SiteRows, patchable
 from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.measures.metrics import Divergences
+from mechdiff_mlflow.models.attach import Tokens, attached
+from mechdiff_mlflow.models.generation import continued
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -125,7 +129,7 @@ class Score(Task):
     """Patches of the tuned model with maps: for each site `base/…` and `tuned/…` rows and `patched/…`.
 
     The latter is [n, v, 4] in float64: v are the identity, raw where the widths agree, then the maps; 4 are
-    the fields of `Patched`.
+    the first fields of `Patched`. With answers of up to T tokens the KL after each follows, [n, v, 4 + T].
     """
 
     replacements: Replacements
@@ -136,22 +140,22 @@ class Score(Task):
 
     def run(self, pair: Pair) -> Tensors:
         """Patch with every map of every site, from one recording of each model."""
-        sites = list(self.replacements)
+        sites, answers = list(self.replacements), self.prompts.answers
+        n_replaced = 1 if answers is None else answers.most_replaced
         base = rows.capture(pair, "base", self.prompts, self.position, sites)
         groups: list[VariantGroup] = []
         with patchable(pair, "tuned", self.prompts, self.position, sites) as (engine, recorded):
             for site, maps in self.replacements.items():
                 groups.append(VariantGroup.identity(site))
-                groups += _variants(site, base, list(maps.values()), engine.width)
+                groups += _variants(site, base, list(maps.values()), engine.width, n_replaced)
             result = engine.score(recorded, groups)
         patched: dict[Site, list[Tensor]] = {site: [] for site in sites}
         for group, found in zip(groups, result.divergences, strict=True):
-            columns = found.kl_patched_clean, found.kl_clean_patched, found.top1_agrees, found.delta_logprob
-            patched[group.site].append(torch.stack([column.double() for column in columns], -1))
+            patched[group.site].append(_numbers(found, 0 if answers is None else answers.n_tokens))
         readers: dict[str, Callable[[], Tensor]] = {}
         for site in sites:
-            readers[f"base/{site}"] = partial(base.__getitem__, site)
-            readers[f"tuned/{site}"] = partial(result.clean.__getitem__, site)
+            readers[f"base/{site}"] = partial(_first_vector, base, site, n_replaced)
+            readers[f"tuned/{site}"] = partial(_first_vector, result.clean, site, n_replaced)
             readers[f"patched/{site}"] = partial(torch.cat, patched[site], 1)
         return LazyTensors(readers)
 
@@ -164,11 +168,73 @@ class Score(Task):
             patched = found[f"patched/{site}"]
             names = [IDENTITY, *([RAW] if patched.shape[1] == len(maps) + 2 else []), *maps]
             by_name = {
-                name: Patched(*(column.contiguous().numpy() for column in one.unbind(-1)))
+                name: Patched(
+                    *(column.contiguous().numpy() for column in one[:, :4].unbind(-1)),
+                    steps_nats=None if self.prompts.answers is None else one[:, 4:].contiguous().numpy(),
+                )
                 for name, one in zip(names, patched.unbind(1), strict=True)
             }
             result[site] = SiteRows(site, base, tuned, by_name)
         return result
+
+
+@dataclass(frozen=True, eq=False)
+class Greedy(Task):
+    """Greedy continuations of one model up to a token: `tokens` [n, v, n_tokens], −1 after the end.
+
+    v are the maps at work in it, each at the decision token, or with `each` at that and every new token, on
+    the base model's activations there; without maps the model itself alone.
+    """
+
+    role: str
+    n_tokens: int  # at most
+    end: int | None  # a token that ends a turn, beside those that the checkpoint names
+    site: Site | None = None
+    maps: tuple[AffineMap, ...] = ()
+    each: bool = False
+
+    def _settings(self) -> list[str]:
+        """Maps are told apart by what they compute."""
+        plain = (self.role, self.n_tokens, self.end, self.site, self.each)
+        return [*map(str, plain), *(map_.digest for map_ in self.maps)]
+
+    def run(self, pair: Pair) -> Tensors:
+        """See above."""
+        tokens = pair.tokens(self.role, self.prompts, self.position)
+        found = []
+        for attachment in self._attachments(pair) if self.maps else [lambda index: nullcontext()]:
+            said, _ = continued(
+                pair.side(self.role),
+                tokens,
+                self.n_tokens,
+                attachment=attachment,
+                ends=() if self.end is None else (self.end,),
+            )
+            found.append([[*ids, *[-1] * (self.n_tokens - len(ids))] for ids in said])
+        return {"tokens": torch.tensor(found).transpose(0, 1)}
+
+    def _attachments(self, pair: Pair) -> list[Callable[[Tensor], AbstractContextManager[object]]]:
+        """For each map the context of a batch of prompts, given which they are."""
+        assert self.site is not None
+        known = None
+        if not self.each:
+            known = rows.capture(pair, "base", self.prompts, self.position, [self.site])[self.site]
+        at, site = (Tokens.NEW if self.each else Tokens.DECISION), self.site
+
+        def attach(map_: AffineMap, index: Tensor) -> AbstractContextManager[object]:
+            source = pair.base.model if known is None else known[index]
+            context = pair.base.switch if known is None else nullcontext
+            return attached(
+                map_,
+                pair.side(self.role).model,
+                site,
+                tokens=at,
+                source=source,
+                source_context=context,
+                modules=pair.modules,
+            )
+
+        return [partial(attach, map_) for map_ in self.maps]
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,11 +337,27 @@ class HeadPatches(Task):
         return base, tuned
 
 
+def _first_vector(found: Mapping[Site, Tensor], site: Site, n_replaced: int) -> Tensor:
+    """Of activations of up to so many tokens, one after another, those of the first, [n, d]."""
+    return found[site][:, : found[site].shape[1] // n_replaced]
+
+
+def _numbers(found: Divergences, n_tokens: int) -> Tensor:
+    """The columns of `Score`, [n, v, 4 + n_tokens]."""
+    fields = found.kl_patched_clean, found.kl_clean_patched, found.top1_agrees, found.delta_logprob
+    by_step = [field.double().reshape(*field.shape[:2], -1) for field in fields]
+    first = torch.stack([field[..., 0] for field in by_step], -1)
+    if not n_tokens:
+        return first
+    after_end = (0, n_tokens - by_step[0].shape[-1])
+    return torch.cat([first, torch.nn.functional.pad(by_step[0], after_end, value=torch.nan)], -1)
+
+
 def _variants(
-    site: Site, base: Mapping[Site, Tensor], maps: list[AffineMap], width: int
+    site: Site, base: Mapping[Site, Tensor], maps: list[AffineMap], width: int, n_replaced: int
 ) -> list[VariantGroup]:
     """Raw and mapped replacements, made chunk by chunk: all of them at once would be n · v · d numbers."""
-    d_base = base[site].shape[1]
+    d_base = base[site].shape[1] // n_replaced
     raw = d_base == width
     for map_ in maps:
         if (map_.d_in, map_.d_out) != (d_base, width):
@@ -285,7 +367,7 @@ def _variants(
             )
 
     def replacements(index: Tensor, clean: Tensor) -> Tensor:
-        x = base[site][index]
+        x = base[site][index].view(-1, d_base)  # a row for each token that is replaced
         unscaled: dict[tuple[int, ...], Tensor] = {}
         mapped = []
         for map_ in maps:  # maps that differ in α alone cost one product
@@ -293,7 +375,8 @@ def _variants(
             if key not in unscaled:
                 unscaled[key] = map_.with_alpha(1.0)(x.double())
             mapped.append((map_.alpha * unscaled[key]).to(x.dtype))
-        return torch.stack([x, *mapped] if raw else mapped, dim=1).to(clean.device)  # (n, v, d)
+        by_prompt = [rows.view(len(index), -1) for rows in ([x, *mapped] if raw else mapped)]
+        return torch.stack(by_prompt, dim=1).to(clean.device)  # (n, v, n_replaced · d)
 
     n_variants = len(maps) + raw
     return [VariantGroup(site, replacements, n_variants=n_variants)] if n_variants else []

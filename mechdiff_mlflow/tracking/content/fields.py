@@ -10,6 +10,7 @@ from importlib.metadata import distributions
 import pandas as pd
 
 from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
+from mechdiff_mlflow.experiments.answers import AnswerRecord
 from mechdiff_mlflow.experiments.sweep import LeastRank
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap
@@ -73,6 +74,7 @@ def patch_run(
         name=f"patch {_name(cell)}",
         params=params_of(cell, study) | _settings(record.map) | {"split": record.split, "n": record.n},
         metrics=patch_metrics(record),
+        stepped_metrics={} if record.answer is None else _by_token(record.answer),
         undefined=record.undefined,
         tags=_tags(cell, study)
         | {
@@ -85,12 +87,12 @@ def patch_run(
         | fitted_elsewhere(record.map, study)
         | ({"mechdiff.map": map_name} if map_name else {}),
         datasets=_datasets(study, *study.prompt_sets),
-        tables={"per_prompt.json": record.per_prompt},
+        tables={"per_prompt.json": record.per_prompt, **_answer_tables(record)},
         map_run=map_run,
         description=(
             f"**Asked:** how far next-token KL falls when the tuned model's activation at `{cell.site}` is "
             "replaced by the mapped base activation instead of the raw one.\n\n"
-            f"**Found:** drop {_percent(record.drop_pct)} on "
+            f"**Found:** drop {_percent(record.drop_pct)}{_of_answers(record)} on "
             f"{record.n} {record.split} prompts; best control {record.null}.\n\n"
             f"**Caveats:** {'; '.join(caveats) or 'none known'}."
         ),
@@ -112,13 +114,14 @@ def cell_run(fit: FitRecord, patch: PatchRecord, study: Study) -> RunRecord:
         map=fit.map,
         is_model=False,
         datasets=_datasets(study, *study.prompt_sets),
-        tables={"per_prompt.json": patch.per_prompt, **fitted.tables},
+        tables={"per_prompt.json": patch.per_prompt, **_answer_tables(patch), **fitted.tables},
     )
 
 
 def headline(patch: PatchRecord) -> RunRecord:
     """What a parent of one patch shows, so that parents compare without being unfolded."""
     shown = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor")
+    shown += ("KL_answer_raw", "KL_answer_mapped", "drop_answer_pct", "skill_answer_pct")
     metrics = patch_metrics(patch)
     return RunRecord(
         kind="run",
@@ -222,12 +225,48 @@ def patch_metrics(record: PatchRecord) -> dict[str, float]:
         | _interval("KL_difference", record.kl_difference)
         | _correlation(record.cos_vs_kl)
         | controls
+        | ({} if record.answer is None else _answer_metrics(record.answer))
     )
+
+
+def _answer_metrics(answer: AnswerRecord) -> dict[str, float]:
+    plain = {
+        "KL_answer_raw": answer.kl_raw,
+        "KL_answer_mapped": answer.kl_mapped,
+        "KL_answer_null": answer.kl_null,
+        "answer_floor": answer.noise_floor,
+    }
+    drop, skill = (
+        _interval("drop_answer_pct", answer.drop_pct),
+        _interval("skill_answer_pct", answer.skill_pct),
+    )
+    return _present(plain) | drop | skill
+
+
+def _by_token(answer: AnswerRecord) -> dict[str, dict[int, float]]:
+    """The mean KL of the t-th token, with step t."""
+    curves = {f"KL_t/{who}": answer.curve[f"KL_{who}"] for who in ("raw", "mapped", "null")}
+    return {
+        name: dict(zip(map(int, answer.curve["t"]), map(float, curve), strict=True))
+        for name, curve in curves.items()
+        if not curve.isna().any()
+    }
+
+
+def _answer_tables(record: PatchRecord) -> dict[str, pd.DataFrame]:
+    return {} if record.answer is None else {"answer_curve.json": record.answer.curve}
+
+
+def _of_answers(record: PatchRecord) -> str:
+    """The drop of whole answers, to be put behind that of the first token."""
+    answer = record.answer
+    return "" if answer is None else f", of answers of {answer.n_tokens} tokens {_percent(answer.drop_pct)}"
 
 
 def site_and_drop(patch: PatchRecord) -> str:
     """A patch in a few words: where, how, and its drop."""
-    return f"{_name(patch.cell)}: drop {_percent(patch.drop_pct)} on {patch.n} {patch.split} prompts"
+    found = f"drop {_percent(patch.drop_pct)}{_of_answers(patch)}"
+    return f"{_name(patch.cell)}: {found} on {patch.n} {patch.split} prompts"
 
 
 def params_of(cell: Cell, study: Study) -> dict[str, ParamValue]:
@@ -242,6 +281,8 @@ def params_of(cell: Cell, study: Study) -> dict[str, ParamValue]:
         "k": str(cell.rank),
         "alpha": str(cell.alpha),
         "position": str(protocol.position),
+        "answer_tokens": protocol.answer_tokens,
+        "patch_at": protocol.patch_at,
         "split": protocol.split,
         "n": len(study.report_prompts),
         **({"n_groups": study.report_prompts.n_groups} if study.report_prompts.groups else {}),
