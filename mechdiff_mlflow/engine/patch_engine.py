@@ -20,7 +20,7 @@ from mechdiff_mlflow.engine.model.forward import PromptForward, Recording, score
 from mechdiff_mlflow.engine.model.sums import without_unlike
 from mechdiff_mlflow.engine.paths.attention_heads import AttentionHeads
 from mechdiff_mlflow.engine.paths.startup_check import EACH, MEAN, MODES, ONE, ComputePath, choose_path
-from mechdiff_mlflow.engine.paths.variants import ScoreBoard, ScoreResult, VariantGroup
+from mechdiff_mlflow.engine.paths.variants import Rows, ScoreBoard, ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
@@ -229,8 +229,16 @@ class PatchEngine:
         """The attention heads of a layer; see `AttentionHeads` for what is raised."""
         return AttentionHeads(self.forward, layer, self._runner)
 
-    def score(self, prompts: TokenizedPrompts | CleanRuns, groups: Sequence[VariantGroup]) -> ScoreResult:
+    def score(
+        self,
+        prompts: TokenizedPrompts | CleanRuns,
+        groups: Sequence[VariantGroup],
+        *,
+        look: Callable[[Chunk, Rows], None] = lambda chunk, rows: None,
+    ) -> ScoreResult:
         """Run every prompt once clean and once for every variant, and compare next-token distributions.
+
+        `look` is called with the logits of patched runs as they are there.
 
         However many groups there are, at one site or several, each prompt is run through the whole model
         once; where a clean run of it was recorded and kept, not at all.
@@ -251,10 +259,10 @@ class PatchEngine:
             next_token = NextToken.of(recording.logits)
             variants, same = board.variants(recording)  # and all that was recorded is finite
             recorded.add(recording)
-            scored = [
-                (rows.owner, rows.column, compare_rows(rows.logits, next_token, rows.owner))
-                for rows in path.run(recording, variants, limits)
-            ]
+            scored = []
+            for rows in path.run(recording, variants, limits):
+                look(chunk, rows)
+                scored.append((rows.owner, rows.column, compare_rows(rows.logits, next_token, rows.owner)))
             board.add(recording, same, scored)
             recorded.keep(recording)
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from mechdiff_mlflow.experiments.answer_tasks import TaskRecord
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.rows import RAW, Array, SiteRows
 from mechdiff_mlflow.experiments.workers import Workers
-from mechdiff_mlflow.experiments.workers.tasks import Greedy
+from mechdiff_mlflow.experiments.workers.answering import Greedy
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.measures.stats import Interval
@@ -33,6 +34,7 @@ class AnswerRecord:
     curve: pd.DataFrame  # one row a token t, counted from 1: `CURVE`
     per_prompt: Mapping[str, Array]  # KL_answer_raw, KL_answer_mapped and KL_answer_null, [n]
     undefined: Mapping[str, str]  # why a number has no value, by its name
+    tasks: Sequence[TaskRecord]  # of prompts with answers of their own, where one map alone is reported
 
 
 CURVE = ("t", "n", *(f"KL_{who}{end}" for who in ("raw", "mapped", "null") for end in ("", "_low", "_high")))
@@ -57,7 +59,12 @@ def with_answers(prompts: PromptSet, protocol: Protocol, workers: Workers) -> Pr
 
 
 def answer_record(
-    map_: AffineMap, null: Sequence[AffineMap], rows: SiteRows, protocol: Protocol, bootstrap: stats.Bootstrap
+    map_: AffineMap,
+    null: Sequence[AffineMap],
+    rows: SiteRows,
+    protocol: Protocol,
+    bootstrap: stats.Bootstrap,
+    tasks: Sequence[TaskRecord],
 ) -> AnswerRecord:
     """One map on one split, from the site's patched rows by the digests of maps; `null` are its null's."""
     by_name: dict[str, list[AffineMap]] = {"mapped": [map_], "null": [*null]}
@@ -77,6 +84,10 @@ def answer_record(
             undefined[name] = stats.below_floor(f"the KL of answers, {reference},", mean, floor)
         else:
             found[name] = interval
+    for task in tasks:
+        if task.recovered_pct is None:
+            why = "tuned and the raw patch do not differ beyond the interval, or there is no raw patch"
+            undefined[f"recovered_pct/{task.measure}"] = why
     means = {name: float(kl.mean()) for name, kl in totals.items()}
     return AnswerRecord(
         n_tokens=protocol.answer_tokens,
@@ -90,13 +101,13 @@ def answer_record(
         curve=_curve(steps, bootstrap),
         per_prompt={f"KL_answer_{name}": kl for name, kl in totals.items()},
         undefined=undefined,
+        tasks=tasks,
     )
 
 
 def _steps(rows: SiteRows, labels: Sequence[str]) -> Array:
     """KL after each token of the answers, the mean over some replacements, [n, T]."""
-    found = [rows.patched[label].steps_nats for label in labels]
-    mean: Array = np.mean([steps for steps in found if steps is not None], axis=0)
+    mean: Array = np.mean([rows.patched[label].steps_nats for label in labels], axis=0)
     return mean
 
 

@@ -33,8 +33,7 @@ class Patched:
     kl_clean_patched_nats: Array  # KL(clean ‖ patched)
     top1_agrees: Array  # how far patched and clean prefer the same tokens, see `Divergences`
     delta_logprob_nats: Array  # change of the log-probability of the clean run's preferred token
-    # KL(patched ‖ clean) after each token of the answer [n, T], NaN after its end; None where T is 1
-    steps_nats: Array | None = None
+    steps_nats: Array  # KL(patched ‖ clean) of each token of the answer [n, T], NaN after its end
 
     @property
     def mean_kl(self) -> float:
@@ -44,8 +43,6 @@ class Patched:
     @property
     def answer_kl_nats(self) -> Array:
         """KL(patched ‖ clean) of each answer, the sum over its tokens, [n]."""
-        if self.steps_nats is None:
-            return self.kl_patched_clean_nats
         total: Array = np.nansum(self.steps_nats, axis=1)
         return total
 

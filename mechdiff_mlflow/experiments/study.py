@@ -14,6 +14,7 @@ from itertools import chain
 import pandas as pd
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.experiments.answer_tasks import TaskRecord, task_records
 from mechdiff_mlflow.experiments.answers import AnswerRecord, answer_record, with_answers
 from mechdiff_mlflow.experiments.fitting import Fitter
 from mechdiff_mlflow.experiments.progress import Stage, silent
@@ -166,7 +167,7 @@ class Study:
                 seconds=self._seconds[self.protocol.split],
                 p_null=p_null[i],
                 p_holm=p_holm[i],
-                answer=self._answer(map_, *chosen[i], rows),
+                answer=self._answer(map_, *chosen[i], rows, is_alone=len(fits) == 1),
             )
             floor, limit = rows.patched[IDENTITY].mean_kl, FLOOR_LIMIT_NATS[self.pair.spec.dtype]
             if not floor <= limit:
@@ -212,11 +213,22 @@ class Study:
         return {site: replace(at, clean_noise=noise, answer_noise=of_answers) for site, at in rows.items()}
 
     def _answer(
-        self, map_: AffineMap, controls: Mapping[str, Sequence[AffineMap]], null: str, rows: SiteRows
+        self,
+        map_: AffineMap,
+        controls: Mapping[str, Sequence[AffineMap]],
+        null: str,
+        rows: SiteRows,
+        *,
+        is_alone: bool,
     ) -> AnswerRecord | None:
         if self.protocol.answer_tokens == 1:
             return None
-        return answer_record(map_, controls[null], rows, self.protocol, self.bootstrap)
+        tasks: list[TaskRecord] = []
+        if is_alone:  # words are generated with each patch at work, which takes longer than to compare them
+            patches = {"mapped": map_, "null": controls[null][0]}
+            prompts = self.answered(self.report_prompts)
+            tasks = task_records(prompts, rows.site, patches, self.protocol, self.computing, self.bootstrap)
+        return answer_record(map_, controls[null], rows, self.protocol, self.bootstrap, tasks)
 
     def _prepare(self) -> None:
         train, *others = self.prompt_sets

@@ -150,6 +150,24 @@ def drop_difference(
     return bootstrap.interval(None if math.isnan(gap) else gap, resampled[0] - resampled[1])
 
 
+def recovered_pct(
+    raw: ArrayLike, mapped: ArrayLike, tuned: ArrayLike, *, bootstrap: Bootstrap = Bootstrap()
+) -> Interval:
+    """100·(mapped − raw)/(tuned − raw), means of a measure of the same prompts, [n] each.
+
+    Undefined where the interval of tuned − raw holds 0: then there is nothing to recover.
+    """
+    of_raw, of_mapped, of_tuned = _paired(raw=raw, mapped=mapped, tuned=tuned)
+    gains, gaps = bootstrap.means(of_mapped - of_raw, of_tuned - of_raw)
+    gap = bootstrap.interval(float((of_tuned - of_raw).mean()), gaps)
+    if gap.estimate is None or gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
+        return Interval(None, None, None, bootstrap.level)
+    estimate = 100 * float((of_mapped - of_raw).mean()) / gap.estimate
+    with np.errstate(divide="ignore", invalid="ignore"):
+        resampled = np.where(gaps == 0, np.nan, 100 * gains / gaps)
+    return bootstrap.interval(estimate, resampled)
+
+
 def kl_difference(kl_raw: ArrayLike, kl_mapped: ArrayLike, *, bootstrap: Bootstrap = Bootstrap()) -> Interval:
     """The mean of KL_raw − KL_mapped, in nats; arguments as in `drop_pct`."""
     raw, mapped = _paired(kl_raw=kl_raw, kl_mapped=kl_mapped)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -22,8 +21,6 @@ from mechdiff_mlflow.experiments import rows
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, Replacements, SiteRows, patchable
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures.metrics import Divergences
-from mechdiff_mlflow.models.attach import Tokens, attached
-from mechdiff_mlflow.models.generation import continued
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -147,7 +144,7 @@ class Score(Task):
         with patchable(pair, "tuned", self.prompts, self.position, sites) as (engine, recorded):
             for site, maps in self.replacements.items():
                 groups.append(VariantGroup.identity(site))
-                groups += _variants(site, base, list(maps.values()), engine.width, n_replaced)
+                groups += variants_of(site, base, list(maps.values()), engine.width, n_replaced)
             result = engine.score(recorded, groups)
         patched: dict[Site, list[Tensor]] = {site: [] for site in sites}
         for group, found in zip(groups, result.divergences, strict=True):
@@ -170,71 +167,12 @@ class Score(Task):
             by_name = {
                 name: Patched(
                     *(column.contiguous().numpy() for column in one[:, :4].unbind(-1)),
-                    steps_nats=None if self.prompts.answers is None else one[:, 4:].contiguous().numpy(),
+                    (one[:, :1] if self.prompts.answers is None else one[:, 4:]).contiguous().numpy(),
                 )
                 for name, one in zip(names, patched.unbind(1), strict=True)
             }
             result[site] = SiteRows(site, base, tuned, by_name)
         return result
-
-
-@dataclass(frozen=True, eq=False)
-class Greedy(Task):
-    """Greedy continuations of one model up to a token: `tokens` [n, v, n_tokens], −1 after the end.
-
-    v are the maps at work in it, each at the decision token, or with `each` at that and every new token, on
-    the base model's activations there; without maps the model itself alone.
-    """
-
-    role: str
-    n_tokens: int  # at most
-    end: int | None  # a token that ends a turn, beside those that the checkpoint names
-    site: Site | None = None
-    maps: tuple[AffineMap, ...] = ()
-    each: bool = False
-
-    def _settings(self) -> list[str]:
-        """Maps are told apart by what they compute."""
-        plain = (self.role, self.n_tokens, self.end, self.site, self.each)
-        return [*map(str, plain), *(map_.digest for map_ in self.maps)]
-
-    def run(self, pair: Pair) -> Tensors:
-        """See above."""
-        tokens = pair.tokens(self.role, self.prompts, self.position)
-        found = []
-        for attachment in self._attachments(pair) if self.maps else [lambda index: nullcontext()]:
-            said, _ = continued(
-                pair.side(self.role),
-                tokens,
-                self.n_tokens,
-                attachment=attachment,
-                ends=() if self.end is None else (self.end,),
-            )
-            found.append([[*ids, *[-1] * (self.n_tokens - len(ids))] for ids in said])
-        return {"tokens": torch.tensor(found).transpose(0, 1)}
-
-    def _attachments(self, pair: Pair) -> list[Callable[[Tensor], AbstractContextManager[object]]]:
-        """For each map the context of a batch of prompts, given which they are."""
-        assert self.site is not None
-        known = None
-        if not self.each:
-            known = rows.capture(pair, "base", self.prompts, self.position, [self.site])[self.site]
-        at, site = (Tokens.NEW if self.each else Tokens.DECISION), self.site
-
-        def attach(map_: AffineMap, index: Tensor) -> AbstractContextManager[object]:
-            source = pair.base.model if known is None else known[index]
-            context = pair.base.switch if known is None else nullcontext
-            return attached(
-                map_,
-                pair.side(self.role).model,
-                site,
-                tokens=at,
-                source=source,
-                source_context=context,
-                modules=pair.modules,
-            )
-
-        return [partial(attach, map_) for map_ in self.maps]
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,12 +291,21 @@ def _numbers(found: Divergences, n_tokens: int) -> Tensor:
     return torch.cat([first, torch.nn.functional.pad(by_step[0], after_end, value=torch.nan)], -1)
 
 
-def _variants(
-    site: Site, base: Mapping[Site, Tensor], maps: list[AffineMap], width: int, n_replaced: int
+def variants_of(
+    site: Site,
+    base: Mapping[Site, Tensor],
+    maps: Sequence[AffineMap],
+    width: int,
+    n_replaced: int,
+    *,
+    raw: bool = True,
 ) -> list[VariantGroup]:
-    """Raw and mapped replacements, made chunk by chunk: all of them at once would be n · v · d numbers."""
+    """Raw and mapped replacements, made chunk by chunk: all of them at once would be n · v · d numbers.
+
+    The raw one comes first, where it is asked for and the widths agree.
+    """
     d_base = base[site].shape[1] // n_replaced
-    raw = d_base == width
+    raw = raw and d_base == width
     for map_ in maps:
         if (map_.d_in, map_.d_out) != (d_base, width):
             raise MechdiffError(
