@@ -126,10 +126,34 @@ def patches(records: Sequence[PatchRecord], pair: str) -> None:
         tested = [f"{name} {_number(p)}" for name, p in p_values.items() if p is not None]
         if tested:
             lines(["One-sided p-value of KL_mapped being no lower: " + ", ".join(tested)])
+    _answers(records)
     for text in dict.fromkeys(selection.sentence(patch.leak) for patch in records):
         lines([f"{text}. For a number without that, {selection.REMEDY}."] if text else [])
     if len(records) == 1:
         sentences(wording.transport(of_record(first)))
+
+
+def _answers(records: Sequence[PatchRecord]) -> None:
+    """Print what whole answers say, where they were compared."""
+    found = [(patch, patch.answer) for patch in records if patch.answer is not None]
+    if not found:
+        return
+    first = found[0][1]
+    title = f"answers of up to {first.n_tokens} tokens, patched at {first.patch_at}; KL in nats an answer"
+    table = _table("site", "k", "α", "KL_answer_raw", "KL_answer_mapped", "drop %", "skill %", title=title)
+    for patch, answer in found:
+        drop = _interval(answer.drop_pct, answer.undefined.get("drop_answer_pct", ""))
+        skill = _interval(answer.skill_pct, answer.undefined.get("skill_answer_pct", ""))
+        kls = _number(answer.kl_raw), _number(answer.kl_mapped)
+        _row(table, patch.cell.site, patch.cell.rank, patch.cell.alpha, *kls, drop, skill)
+    _print(table, keep=7)
+    if first.tasks:
+        table = _table("measure", "n", "base", "tuned", "raw", "mapped", "null", "recovered %")
+        for task in first.tasks:
+            means = [_number(task.means.get(who)) for who in ("base", "tuned", "raw", "mapped", "null")]
+            recovered = _interval(task.recovered_pct, "nothing to recover")
+            _row(table, task.measure, task.n, *means, recovered)
+        _print(table, keep=8)
 
 
 def continuations(rows: Sequence[Steered], title: str) -> None:

@@ -38,9 +38,12 @@ class Conditions:
     seed: int = 0
     position: str = ""
     dtype: str = ""
+    answer_tokens: int = 1  # of which val chose by the KL
+    patch_at: str = "decision"
 
     def __str__(self) -> str:
-        return f"{self.n} {self.split} prompts, {self.n_train} train prompts, seed {self.seed}"
+        tokens = f", answers of {self.answer_tokens} tokens" if self.answer_tokens > 1 else ""
+        return f"{self.n} {self.split} prompts, {self.n_train} train prompts, seed {self.seed}{tokens}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +222,8 @@ def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> M
             foreign.whole(row, "seed"),
             foreign.word(row, "position"),
             foreign.word(row, "dtype"),
+            1 if foreign.is_missing(row.get("answer_tokens")) else foreign.whole(row, "answer_tokens"),
+            _text(row, "patch_at") or "decision",
         ),
         kl_raw=_number(row, "KL_raw"),
         kl_mapped=foreign.number(row, "KL_mapped"),

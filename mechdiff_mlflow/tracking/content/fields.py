@@ -126,7 +126,11 @@ def headline(patch: PatchRecord) -> RunRecord:
     return RunRecord(
         kind="run",
         name=_name(patch.cell),
-        metrics={key: value for key, value in metrics.items() if key in shown or key.startswith("ci/")},
+        metrics={
+            key: value
+            for key, value in metrics.items()
+            if key in shown or key.startswith(("ci/", "exact_match/", "recovered_pct/"))
+        },
         undefined=patch.undefined,
         tags={"mechdiff.site": str(patch.cell.site)},
         description=f"{site_and_drop(patch)}; null {patch.null}",
@@ -236,11 +240,16 @@ def _answer_metrics(answer: AnswerRecord) -> dict[str, float]:
         "KL_answer_null": answer.kl_null,
         "answer_floor": answer.noise_floor,
     }
-    drop, skill = (
-        _interval("drop_answer_pct", answer.drop_pct),
-        _interval("skill_answer_pct", answer.skill_pct),
-    )
-    return _present(plain) | drop | skill
+    metrics = _present(plain) | _interval("drop_answer_pct", answer.drop_pct)
+    metrics |= _interval("skill_answer_pct", answer.skill_pct)
+    for task in answer.tasks:
+        metrics |= {f"{task.measure}/{who}": mean for who, mean in task.means.items()}
+        metrics |= {f"{task.measure}/n": task.n}
+        if (found := task.recovered_pct) is not None:
+            metrics |= _present({f"recovered_pct/{task.measure}": found.estimate})
+            ends = {"low": found.low, "high": found.high}  # `/` would make a group within `ci/`
+            metrics |= _present({f"ci/recovered_{task.measure}_{end}": x for end, x in ends.items()})
+    return metrics
 
 
 def _by_token(answer: AnswerRecord) -> dict[str, dict[int, float]]:
