@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from reference.plain_study import PlainMap, PlainPair, PlainSite, bootstrap_drop, drop, hooked
+from reference.plain_study import PlainPair, PlainSite, bootstrap_drop, drop, hooked, kl
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
+from mechdiff_mlflow.experiments.answer_tasks import task_records
 from mechdiff_mlflow.models.pairs import load_pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Rank
-from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.prompts import Answers, PromptSet
 from mechdiff_mlflow.spec.sites import Hook, Site
 
 SITE, ALPHAS, END = Site(2, Hook.ATTN_OUT), (0.9, 1.2), 5
 CELL = Cell(SITE, "procrustes_scaled", "update", Rank(None), Alpha(ALPHAS))
 CLOSE = {"rtol": 1e-6, "atol": 1e-10}
+
+Made = Callable[[Tensor], Tensor]
+
+
+def raw_patch(rows: Tensor) -> Tensor:
+    """Base's activations as they are."""
+    return rows
 
 
 def study_of(spec: Path, **more: object) -> Study:
@@ -29,48 +38,49 @@ def study_of(spec: Path, **more: object) -> Study:
 
 
 class PlainAnswers:
-    """The tuned model's greedy answers, and the KL of each of their tokens under a patch."""
+    """Answers of the tuned model, and how probable it finds them; a patch of None leaves it as it is."""
 
     def __init__(self, site: PlainSite, n_tokens: int, *, each: bool) -> None:
         self.site, self.n_tokens, self.each = site, n_tokens, each
 
-    @torch.no_grad()
-    def answer(self, ids: Tensor) -> Tensor:
-        """Without a cache, one token after another, up to the end of the turn."""
+    def answer(self, ids: Tensor, made: Made | None = None) -> Tensor:
+        """Greedy, without a cache, one token after another, up to the end of the turn."""
         said: list[int] = []
         while len(said) < self.n_tokens and END not in said:
-            logits = self.site.pair.models["tuned"](torch.cat([ids, torch.tensor([said]).long()], 1)).logits
-            said.append(int(logits[0, -1].argmax()))
+            said.append(int(self.log_p(ids, torch.tensor([[*said, 0]]), made)[-1].argmax()))
         return torch.tensor([said])
 
     @torch.no_grad()
-    def steps(self, split: str, made: PlainMap | None) -> list[np.ndarray]:
-        """KL(patched ‖ clean) of each token of each answer; the raw patch without a map."""
+    def log_p(self, ids: Tensor, answer: Tensor, made: Made | None) -> Tensor:
+        """Log-probabilities [steps, vocabulary] of the tokens of an answer."""
+        whole, steps = torch.cat([ids, answer[:, :-1]], 1), answer.shape[1]
+        if made is None:
+            return self._run("tuned", whole, lambda x: None)[0][-steps:]
+        replaced = slice(ids.shape[1] - 1, None if self.each else ids.shape[1])
+        rows = made(self._run("base", whole, lambda x: None)[1][0, replaced])
+
+        def put(x: Tensor) -> Tensor:
+            x = x.clone()
+            x[0, replaced] = rows
+            return x
+
+        return self._run("tuned", whole, put)[0][-steps:]
+
+    def steps(self, split: str, made: Made) -> list[np.ndarray]:
+        """KL(patched ‖ clean) of each token of each answer."""
         found = []
         for ids in self.site.pair.ids("tuned", split):
             answer = self.answer(ids)
-            whole, steps = torch.cat([ids, answer[:, :-1]], 1), answer.shape[1]
-            replaced = slice(-steps, None) if self.each else slice(-steps, ids.shape[1])
-            clean, _ = self._run("tuned", whole, lambda x: None)
-            _, own = self._run("base", whole, lambda x: None)
-            rows = own[0, replaced] if made is None else made(own[0, replaced])
-
-            def put(x: Tensor, replaced: slice = replaced, rows: Tensor = rows) -> Tensor:
-                x = x.clone()
-                x[0, replaced] = rows
-                return x
-
-            patched, _ = self._run("tuned", whole, put)
-            found.append(((patched.exp() * (patched - clean)).sum(-1)[-steps:]).numpy())
+            found.append(kl(*(self.log_p(ids, answer, patch) for patch in (made, None))))
         return found
 
-    def _run(self, role: str, ids: Tensor, act: object) -> tuple[Tensor, Tensor]:
+    def _run(self, role: str, ids: Tensor, act: Callable[[Tensor], Tensor | None]) -> tuple[Tensor, Tensor]:
         """Log-probabilities [tokens, vocabulary] and the site's activations before `act`."""
         kept: list[Tensor] = []
 
         def both(x: Tensor) -> Tensor | None:
             kept.append(x)
-            return act(x)  # type: ignore[operator,no-any-return]
+            return act(x)
 
         model = self.site.pair.models[role]
         with hooked(model.model.layers[SITE.layer], str(SITE.hook), both):
@@ -97,7 +107,7 @@ def test_every_number_of_an_answer_is_the_reference(spec: Path, n_tokens: int, p
     }
     assert record.map.alpha == min(totals, key=lambda alpha: totals[alpha])
     made = site.fitted(None, fit.off_span).scaled(record.map.alpha)
-    raw, mapped = plain.steps("test", None), plain.steps("test", made)
+    raw, mapped = plain.steps("test", raw_patch), plain.steps("test", made)
     assert record.answer is not None
     for name, found in (("raw", raw), ("mapped", mapped)):
         sums = np.array([kl.sum() for kl in found])
@@ -148,3 +158,36 @@ def test_an_answer_cannot_be_patched_from_another_position() -> None:
         Protocol(answer_tokens=4, patch_at="answer", position="last_content")  # type: ignore[arg-type]
     with pytest.raises(MechdiffError, match="give 1 to 1024"):
         Protocol(answer_tokens=0)
+
+
+@pytest.mark.parametrize("patch_at", ["decision", "answer"])
+def test_task_measures_are_the_reference(spec: Path, patch_at: str) -> None:
+    study = study_of(spec, answer_tokens=4, patch_at=patch_at)
+    made = study.fit([replace(CELL, alpha=Alpha((1.0,)))])[0].map
+    site = PlainSite(PlainPair(spec), SITE.layer, str(SITE.hook))
+    plain = PlainAnswers(site, 4, each=patch_at == "answer")
+    own = site.fitted(None, "nearest_identity")
+    # The right answers: what tuned says, and for every other prompt what it says under the patch.
+    said = {
+        name: [plain.answer(ids, a_map) for ids in site.pair.ids("tuned", "test")]
+        for name, a_map in (("tuned", None), ("mapped", own))
+    }
+    right = [tuple(said["mapped" if i % 2 else "tuned"][i][0].tolist()) for i in range(8)]
+    prompts = study.report_prompts
+    answered = PromptSet(
+        "test",
+        tuple(replace(prompt, answer="given") for prompt in prompts.prompts),
+        Answers(tuple(right), 4, patch_at == "answer"),
+    )
+    maps = {"mapped": made, "null": made.with_alpha(0.5)}
+    records = task_records(answered, SITE, maps, study.protocol, study.computing, study.bootstrap)
+    found = {record.measure: record for record in records}
+    for name, rows in said.items():
+        exact = np.mean([tuple(row[0].tolist()) == answer for row, answer in zip(rows, right, strict=True)])
+        assert found["exact_match"].means[name] == pytest.approx(exact)
+    for name, patch in (("tuned", None), ("raw", raw_patch), ("mapped", own)):
+        sums = [
+            float(plain.log_p(ids, torch.tensor([answer]), patch)[range(len(answer)), answer].sum())
+            for ids, answer in zip(site.pair.ids("tuned", "test"), right, strict=True)
+        ]
+        assert found["answer_logprob"].means[name] == pytest.approx(np.mean(sums), rel=1e-6)
