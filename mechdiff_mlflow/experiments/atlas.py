@@ -26,6 +26,9 @@ change is ‖Y − X‖ / ‖Y‖ of tuned and base activations, None where the 
 that KL_mapped is below the KL of the best control, p_holm the same corrected over all sites tested.
 """
 
+OF_ANSWERS = ("KL_answer_raw", "KL_answer_mapped", "drop_answer_pct")
+"""More columns where whole answers were compared, by which sites are then told from noise and ranked."""
+
 
 @dataclass(frozen=True, eq=False)
 class AtlasRecord:
@@ -79,7 +82,7 @@ def atlas(
 
 def _above_floor(rows: SiteRows) -> bool:
     raw = rows.patched.get(RAW)
-    return raw is None or stats.above_floor(raw.mean_kl, rows.noise_floor)
+    return raw is None or stats.above_floor(raw.mean_answer_kl, rows.answer_floor)
 
 
 def _varies(rows: SiteRows) -> bool:
@@ -96,9 +99,11 @@ def _ranked_on_val(study: Study, fits: Mapping[Site, FitRecord], min_effect_nats
     found = ([site for site in fits if site.hook in hooks] for hooks in kinds)
     wanted = {site: {"mapped": fits[site].map} for site in next(filter(None, found), [])}
     rows = study.score(study.val_prompts, wanted)
-    raw = {site: rows[site].patched[RAW].mean_kl if RAW in rows[site].patched else None for site in wanted}
+    raw = {
+        site: rows[site].patched[RAW].mean_answer_kl if RAW in rows[site].patched else None for site in wanted
+    }
     moving = [site for site, kl in raw.items() if kl is None or 0 < kl >= min_effect_nats]
-    return sorted(moving, key=lambda site: rows[site].patched["mapped"].mean_kl / (raw[site] or 1.0))
+    return sorted(moving, key=lambda site: rows[site].patched["mapped"].mean_answer_kl / (raw[site] or 1.0))
 
 
 def _table(rows: Mapping[Site, SiteRows], patches: Mapping[Site, PatchRecord], alpha: float) -> pd.DataFrame:
@@ -121,6 +126,11 @@ def _table(rows: Mapping[Site, SiteRows], patches: Mapping[Site, PatchRecord], a
                 if interval is not None:
                     row |= {f"{key}_pct": interval.estimate}
                     row |= {f"{key}_low": interval.low, f"{key}_high": interval.high}
-        found.append([row.get(column) for column in COLUMNS])
-    table: pd.DataFrame = pd.DataFrame(found, columns=list(COLUMNS))
+            if (answer := patch.answer) is not None:
+                row |= {"KL_answer_raw": answer.kl_raw, "KL_answer_mapped": answer.kl_mapped}
+                row["drop_answer_pct"] = None if answer.drop_pct is None else answer.drop_pct.estimate
+        found.append(row)
+    of_answers = OF_ANSWERS if any("drop_answer_pct" in row for row in found) else ()
+    rows_in_order = [[row.get(column) for column in (*COLUMNS, *of_answers)] for row in found]
+    table: pd.DataFrame = pd.DataFrame(rows_in_order, columns=[*COLUMNS, *of_answers])
     return table

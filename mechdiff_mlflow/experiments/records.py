@@ -71,3 +71,8 @@ class PatchRecord:
     undefined: Mapping[str, str]  # why a number has no value, by name
     seconds: float  # time of the split's recording and patches, shared by all cells
     answer: AnswerRecord | None = None  # the same by whole answers; None where the first token is all
+
+    @property
+    def widest_drop_pct(self) -> Interval | None:
+        """The drop of all that was compared: of whole answers, or of the first token where that is all."""
+        return self.drop_pct if self.answer is None else self.answer.drop_pct

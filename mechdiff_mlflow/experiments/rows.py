@@ -46,6 +46,11 @@ class Patched:
         total: Array = np.nansum(self.steps_nats, axis=1)
         return total
 
+    @property
+    def mean_answer_kl(self) -> float:
+        """Mean KL(patched ‖ clean) of answers in nats an answer."""
+        return float(self.answer_kl_nats.mean())
+
 
 @dataclass(frozen=True, eq=False)
 class SiteRows:
@@ -66,7 +71,7 @@ class SiteRows:
     @property
     def answer_floor(self) -> float:
         """The same of the KL of answers, nats an answer."""
-        return max(float(self.patched[IDENTITY].answer_kl_nats.mean()), self.answer_noise)
+        return max(self.patched[IDENTITY].mean_answer_kl, self.answer_noise)
 
     @property
     def base(self) -> Tensor:

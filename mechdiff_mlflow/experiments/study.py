@@ -304,7 +304,7 @@ class Study:
 
 
 def _best(maps: Iterable[AffineMap], rows: SiteRows) -> AffineMap:
-    return min(maps, key=lambda map_: float(rows.patched[map_.digest].answer_kl_nats.mean()))
+    return min(maps, key=lambda map_: rows.patched[map_.digest].mean_answer_kl)
 
 
 def _best_controls(

@@ -164,6 +164,7 @@ def cells_of(
 def least_ranks(patches: Sequence[PatchRecord], targets: Sequence[float], *, seed: int) -> list[LeastRank]:
     """The least rank of each site and α of a sweep at which every drop is defined.
 
+    Drops are of whole answers where these were compared.
     `targets` are drops in percent, one for all or one per site in order; `seed` is the bootstrap's.
     """
     curves: dict[tuple[Site, float], list[PatchRecord]] = {}
@@ -173,13 +174,14 @@ def least_ranks(patches: Sequence[PatchRecord], targets: Sequence[float], *, see
     assert len(targets) in (1, len(sites)), "Targets.at gives one a site"
     least = []
     for (site, alpha), curve in curves.items():
-        if any(patch.drop_pct is None for patch in curve):
+        if any(patch.widest_drop_pct is None for patch in curve):
             continue
+        compared = "KL" if curve[0].answer is None else "KL_answer"
         width = min(curve[0].map.d_in, curve[0].map.d_out)
         found = stats.min_k(
             [patch.cell.rank.k or width for patch in curve],
-            curve[0].per_prompt["KL_raw"],
-            [patch.per_prompt["KL_mapped"] for patch in curve],
+            curve[0].per_prompt[f"{compared}_raw"],
+            [patch.per_prompt[f"{compared}_mapped"] for patch in curve],
             target_pct=targets[0] if len(targets) == 1 else targets[sites.index(site)],
             bootstrap=stats.Bootstrap(seed=seed, groups=tuple(curve[0].per_prompt.get("group", ()))),
         )

@@ -157,12 +157,13 @@ def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -
     curves: dict[str, dict[int, float]] = {}
     best: tuple[float, PatchRecord] | None = None
     for patch in patches:
-        drop = None if patch.drop_pct is None else patch.drop_pct.estimate
+        drop = None if patch.widest_drop_pct is None else patch.widest_drop_pct.estimate
         if drop is not None:
             k = patch.cell.rank.k or min(patch.map.d_in, patch.map.d_out)
             curves.setdefault(_curve(patch.cell), {})[k] = drop
             best = max(best or (drop, patch), (drop, patch), key=lambda pair: pair[0])
-    metrics = {} if best is None else {"best/drop_pct": best[0], "best/KL_mapped": best[1].kl_mapped}
+    kind = "drop_pct" if patches[0].answer is None else "drop_answer_pct"
+    metrics = {} if best is None else {f"best/{kind}": best[0], "best/KL_mapped": best[1].kl_mapped}
     metrics |= {
         f"min_k/{least.site.slug} alpha {text_of(least.alpha)}": float(least.found.k)
         for least in found
@@ -172,10 +173,10 @@ def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -
         kind="sweep",
         name="sweep",
         metrics=metrics,
-        stepped_metrics={f"drop_pct/{name}": curve for name, curve in curves.items()},
+        stepped_metrics={f"{kind}/{name}": curve for name, curve in curves.items()},
         tags={} if best is None else {"mechdiff.best": _name(best[1].cell)},
         tables={"summary.json": summary_table(patches), "least_ranks.json": least_ranks_table(found)},
-        description="drop_pct is drawn over k (step = k; full counts as the width).\n\n"
+        description=f"{kind} is drawn over k (step = k; full counts as the width).\n\n"
         + "\n".join(f"- {least}" for least in found),
     )
 
