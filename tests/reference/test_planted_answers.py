@@ -68,10 +68,10 @@ def test_a_change_of_the_first_three_tokens_stands_in_the_first_three(tmp_path: 
     assert low is not None
     # Fitted at the decision token, the map also changes later tokens that are the same in both models.
     assert (low > 0) == (patch_at == "decision")
-    by_name = {task.measure: task for task in record.answer.tasks}
-    logprob = by_name["answer_logprob"]
-    assert logprob.recovered_pct is not None, "tuned and raw differ in how probable the answer is"
-    assert logprob.means["raw"] == pytest.approx(logprob.means["base"], abs=1e-4) or patch_at == "decision"
+    (logprob,) = (task for task in record.answer.tasks if task.measure == "answer_logprob")
+    if patch_at == "answer":  # put back wherever they differ, base's activations make tuned base
+        assert logprob.means["raw"] == pytest.approx(logprob.means["base"], abs=1e-4)
+    assert logprob.means["raw"] != pytest.approx(logprob.means["tuned"], abs=1e-4)
 
 
 def test_a_change_of_late_tokens_is_nothing_to_the_first_and_something_to_the_answer(tmp_path: Path) -> None:
