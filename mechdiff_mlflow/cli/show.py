@@ -119,7 +119,7 @@ def patches(records: Sequence[PatchRecord], pair: str) -> None:
         controls = sorted(first.controls.items(), key=lambda item: item[1])
         lines(["Controls (mean KL): " + ", ".join(f"{name} {_number(kl)}" for name, kl in controls)])
         p_values = {
-            "than raw": first.p_sign_flip,
+            "than raw": first.p_raw,
             f"than {first.null}": first.p_null,
             "than maps of shuffled pairs": first.p_permutation,
         }

@@ -150,7 +150,7 @@ def _closeness(
     for name, found in apart.items():
         kl = found.kl_patched_clean.numpy()
         closeness[name] = Closeness(
-            kl=stats.kl_difference(kl, 0 * kl, bootstrap=bootstrap),
+            kl=stats.mean(kl, bootstrap=bootstrap),
             closer_pct=stats.drop_pct(kl_base, kl, bootstrap=bootstrap),
             top1=float(found.top1_agrees.mean()),
         )

@@ -56,7 +56,7 @@ def layer_profile(study: Study) -> pd.DataFrame:
     ]
     for name, found in swapped.items():
         kls: list[Array] = list(found["KL"].numpy().T)
-        means = [stats.kl_difference(kl, 0 * kl, bootstrap=study.bootstrap) for kl in kls]
+        means = [stats.mean(kl, bootstrap=study.bootstrap) for kl in kls]
         columns[f"KL_{name}"] = [mean.estimate for mean in means]
         columns[f"KL_{name}_low"] = [mean.low for mean in means]
         columns[f"KL_{name}_high"] = [mean.high for mean in means]

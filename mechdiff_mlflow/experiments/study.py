@@ -135,9 +135,8 @@ class Study:
             for one in (map_, *chain(*controls.values()))
         ]
         report = self._score(self.protocol.split, wanted)
-        seed, groups = self.protocol.seed, self.report_prompts.groups
         p_null = [
-            p_against_null(report[cell.site], map_, controls[null], seed, groups)
+            p_against_null(report[cell.site], map_, controls[null], self.bootstrap)
             for (cell, map_), (controls, null) in zip(fits, chosen, strict=True)
         ]
         # Whoever looks at many sees the luckiest (Holm 1979, A simple sequentially rejective procedure).
