@@ -26,7 +26,7 @@ from mechdiff_mlflow.experiments.adapting import AdapterRecord
 from mechdiff_mlflow.experiments.progress import Advance, Stage
 from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.maps import selection
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, leak_lines
 from mechdiff_mlflow.report.document import Document, Grid

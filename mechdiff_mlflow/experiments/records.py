@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from mechdiff_mlflow.maps.affine import AffineMap
-from mechdiff_mlflow.measures.stats import Correlation, Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
+from mechdiff_mlflow.measures.stats import Correlation
 from mechdiff_mlflow.spec.pair_spec import Cell
 
 

@@ -29,6 +29,7 @@ from mechdiff_mlflow.experiments.workers import LocalWorkers, Workers
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.measures.bootstrap import Bootstrap
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -72,10 +73,10 @@ class Study:
         return sets[:2] if self.protocol.split == "val" else sets
 
     @property
-    def bootstrap(self) -> stats.Bootstrap:
+    def bootstrap(self) -> Bootstrap:
         """The bootstrap of intervals over the reported prompts."""
         groups = self.report_prompts.groups
-        return stats.Bootstrap(self.protocol.n_resamples, seed=self.protocol.seed, groups=groups)
+        return Bootstrap(self.protocol.n_resamples, seed=self.protocol.seed, groups=groups)
 
     def fit(self, cells: Sequence[Cell]) -> list[FitRecord]:
         """Fit every cell on train and let val choose what is open (α, the off-span rule).

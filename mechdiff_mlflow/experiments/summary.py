@@ -14,6 +14,7 @@ from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, SiteRows
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures import similarity, stats
+from mechdiff_mlflow.measures.bootstrap import Bootstrap
 from mechdiff_mlflow.spec.pair_spec import Cell
 from mechdiff_mlflow.spec.prompts import PromptSet
 
@@ -45,7 +46,7 @@ def summarise(
     null: str,
     prompts: PromptSet,
     leak: tuple[str, ...] | None,
-    bootstrap: stats.Bootstrap,
+    bootstrap: Bootstrap,
     seconds: float,
     p_null: float | None,
     p_holm: float | None,
@@ -114,7 +115,7 @@ def summarise(
 
 
 def p_against_null(
-    rows: SiteRows, map_: AffineMap, null: Sequence[AffineMap], bootstrap: stats.Bootstrap
+    rows: SiteRows, map_: AffineMap, null: Sequence[AffineMap], bootstrap: Bootstrap
 ) -> float | None:
     """One-sided p-value that a map does better than its null; None where that would be told from noise."""
     best, mapped = rows.kl(null), rows.kl([map_])
@@ -124,7 +125,7 @@ def p_against_null(
 
 
 def _correlation(
-    cosines: NDArray[np.float64], gain: NDArray[np.float64], bootstrap: stats.Bootstrap
+    cosines: NDArray[np.float64], gain: NDArray[np.float64], bootstrap: Bootstrap
 ) -> stats.Correlation | None:
     """Over the prompts whose cosine is defined; None when they are too few or one of the two is constant."""
     defined = ~np.isnan(cosines)

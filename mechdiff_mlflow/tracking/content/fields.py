@@ -13,7 +13,8 @@ from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.sweep import LeastRank
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap
-from mechdiff_mlflow.measures.stats import Correlation, Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
+from mechdiff_mlflow.measures.stats import Correlation
 from mechdiff_mlflow.solvers import SETTINGS
 from mechdiff_mlflow.spec.pair_spec import Cell, PairSpec
 from mechdiff_mlflow.spec.prompts import PromptSet
