@@ -1,6 +1,6 @@
 """How often 95 % intervals of a drop cover, and how often a test at 5 % errs: ours against the usual ones.
 
-python -m benchmarks.coverage --out docs/is-my-number-real.md
+Run `python -m benchmarks.coverage --out docs/is-my-number-real.md`.
 """
 
 from __future__ import annotations
