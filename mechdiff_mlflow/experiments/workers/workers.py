@@ -46,12 +46,17 @@ class ComputeEnvironment:
     one_at_a_time: bool  # whether only the model in use is in memory
 
 
+def hardware_of(pair: Pair) -> str:
+    """The device that a pair's models are on, and the version of torch."""
+    name = torch.cuda.get_device_name(pair.device) if pair.device.startswith("cuda") else pair.device
+    return f"{name}, torch {torch.__version__}"
+
+
 def compute_environment(pair: Pair) -> ComputeEnvironment:
     """The environment that computes the numbers of a loaded pair."""
     with pair.tuned.engine() as engine:
         mode = str(engine.mode)
-    name = torch.cuda.get_device_name(pair.device) if pair.device.startswith("cuda") else pair.device
-    return ComputeEnvironment(mode, f"{name}, torch {torch.__version__}", pair.one_at_a_time)
+    return ComputeEnvironment(mode, hardware_of(pair), pair.one_at_a_time)
 
 
 def model_sizes(pair: Pair) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -124,13 +129,18 @@ class Workers(ABC):
         return at_sites(self.whole(Capture(prompts, position, role, sites)), sites)
 
     def score(
-        self, prompts: PromptSet, position: Position, replacements: Replacements, stage: Stage = silent
+        self,
+        prompts: PromptSet,
+        position: Position,
+        replacements: Replacements,
+        stage: Stage = silent,
+        plain: bool = True,
     ) -> dict[Site, SiteRows]:
-        """Patch the tuned model with every map of every site; identity and raw rows come with each site.
+        """Patch the tuned model with every map of every site, and with the identity and raw if `plain`.
 
         Where base and tuned differ in width there is no raw row.
         """
-        task = Score(prompts, position, replacements)
+        task = Score(prompts, position, replacements, plain)
         return task.site_rows(self.whole(task, stage, f"patching tuned on {prompts.split}"))
 
     def clean_noise(self, role: str, prompts: PromptSet, position: Position) -> float:
