@@ -13,9 +13,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import huggingface_hub
 import torch
@@ -305,6 +306,18 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         log.set_verbosity(level)
         log.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def gguf_parsed_once(spec: PairSpec) -> Iterator[None]:
+    """Keeps a parsed GGUF file, which transformers parses for tokenizer, configuration and weights anew."""
+    is_gguf = any(str(model).endswith(GGUF) for model in (spec.base.model, spec.tuned.model))
+    if not is_gguf or importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    gguf = importlib.import_module("gguf")
+    with mock.patch.object(gguf, "GGUFReader", lru_cache(maxsize=2)(gguf.GGUFReader)):
+        yield
 
 
 def commit_of(repository: str, revision: str | None, file: str) -> str:
