@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import pandas as pd
 
@@ -15,8 +14,6 @@ from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
 from mechdiff_mlflow.spec.sites import SUBLAYERS, Hook, Site
-
-_R = TypeVar("_R", FitRecord, PatchRecord)
 
 COLUMNS = (
     "site", "layer", "hook", "alpha", "change", "KL_raw", "KL_mapped", "drop_pct", "drop_low", "drop_high",
@@ -34,8 +31,8 @@ class AtlasRecord:
     """The results at every site."""
 
     table: pd.DataFrame  # `COLUMNS`; None where a number has no value
-    fits: Mapping[Site, FitRecord]  # of the sites above the floor
-    patches: Mapping[Site, PatchRecord]  # of the same sites
+    fits: Mapping[Site, FitRecord]  # of the sites above the floor, a place with two names once
+    patches: Mapping[Site, PatchRecord]  # of the same sites, by both names
     best: Sequence[Site]  # by drop on val, best first; empty unless asked for
 
 
@@ -78,10 +75,9 @@ def atlas(
         map_ = selection.recorded(fits[site].map, one_of)
         leak = selection.leaks(map_, study.report_prompts, but=selection.CELL)
         fits[site], patches[site] = replace(fits[site], map=map_), replace(patches[site], map=map_, leak=leak)
-    fits = {site: _named(fits[at], site) for site, at in measured.items() if at in fits}
     patches = {site: _named(patches[at], site) for site, at in measured.items() if at in patches}
-    rows = {site: rows[at] for site, at in measured.items()}
-    return AtlasRecord(_table(rows, patches, alpha), fits, patches, ranked)
+    table = _table({site: rows[at] for site, at in measured.items()}, patches, alpha)
+    return AtlasRecord(table, fits, patches, ranked)
 
 
 def _measured(study: Study, sites: Sequence[Site]) -> dict[Site, Site]:
@@ -95,13 +91,9 @@ def _measured(study: Study, sites: Sequence[Site]) -> dict[Site, Site]:
     return {site: before.get(site, site) for site in sites}
 
 
-def _named(record: _R, site: Site) -> _R:
+def _named(patch: PatchRecord, site: Site) -> PatchRecord:
     """The record of a place under the name `site`."""
-    if record.cell.site == site:
-        return record
-    asked = {"asked": replace(record.asked, site=site)} if isinstance(record, FitRecord) else {}
-    cell, map_ = replace(record.cell, site=site), record.map.with_meta(site=str(site))
-    return replace(record, cell=cell, map=map_, **asked)
+    return replace(patch, cell=replace(patch.cell, site=site), map=patch.map.with_meta(site=str(site)))
 
 
 def _above_floor(rows: SiteRows) -> bool:

@@ -33,7 +33,7 @@ def test_every_family_is_plumbed_right(family: Family) -> None:
     few = check_plumbing(engine, PROMPTS, thorough=False)
     assert [check.name for check in few] == NAMES
     assert all(check.passed for check in few), few
-    assert engine.n_forwards - before <= 10
+    assert engine.n_forwards - before <= before // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
