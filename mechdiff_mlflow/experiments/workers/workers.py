@@ -46,17 +46,12 @@ class ComputeEnvironment:
     one_at_a_time: bool  # whether only the model in use is in memory
 
 
-def hardware_of(pair: Pair) -> str:
-    """The device that a pair's models are on, and the version of torch."""
-    name = torch.cuda.get_device_name(pair.device) if pair.device.startswith("cuda") else pair.device
-    return f"{name}, torch {torch.__version__}"
-
-
 def compute_environment(pair: Pair) -> ComputeEnvironment:
     """The environment that computes the numbers of a loaded pair."""
     with pair.tuned.engine() as engine:
         mode = str(engine.mode)
-    return ComputeEnvironment(mode, hardware_of(pair), pair.one_at_a_time)
+    name = torch.cuda.get_device_name(pair.device) if pair.device.startswith("cuda") else pair.device
+    return ComputeEnvironment(mode, f"{name}, torch {torch.__version__}", pair.one_at_a_time)
 
 
 def model_sizes(pair: Pair) -> tuple[tuple[int, int], tuple[int, int]]:

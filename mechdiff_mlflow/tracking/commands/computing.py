@@ -17,17 +17,13 @@ from mechdiff_mlflow.experiments.preflight import require_sound
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.requests import ExperimentRequest
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers, Workers
-from mechdiff_mlflow.experiments.workers.workers import hardware_of
+from mechdiff_mlflow.experiments.workers.workers import compute_environment
 from mechdiff_mlflow.models.pairs import Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.version import source_sha256
 from mechdiff_mlflow.tracking.runs.provenance import code_version
-from mechdiff_mlflow.tracking.store.user_cache import (
-    STAGING_VARIABLE,
-    cache_root,
-    forget_old_staging,
-    write,
-)
+from mechdiff_mlflow.tracking.store import user_cache
+from mechdiff_mlflow.tracking.store.user_cache import STAGING_VARIABLE, forget_old_staging
 
 Check = Callable[[Pair], None]
 
@@ -84,11 +80,12 @@ def _computing(
 
 def _require_sound_once(pair: Pair, version: str) -> None:
     """`require_sound`, unless this version passed it on the same pair, bounds and hardware before."""
-    same = [version, transformers.__version__, hardware_of(pair), pair.fingerprint, str(pair.options)]
-    passed = cache_root() / "sound" / hashlib.sha256("\0".join(same).encode()).hexdigest()
+    where = str(compute_environment(pair))
+    same = [version, transformers.__version__, where, pair.fingerprint, str(pair.options)]
+    passed = user_cache.cache_root() / "sound" / hashlib.sha256("\0".join(same).encode()).hexdigest()
     if not os.path.exists(passed):
         require_sound(pair)
-        write(passed, b"")
+        user_cache.write(passed, b"")
 
 
 def load_as_asked(
