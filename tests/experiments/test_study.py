@@ -19,6 +19,7 @@ from mechdiff_mlflow.experiments.fitting import SHUFFLED
 from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
 from mechdiff_mlflow.experiments.rows import capture
 from mechdiff_mlflow.experiments.workers import LocalWorkers
+from mechdiff_mlflow.maps.affine import identity_map
 from mechdiff_mlflow.measures import similarity, stats
 from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Alpha, Cell, PairSpec, Position, Rank
@@ -224,6 +225,38 @@ def test_an_atlas_records_each_model_once_a_split(pair: Pair, position: Position
     assert len(found.best) == best
     once = N_TRAIN + N_VAL + N_TEST
     assert forwards(pair) == {"base": once, "tuned": once}
+
+
+def test_an_atlas_runs_no_patch_twice(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither at a place with two names, nor the raw and the identity patch again, nor x itself as a map."""
+    asked: list[tuple[str, Site, str]] = []
+    score = LocalWorkers.score
+
+    def counted(self: Any, prompts: Any, position: Any, replacements: Any, *more: Any) -> Any:
+        found = score(self, prompts, position, replacements, *more)
+        for site, rows in found.items():
+            name = f"L{site.layer - 1}/resid_post" if site.hook is Hook.RESID_PRE else str(site)
+            asked.extend((prompts.split, name, label) for label in rows.patched)
+            assert len(rows.patched) == len(replacements[site]) + 2 * (more[1:] != (False,))
+        return found
+
+    monkeypatch.setattr(LocalWorkers, "score", counted)
+    found = atlas_of(pair)
+    assert len(set(asked)) == len(asked)
+    on_test = [label for split, _, label in asked if split == "test"]
+    assert {"raw", "identity"} <= set(on_test)
+    x_itself = identity_map(16).digest
+    assert x_itself not in on_test
+    twins = [Site(3, Hook.RESID_PRE), Site(2, Hook.RESID_POST)]
+    entered, left = (found.patches[site] for site in twins)
+    assert entered.per_prompt is left.per_prompt
+    assert [entered.map.meta["site"], left.map.meta["site"]] == list(map(str, twins))
+    assert [patch.cell.site for patch in found.patches.values()] == list(found.patches)
+    assert left.controls["alpha_only"] == left.kl_raw
+    monkeypatch.setattr(Study, "engine_mode", "naive")
+    both = atlas_of(pair).table
+    same = [column for column in both.columns if column != "p_holm"]
+    pd.testing.assert_frame_equal(both[same], found.table[same], rtol=1e-4, atol=1e-7)
 
 
 def test_an_atlas_reported_on_val_records_it_once(pair: Pair) -> None:
