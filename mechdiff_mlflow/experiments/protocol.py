@@ -33,7 +33,7 @@ class Protocol(Settings):
     answer_tokens: int = 1  # T: tokens of each answer that are compared; 1 is the first alone
     patch_at: str = "decision"  # `answer` also replaces every token of the answer that another one follows
     permutations: int = 0  # how often the fit is repeated on shuffled pairs, its choices inside; 0 is never
-    seed: int = 0  # random seed: bootstrap, sign flips, shuffles, sampled gradients, random controls
+    seed: int = 0  # random seed: bootstrap, shuffles, sampled gradients, random controls
     n_resamples: int = 2000  # of the bootstrap
 
     def __post_init__(self) -> None:

@@ -125,15 +125,18 @@ class Capture(Task):
 class Score(Task):
     """Patches of the tuned model with maps: for each site `base/…` and `tuned/…` rows and `patched/…`.
 
-    The latter is [n, v, 4] in float64: v are the identity, raw where the widths agree, then the maps; 4 are
-    the first fields of `Patched`. With answers of up to T tokens the KL after each follows, [n, v, 4 + T].
+    The latter is [n, v, 4] in float64: v are the maps, after the identity, and raw where the widths agree, if
+    these are asked for (`plain`); 4 are the first fields of `Patched`. With answers of up to T tokens the KL
+    after each follows, [n, v, 4 + T].
     """
 
     replacements: Replacements
+    plain: bool = True
 
     def _settings(self) -> list[str]:
         """Maps are told apart by what they compute, whatever they are called."""
-        return [f"{site} {map_.digest}" for site, maps in self.replacements.items() for map_ in maps.values()]
+        maps = [f"{site} {one.digest}" for site, of in self.replacements.items() for one in of.values()]
+        return [f"plain={self.plain}", *maps]
 
     def run(self, pair: Pair) -> Tensors:
         """Patch with every map of every site, from one recording of each model."""
@@ -143,8 +146,10 @@ class Score(Task):
         groups: list[VariantGroup] = []
         with patchable(pair, "tuned", self.prompts, self.position, sites) as (engine, recorded):
             for site, maps in self.replacements.items():
-                groups.append(VariantGroup.identity(site))
-                groups += variants_of(site, base, list(maps.values()), engine.width, n_replaced)
+                groups += [VariantGroup.identity(site)] if self.plain else []
+                groups += variants_of(
+                    site, base, list(maps.values()), engine.width, n_replaced, raw=self.plain
+                )
             result = engine.score(recorded, groups)
         patched: dict[Site, list[Tensor]] = {site: [] for site in sites}
         for group, found in zip(groups, result.divergences, strict=True):
@@ -163,7 +168,7 @@ class Score(Task):
         result = {}
         for site, maps in self.replacements.items():
             patched = found[f"patched/{site}"]
-            names = [IDENTITY, *([RAW] if patched.shape[1] == len(maps) + 2 else []), *maps]
+            names = [*(IDENTITY, RAW)[: patched.shape[1] - len(maps)], *maps]
             by_name = {
                 name: Patched(
                     *(column.contiguous().numpy() for column in one[:, :4].unbind(-1)),
@@ -298,11 +303,11 @@ def variants_of(
     width: int,
     n_replaced: int,
     *,
-    raw: bool = True,
+    raw: bool,
 ) -> list[VariantGroup]:
-    """Raw and mapped replacements, made chunk by chunk: all of them at once would be n · v · d numbers.
+    """Mapped replacements, and before them `raw` ones where the widths agree.
 
-    The raw one comes first, where it is asked for and the widths agree.
+    They are made chunk by chunk: all of them at once would be n · v · d numbers.
     """
     d_base = base[site].shape[1] // n_replaced
     raw = raw and d_base == width
