@@ -185,13 +185,13 @@ class PatchEngine:
                 logits: dict[int, Tensor] = {}
                 for chunk in in_chunks(prompts, size, self.forward.device):
                     rows = self.forward.record(chunk, []).logits
-                    logits.update(zip(chunk.index.tolist(), rows.split(chunk.steps), strict=True))
+                    logits.update(zip(chunk.index.tolist(), torch.split(rows, chunk.steps), strict=True))
                 runs.append(torch.cat([logits[i] for i in range(len(prompts))]))
         self.forward.n_prompts = counted
         apart = next_token_divergences(*runs).kl_patched_clean
         by_step = torch.stack([apart, rounding_kl(runs[1])], 1)
         steps = [prompts.n_steps(i) for i in range(len(prompts))]
-        return torch.stack([of_prompt.sum(0) for of_prompt in by_step.split(steps)])
+        return torch.stack([of_prompt.sum(0) for of_prompt in torch.split(by_step, steps)])
 
     def score_gradients(
         self, prompts: TokenizedPrompts, sites: Sequence[Site], *, seed: int = 0

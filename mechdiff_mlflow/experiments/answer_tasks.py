@@ -13,7 +13,7 @@ from mechdiff_mlflow.experiments.workers import Workers
 from mechdiff_mlflow.experiments.workers.answering import Forced, Greedy
 from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 from mechdiff_mlflow.measures import stats
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.measures.bootstrap import Bootstrap, Interval
 from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Position, Site
 
@@ -38,7 +38,7 @@ def task_records(
     patches: Mapping[str, AffineMap],
     protocol: Protocol,
     workers: Workers,
-    bootstrap: stats.Bootstrap,
+    bootstrap: Bootstrap,
 ) -> list[TaskRecord]:
     """Every measure of the prompts that have an answer; empty if fewer than two have.
 

@@ -15,7 +15,7 @@ from mechdiff_mlflow.experiments.workers import Workers
 from mechdiff_mlflow.experiments.workers.answering import Greedy
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures import stats
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.measures.bootstrap import Bootstrap, Interval
 from mechdiff_mlflow.spec.prompts import Answers, PromptSet
 
 
@@ -63,7 +63,7 @@ def answer_record(
     null: Sequence[AffineMap],
     rows: SiteRows,
     protocol: Protocol,
-    bootstrap: stats.Bootstrap,
+    bootstrap: Bootstrap,
     tasks: Sequence[TaskRecord],
 ) -> AnswerRecord:
     """One map on one split, from the site's patched rows by the digests of maps; `null` are its null's."""
@@ -111,7 +111,7 @@ def _steps(rows: SiteRows, labels: Sequence[str]) -> Array:
     return mean
 
 
-def _curve(steps: Mapping[str, Array], bootstrap: stats.Bootstrap) -> pd.DataFrame:
+def _curve(steps: Mapping[str, Array], bootstrap: Bootstrap) -> pd.DataFrame:
     """The table `CURVE`, up to the longest answer."""
     rows = []
     reached = ~np.isnan(steps["mapped"])
@@ -121,8 +121,7 @@ def _curve(steps: Mapping[str, Array], bootstrap: stats.Bootstrap) -> pd.DataFra
         for name, kl in steps.items():
             row[f"KL_{name}"] = float(kl[some, t].mean())
             if row["n"] != 1:  # one prompt has no interval
-                values = kl[some, t]
-                band = stats.kl_difference(values, 0 * values, bootstrap=bootstrap.of(some))
+                band = stats.mean(kl[some, t], bootstrap=bootstrap.of(some))
                 row |= {f"KL_{name}_low": band.low, f"KL_{name}_high": band.high}
         rows.append(row)
     table: pd.DataFrame = pd.DataFrame(rows).reindex(columns=list(CURVE))

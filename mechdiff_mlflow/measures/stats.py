@@ -92,14 +92,12 @@ def recovered_pct(
     Undefined where the interval of tuned − raw holds 0: then there is nothing to recover.
     """
     of_raw, of_mapped, of_tuned = _paired(raw=raw, mapped=mapped, tuned=tuned)
-    gains, gaps = bootstrap.means(of_mapped - of_raw, of_tuned - of_raw)
-    gap = bootstrap.interval(float((of_tuned - of_raw).mean()), gaps)
-    if gap.estimate is None or gap.low is None or gap.high is None or gap.low <= 0 <= gap.high:
+    gain, gap = of_mapped - of_raw, of_tuned - of_raw
+    whole = mean(gap, bootstrap=bootstrap)
+    if whole.low is None or whole.high is None or whole.low <= 0 <= whole.high:
         return Interval(None, None, None, bootstrap.level)
-    estimate = 100 * float((of_mapped - of_raw).mean()) / gap.estimate
-    with np.errstate(divide="ignore", invalid="ignore"):
-        resampled = np.where(gaps == 0, np.nan, 100 * gains / gaps)
-    return bootstrap.interval(estimate, resampled)
+    sign = 1.0 if whole.low > 0 else -1.0
+    return bootstrap.ratio(sign * gain, sign * gap).scaled(100).interval(bootstrap.level)
 
 
 def kl_difference(kl_raw: ArrayLike, kl_mapped: ArrayLike, *, bootstrap: Bootstrap = Bootstrap()) -> Interval:

@@ -87,7 +87,8 @@ def answer_tokens(
     Raises:
         MechdiffError: An answer's first token also holds the end of its prompt.
     """
-    end, answers = _end_of_turn(tokenizer, chat), []
+    end = _end_of_turn(tokenizer, chat)
+    answers: list[list[int]] = []
     for number, prompt in enumerate(prompts.prompts, 1):
         if prompt.answer is None:
             answers.append([])

@@ -113,7 +113,7 @@ class _Ascent:
 
     def _by_token(self, x: Tensor) -> Tensor:
         """From activations as they are recorded, [..., R * width], to those of each token."""
-        return x.unflatten(-1, (self._replaced, -1))
+        return x.reshape(*x.shape[:-1], self._replaced, -1)
 
     def _add(self, rows: Tensor, columns: Sequence[int], residual: Tensor) -> None:
         """Rows [v, b, R, width] join the others, each before its own copy of the suffix after it."""

@@ -65,7 +65,7 @@ def moved(span: Tensor, value: Tensor, clean: Tensor) -> Tensor:
     changes that give the span a certain mean that is the smallest, and tokens keep their differences.
     """
     if value.shape[-1] == span.shape[-2] * span.shape[-1]:
-        return value.to(span.device).unflatten(-1, span.shape[-2:])
+        return value.to(span.device).reshape(*value.shape[:-1], *span.shape[-2:])
     return span + (value - clean).to(span.device).unsqueeze(-2)
 
 
@@ -179,7 +179,7 @@ class ScoreBoard:
                     f"{name} at {site} makes the logits of prompt {prompt} NaN or infinite; load the "
                     "model in bfloat16 or float32, or look at the map that made the replacement."
                 )
-            getattr(self._scores, field.name)[index, :steps] = values.unflatten(0, (-1, steps))
+            getattr(self._scores, field.name)[index, :steps] = values.view(len(index), steps, -1)
 
     def result(self, clean: Mapping[Site, Tensor]) -> ScoreResult:
         """Everything, group by group."""

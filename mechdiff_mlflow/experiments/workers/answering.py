@@ -141,5 +141,5 @@ def _places(chunk: Chunk, some: Rows) -> tuple[Tensor, Tensor]:
 
 def _log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Log-probabilities [r, w] of tokens [r, w] under logits [r, vocabulary], float64 on the CPU."""
-    total = torch.cat([part.double().logsumexp(-1) for part in logits.split(_AT_ONCE)])
+    total = torch.cat([part.double().logsumexp(-1) for part in torch.split(logits, _AT_ONCE)])
     return (logits.gather(1, tokens.to(logits.device)).double() - total.unsqueeze(1)).cpu()

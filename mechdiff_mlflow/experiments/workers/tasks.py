@@ -172,7 +172,9 @@ class Score(Task):
             by_name = {
                 name: Patched(
                     *(column.contiguous().numpy() for column in one[:, :4].unbind(-1)),
-                    (one[:, :1] if self.prompts.answers is None else one[:, 4:]).contiguous().numpy(),
+                    steps_nats=(one[:, :1] if self.prompts.answers is None else one[:, 4:])
+                    .contiguous()
+                    .numpy(),
                 )
                 for name, one in zip(names, patched.unbind(1), strict=True)
             }

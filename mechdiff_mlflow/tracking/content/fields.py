@@ -121,8 +121,8 @@ def cell_run(fit: FitRecord, patch: PatchRecord, study: Study) -> RunRecord:
 
 def headline(patch: PatchRecord) -> RunRecord:
     """What a parent of one patch shows, so that parents compare without being unfolded."""
-    shown = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor")
-    shown += ("KL_answer_raw", "KL_answer_mapped", "drop_answer_pct", "skill_answer_pct")
+    shown = ["KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor"]
+    shown += ["KL_answer_raw", "KL_answer_mapped", "drop_answer_pct", "skill_answer_pct"]
     metrics = patch_metrics(patch)
     return RunRecord(
         kind="run",
