@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,15 +170,7 @@ class Score(Task):
         for site, maps in self.replacements.items():
             patched = found[f"patched/{site}"]
             names = [*(IDENTITY, RAW)[: patched.shape[1] - len(maps)], *maps]
-            by_name = {
-                name: Patched(
-                    *(column.contiguous().numpy() for column in one[:, :4].unbind(-1)),
-                    steps_nats=(one[:, :1] if self.prompts.answers is None else one[:, 4:])
-                    .contiguous()
-                    .numpy(),
-                )
-                for name, one in zip(names, patched.unbind(1), strict=True)
-            }
+            by_name = {name: _patched(one) for name, one in zip(names, patched.unbind(1), strict=True)}
             result[site] = SiteRows(site, base, tuned, by_name)
         return result
 
@@ -296,6 +289,12 @@ def _numbers(found: Divergences, n_tokens: int) -> Tensor:
         return first
     after_end = (0, n_tokens - by_step[0].shape[-1])
     return torch.cat([first, torch.nn.functional.pad(by_step[0], after_end, value=torch.nan)], -1)
+
+
+def _patched(numbers: Tensor) -> Patched:
+    """What one replacement did, from its columns of `Score`, [n, 4 or 4 + T]."""
+    kl, reverse, top1, delta, *steps = (column.contiguous().numpy() for column in numbers.unbind(-1))
+    return Patched(kl, reverse, top1, delta, steps_nats=np.stack(steps or [kl], 1))
 
 
 def variants_of(
