@@ -15,6 +15,7 @@ import pandas as pd
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.fitting import Fitter
+from mechdiff_mlflow.experiments.next_tokens import NextTokens
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
@@ -151,7 +152,7 @@ class Study:
                 rows,
                 controls=chosen[i][0],
                 null=chosen[i][1],
-                prompts=self.report_prompts,
+                next_tokens=self._next_tokens,
                 # Of the cells reported here none has been taken yet.
                 leak=selection.leaks(map_, self.report_prompts, but=selection.CELL if mine else None),
                 bootstrap=self.bootstrap,
@@ -184,6 +185,10 @@ class Study:
     def noise(self) -> float:
         """Distance between clean runs of the reported prompts, nats; measured after a patch, once."""
         return self.computing.clean_noise("tuned", self.report_prompts, self.protocol.position)
+
+    @cached_property
+    def _next_tokens(self) -> NextTokens:
+        return NextTokens(self.pair, self.report_prompts)
 
     @cached_property
     def _fitter(self) -> Fitter:
