@@ -12,7 +12,7 @@ from mechdiff_mlflow.experiments.sweep import rank_text
 from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.report.evidence import Measured
 from mechdiff_mlflow.spec.pair_spec import Alpha
-from mechdiff_mlflow.text import text_of
+from mechdiff_mlflow.text import markdown, text_of
 
 SMALL_N = 100
 """Prompts below which percentile intervals are called too narrow."""
@@ -24,6 +24,9 @@ WHERE = {
     "resid_post": "what leaves decoder block {layer}",
 }
 """Meaning of each hook."""
+
+
+_VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 
 
 def negligible(patch: Measured, min_effect_nats: float) -> bool:
@@ -42,6 +45,11 @@ def percent(interval: Interval | None, form: str = ".1f") -> str:
         return "n/a"
     bounds = "" if interval.low is None else f" [{interval.low:{form}}, {interval.high:{form}}]"
     return f"{interval.estimate:{form}}{bounds}"
+
+
+def token(text: object) -> str:
+    """A token between backticks of Markdown, its whitespace visible."""
+    return markdown(str(text).translate(_VISIBLE), 40) or "∅"
 
 
 def _ends(interval: Interval) -> str:

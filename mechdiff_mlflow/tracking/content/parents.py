@@ -52,6 +52,7 @@ def atlas_run(
             curves.setdefault(f"{key}/{row['hook']}", {})[int(row["layer"])] = float(row[key])
     metrics = {"n_sites": float(len(table)), "n_above_floor": float(table["above_floor"].sum())}
     metrics |= {"n_with_effect": float(len(found))}
+    metrics |= fields.accuracies(*list(record.patches.values())[:1], of=("base", "tuned"))
     for key in ("drop_pct", "skill_pct"):  # of places with an effect: 99 % of nothing is not the best
         if found[key].notna().any():
             metrics[f"best/{key}"] = float(found[key].max())
