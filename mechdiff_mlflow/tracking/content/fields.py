@@ -303,6 +303,11 @@ def _datasets(study: Study, *sets: PromptSet) -> tuple[records.Dataset, ...]:
             split=prompts.split,
             digest=prompts.digest,
             n=len(prompts),
+            columns=tuple(
+                name
+                for name in ("text", "group", "answer")
+                if name == "text" or any(getattr(prompt, name) is not None for prompt in prompts.prompts)
+            ),
             source=spec.prompt_source(prompts.split),
         )
         for prompts in sets

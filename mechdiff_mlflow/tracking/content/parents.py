@@ -43,13 +43,19 @@ def report_pass_run(patches: Sequence[PatchRecord]) -> RunRecord:
 def atlas_run(
     record: AtlasRecord, sentence: str, files: Mapping[str, Path], min_effect_nats: float
 ) -> RunRecord:
-    """An atlas's table, figures by artifact path, and each hook's curves over layers (step = layer)."""
+    """An atlas's table, figures by artifact path, and each hook's curves over layers (step = layer).
+
+    MLflow's tables show the last value of a curve: one step after the last layer stand the numbers of the
+    hook's site with the largest KL_raw.
+    """
     table = record.table
     _, found = effects(table, min_effect_nats)
     curves: dict[str, dict[int, float]] = {}
+    most = table.assign(step=table["layer"].max() + 1).sort_values("KL_raw").groupby("hook").tail(1)
+    steps = pd.concat([table.assign(step=table["layer"]), most])
     for key in ("KL_raw", "drop_pct", "skill_pct", "rho"):
-        for row in table.dropna(subset=[key]).to_dict("records"):
-            curves.setdefault(f"{key}/{row['hook']}", {})[int(row["layer"])] = float(row[key])
+        for hook, rows in steps.groupby("hook"):
+            curves[f"{key}/{hook}"] = _curve(rows, "step", key)
     metrics = {"n_sites": float(len(table)), "n_above_floor": float(table["above_floor"].sum())}
     metrics |= {"n_with_effect": float(len(found))}
     metrics |= fields.accuracies(*list(record.patches.values())[:1], of=("base", "tuned"))
@@ -63,9 +69,15 @@ def atlas_run(
         stepped_metrics=curves,
         tables={"atlas.json": table},
         files=files,
-        description="\n\n".join(sentence.splitlines())
-        + "\n\nHeatmaps: `figures.html` under Artifacts. One run below for each site above the noise floor; "
-        "only promoted sites keep their map, others refit with `mechdiff run`.",
+        description="\n\n".join(
+            [
+                *sentence.splitlines(),
+                f"Curves are over layers; step {table['layer'].max() + 1} repeats the one with the largest "
+                "KL_raw, whose values tables show.",
+                "Heatmaps: `figures.html` under Artifacts. One run below for each site above the noise floor; "
+                "only promoted sites keep their map, others refit with `mechdiff run`.",
+            ]
+        ),
     )
 
 

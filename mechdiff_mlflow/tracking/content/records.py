@@ -43,6 +43,7 @@ class Dataset:
     split: str  # `train`, `val` or `test`; MLflow's dataset context
     digest: str  # at most 36 characters that change when any prompt changes
     n: int  # number of prompts
+    columns: tuple[str, ...] = ("text",)  # what is known of each
     source: str = ""  # the path that it was read from
 
 

@@ -81,7 +81,7 @@ def _state(kind: str) -> dict[str, Any]:
     section = {"uuid": _SECTION, "name": "Maps", "display": True, "isReordered": False}
     return {
         "searchFilter": f"tags.`mechdiff.kind` = '{kind}'",
-        "orderByKey": "metrics.`drop_pct`",
+        "orderByKey": "attributes.start_time",
         "orderByAsc": False,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
