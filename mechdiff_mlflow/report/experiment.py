@@ -138,12 +138,10 @@ def _models(evidence: Evidence, spec: PairSpec | None) -> str:
     """Which models these are, by name where the pair has a spec, and by revision."""
     if spec is None:
         return "**Base** is {}, **tuned** is {}.".format(*evidence.revisions)
-    tuned = spec.tuned
-    name = tuned.model or (f"adapter {tuned.adapter}" if tuned.adapter else f"planted {tuned.planted}")
     base, changed = evidence.revisions
     return (
-        f"**Base** is `{markdown(spec.base.model, 80)}` ({base}), **tuned** is `{markdown(name, 80)}` "
-        f"({changed}). {markdown(spec.description)}"
+        f"**Base** is `{markdown(spec.base.model, 80)}` ({base}), **tuned** is "
+        f"`{markdown(spec.tuned.name, 80)}` ({changed}). {markdown(spec.description)}"
     ).rstrip()
 
 

@@ -129,6 +129,7 @@ def headline(patch: PatchRecord) -> RunRecord:
         undefined=patch.undefined,
         tags={"mechdiff.site": str(patch.cell.site)},
         description=f"{site_and_drop(patch)}; null {patch.null}",
+        headline=f"{site_and_drop(patch)}, skill {_percent(patch.skill_pct)}.",
     )
 
 
@@ -173,6 +174,7 @@ def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -
         tables={"summary.json": summary_table(patches), "least_ranks.json": least_ranks_table(found)},
         description="drop_pct is drawn over k (step = k; full counts as the width).\n\n"
         + "\n".join(f"- {least}" for least in found),
+        headline="; ".join(map(str, found[:3])) or f"{len(patches)} cells, no drop defined.",
     )
 
 

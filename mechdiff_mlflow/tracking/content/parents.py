@@ -26,6 +26,7 @@ def report_run(
         files=files,
         description=f"**{title}**: open `{out.stem}.html` under Artifacts.\n\n"
         + "\n".join(f"- {caveat}" for caveat in caveats),
+        headline=f"{title}: `{out.stem}.html` under Artifacts.",
     )
 
 
@@ -37,6 +38,7 @@ def report_pass_run(patches: Sequence[PatchRecord]) -> RunRecord:
         name="report pass",
         tables={"summary.json": fields.summary_table(patches)},
         description="Registered winners, measured again with the α of their versions.\n\n" + "\n".join(rows),
+        headline="; ".join(fields.site_and_drop(patch) for patch in patches[:3]),
     )
 
 
@@ -72,12 +74,13 @@ def atlas_run(
         description="\n\n".join(
             [
                 *sentence.splitlines(),
-                f"Curves are over layers; step {table['layer'].max() + 1} repeats the one with the largest "
-                "KL_raw, whose values tables show.",
-                "Heatmaps: `figures.html` under Artifacts. One run below for each site above the noise floor; "
-                "only promoted sites keep their map, others refit with `mechdiff run`.",
+                f"Curves are over layers; step {table['layer'].max() + 1}, whose values tables show, "
+                "repeats the layer with the largest KL_raw.",
+                "Heatmaps: `figures.html` under Artifacts. One run below for each site above the noise "
+                "floor; only promoted sites keep their map, others refit with `mechdiff run`.",
             ]
         ),
+        headline=sentence.partition("\n")[0],
     )
 
 
@@ -92,6 +95,7 @@ def layers_run(table: pd.DataFrame, sentence: str, files: Mapping[str, Path]) ->
         tables={"layers.json": table},
         files=files,
         description=sentence,
+        headline=sentence.partition("\n")[0],
     )
 
 
@@ -110,6 +114,7 @@ def heads_run(table: pd.DataFrame, sentence: str, files: Mapping[str, Path]) -> 
         tables={"heads.json": table},
         files=files,
         description=sentence,
+        headline=sentence.partition("\n")[0],
     )
 
 
