@@ -295,14 +295,14 @@ def test_what_is_kept_goes_with_its_user_before_the_garbage_is_collected(mode: s
     engine = PatchEngine(model, mode=mode, batch_size=3)
     gc.collect()
     gc.disable()
+    before = tiny.alive(Recording)
     try:
         recorded = engine.record(PROMPTS, SITES)
         engine.score(recorded, groups())
         rows = recorded.activations
-        held = [x for x in gc.get_objects() if issubclass(type(x), Recording)]
-        assert len(held) == 3
-        del held, recorded
-        assert [x for x in gc.get_objects() if issubclass(type(x), Recording)] == []
+        assert len(tiny.alive(Recording) - before) == 3
+        del recorded
+        assert tiny.alive(Recording) <= before
         assert rows[SITES[0]].shape == (N, 32), "activations outlive it"
         recorded, alive = engine.record(PROMPTS, SITES), weakref.ref(engine)
         assert engine.owns(recorded)

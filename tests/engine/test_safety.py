@@ -354,9 +354,9 @@ def test_what_a_chunk_left_is_gone_before_the_garbage_is_collected(mode: str) ->
     groups = [VariantGroup(SITES[1], torch.randn(4, 2, engine.width))]
     gc.collect()
     gc.disable()
+    before = tiny.alive(Recording, SweepRecorder, Prefix)
     try:
         engine.score(prompts, groups)
-        kinds = (Recording, SweepRecorder, Prefix)
-        assert [x for x in gc.get_objects() if issubclass(type(x), kinds)] == []
+        assert tiny.alive(Recording, SweepRecorder, Prefix) <= before
     finally:
         gc.enable()
