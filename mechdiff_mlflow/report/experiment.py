@@ -19,6 +19,7 @@ from mechdiff_mlflow.report.profiles import (
     where,
 )
 from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.spec.prompts import FEW
 from mechdiff_mlflow.spec.sites import SUBLAYERS
 from mechdiff_mlflow.text import markdown, plain, text_of
 
@@ -212,7 +213,7 @@ def caveats(evidence: Evidence) -> list[str]:
             "Percentile bootstrap intervals under-cover a little when KL has heavy tails (93 % measured for "
             "95 % at n=150)."
         )
-    if small := sorted({p.conditions.n for p in evidence.patches if p.conditions.n < wording.SMALL_N}):
+    if small := sorted({p.conditions.n for p in evidence.patches if p.conditions.n < FEW}):
         found.append(
             f"Some runs have only n={', '.join(map(str, small))} prompts; their intervals are too narrow."
         )

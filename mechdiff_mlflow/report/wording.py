@@ -14,9 +14,6 @@ from mechdiff_mlflow.report.evidence import Measured
 from mechdiff_mlflow.spec.pair_spec import Alpha
 from mechdiff_mlflow.text import markdown, text_of
 
-SMALL_N = 100
-"""Prompts below which percentile intervals are called too narrow."""
-
 WHERE = {
     "resid_pre": "what enters decoder block {layer}",
     "attn_out": "what the attention of decoder block {layer} adds to the residual stream",

@@ -66,8 +66,7 @@ def patch_run(
     cell = record.cell
     leak = selection.sentence(record.leak)
     caveats = [leak] if leak else []
-    if (n := study.report_prompts.n_groups) < 100:
-        caveats.append(f"n={n} is small, intervals under-cover")
+    caveats += [few] if (few := study.report_prompts.few) else []
     for fitted_on in fitted_elsewhere(record.map, study).values():
         caveats.append(f"the map was fitted on another pair, {fitted_on}")
     return RunRecord(
