@@ -119,7 +119,8 @@ class PromptSet:
             return ""
         return (
             f"{len(self)} {self.split} prompts, {n} of them independent, are few: 95 % intervals are "
-            f"{(FEW / n) ** 0.5:.1f} times as wide as with {FEW}, and cover less than they say; give {FEW} or more"
+            f"{(FEW / n) ** 0.5:.1f} times as wide as with {FEW}, and cover less than they say; "
+            f"give {FEW} or more"
         )
 
     def first(self, n: int | None, *, option: str = "--n") -> PromptSet:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from mechdiff_mlflow.experiments import PatchRecord
+from mechdiff_mlflow.experiments.adapting import AdapterRecord
 from mechdiff_mlflow.experiments.atlas import AtlasRecord
+from mechdiff_mlflow.experiments.steering import Steered
+from mechdiff_mlflow.models.pairs import Pair
+from mechdiff_mlflow.report.adapter import headline
 from mechdiff_mlflow.report.profiles import effects
 from mechdiff_mlflow.tracking.content import fields
-from mechdiff_mlflow.tracking.content.records import RunRecord
+from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
+from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
 
 
 def report_run(
@@ -115,6 +121,38 @@ def heads_run(table: pd.DataFrame, sentence: str, files: Mapping[str, Path]) -> 
         files=files,
         description=sentence,
         headline=sentence.partition("\n")[0],
+    )
+
+
+def steer_run(rows: Sequence[Steered], pair: Pair, params: Mapping[str, ParamValue]) -> RunRecord:
+    """Continuations with a map at work, one row a prompt."""
+    return RunRecord(
+        kind="steer",
+        name=f"steer {params['site']} α={params['alpha']}",
+        params=params,
+        tags={PAIR_FINGERPRINT: pair.fingerprint},
+        tables={"continuations.json": pd.DataFrame([dataclasses.asdict(row) for row in rows])},
+        description=f"Greedy continuations of {len(rows)} prompts: `continuations.json` under Artifacts.",
+    )
+
+
+def adapter_run(
+    record: AdapterRecord, folder: Path, pair: Pair, params: Mapping[str, ParamValue]
+) -> RunRecord:
+    """An adapter made from a map: how far it goes, and the files."""
+    metrics = {}
+    for name, found in record.closeness.items():
+        metrics[f"KL/{name}"] = found.kl.estimate
+        metrics[f"closer_pct/{name}"] = found.closer_pct.estimate
+    return RunRecord(
+        kind="adapter",
+        name=f"adapter {params['site']} α={params['alpha']}",
+        params={**params, "form": str(record.form), "split": record.split, "n": record.n},
+        metrics={key: value for key, value in metrics.items() if value is not None},
+        tags={PAIR_FINGERPRINT: pair.fingerprint},
+        files={"adapter": folder},
+        description=headline(record),
+        headline=headline(record),
     )
 
 
