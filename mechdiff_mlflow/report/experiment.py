@@ -175,7 +175,7 @@ def _before_and_after(patch: Measured, table: pd.DataFrame | None) -> list[Block
         cells |= {"answer": markdown(row["answer"] or "", 40)} if "answer" in table else {}
         for name in shown:
             cells[name] = f"`{wording.token(row[f'top_{name}'])}` {row[f'p_{name}']:.2f}"
-        rows.append(cells | {key: wording.number(row[key], 3) for key in ("KL_raw", "KL_mapped")})
+        rows.append(cells | {f"{key}, nats": wording.number(row[key], 3) for key in ("KL_raw", "KL_mapped")})
     return [
         "## Before and after",
         f"The most probable next token and its probability: of base, of tuned, and of tuned with base's "
