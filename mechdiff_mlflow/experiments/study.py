@@ -15,6 +15,7 @@ import pandas as pd
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.fitting import Fitter
+from mechdiff_mlflow.experiments.next_tokens import NextTokens
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
@@ -150,7 +151,7 @@ class Study:
                 rows,
                 controls=chosen[i][0],
                 null=chosen[i][1],
-                prompts=self.report_prompts,
+                next_tokens=self._next_tokens,
                 # Of the cells reported here none has been taken yet.
                 leak=selection.leaks(map_, self.report_prompts, but=selection.CELL if mine else None),
                 bootstrap=self.bootstrap,
@@ -187,6 +188,10 @@ class Study:
     def plain_patches(self, sites: Iterable[Site]) -> Mapping[Site, SiteRows]:
         """The raw and the identity patch of the reported prompts at some sites, among others perhaps."""
         return self._score(self.protocol.split, [(site, None) for site in sites])
+
+    @cached_property
+    def _next_tokens(self) -> NextTokens:
+        return NextTokens(self.pair, self.report_prompts)
 
     @cached_property
     def _fitter(self) -> Fitter:
