@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models.named_pair import named_pair, pair_name_of, write_pair
 from mechdiff_mlflow.models.pairs import load_pair
-from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.spec.pair_spec import PairSpec, TunedModelSpec
 from mechdiff_mlflow.spec.prompt_files import PromptFiles
 
 
@@ -91,6 +91,37 @@ def test_ids_of_the_hub_are_looked_up_there(
     assert pair.base.revision == f"org/base@{NEW}"
 
 
+def test_one_of_several_adapters_is_chosen_by_its_name(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a folder and in a repository of the hub, each below its name; without one, a sentence names them."""
+    says(models / "adapter", str(models / "base"))
+    for name in ("kk", "ru"):
+        shutil.copytree(models / "adapter", models / "several" / name)
+    sentence = r"adapters below it \(kk, ru\); name one, e\.g\. {}:kk\."
+    with pytest.raises(MechdiffError, match=sentence.format("several")):
+        named_pair("several", PROMPTS)
+    spec = named_pair("several:ru", PROMPTS)
+    assert spec.tuned.adapter == str(models / "several" / "ru")
+    assert load_pair(spec, device="cpu", lazily=True).tuned.revision.count("sha256:") == 2
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    Hub(tmp_path / "hub").add("org/several", NEW, models / "several", "main")
+    spec = named_pair("org/several:ru", PROMPTS)
+    assert (spec.tuned.adapter, spec.name) == ("org/several:ru", "several-ru")
+    pair = load_pair(spec, device="cpu")
+    assert pair.tuned.revision.endswith(f"+org/several:ru@{NEW}")
+    assert pair.first_changed_layer() is None, "one module, whose adapter is switched"
+    listed = ["kk/adapter_config.json", "ru/adapter_config.json", "README.md"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: listed)
+    with pytest.raises(MechdiffError, match=sentence.format("org/several")):
+        named_pair("org/several", PROMPTS)
+    unnamed = spec.model_copy(update={"tuned": TunedModelSpec(adapter="org/several")})
+    with pytest.raises(MechdiffError, match=sentence.format("org/several")):
+        load_pair(unnamed, device="cpu")
+
+
 @pytest.mark.parametrize(
     "card", ["# no front matter", "---\nlicense: mit\n---\n", "---\nbase_model: 3\n---\n"]
 )
@@ -126,6 +157,14 @@ def test_a_written_spec_is_the_same_pair(models: Path) -> None:
     assert pairs[0].fingerprint == pairs[1].fingerprint
     with pytest.raises(MechdiffError, match="exists already"):
         write_pair(spec, files[0])
+
+
+def test_two_names_are_enough_for_the_doctor(models: Path, mechdiff: Invoke) -> None:  # noqa: F811
+    words = ("--tuned", "adapter", "--base", "base", "--prompts", "p.jsonl")
+    said = mechdiff("doctor", *words).output
+    assert said.startswith("pair adapter, fingerprint ")
+    assert "FAIL" not in said
+    assert "--base is given without --tuned" in mechdiff("doctor", "--base", "base", code=1).output
 
 
 def test_two_names_are_enough_for_a_run(models: Path, mechdiff: Invoke) -> None:  # noqa: F811

@@ -13,7 +13,7 @@ from mechdiff_mlflow.cli import show
 from mechdiff_mlflow.cli.group import cli
 from mechdiff_mlflow.cli.options import command
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.experiments.options import ModelOptions, NamedPairOptions
+from mechdiff_mlflow.experiments.options import DEFAULT_PAIR, ModelOptions, NamedPairOptions
 from mechdiff_mlflow.experiments.preflight import examine
 from mechdiff_mlflow.experiments.requests import (
     ORIGINAL_N,
@@ -28,7 +28,6 @@ from mechdiff_mlflow.experiments.requests import (
 )
 from mechdiff_mlflow.models.named_pair import write_pair
 from mechdiff_mlflow.spec.options import TEXT, option
-from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.tracking.commands import measuring, profiling
 from mechdiff_mlflow.tracking.commands.computing import load_as_asked
 from mechdiff_mlflow.tracking.commands.session import Caller, Result, Resumption
@@ -135,7 +134,7 @@ def _init(request: InitRequest) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorRequest(ModelOptions):
+class DoctorRequest(NamedPairOptions, ModelOptions):
     """Load PAIR and check the plumbing that every number depends on.
 
     \b
@@ -143,13 +142,13 @@ class DoctorRequest(ModelOptions):
       mechdiff doctor cultural-demo
     """
 
-    pair: str = option("cultural-demo", TEXT, "", is_argument=True)
+    pair: str = option(DEFAULT_PAIR, TEXT, "", is_argument=True)
 
 
 @command(DoctorRequest)
 def _doctor(request: DoctorRequest) -> None:
     with show.bars() as stage, stage("loading both models", 1):
-        pair = load_as_asked(PairSpec.load(request.pair), request)
+        pair = load_as_asked(request.spec, request)
     show.lines([f"pair {pair.name}, fingerprint {pair.fingerprint}, {pair.spec.dtype} on {pair.device}"])
     failed = []
     for check in examine(pair):

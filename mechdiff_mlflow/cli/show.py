@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from mechdiff_mlflow.experiments.adapting import AdapterRecord
 from mechdiff_mlflow.experiments.progress import Advance, Stage
 from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.maps import selection
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, headline, leak_lines
 from mechdiff_mlflow.report.document import Document, Grid
@@ -106,20 +106,20 @@ def patches(records: Sequence[PatchRecord], pair: str) -> None:
     table = _table(
         "site", "k", "α", "KL_raw", "KL_mapped", "drop %", "skill %", "null", "floor", "ρ", title=title
     )
-    for patch in records:
+    for _, names in groupby(records, key=lambda patch: id(patch.per_prompt)):  # of one place, measured once
+        patch, *others = names
+        site = " = ".join(str(one.cell.site) for one in (patch, *others))
         cell, kls = patch.cell, (_number(patch.kl_raw), _number(patch.kl_mapped))
         drop = _interval(patch.drop_pct, patch.undefined.get("drop_pct", ""))
         skill = _interval(patch.skill_pct, patch.undefined.get("skill_pct", ""))
         floor = f"{patch.noise_floor:.1g}"
-        _row(
-            table, cell.site, cell.rank, cell.alpha, *kls, drop, skill, patch.null, floor, _number(patch.rho)
-        )
+        _row(table, site, cell.rank, cell.alpha, *kls, drop, skill, patch.null, floor, _number(patch.rho))
     _print(table, keep=7)
     if len(records) == 1:
         controls = sorted(first.controls.items(), key=lambda item: item[1])
         lines(["Controls (mean KL): " + ", ".join(f"{name} {_number(kl)}" for name, kl in controls)])
         p_values = {
-            "than raw": first.p_sign_flip,
+            "than raw": first.p_raw,
             f"than {first.null}": first.p_null,
             "than maps of shuffled pairs": first.p_permutation,
         }

@@ -89,8 +89,9 @@ def _steer(request: SteerRequest) -> None:
     found = steer(
         pair, the_map, request.prompts, tokens=request.tokens, max_new_tokens=request.max_new_tokens
     )
-    more = {"tokens": str(request.tokens), "max_new_tokens": request.max_new_tokens}
-    _logged(request, pair, steer_run(found, pair, _params(request, pair, the_map) | more))
+    params = _params(request, pair, the_map)
+    params |= {"tokens": str(request.tokens), "max_new_tokens": request.max_new_tokens}
+    _logged(request, pair, steer_run(found, pair, params))
     if request.json:
         about = {"map": request.map, "site": the_map.meta["site"], "alpha": the_map.alpha}
         about |= {"pair": pair.name, "tokens": str(request.tokens)}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechdiff_mlflow.engine.model.chunks import in_chunks
 from mechdiff_mlflow.engine.model.hooks import activation_hook
-from mechdiff_mlflow.engine.model.sums import Sums, distance, rounding, sites_of
+from mechdiff_mlflow.engine.model.sums import Sums, distance, few_sites_of, rounding, sites_of
 from mechdiff_mlflow.engine.patch_engine import PatchEngine
 from mechdiff_mlflow.engine.paths.variants import VariantGroup
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
@@ -32,12 +32,15 @@ class PlumbingCheck:
     detail: str  # what was seen, with values
 
 
-def check_plumbing(engine: PatchEngine, prompts: TokenizedPrompts, n_prompts: int = 4) -> list[PlumbingCheck]:
-    """Run every check on so many of the prompts, the shortest and the longest."""
+def check_plumbing(
+    engine: PatchEngine, prompts: TokenizedPrompts, *, thorough: bool = True
+) -> list[PlumbingCheck]:
+    """Run every check on two short and two long prompts at all sites, or on one each at `few_sites_of`."""
+    n_prompts = 4 if thorough else 2
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts.ids[i]))
     chosen = [*by_length[: n_prompts // 2], *by_length[n_prompts // 2 :][-(n_prompts - n_prompts // 2) :]]
     some = prompts.take(chosen)
-    sites = sites_of(engine.forward.decoder)
+    sites = (sites_of if thorough else few_sites_of)(engine.forward.decoder)
     together = engine.capture(some, sites)
     sums = Sums.of(together, engine.n_layers)
     return [

@@ -11,7 +11,6 @@ from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
 from mechdiff_mlflow.experiments.rows import RAW, SiteRows
 from mechdiff_mlflow.experiments.study import Study
 from mechdiff_mlflow.maps import selection
-from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
 from mechdiff_mlflow.spec.sites import SUBLAYERS, Hook, Site
@@ -22,8 +21,8 @@ COLUMNS = (
 )  # fmt: skip
 """Columns of the table, which has one row a site in the order of the forward pass.
 
-change is ‖Y − X‖ / ‖Y‖ of tuned and base activations, None where the widths differ; p is of a sign-flip test
-that KL_mapped is below the KL of the best control, p_holm the same corrected over all sites tested.
+change is ‖Y − X‖ / ‖Y‖ of tuned and base activations, None where the widths differ; p is of a test
+that the mean of KL_mapped is below that of the best control, p_holm the same corrected over all sites tested.
 """
 
 
@@ -32,8 +31,8 @@ class AtlasRecord:
     """The results at every site."""
 
     table: pd.DataFrame  # `COLUMNS`; None where a number has no value
-    fits: Mapping[Site, FitRecord]  # of the sites above the floor
-    patches: Mapping[Site, PatchRecord]  # of the same sites
+    fits: Mapping[Site, FitRecord]  # of the sites above the floor, a place with two names once
+    patches: Mapping[Site, PatchRecord]  # of the same sites, by both names
     best: Sequence[Site]  # by drop on val, best first; empty unless asked for
 
 
@@ -50,21 +49,21 @@ def atlas(
     """Raw and mapped patches at every layer of some hooks, all maps of full rank and scale `alpha`.
 
     A first pass scores raw and identity patches everywhere. Maps and controls are then tried only where
-    KL_raw is above its noise floor: elsewhere no drop is defined, whatever the map. The `best` sites are
+    KL_raw is above its noise floor: elsewhere no drop is defined, whatever the map. A place with two names is
+    measured, and counted among those that are tested, once; both get its numbers. The `best` sites are
     those with the highest drop on val among attention and MLP outputs, or whatever else alone was visited,
     whose KL_raw there is at least `min_effect_nats`.
 
     Raises:
         MechdiffError: A hook, the solver or the family is impossible for this pair.
     """
-    pair, protocol = study.pair, study.protocol
-    sites = [Site(layer, hook) for layer in range(pair.n_layers) for hook in Hook if hook in hooks]
-    everywhere: dict[Site, dict[str, AffineMap]] = {site: {} for site in sites}
-    rows = study.computing.score(study.report_prompts, protocol.position, everywhere, study.stage)
-    rows = {site: replace(at, clean_noise=study.noise) for site, at in rows.items()}
+    sites = [Site(layer, hook) for layer in range(study.pair.n_layers) for hook in Hook if hook in hooks]
+    measured = _measured(study, sites)
+    places = dict.fromkeys(measured.values())
+    rows = study.plain_patches(places)
     cells = [
         Cell(site, solver, family, Rank(None), Alpha((alpha,)))
-        for site in sites
+        for site in places
         if _above_floor(rows[site]) and _varies(rows[site])
     ]
     fits = {fit.cell.site: fit for fit in study.fit(cells)} if cells else {}
@@ -76,7 +75,25 @@ def atlas(
         map_ = selection.recorded(fits[site].map, one_of)
         leak = selection.leaks(map_, study.report_prompts, but=selection.CELL)
         fits[site], patches[site] = replace(fits[site], map=map_), replace(patches[site], map=map_, leak=leak)
-    return AtlasRecord(_table(rows, patches, alpha), fits, patches, ranked)
+    patches = {site: _named(patches[at], site) for site, at in measured.items() if at in patches}
+    table = _table({site: rows[at] for site, at in measured.items()}, patches, alpha)
+    return AtlasRecord(table, fits, patches, ranked)
+
+
+def _measured(study: Study, sites: Sequence[Site]) -> dict[Site, Site]:
+    """Where each site is measured: what enters a block, where the block before leaves it.
+
+    So it is where the engine hands rows from block to block itself, which only fits models that do so, too.
+    """
+    if study.engine_mode != "sweep":
+        return {site: site for site in sites}
+    before = {Site(site.layer + 1, Hook.RESID_PRE): site for site in sites if site.hook is Hook.RESID_POST}
+    return {site: before.get(site, site) for site in sites}
+
+
+def _named(patch: PatchRecord, site: Site) -> PatchRecord:
+    """The record of a place under the name `site`."""
+    return replace(patch, cell=replace(patch.cell, site=site), map=patch.map.with_meta(site=str(site)))
 
 
 def _above_floor(rows: SiteRows) -> bool:

@@ -32,7 +32,7 @@ class NextTokens:
 
     def accuracy(self, rows: SiteRows, mapped: Patched) -> dict[str, float]:
         """The share of prompts with a known answer whose most probable token is the first of that answer."""
-        found = {}
+        found: dict[str, float] = {}
         for name, (tokens, _) in _tops(rows, mapped).items():
             begins = self._answers[_role(name)]
             right = [token in first for token, first in zip(tokens, begins, strict=True) if first]

@@ -6,7 +6,7 @@ Every split is recorded once per model however many sites, ranks, scales, solver
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -19,7 +19,7 @@ from mechdiff_mlflow.experiments.next_tokens import NextTokens
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
-from mechdiff_mlflow.experiments.rows import IDENTITY, SiteRows
+from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, SiteRows
 from mechdiff_mlflow.experiments.summary import (
     alignment,
     mean_of_defined,
@@ -28,8 +28,9 @@ from mechdiff_mlflow.experiments.summary import (
 )
 from mechdiff_mlflow.experiments.workers import LocalWorkers, Workers
 from mechdiff_mlflow.maps import selection
-from mechdiff_mlflow.maps.affine import AffineMap
+from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.measures.bootstrap import Bootstrap
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -73,10 +74,10 @@ class Study:
         return sets[:2] if self.protocol.split == "val" else sets
 
     @property
-    def bootstrap(self) -> stats.Bootstrap:
+    def bootstrap(self) -> Bootstrap:
         """The bootstrap of intervals over the reported prompts."""
         groups = self.report_prompts.groups
-        return stats.Bootstrap(self.protocol.n_resamples, seed=self.protocol.seed, groups=groups)
+        return Bootstrap(self.protocol.n_resamples, seed=self.protocol.seed, groups=groups)
 
     def fit(self, cells: Sequence[Cell]) -> list[FitRecord]:
         """Fit every cell on train and let val choose what is open (α, the off-span rule).
@@ -89,15 +90,14 @@ class Study:
         fitter = self._fitter
         fitter.record(cells)
         offers = []
+        wanted: list[tuple[Site, AffineMap]] = []
         with self.stage("fitting", len(cells)) as advance:
             for cell in cells:
-                offers.append(fitter.offers(cell))
+                offers.append(maps := fitter.offers(cell))
+                wanted += [(cell.site, map_) for map_ in (maps if self._is_scored(maps) else ())]
+                # What `patch` will want of val is scored along: val is run once.
+                wanted += [(cell.site, map_) for _, tried in fitter.controls(cell) for map_ in tried]
                 advance(1)
-        wanted: list[tuple[Site, AffineMap]] = []
-        for cell, maps in zip(cells, offers, strict=True):
-            wanted += [(cell.site, map_) for map_ in (maps if self._is_scored(maps) else ())]
-            # What `patch` will want of val is scored along: val is run once.
-            wanted += [(cell.site, map_) for _, tried in fitter.controls(cell) for map_ in tried]
         val = self._score("val", wanted)
         found = [self._choose(cell, maps, val[cell.site]) for cell, maps in zip(cells, offers, strict=True)]
         if len(found) > 1:  # reported together, and people take the best
@@ -136,9 +136,8 @@ class Study:
             for one in (map_, *chain(*controls.values()))
         ]
         report = self._score(self.protocol.split, wanted)
-        seed, groups = self.protocol.seed, self.report_prompts.groups
         p_null = [
-            p_against_null(report[cell.site], map_, controls[null], seed, groups)
+            p_against_null(report[cell.site], map_, controls[null], self.bootstrap)
             for (cell, map_), (controls, null) in zip(fits, chosen, strict=True)
         ]
         # Whoever looks at many sees the luckiest (Holm 1979, A simple sequentially rejective procedure).
@@ -186,6 +185,10 @@ class Study:
         """Distance between clean runs of the reported prompts, nats; measured after a patch, once."""
         return self.computing.clean_noise("tuned", self.report_prompts, self.protocol.position)
 
+    def plain_patches(self, sites: Iterable[Site]) -> Mapping[Site, SiteRows]:
+        """The raw and the identity patch of the reported prompts at some sites, among others perhaps."""
+        return self._score(self.protocol.split, [(site, None) for site in sites])
+
     @cached_property
     def _next_tokens(self) -> NextTokens:
         return NextTokens(self.pair, self.report_prompts)
@@ -198,22 +201,35 @@ class Study:
         """Whether the maps of a cell are scored on val: of one there is nothing to choose."""
         return len(offers) > 1 or self.protocol.split == "val"
 
-    def _score(self, split: str, wanted: Iterable[tuple[Site, AffineMap]]) -> dict[Site, SiteRows]:
-        """Rows of a split by the digests of maps, scored only where they are not known yet."""
-        known = self._rows.setdefault(split, {})
-        missing: dict[Site, dict[str, AffineMap]] = {}
+    def _score(self, split: str, wanted: Iterable[tuple[Site, AffineMap | None]]) -> dict[Site, SiteRows]:
+        """Rows of a split by the digests of maps, scored only where they are not known yet.
+
+        A site of the reported prompts gets its raw and identity patch once, also for None in place of a map;
+        the map that changes nothing has the rows of the raw patch.
+        """
+        known, is_reported = self._rows.setdefault(split, {}), split == self.protocol.split
+        new: dict[Site, dict[str, AffineMap]] = {}
+        more: dict[Site, dict[str, AffineMap]] = {}
         for site, map_ in wanted:
-            if site not in known or map_.digest not in known[site].patched:
-                missing.setdefault(site, {})[map_.digest] = map_
-        if missing:
-            prompts = self.report_prompts if split == self.protocol.split else self.val_prompts
+            if is_reported and site not in known:
+                maps = new.setdefault(site, {})
+                if map_ is not None and map_.digest != identity_map(map_.d_in).digest:
+                    maps[map_.digest] = map_
+            elif map_ is not None and (site not in known or map_.digest not in known[site].patched):
+                more.setdefault(site, {})[map_.digest] = map_
+        prompts = self.report_prompts if is_reported else self.val_prompts
+        for missing in filter(None, (new, more)):
             started = time.perf_counter()
-            scored = self.computing.score(prompts, self.protocol.position, missing, self.stage)
+            scored = self.computing.score(
+                prompts, self.protocol.position, missing, self.stage, missing is new
+            )
             self._seconds[split] = self._seconds.get(split, 0.0) + time.perf_counter() - started
-            noise = self.noise if split == self.protocol.split else 0.0
+            noise = self.noise if is_reported else 0.0
             for site, rows in scored.items():
-                before = known[site].patched if site in known else {}
-                known[site] = replace(rows, patched={**before, **rows.patched}, clean_noise=noise)
+                patched = {**(known[site].patched if site in known else {}), **rows.patched}
+                if RAW in patched:
+                    patched[identity_map(rows.base_rows[site].shape[1]).digest] = patched[RAW]
+                known[site] = replace(rows, patched=patched, clean_noise=noise)
         return known
 
     def _choose(self, cell: Cell, offers: Sequence[AffineMap], val: SiteRows) -> FitRecord:

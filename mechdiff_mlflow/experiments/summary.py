@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,10 +15,13 @@ from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, SiteRows
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures import similarity, stats
+from mechdiff_mlflow.measures.bootstrap import Bootstrap
 from mechdiff_mlflow.spec.pair_spec import Cell
 
 MIN_CKA_PROMPTS = 4
 MIN_CORRELATED_PROMPTS = 3
+N_TEST = 9999
+"""Resamples of a test: as many as a correction for thousands of cells needs to leave anything."""
 
 
 def alignment(map_: AffineMap, rows: SiteRows) -> tuple[float | None, NDArray[np.float64]]:
@@ -42,7 +46,7 @@ def summarise(
     null: str,
     next_tokens: NextTokens,
     leak: tuple[str, ...] | None,
-    bootstrap: stats.Bootstrap,
+    bootstrap: Bootstrap,
     seconds: float,
     p_null: float | None,
     p_holm: float | None,
@@ -55,7 +59,7 @@ def summarise(
     rho, cosines = alignment(map_, rows)
     noise = rows.noise_floor
     undefined = {}
-    drop = difference = p_sign_flip = cos_vs_kl = None
+    drop = difference = p_raw = cos_vs_kl = None
     if raw is None:
         undefined["drop_pct"] = "base and tuned differ in width, so nothing can be cross-patched raw"
     else:
@@ -65,7 +69,7 @@ def summarise(
         if drop.estimate is None:
             undefined["drop_pct"] = _below_floor("KL_raw", raw.mean_kl, noise)
         else:
-            p_sign_flip = stats.sign_flip_p(kl_raw - kl_mapped, seed=bootstrap.seed, groups=bootstrap.groups)
+            p_raw = stats.p_less_kl(kl_raw, kl_mapped, bootstrap=replace(bootstrap, n_resamples=N_TEST))
             cos_vs_kl = _correlation(cosines, kl_raw - kl_mapped, bootstrap)
     control_kl = {name: rows.kl(maps) for name, maps in controls.items()}
     p_permutation = None
@@ -92,7 +96,7 @@ def summarise(
         skill_pct=skill if "skill_pct" not in undefined else None,
         null=null,
         controls={name: float(kl.mean()) for name, kl in control_kl.items()},
-        p_sign_flip=p_sign_flip,
+        p_raw=p_raw,
         p_null=p_null,
         p_holm=p_holm,
         p_permutation=p_permutation,
@@ -112,17 +116,17 @@ def summarise(
 
 
 def p_against_null(
-    rows: SiteRows, map_: AffineMap, null: Sequence[AffineMap], seed: int, groups: tuple[int, ...]
+    rows: SiteRows, map_: AffineMap, null: Sequence[AffineMap], bootstrap: Bootstrap
 ) -> float | None:
     """One-sided p-value that a map does better than its null; None where that would be told from noise."""
     best, mapped = rows.kl(null), rows.kl([map_])
     if not stats.is_defined(best, mapped, rows.noise_floor):
         return None
-    return stats.sign_flip_p(best - mapped, seed=seed, groups=groups)
+    return stats.p_less_kl(best, mapped, bootstrap=replace(bootstrap, n_resamples=N_TEST))
 
 
 def _correlation(
-    cosines: NDArray[np.float64], gain: NDArray[np.float64], bootstrap: stats.Bootstrap
+    cosines: NDArray[np.float64], gain: NDArray[np.float64], bootstrap: Bootstrap
 ) -> stats.Correlation | None:
     """Over the prompts whose cosine is defined; None when they are too few or one of the two is constant."""
     defined = ~np.isnan(cosines)

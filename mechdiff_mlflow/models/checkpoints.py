@@ -13,9 +13,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import huggingface_hub
 import torch
@@ -29,7 +30,7 @@ from mechdiff_mlflow.models.load_report import load_whole
 from mechdiff_mlflow.models.planted import plant_in
 from mechdiff_mlflow.spec import untrusted
 from mechdiff_mlflow.spec.digests import file_sha256
-from mechdiff_mlflow.spec.model_files import GGUF, check_model
+from mechdiff_mlflow.spec.model_files import GGUF, adapter_parts, check_model
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.plant import Plant
 
@@ -265,13 +266,35 @@ def with_commits(spec: PairSpec) -> PairSpec:
     sides: dict[str, Any] = {"base": spec.base, "tuned": spec.tuned}
     for role, side in sides.items():
         adapter = side.adapter if role == "tuned" else None
-        reference = adapter or side.model
+        reference, name = adapter_parts(adapter, spec.root) if adapter else (side.model, "")
         if reference is not None and not os.path.isabs(place := spec.locate(reference)):
             what, file = ("Adapter", "adapter_config.json") if adapter else ("Model", "config.json")
             with explained(f"{what} {place} of pair {spec.name!r}", place):
-                commit = commit_of(place, side.revision, file)
+                try:
+                    commit = commit_of(place, side.revision, f"{name}/{file}" if name else file)
+                except huggingface_hub.errors.EntryNotFoundError:
+                    if adapter and not name:
+                        refuse_several(place, side.revision)
+                    raise
             sides[role] = side.model_copy(update={"revision": commit})
     return spec.model_copy(update=sides)
+
+
+def refuse_several(place: str, revision: str | None = None) -> None:
+    """Refuse a folder or hub repository of several adapters, none of them in its top folder."""
+    if os.path.isdir(place):
+        files = [path.relative_to(place).as_posix() for path in Path(place).glob("**/adapter_config.json")]
+    else:
+        try:
+            files = huggingface_hub.list_repo_files(place, revision=revision)
+        except Exception:  # no network, or no such repository, which who loads it says
+            return
+    names = sorted(str(Path(file).parent) for file in files if Path(file).name == "adapter_config.json")
+    if names and "." not in names:
+        raise MechdiffError(
+            f"{place} has no adapter_config.json of its own, but adapters below it "
+            f"({', '.join(names)[:200]}); name one, e.g. {place}:{names[0][:80]}."
+        )
 
 
 def module_names(spec: PairSpec) -> ModuleNames | None:
@@ -305,6 +328,18 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         log.set_verbosity(level)
         log.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def gguf_parsed_once(spec: PairSpec) -> Iterator[None]:
+    """Keeps a parsed GGUF file, which transformers parses for tokenizer, configuration and weights anew."""
+    is_gguf = any(str(model).endswith(GGUF) for model in (spec.base.model, spec.tuned.model))
+    if not is_gguf or importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    gguf = importlib.import_module("gguf")
+    with mock.patch.object(gguf, "GGUFReader", lru_cache(maxsize=2)(gguf.GGUFReader)):
+        yield
 
 
 def commit_of(repository: str, revision: str | None, file: str) -> str:

@@ -13,9 +13,9 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from pydantic import ValidationError
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.models.checkpoints import explained
+from mechdiff_mlflow.models.checkpoints import explained, refuse_several
 from mechdiff_mlflow.spec import untrusted
-from mechdiff_mlflow.spec.model_files import read_json
+from mechdiff_mlflow.spec.model_files import adapter_parts, read_json
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.prompt_files import PromptFiles
 
@@ -28,7 +28,8 @@ def named_pair(
     """The spec that the names of two models and of prompts amount to.
 
     Args:
-        tuned: A hub id, or the path from the working directory of a model, an adapter or a GGUF file.
+        tuned: A hub id, or the path from the working directory of a model, an adapter or a GGUF file; with
+            `:NAME` one of several adapters there.
         prompts: Likewise.
         base: Likewise; None for what the tuned model says of itself: `base_model_name_or_path` of an adapter,
             else `base_model` of its card.
@@ -37,8 +38,11 @@ def named_pair(
     Raises:
         MechdiffError: The tuned model does not say what it was tuned from, or a name is malformed.
     """
-    adapter = _adapter_config(tuned)
-    base = base or _stated_base(tuned, adapter)
+    place, adapter_name = adapter_parts(tuned)
+    adapter = _adapter_config(place, adapter_name)
+    if adapter is None and _file_of(place, "config.json") is None:
+        refuse_several(place)
+    base = base or _stated_base(place, adapter)
     if base is None:
         raise MechdiffError(
             f"{tuned} does not say what it was tuned from (no base_model_name_or_path in its "
@@ -48,10 +52,11 @@ def named_pair(
     for key in ("train", "val", "test", "file"):
         if key in files:
             files[key] = os.path.abspath(files[key])
+    kind = "model" if adapter is None else "adapter"
     fields = {
         "name": name or pair_name_of(tuned),
         "base": {"model": _place(base)},
-        "tuned": {"model" if adapter is None else "adapter": _place(tuned)},
+        "tuned": {kind: tuned if adapter_name else _place(place)},
         "prompts": files,
         "root": Path(os.path.abspath(os.sep)),
     }
@@ -73,9 +78,9 @@ def _place(model: str) -> str:
     return os.path.abspath(path) if untrusted.is_there(path) else model
 
 
-def _adapter_config(model: str) -> dict[str, Any] | None:
-    """The configuration of an adapter; None for what is none."""
-    path = _file_of(model, "adapter_config.json")
+def _adapter_config(model: str, name: str) -> dict[str, Any] | None:
+    """The configuration of an adapter, or of the one of that name; None for what is none."""
+    path = _file_of(model, f"{name}/adapter_config.json" if name else "adapter_config.json")
     if path is None:
         return None
     config = read_json(path, _MAX_JSON)

@@ -21,6 +21,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models.chat import Readers, read
 from mechdiff_mlflow.models.checkpoints import (
     Checkpoint,
+    gguf_parsed_once,
     module_names,
     quiet_transformers,
     with_commits,
@@ -219,11 +220,11 @@ def load_pair(
             role, weights, weights.tokenizer, weights.revision, weights.load, role, make_engine, cache
         )
 
-    with quiet_transformers():
+    with quiet_transformers(), gguf_parsed_once(spec):
         # A tokenizer may be as hostile as a template: loaded within bounds first.
         read(lambda: base_weights.tokenizer, [], what=f"Loading the base tokenizer of {spec.name}")
+        base = side("base", base_weights)  # now: an adapter may have the same tokenizer
         read(lambda: tuned_source.tokenizer, [], what=f"Loading the tuned tokenizer of {spec.name}")
-        base = side("base", base_weights)
         if isinstance(tuned_source, Checkpoint):
             tuned = side("tuned", tuned_source)
         else:

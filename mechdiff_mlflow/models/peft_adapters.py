@@ -22,10 +22,16 @@ from torch import Tensor, nn
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models import bounded
-from mechdiff_mlflow.models.checkpoints import Checkpoint, explained, folder_digest, quiet_transformers
+from mechdiff_mlflow.models.checkpoints import (
+    Checkpoint,
+    explained,
+    folder_digest,
+    quiet_transformers,
+    refuse_several,
+)
 from mechdiff_mlflow.models.load_report import Misfit, untied
 from mechdiff_mlflow.spec import untrusted
-from mechdiff_mlflow.spec.model_files import check_folder
+from mechdiff_mlflow.spec.model_files import adapter_parts, check_folder
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 
 CONFIG_FILE = "adapter_config.json"
@@ -50,20 +56,18 @@ class Adapter:
     @cached_property
     def folder(self) -> Path:
         """Where it is, downloaded if need be; raises `MechdiffError` where it is damaged or names code."""
-        place = self._place
+        place, name = self._place
         folder = Path(place)
         with self._explained():
             if not folder.is_dir():
                 files = [CONFIG_FILE, WEIGHTS_FILE, *_VOCABULARIES, *_TOKENIZER_SETTINGS]
+                wanted = [f"{name}/{file}" if name else file for file in files]
                 revision = self.spec.tuned.revision
-                folder = Path(
-                    huggingface_hub.snapshot_download(place, revision=revision, allow_patterns=files)
-                )
+                whole = huggingface_hub.snapshot_download(place, revision=revision, allow_patterns=wanted)
+                folder = Path(whole, name)
             if not (folder / CONFIG_FILE).is_file():
-                inner = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
-                remedy = "name the folder that PEFT saved" + (
-                    f", e.g. {place}/{inner[0][:80]}" if inner else ""
-                )
+                refuse_several(str(folder))
+                remedy = "name the folder that PEFT saved"
                 if (folder / "config.json").is_file():
                     remedy = "it is a whole model, so write tuned: {model: …}"
                 raise MechdiffError(f"Adapter {place} has no adapter_config.json; {remedy}.")
@@ -73,9 +77,9 @@ class Adapter:
     @property
     def revision(self) -> str:
         """Id and commit, or `sha256:` and the digest of its files."""
-        if str(self.folder) == self._place:
+        if str(self.folder) == self._place[0]:
             return folder_digest(self.folder)
-        return f"{self.spec.tuned.adapter}@{self.folder.name}"  # snapshots are called after their commit
+        return f"{self.spec.tuned.adapter}@{self.spec.tuned.revision}"
 
     @property
     def tokenizer(self) -> transformers.PreTrainedTokenizerBase:
@@ -117,11 +121,14 @@ class Adapter:
             return apply_adapter(model, self.folder)
 
     @property
-    def _place(self) -> str:
-        return self.spec.locate(self.spec.tuned.adapter or "")
+    def _place(self) -> tuple[str, str]:
+        """Path or hub id, and the adapter's name there, see `adapter_parts`."""
+        place, name = adapter_parts(self.spec.tuned.adapter or "", self.spec.root)
+        return self.spec.locate(place), name
 
     def _explained(self) -> contextlib.AbstractContextManager[None]:
-        return explained(f"Adapter {self._place} of pair {self.spec.name!r}", self._place)
+        place, _ = self._place
+        return explained(f"Adapter {place} of pair {self.spec.name!r}", place)
 
 
 def _check_config(folder: Path, base: Checkpoint) -> None:

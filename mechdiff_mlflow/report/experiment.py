@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from mechdiff_mlflow.maps import selection
+from mechdiff_mlflow.measures.bootstrap import may_be_unseen
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.document import Block, Document, Grid, bullets
 from mechdiff_mlflow.report.evidence import Evidence, Measured
@@ -210,12 +211,13 @@ def caveats(evidence: Evidence) -> list[str]:
     intervals = [p for p in evidence.patches if p.drop is not None and p.drop.low is not None]
     if intervals:
         found.append(
-            "Percentile bootstrap intervals under-cover a little when KL has heavy tails (93 % measured for "
-            "95 % at n=150)."
+            "Intervals make room for prompts of a kind that these are not, on which the map does as its "
+            "reference, but not for worse ones, and cover 91 to 98 % where KL has heavy tails."
         )
-    if small := sorted({p.conditions.n for p in evidence.patches if p.conditions.n < FEW}):
+    if few := sorted({p.conditions.n for p in evidence.patches if p.conditions.n < FEW}):
         found.append(
-            f"Some runs have only n={', '.join(map(str, small))} prompts; their intervals are too narrow."
+            f"Some runs have only n={', '.join(map(str, few))} prompts, which miss a kind of prompt that is "
+            f"{100 * may_be_unseen(few[0], 0.025):.0f} % of all with a probability of 2.5 %."
         )
     if leaking := [p for p in evidence.patches if p.leak]:
         found.append(

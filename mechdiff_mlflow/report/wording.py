@@ -9,7 +9,7 @@ import pandas as pd
 
 from mechdiff_mlflow.experiments.options import MIN_EFFECT_NATS
 from mechdiff_mlflow.experiments.sweep import rank_text
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
 from mechdiff_mlflow.report.evidence import Measured
 from mechdiff_mlflow.spec.pair_spec import Alpha
 from mechdiff_mlflow.text import markdown, text_of
@@ -40,7 +40,8 @@ def percent(interval: Interval | None, form: str = ".1f") -> str:
     """`34.1 [28.0, 40.2]`, or n/a; `form` is of each number."""
     if interval is None or interval.estimate is None:
         return "n/a"
-    bounds = "" if interval.low is None else f" [{interval.low:{form}}, {interval.high:{form}}]"
+    few = " (too few prompts for an interval)"
+    bounds = few if interval.low is None else f" [{interval.low:{form}}, {interval.high:{form}}]"
     return f"{interval.estimate:{form}}{bounds}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechdiff_mlflow.maps.affine import AffineMap, Weight
+from mechdiff_mlflow.maps.affine import AffineMap, Weight, identity_map
 from mechdiff_mlflow.solvers.procrustes import ShrunkCovariance
 from mechdiff_mlflow.solvers.spectrum import PairedSpectrum
 from mechdiff_mlflow.solvers.table import SHRINK
@@ -35,8 +35,7 @@ def mean_shift(p: PairedSpectrum) -> AffineMap:
 
 def alpha_only(p: PairedSpectrum) -> AffineMap:
     """Y = x, so that alpha is all that acts; at alpha 1 this is the raw cross-patch."""
-    origin = torch.zeros_like(p.mean_x)
-    return AffineMap(origin, origin, _diagonal(p, torch.ones_like(p.mean_x[0])))
+    return identity_map(p.d_in).to(device=p.mean_x.device)
 
 
 def moment_matched(p: PairedSpectrum) -> AffineMap:

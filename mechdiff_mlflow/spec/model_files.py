@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,18 @@ def packaged_file(reference: str) -> Path:
     if not path.is_file():
         raise MechdiffError(f"Package {package} has no file {file[:200]!r}; install another release of it.")
     return path
+
+
+def adapter_parts(reference: str, root: Path = Path()) -> tuple[str, str]:
+    """Where an adapter is, and its name in a hub repository of several: `org/x:NAME`; else no name.
+
+    `FOLDER:NAME` is the folder NAME in a folder that exists; paths start at `root`.
+    """
+    named = re.fullmatch(r"(.+):([\w.-]*\w[\w.-]*)", reference)
+    if named is None or untrusted.is_there(root / reference):
+        return reference, ""
+    is_folder = untrusted.is_there(root / os.path.expanduser(named[1]))
+    return (f"{named[1]}/{named[2]}", "") if is_folder else (named[1], named[2])
 
 
 def check_folder(folder: Path) -> None:

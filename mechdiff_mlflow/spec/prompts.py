@@ -20,7 +20,7 @@ SPLITS = ("train", "val", "test")
 MAX_FILE_BYTES = 256 << 20
 MAX_LINE = 1 << 20
 FEW = 100
-"""Independent prompts below which intervals are too narrow for their width to be trusted."""
+"""Independent prompts below which users hear what so few cost."""
 
 Message = Mapping[str, str]
 
@@ -117,10 +117,11 @@ class PromptSet:
         n = self.n_groups
         if n >= FEW:
             return ""
+        unseen = 1 - 0.025 ** (1 / n)  # as in `measures.bootstrap`
         return (
             f"{len(self)} {self.split} prompts, {n} of them independent, are few: 95 % intervals are "
-            f"{(FEW / n) ** 0.5:.1f} times as wide as with {FEW}, and cover less than they say; "
-            f"give {FEW} or more"
+            f"{(FEW / n) ** 0.5:.1f} times as wide as with {FEW} or wider, and a kind of prompt that is "
+            f"{100 * unseen:.0f} % of all may be missing; give {FEW} or more"
         )
 
     def first(self, n: int | None, *, option: str = "--n") -> PromptSet:

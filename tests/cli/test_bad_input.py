@@ -17,6 +17,7 @@ from cli.test_run import SITE, runs_of
 from safetensors.torch import load_file, save_file
 
 from mechdiff_mlflow.models.checkpoints import Checkpoint
+from mechdiff_mlflow.tracking.commands import computing
 
 
 def statuses(client: mlflow.MlflowClient) -> set[str]:
@@ -171,6 +172,21 @@ def test_broken_plumbing_stops_a_run_before_any_number(
     (run,) = runs_of(client)["run"]
     assert run.info.status == "FAILED"
     assert not run.data.metrics
+
+
+def test_a_pair_that_passed_the_checks_is_not_checked_again(
+    toy: Path, mechdiff: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless something differs that numbers depend on: how many prompts go together, or the dtype."""
+    checked: list[tuple[int, str]] = []
+    monkeypatch.setattr(
+        computing,
+        "require_sound",
+        lambda pair: checked.append((pair.options.batch_size, pair.spec.dtype)),
+    )
+    for words in ((), (), ("--batch-size", "8"), ("--dtype", "float64"), ("--dtype", "float64")):
+        mechdiff("fit", "--pair", str(toy), *SITE, *words)
+    assert checked == [(32, "float32"), (8, "float32"), (32, "float64")]
 
 
 def test_widths_that_differ_are_mapped_in_the_content_family_without_a_raw_patch(

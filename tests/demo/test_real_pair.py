@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from cli.conftest import Invoke, empty_store, here, mechdiff  # noqa: F401
@@ -39,6 +40,22 @@ N = 4
 def pair() -> Pair:
     torch.set_num_threads(1)
     return load_pair(PairSpec.load("smollm2-kazakh"), device="cpu", dtype="float64")
+
+
+def test_the_file_is_parsed_once_for_tokenizers_configuration_and_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parsed: list[str] = []
+
+    class Counted(gguf.GGUFReader):  # type: ignore[misc]
+        def __init__(self, path: str) -> None:
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    pair = load_pair(PairSpec.load("smollm2-kazakh"), device="cpu", lazily=True)
+    assert pair.base.checkpoint.width == 576
+    assert len(parsed) == 1
 
 
 def plain_kl(model: Any, ids: Tensor, site: Site) -> float:

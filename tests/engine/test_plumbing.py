@@ -29,6 +29,11 @@ def test_every_family_is_plumbed_right(family: Family) -> None:
     assert [check.name for check in checks] == NAMES
     assert all(check.passed for check in checks), checks
     assert ("times 0.7" in checks[2].detail) == family.scaled
+    before = engine.n_forwards
+    few = check_plumbing(engine, PROMPTS, thorough=False)
+    assert [check.name for check in few] == NAMES
+    assert all(check.passed for check in few), few
+    assert engine.n_forwards - before <= before // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -19,6 +19,7 @@ from mechdiff_mlflow.experiments.fitting import SHUFFLED
 from mechdiff_mlflow.experiments.profiles import heads_of, layer_profile
 from mechdiff_mlflow.experiments.rows import capture
 from mechdiff_mlflow.experiments.workers import LocalWorkers
+from mechdiff_mlflow.maps.affine import identity_map
 from mechdiff_mlflow.measures import similarity, stats
 from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Alpha, Cell, PairSpec, Position, Rank
@@ -88,9 +89,8 @@ def test_statistics_are_those_of_the_per_prompt_table_and_the_activations(pair: 
     assert found.spearman.estimate == pytest.approx(scipy_stats.spearmanr(table["cos"], gain)[0])
     assert found.pearson.low is not None
     assert found.pearson.low < found.pearson.estimate
-    assert record.p_sign_flip == stats.sign_flip_p(gain, seed=0)
-    null_gain = table[f"KL_{record.null}"] - table["KL_mapped"]
-    assert record.p_null == stats.sign_flip_p(null_gain, seed=0)
+    assert record.p_raw == stats.p_less_kl(table["KL_raw"], table["KL_mapped"])
+    assert record.p_null == stats.p_less_kl(table[f"KL_{record.null}"], table["KL_mapped"])
     assert record.p_holm is None, "one test needs no correction"
     assert record.p_permutation is None
     x, y = (
@@ -106,7 +106,7 @@ def test_patches_reported_together_are_corrected_together(pair: Pair) -> None:
     cells = [cell(k=1), cell(k=4), cell(site=Site(2, Hook.ATTN_OUT)), cell(site=Site(0, Hook.ATTN_OUT))]
     records = patched(Study(pair, Protocol()), *cells)
     assert [record.p_holm for record in records] == stats.holm([record.p_null for record in records])
-    assert records[-1].p_sign_flip is None, "nothing differs at layer 0, so nothing was tested there"
+    assert records[-1].p_raw is None, "nothing differs at layer 0, so nothing was tested there"
     for tested in records[:-1]:
         assert tested.p_holm is not None
         assert tested.p_null is not None
@@ -225,6 +225,38 @@ def test_an_atlas_records_each_model_once_a_split(pair: Pair, position: Position
     assert len(found.best) == best
     once = N_TRAIN + N_VAL + N_TEST
     assert forwards(pair) == {"base": once, "tuned": once}
+
+
+def test_an_atlas_runs_no_patch_twice(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither at a place with two names, nor the raw and the identity patch again, nor x itself as a map."""
+    asked: list[tuple[str, Site, str]] = []
+    score = LocalWorkers.score
+
+    def counted(self: Any, prompts: Any, position: Any, replacements: Any, *more: Any) -> Any:
+        found = score(self, prompts, position, replacements, *more)
+        for site, rows in found.items():
+            name = f"L{site.layer - 1}/resid_post" if site.hook is Hook.RESID_PRE else str(site)
+            asked.extend((prompts.split, name, label) for label in rows.patched)
+            assert len(rows.patched) == len(replacements[site]) + 2 * (more[1:] != (False,))
+        return found
+
+    monkeypatch.setattr(LocalWorkers, "score", counted)
+    found = atlas_of(pair)
+    assert len(set(asked)) == len(asked)
+    on_test = [label for split, _, label in asked if split == "test"]
+    assert {"raw", "identity"} <= set(on_test)
+    x_itself = identity_map(16).digest
+    assert x_itself not in on_test
+    twins = [Site(3, Hook.RESID_PRE), Site(2, Hook.RESID_POST)]
+    entered, left = (found.patches[site] for site in twins)
+    assert entered.per_prompt is left.per_prompt
+    assert [entered.map.meta["site"], left.map.meta["site"]] == list(map(str, twins))
+    assert [patch.cell.site for patch in found.patches.values()] == list(found.patches)
+    assert left.controls["alpha_only"] == left.kl_raw
+    monkeypatch.setattr(Study, "engine_mode", "naive")
+    both = atlas_of(pair).table
+    same = [column for column in both.columns if column != "p_holm"]
+    pd.testing.assert_frame_equal(both[same], found.table[same], rtol=1e-4, atol=1e-7)
 
 
 def test_an_atlas_reported_on_val_records_it_once(pair: Pair) -> None:

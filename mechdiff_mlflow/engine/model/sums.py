@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -80,6 +81,15 @@ def sites_of(decoder: Decoder) -> list[Site]:
     """All sites of a model."""
     sites = (Site(layer, hook) for layer in range(len(decoder.blocks)) for hook in Hook)
     return [site for site in sites if decoder.has(site)]
+
+
+def few_sites_of(decoder: Decoder) -> list[Site]:
+    """The sites of three blocks: the first, the middle and the last of those that have the most sites."""
+    sites = sites_of(decoder)
+    n_sites = Counter(site.layer for site in sites)
+    whole = [layer for layer, n in n_sites.items() if n == max(n_sites.values())]
+    chosen = {whole[0], whole[len(whole) // 2], whole[-1]}
+    return [site for site in sites if site.layer in chosen]
 
 
 def without_unlike(forward: PromptForward) -> Decoder:

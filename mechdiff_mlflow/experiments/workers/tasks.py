@@ -125,15 +125,18 @@ class Capture(Task):
 class Score(Task):
     """Patches of the tuned model with maps: for each site `base/…` and `tuned/…` rows and `patched/…`.
 
-    The latter is [n, v, 6] in float64: v are the identity, raw where the widths agree, then the maps; 6 are
-    the fields of `Patched`. `top/base` and `top/tuned` are as by `top_tokens`, [n, 2].
+    The latter is [n, v, 6] in float64: v are the maps, after the identity, and raw where the widths agree, if
+    these are asked for (`plain`); 6 are the fields of `Patched`. `top/base` and `top/tuned` are as by
+    `top_tokens`, [n, 2].
     """
 
     replacements: Replacements
+    plain: bool = True
 
     def _settings(self) -> list[str]:
         """Maps are told apart by what they compute, whatever they are called."""
-        return [f"{site} {map_.digest}" for site, maps in self.replacements.items() for map_ in maps.values()]
+        maps = [f"{site} {one.digest}" for site, of in self.replacements.items() for one in of.values()]
+        return [f"plain={self.plain}", *maps]
 
     def run(self, pair: Pair) -> Tensors:
         """Patch with every map of every site, from one recording of each model."""
@@ -142,8 +145,8 @@ class Score(Task):
         groups: list[VariantGroup] = []
         with patchable(pair, "tuned", self.prompts, self.position, sites) as (engine, recorded):
             for site, maps in self.replacements.items():
-                groups.append(VariantGroup.identity(site))
-                groups += _variants(site, base, list(maps.values()), engine.width)
+                groups += [VariantGroup.identity(site)] if self.plain else []
+                groups += _variants(site, base, list(maps.values()), engine.width, raw=self.plain)
             result = engine.score(recorded, groups)
         patched: dict[Site, list[Tensor]] = {site: [] for site in sites}
         for group, found in zip(groups, result.divergences, strict=True):
@@ -167,7 +170,7 @@ class Score(Task):
         result = {}
         for site, maps in self.replacements.items():
             patched = found[f"patched/{site}"]
-            names = [IDENTITY, *([RAW] if patched.shape[1] == len(maps) + 2 else []), *maps]
+            names = [*(IDENTITY, RAW)[: patched.shape[1] - len(maps)], *maps]
             by_name = {
                 name: Patched(*(column.contiguous().numpy() for column in one.unbind(-1)))
                 for name, one in zip(names, patched.unbind(1), strict=True)
@@ -277,11 +280,14 @@ class HeadPatches(Task):
 
 
 def _variants(
-    site: Site, base: Mapping[Site, Tensor], maps: list[AffineMap], width: int
+    site: Site, base: Mapping[Site, Tensor], maps: list[AffineMap], width: int, *, raw: bool
 ) -> list[VariantGroup]:
-    """Raw and mapped replacements, made chunk by chunk: all of them at once would be n · v · d numbers."""
+    """Mapped replacements, and `raw` ones where the widths agree.
+
+    They are made chunk by chunk: all of them at once would be n · v · d numbers.
+    """
     d_base = base[site].shape[1]
-    raw = d_base == width
+    raw = raw and d_base == width
     for map_ in maps:
         if (map_.d_in, map_.d_out) != (d_base, width):
             raise MechdiffError(

@@ -124,13 +124,18 @@ class Workers(ABC):
         return at_sites(self.whole(Capture(prompts, position, role, sites)), sites)
 
     def score(
-        self, prompts: PromptSet, position: Position, replacements: Replacements, stage: Stage = silent
+        self,
+        prompts: PromptSet,
+        position: Position,
+        replacements: Replacements,
+        stage: Stage = silent,
+        plain: bool = True,
     ) -> dict[Site, SiteRows]:
-        """Patch the tuned model with every map of every site; identity and raw rows come with each site.
+        """Patch the tuned model with every map of every site, and with the identity and raw if `plain`.
 
         Where base and tuned differ in width there is no raw row.
         """
-        task = Score(prompts, position, replacements)
+        task = Score(prompts, position, replacements, plain)
         return task.site_rows(self.whole(task, stage, f"patching tuned on {prompts.split}"))
 
     def clean_noise(self, role: str, prompts: PromptSet, position: Position) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import transformers
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.options import ModelOptions
@@ -15,10 +17,12 @@ from mechdiff_mlflow.experiments.preflight import require_sound
 from mechdiff_mlflow.experiments.progress import Stage
 from mechdiff_mlflow.experiments.requests import ExperimentRequest
 from mechdiff_mlflow.experiments.workers import Journal, LocalWorkers, Workers
+from mechdiff_mlflow.experiments.workers.workers import compute_environment
 from mechdiff_mlflow.models.pairs import Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.version import source_sha256
 from mechdiff_mlflow.tracking.runs.provenance import code_version
+from mechdiff_mlflow.tracking.store import user_cache
 from mechdiff_mlflow.tracking.store.user_cache import STAGING_VARIABLE, forget_old_staging
 
 Check = Callable[[Pair], None]
@@ -44,12 +48,14 @@ def workers_of(
             f"{folder}, for what is computed, cannot be made ({error.strerror}); set {STAGING_VARIABLE} to a "
             "folder of yours."
         ) from error
-    with _computing(request, spec, stage, check) as inner:
+    with _computing(request, spec, stage, check, version) as inner:
         yield Journal(inner, folder, version=version, in_memory=request.memory_budget is None)
 
 
 @contextlib.contextmanager
-def _computing(request: ExperimentRequest, spec: PairSpec, stage: Stage, check: Check) -> Iterator[Workers]:
+def _computing(
+    request: ExperimentRequest, spec: PairSpec, stage: Stage, check: Check, version: str
+) -> Iterator[Workers]:
     if request.engine == "ray":
         from mechdiff_mlflow.experiments.workers.ray_workers import RayWorkers  # Ray is an extra
 
@@ -68,8 +74,18 @@ def _computing(request: ExperimentRequest, spec: PairSpec, stage: Stage, check: 
     with stage("loading both models", 1):
         pair = load_as_asked(spec, request, check=check)
     with stage("checking the plumbing", 1):
-        require_sound(pair)
+        _require_sound_once(pair, version)
     yield LocalWorkers(pair)
+
+
+def _require_sound_once(pair: Pair, version: str) -> None:
+    """`require_sound`, unless this version passed it on the same pair, bounds and hardware before."""
+    where = str(compute_environment(pair))
+    same = [version, transformers.__version__, where, pair.fingerprint, str(pair.options)]
+    passed = user_cache.cache_root() / "sound" / hashlib.sha256("\0".join(same).encode()).hexdigest()
+    if not os.path.exists(passed):
+        require_sound(pair)
+        user_cache.write(passed, b"")
 
 
 def load_as_asked(

@@ -13,7 +13,8 @@ from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.sweep import LeastRank
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap
-from mechdiff_mlflow.measures.stats import Correlation, Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
+from mechdiff_mlflow.measures.stats import Correlation
 from mechdiff_mlflow.solvers import SETTINGS
 from mechdiff_mlflow.spec.pair_spec import Cell, PairSpec
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -204,8 +205,8 @@ def patch_metrics(record: PatchRecord) -> dict[str, float]:
         "KL_raw": record.kl_raw,
         "KL_mapped": record.kl_mapped,
         "noise_floor": record.noise_floor,
-        "p/sign_flip": record.p_sign_flip,
-        "p/sign_flip_null": record.p_null,
+        "p/raw": record.p_raw,
+        "p/null": record.p_null,
         "p/holm": record.p_holm,
         "p/permutation": record.p_permutation,
         "rho": record.rho,

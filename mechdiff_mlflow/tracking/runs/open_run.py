@@ -163,8 +163,15 @@ class OpenRun:
     def renew_overview(self, kind: str, about: str) -> None:
         """Put what this run found into its experiment's description and views."""
         self._lock.require()
-        found = {"headline": self._headline, "kind": kind, "curves": self._curves}
-        overview.renew(self._store, self.experiment_id, self.run_id, about=about, **found)
+        overview.renew(
+            self._store,
+            self.experiment_id,
+            self.run_id,
+            about=about,
+            headline=self._headline,
+            kind=kind,
+            curves=self._curves,
+        )
 
     def end(self, error: BaseException | None) -> None:
         """Set the final status, by what ended the run; `Tracker.run` calls this.
