@@ -28,7 +28,7 @@ from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.measures.bootstrap import Interval
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, leak_lines
+from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, headline, leak_lines
 from mechdiff_mlflow.report.document import Document, Grid
 from mechdiff_mlflow.report.evidence import of_record
 from mechdiff_mlflow.spec import untrusted_fields as foreign
@@ -173,8 +173,8 @@ def adapter(record: AdapterRecord, folder: Path) -> None:
     kind = "a hook module" if record.rank is None else f"a PEFT LoRA of rank {record.rank}"
     at = f"on {record.target}, α = {text_of(record.alpha)}"
     lines([f"{folder} is {kind} {at}; its README.md says how to load it."])
+    sentences(headline(record))
     if not record.closeness:
-        lines(["Not measured: base and tuned have different vocabularies."])
         return
     title = f"{record.n} {record.split} prompts, 95 % bootstrap intervals"
     table = _table(*CLOSENESS_HEADS, title=title)

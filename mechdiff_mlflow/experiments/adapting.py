@@ -97,10 +97,8 @@ def make_adapter(
             adapters.peft_library()
             target, linear = found
             lora = adapters.lora_of(the_map, linear)
-            source = pair.spec.base
-            adapters.write_peft(
-                lora, linear, target, folder, base_model=source.model, revision=source.revision
-            )
+            base, revision = pair.base.checkpoint.source, pair.spec.base.revision
+            adapters.write_peft(lora, linear, target, folder, base_model=base, revision=revision)
             rank, merges = lora.rank, getattr(linear, "bias", None) is not None
     return AdapterRecord(
         form=Form.HOOK if found is None else Form.PEFT,

@@ -87,7 +87,7 @@ def answer_record(
     for task in tasks:
         if task.recovered_pct is None:
             why = "tuned and the raw patch do not differ beyond the interval, or there is no raw patch"
-            undefined[f"recovered_pct/{task.measure}"] = why
+            undefined[f"recovered_{task.measure}_pct"] = why
     means = {name: float(kl.mean()) for name, kl in totals.items()}
     return AnswerRecord(
         n_tokens=protocol.answer_tokens,

@@ -67,6 +67,7 @@ class PatchRecord:
     cos_vs_kl: Correlation | None  # over prompts, of that cosine with KL_raw − KL_mapped; None if undefined
     top1_agreement: float  # mean over prompts of how far patched and clean prefer the same tokens
     delta_logprob: float  # mean change of the log-probability of the clean run's preferred token, nats
+    accuracy: Mapping[str, float]  # of base, tuned, raw, mapped: see `NextTokens`; empty without answers
     per_prompt: pd.DataFrame  # one row per prompt
     leak: tuple[str, ...] | None  # what was chosen on reported prompts, see `selection`; None if nobody knows
     undefined: Mapping[str, str]  # why a number has no value, by name

@@ -17,6 +17,7 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.answer_tasks import TaskRecord, task_records
 from mechdiff_mlflow.experiments.answers import AnswerRecord, answer_record, with_answers
 from mechdiff_mlflow.experiments.fitting import Fitter
+from mechdiff_mlflow.experiments.next_tokens import NextTokens
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
@@ -159,7 +160,7 @@ class Study:
                 rows,
                 controls=chosen[i][0],
                 null=chosen[i][1],
-                prompts=self.report_prompts,
+                next_tokens=self._next_tokens,
                 # Of the cells reported here none has been taken yet.
                 leak=selection.leaks(map_, self.report_prompts, but=selection.CELL if mine else None),
                 bootstrap=self.bootstrap,
@@ -227,6 +228,10 @@ class Study:
     def _prepare(self) -> None:
         train, *others = self.prompt_sets
         self.computing.prepare([train, *map(self.answered, others)], self.protocol.position)
+
+    @cached_property
+    def _next_tokens(self) -> NextTokens:
+        return NextTokens(self.pair, self.report_prompts)
 
     @cached_property
     def _fitter(self) -> Fitter:

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 from mechdiff_mlflow.experiments.answers import AnswerRecord
 from mechdiff_mlflow.experiments.fitting import SHUFFLED
+from mechdiff_mlflow.experiments.next_tokens import NextTokens
 from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, SiteRows
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures import similarity, stats
 from mechdiff_mlflow.measures.bootstrap import Bootstrap
 from mechdiff_mlflow.spec.pair_spec import Cell
-from mechdiff_mlflow.spec.prompts import PromptSet
 
 MIN_CKA_PROMPTS = 4
 MIN_CORRELATED_PROMPTS = 3
@@ -45,7 +45,7 @@ def summarise(
     *,
     controls: Mapping[str, Sequence[AffineMap]],
     null: str,
-    prompts: PromptSet,
+    next_tokens: NextTokens,
     leak: tuple[str, ...] | None,
     bootstrap: Bootstrap,
     seconds: float,
@@ -86,8 +86,8 @@ def summarise(
     return PatchRecord(
         cell=cell,
         map=map_,
-        split=prompts.split,
-        n=len(prompts),
+        split=next_tokens.prompts.split,
+        n=len(cosines),
         kl_raw=None if raw is None else raw.mean_kl,
         kl_mapped=mapped.mean_kl,
         kl_raw_reverse=None if raw is None else float(raw.kl_clean_patched_nats.mean()),
@@ -105,11 +105,12 @@ def summarise(
         rho=rho,
         cos_mean=mean_of_defined(cosines),
         explained_variance=similarity.explained_variance(rows.tuned, map_(rows.base)),
-        cka=similarity.debiased_cka(rows.base, rows.tuned) if len(prompts) >= MIN_CKA_PROMPTS else None,
+        cka=similarity.debiased_cka(rows.base, rows.tuned) if len(cosines) >= MIN_CKA_PROMPTS else None,
         cos_vs_kl=cos_vs_kl,
         top1_agreement=float(mapped.top1_agrees.mean()),
         delta_logprob=float(mapped.delta_logprob_nats.mean()),
-        per_prompt=_per_prompt(rows, mapped, control_kl, prompts, cosines).assign(
+        accuracy=next_tokens.accuracy(rows, mapped),
+        per_prompt=_per_prompt(rows, mapped, control_kl, next_tokens, cosines).assign(
             **({} if answer is None else answer.per_prompt)
         ),
         leak=leak,
@@ -144,9 +145,10 @@ def _per_prompt(
     rows: SiteRows,
     mapped: Patched,
     control_kl: Mapping[str, NDArray[np.float64]],
-    prompts: PromptSet,
+    next_tokens: NextTokens,
     cosines: NDArray[np.float64],
 ) -> pd.DataFrame:
+    prompts = next_tokens.prompts
     columns: dict[str, object] = {"prompt": [prompt.text for prompt in prompts.prompts]}
     columns |= {"group": prompts.groups} if prompts.groups else {}
     columns |= {"KL_raw": rows.patched[RAW].kl_patched_clean_nats} if RAW in rows.patched else {}
@@ -159,5 +161,6 @@ def _per_prompt(
         "delta_logprob": mapped.delta_logprob_nats,
     }
     columns |= {f"KL_{name}": kl for name, kl in control_kl.items()}
+    columns |= next_tokens.columns(rows, mapped)
     table: pd.DataFrame = pd.DataFrame(columns)
     return table

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import random
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 from unittest import mock
 
 import transformers.utils.chat_template_utils
@@ -14,9 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.spec.prompts import Message, Prompt, PromptSet, TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Position
-
-if TYPE_CHECKING:
-    pass
 
 
 class _StoppedClock(datetime.datetime):

@@ -12,10 +12,7 @@ from mechdiff_mlflow.experiments.sweep import rank_text
 from mechdiff_mlflow.measures.bootstrap import Interval
 from mechdiff_mlflow.report.evidence import Measured
 from mechdiff_mlflow.spec.pair_spec import Alpha
-from mechdiff_mlflow.text import text_of
-
-FEW = 100
-"""Prompts below which a report says what they may miss."""
+from mechdiff_mlflow.text import markdown, text_of
 
 WHERE = {
     "resid_pre": "what enters decoder block {layer}",
@@ -24,6 +21,9 @@ WHERE = {
     "resid_post": "what leaves decoder block {layer}",
 }
 """Meaning of each hook."""
+
+
+_VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 
 
 def negligible(patch: Measured, min_effect_nats: float) -> bool:
@@ -43,6 +43,11 @@ def percent(interval: Interval | None, form: str = ".1f") -> str:
     few = " (too few prompts for an interval)"
     bounds = few if interval.low is None else f" [{interval.low:{form}}, {interval.high:{form}}]"
     return f"{interval.estimate:{form}}{bounds}"
+
+
+def token(text: object) -> str:
+    """A token between backticks of Markdown, its whitespace visible."""
+    return markdown(str(text).translate(_VISIBLE), 40) or "∅"
 
 
 def _ends(interval: Interval) -> str:

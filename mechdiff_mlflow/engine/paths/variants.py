@@ -11,6 +11,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
+from mechdiff_mlflow.engine.model.chunks import Chunk
 from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import Divergences
@@ -119,7 +120,8 @@ class ScoreBoard:
         self._ends = list(accumulate(group.count() for group in groups))
         self._starts = [0, *self._ends[:-1]] if groups else []
         shape = (len(prompts), max(prompts.steps, default=1), self.n_columns)
-        self._scores = Divergences.zeros(*shape).map(lambda x: x.fill_(torch.nan))  # [N, T, columns]
+        empty = (torch.full(shape, torch.nan, dtype=torch.float64) for _ in fields(Divergences))
+        self._scores = Divergences(*empty)  # [N, T, columns]
 
     @property
     def n_columns(self) -> int:
@@ -160,18 +162,24 @@ class ScoreBoard:
         return variants, same_as_clean
 
     def add(
-        self, recording: Recording, same: Tensor, scored: Sequence[tuple[Tensor, Tensor, Divergences]]
+        self,
+        chunk: Chunk,
+        same: Tensor,
+        unchanged: Divergences,
+        scored: Sequence[tuple[Tensor, Tensor, Divergences]],
     ) -> None:
-        """Put a chunk's scored rows (owner, column, divergences), which must be finite, in their places."""
-        index, steps = recording.chunk.index, recording.chunk.steps
+        """Put a chunk's scored rows (owner, column, divergences), which must be finite, in their places.
+
+        What is the `same` as the clean run, [n, columns], is `unchanged`.
+        """
+        index, steps = chunk.index, chunk.steps
         same = same.repeat_interleave(steps, 0)
-        chunk = Divergences.zeros(len(same), self.n_columns)
-        exact = Divergences.zeros(1)
         for field in fields(Divergences):
-            values = getattr(chunk, field.name)
+            exact = getattr(unchanged, field.name)[:, None].expand(same.shape)
+            values = exact.clone()
             for owner, column, found in scored:
                 values[owner, column] = getattr(found, field.name).cpu().double()
-            values[same] = getattr(exact, field.name)
+            values[same] = exact[same]
             finite = torch.isfinite(values)
             if not finite.all():
                 prompt, name, site = self._first(~finite, index.repeat_interleave(steps))

@@ -126,9 +126,9 @@ class Capture(Task):
 class Score(Task):
     """Patches of the tuned model with maps: for each site `base/…` and `tuned/…` rows and `patched/…`.
 
-    The latter is [n, v, 4] in float64: v are the maps, after the identity, and raw where the widths agree, if
-    these are asked for (`plain`); 4 are the first fields of `Patched`. With answers of up to T tokens the KL
-    after each follows, [n, v, 4 + T].
+    The latter is [n, v, 6] in float64: v are the maps, after the identity, and raw where the widths agree, if
+    these are asked for (`plain`); 6 are the first fields of `Patched`. With answers of up to T tokens the KL
+    after each follows, [n, v, 6 + T]. `top/base` and `top/tuned` are as by `top_tokens`, [n, 2].
     """
 
     replacements: Replacements
@@ -156,6 +156,9 @@ class Score(Task):
         for group, found in zip(groups, result.divergences, strict=True):
             patched[group.site].append(_numbers(found, 0 if answers is None else answers.n_tokens))
         readers: dict[str, Callable[[], Tensor]] = {}
+        for role in self.roles:
+            key = (role, self.prompts.digest, self.position)
+            readers[f"top/{role}"] = partial(torch.clone, pair.recordings.top(key))
         for site in sites:
             readers[f"base/{site}"] = partial(_first_vector, base, site, n_replaced)
             readers[f"tuned/{site}"] = partial(_first_vector, result.clean, site, n_replaced)
@@ -166,12 +169,13 @@ class Score(Task):
         """The tensors of `run` by site and label."""
         sites = list(self.replacements)
         base, tuned = (at_sites(found, sites, f"{role}/") for role in ("base", "tuned"))
+        top = {role: found[f"top/{role}"].numpy() for role in self.roles}
         result = {}
         for site, maps in self.replacements.items():
             patched = found[f"patched/{site}"]
             names = [*(IDENTITY, RAW)[: patched.shape[1] - len(maps)], *maps]
             by_name = {name: _patched(one) for name, one in zip(names, patched.unbind(1), strict=True)}
-            result[site] = SiteRows(site, base, tuned, by_name)
+            result[site] = SiteRows(site, base, tuned, by_name, top)
         return result
 
 
@@ -281,10 +285,10 @@ def _first_vector(found: Mapping[Site, Tensor], site: Site, n_replaced: int) -> 
 
 
 def _numbers(found: Divergences, n_tokens: int) -> Tensor:
-    """The columns of `Score`, [n, v, 4 + n_tokens]."""
-    fields = found.kl_patched_clean, found.kl_clean_patched, found.top1_agrees, found.delta_logprob
-    by_step = [field.double().reshape(*field.shape[:2], -1) for field in fields]
-    first = torch.stack([field[..., 0] for field in by_step], -1)
+    """The columns of `Score`, [n, v, 6 + n_tokens]."""
+    columns = [getattr(found, field.name) for field in fields(found)]
+    by_step = [column.reshape(*column.shape[:2], -1) for column in columns]
+    first = torch.stack([column[..., 0] for column in by_step], -1)
     if not n_tokens:
         return first
     after_end = (0, n_tokens - by_step[0].shape[-1])
@@ -292,9 +296,9 @@ def _numbers(found: Divergences, n_tokens: int) -> Tensor:
 
 
 def _patched(numbers: Tensor) -> Patched:
-    """What one replacement did, from its columns of `Score`, [n, 4 or 4 + T]."""
-    kl, reverse, top1, delta, *steps = (column.contiguous().numpy() for column in numbers.unbind(-1))
-    return Patched(kl, reverse, top1, delta, steps_nats=np.stack(steps or [kl], 1))
+    """What one replacement did, from its columns of `Score`, [n, 6 or 6 + T]."""
+    kl, reverse, agrees, delta, top, logprob, *steps = (x.contiguous().numpy() for x in numbers.unbind(-1))
+    return Patched(kl, reverse, agrees, delta, top, logprob, np.stack(steps or [kl], 1))
 
 
 def variants_of(

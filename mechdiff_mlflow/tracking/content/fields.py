@@ -32,6 +32,8 @@ from mechdiff_mlflow.tracking.content.tag_names import (
     pair_site,
 )
 
+ACCURACY = "accuracy/"
+"""Beginning of the names of metrics that say how often the answer's first token is the most probable."""
 NOT_APPLICABLE = "n/a"
 """Of a hyperparameter that the solver does not have: every run has every column."""
 
@@ -66,8 +68,7 @@ def patch_run(
     cell = record.cell
     leak = selection.sentence(record.leak)
     caveats = [leak] if leak else []
-    if (n := study.report_prompts.n_groups) < 100:
-        caveats.append(f"n={n} is small, intervals under-cover")
+    caveats += [few] if (few := study.report_prompts.few) else []
     for fitted_on in fitted_elsewhere(record.map, study).values():
         caveats.append(f"the map was fitted on another pair, {fitted_on}")
     return RunRecord(
@@ -123,18 +124,16 @@ def headline(patch: PatchRecord) -> RunRecord:
     """What a parent of one patch shows, so that parents compare without being unfolded."""
     shown = ["KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor"]
     shown += ["KL_answer_raw", "KL_answer_mapped", "drop_answer_pct", "skill_answer_pct"]
-    metrics = patch_metrics(patch)
+    kinds = ("ci/", ACCURACY, "exact_match/", "recovered_")
+    metrics = {k: v for k, v in patch_metrics(patch).items() if k in shown or k.startswith(kinds)}
     return RunRecord(
         kind="run",
         name=_name(patch.cell),
-        metrics={
-            key: value
-            for key, value in metrics.items()
-            if key in shown or key.startswith(("ci/", "exact_match/", "recovered_pct/"))
-        },
+        metrics=metrics,
         undefined=patch.undefined,
         tags={"mechdiff.site": str(patch.cell.site)},
         description=f"{site_and_drop(patch)}; null {patch.null}",
+        headline=f"{site_and_drop(patch)}, skill {_percent(patch.skill_pct)}.",
     )
 
 
@@ -164,7 +163,8 @@ def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -
             curves.setdefault(_curve(patch.cell), {})[k] = drop
             best = max(best or (drop, patch), (drop, patch), key=lambda pair: pair[0])
     kind = "drop_pct" if patches[0].answer is None else "drop_answer_pct"
-    metrics = {} if best is None else {f"best/{kind}": best[0], "best/KL_mapped": best[1].kl_mapped}
+    metrics = accuracies(*patches[:1], of=("base", "tuned"))
+    metrics |= {} if best is None else {f"best/{kind}": best[0], "best/KL_mapped": best[1].kl_mapped}
     metrics |= {
         f"min_k/{least.site.slug} alpha {text_of(least.alpha)}": float(least.found.k)
         for least in found
@@ -179,6 +179,7 @@ def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -
         tables={"summary.json": summary_table(patches), "least_ranks.json": least_ranks_table(found)},
         description=f"{kind} is drawn over k (step = k; full counts as the width).\n\n"
         + "\n".join(f"- {least}" for least in found),
+        headline="; ".join(map(str, found[:3])) or f"{len(patches)} cells, no drop defined.",
     )
 
 
@@ -222,6 +223,7 @@ def patch_metrics(record: PatchRecord) -> dict[str, float]:
         "reverse/KL_raw": record.kl_raw_reverse,
         "reverse/KL_mapped": record.kl_mapped_reverse,
         "time/score_s": record.seconds,
+        **accuracies(record),
     }
     controls = {f"control/{name}": kl for name, kl in record.controls.items()}
     return (
@@ -247,10 +249,7 @@ def _answer_metrics(answer: AnswerRecord) -> dict[str, float]:
     for task in answer.tasks:
         metrics |= {f"{task.measure}/{who}": mean for who, mean in task.means.items()}
         metrics |= {f"{task.measure}/n": task.n}
-        if (found := task.recovered_pct) is not None:
-            metrics |= _present({f"recovered_pct/{task.measure}": found.estimate})
-            ends = {"low": found.low, "high": found.high}  # `/` would make a group within `ci/`
-            metrics |= _present({f"ci/recovered_{task.measure}_{end}": x for end, x in ends.items()})
+        metrics |= _interval(f"recovered_{task.measure}_pct", task.recovered_pct)
     return metrics
 
 
@@ -272,6 +271,13 @@ def _of_answers(record: PatchRecord) -> str:
     """The drop of whole answers, to be put behind that of the first token."""
     answer = record.answer
     return "" if answer is None else f", of answers of {answer.n_tokens} tokens {_percent(answer.drop_pct)}"
+
+
+def accuracies(
+    *records: PatchRecord, of: Sequence[str] = ("base", "tuned", "raw", "mapped")
+) -> dict[str, float]:
+    """How often the first token of the answer is the most probable one, where answers are known."""
+    return {f"{ACCURACY}{name}": r.accuracy[name] for r in records for name in of if name in r.accuracy}
 
 
 def site_and_drop(patch: PatchRecord) -> str:
@@ -344,6 +350,11 @@ def _datasets(study: Study, *sets: PromptSet) -> tuple[records.Dataset, ...]:
             split=prompts.split,
             digest=prompts.digest,
             n=len(prompts),
+            columns=tuple(
+                name
+                for name in ("text", "group", "answer")
+                if name == "text" or any(getattr(prompt, name) is not None for prompt in prompts.prompts)
+            ),
             source=spec.prompt_source(prompts.split),
         )
         for prompts in sets
