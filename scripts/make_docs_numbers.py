@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT)]
 
 from mechdiff_mlflow.experiments import PatchRecord, Protocol, Study  # noqa: E402
 from mechdiff_mlflow.experiments.sweep import SweepSite, cells_of, least_ranks  # noqa: E402
-from mechdiff_mlflow.measures.stats import Interval  # noqa: E402
+from mechdiff_mlflow.measures.bootstrap import Interval  # noqa: E402
 from mechdiff_mlflow.models.pairs import Pair, load_pair  # noqa: E402
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Rank  # noqa: E402
 from mechdiff_mlflow.spec.sites import Hook, Site  # noqa: E402
@@ -103,8 +103,8 @@ def worked(pair: Pair) -> tuple[str, PatchRecord]:
         f"drop of the best control on val, `{record.null}`": f"{100 * (1 - null / record.kl_raw):.1f} %",
         "`skill_pct`": f"{percent(record.skill_pct)} %",
         f"`p/permutation`, {PERMUTATIONS} shuffles": p_value(record.p_permutation),
-        "`p/sign_flip`, against raw": p_value(record.p_sign_flip),
-        "`p/sign_flip_null`, against the best control": p_value(record.p_null),
+        "`p/raw`, against raw": p_value(record.p_raw),
+        "`p/null`, against the best control": p_value(record.p_null),
         "`rho`": f"{record.rho:.3f}",
         "`cos_mean`": f"{record.cos_mean:.3f}",
         "`explained_variance`": f"{record.explained_variance:.3f}",

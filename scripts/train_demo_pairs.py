@@ -272,10 +272,10 @@ def save(model: Any, tokenizer: Any, directory: Path) -> None:
 
 
 def write_prompts(pair: str, seed: int, directory: Path) -> None:
-    """One JSONL file a split, labelled with the fine-tune's answers."""
+    """One JSONL file a split, with the answers of the fine-tune."""
     directory.mkdir(parents=True, exist_ok=True)
     for split, prompts in prompt_sets(pair, seed).items():
-        lines = [json.dumps({"text": prompt.text, "label": prompt.fact.other}) for prompt in prompts]
+        lines = [json.dumps({"text": prompt.text, "answer": prompt.fact.other}) for prompt in prompts]
         (directory / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

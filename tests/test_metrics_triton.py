@@ -44,6 +44,8 @@ def test_kernels_are_the_float64_path(
         assert bool(((found[row] - kl).abs() <= limit).all()), (found[row], kl)
     torch.testing.assert_close(found[2], expected.top1_agrees, rtol=1e-6, atol=0)
     torch.testing.assert_close(found[3], expected.delta_logprob, rtol=1e-5, atol=2e-6)
+    assert torch.equal(found[4], expected.top)
+    torch.testing.assert_close(found[5], expected.top_logprob, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,7 +53,8 @@ def test_identical_logits_are_exactly_zero_apart(kernels: ModuleType, dtype: tor
     clean = torch.randn(2, 5000, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     owner = torch.tensor([0, 1, 1], device=DEVICE)
     found = kernels.compare_rows(clean[owner], kernels.log_softmax_rows(clean), owner, clean.argmax(-1))
-    assert found.tolist() == [[0.0] * 3, [0.0] * 3, [1.0] * 3, [0.0] * 3]
+    assert found[:4].tolist() == [[0.0] * 3, [0.0] * 3, [1.0] * 3, [0.0] * 3]
+    assert torch.equal(found[4].long(), clean[owner].argmax(-1))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

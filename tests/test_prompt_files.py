@@ -39,7 +39,9 @@ def test_a_seed_shares_prompts_out_and_says_so(n: int) -> None:
     check_disjoint(found.values())
     remark = split_remark(found, 0)
     assert f"{n} prompts were split by seed 0: {len(found['train'])} train" in remark
-    assert ("give some hundreds" in remark) is (n < 60)
+    few = found["test"].few
+    assert ("times as wide as with 100" in few) is (found["test"].n_groups < 100)
+    assert few == "" or few.startswith(f"{len(found['test'])} test prompts, {found['test'].n_groups} of them")
 
 
 def test_other_seeds_split_otherwise_and_the_order_of_the_file_does_not_matter() -> None:

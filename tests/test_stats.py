@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 from typing import Any
 
@@ -10,20 +9,21 @@ import pytest
 import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
+from reference.plain_study import bootstrap_drop, p_above_0, resampled
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.measures.bootstrap import Bootstrap, Interval
 from mechdiff_mlflow.measures.stats import (
-    Bootstrap,
     Correlation,
-    Interval,
     correlation,
     drop_difference,
     drop_pct,
     holm,
     kl_difference,
+    mean,
     min_k,
+    p_less_kl,
     permutation_p,
-    sign_flip_p,
 )
 
 FEW = Bootstrap(n_resamples=499, seed=3)
@@ -50,22 +50,43 @@ def scipys(data: tuple[np.ndarray, ...], statistic: Any) -> tuple[float, float]:
     return found.low, found.high
 
 
-def test_drop_is_a_ratio_of_means_with_scipys_interval() -> None:
+def ends(a: np.ndarray, b: np.ndarray, room: float) -> tuple[float, float]:
+    """The interval of Σa/Σb as the books write it, stretched towards 0."""
+    found = resampled(a, b, seed=FEW.seed, n_resamples=FEW.n_resamples)
+    low, high = found.estimate - np.quantile(found.shifts / found.errors, [0.975, 0.025]) * found.error
+    return (low - room, high) if found.estimate > 0 else (low, high + room)
+
+
+def test_drop_is_a_ratio_of_means_with_a_studentised_interval() -> None:
     raw, mapped = prompts()
     found = drop_pct(raw, mapped, bootstrap=FEW)
     assert found.estimate == pytest.approx(100 * (1 - mapped.sum() / raw.sum()), rel=1e-12)
     assert found.estimate != pytest.approx(100 * (1 - mapped / raw).mean(), rel=1e-2)
-    expected = scipys((raw, mapped), lambda r, m, axis=-1: 100 * (1 - m.sum(axis) / r.sum(axis)))
-    assert (found.low, found.high) == pytest.approx(expected, rel=1e-10)
+    expected = bootstrap_drop(raw, mapped, seed=FEW.seed, n_resamples=FEW.n_resamples)
+    assert (found.low, found.high) == pytest.approx(expected, rel=1e-9)
     assert found.level == 0.95
+    rise = drop_pct(mapped, raw, bootstrap=FEW)
+    expected = bootstrap_drop(mapped, raw, seed=FEW.seed, n_resamples=FEW.n_resamples)
+    assert (rise.low, rise.high) == pytest.approx(expected, rel=1e-9)
 
 
-def test_difference_has_scipys_interval() -> None:
+def test_means_have_studentised_intervals_and_only_a_difference_makes_room_for_the_unseen() -> None:
     raw, mapped = prompts()
-    found = kl_difference(raw, mapped, bootstrap=FEW)
-    assert found.estimate == pytest.approx((raw - mapped).mean(), rel=1e-12)
-    expected = scipys((raw, mapped), lambda r, m, axis=-1: (r - m).mean(axis))
-    assert (found.low, found.high) == pytest.approx(expected, rel=1e-10)
+    gain = raw - mapped
+    share = 1 - 0.025 ** (1 / len(raw))
+    for a, b in ((raw, mapped), (mapped, raw)):
+        found = kl_difference(a, b, bootstrap=FEW)
+        assert found.estimate == pytest.approx((a - b).mean(), rel=1e-12)
+        expected = ends(a - b, np.ones(len(a)), share * abs((a - b).mean()))
+        assert (found.low, found.high) == pytest.approx(expected, rel=1e-9)
+    plain = mean(gain, bootstrap=FEW)
+    assert (plain.low, plain.high) == pytest.approx(ends(gain, np.ones(len(gain)), 0), rel=1e-9)
+
+
+def test_equal_values_are_their_own_interval_and_nearly_equal_ones_have_none() -> None:
+    found = mean([0.1 + 0.2, 0.3, 0.3, 0.3 + 1e-17], bootstrap=FEW)
+    assert (found.low, found.high) == pytest.approx((0.3, 0.3), abs=1e-15)
+    assert mean([0.0, 0.0, 1.0], bootstrap=FEW) == Interval(pytest.approx(1 / 3), None, None, 0.95)
 
 
 def test_correlation_has_scipys_interval() -> None:
@@ -96,18 +117,23 @@ def test_intervals_are_seeded_and_widen_with_the_level() -> None:
 
 
 @pytest.mark.slow
-def test_intervals_cover_about_as_often_as_they_say() -> None:
-    """0.93 at n=150 on heavy tails: the percentile bootstrap is a little too sure of itself."""
+@pytest.mark.parametrize("n", [40, 150])
+def test_intervals_cover_as_often_as_they_say_where_a_few_prompts_fail(n: int) -> None:
+    """On 3 % of prompts the map does as the raw patch, and 40 prompts may have none of these.
+
+    The percentile interval covers 65 % at n=40 and 88 % at n=150.
+    """
     rng = np.random.default_rng(0)
 
     def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
-        raw = rng.lognormal(0, 1, n)
-        return raw, raw * rng.beta(2, 2, n)
+        raw = rng.lognormal(0.5, 0.6, n)
+        return raw, np.where(rng.random(n) < 0.03, raw, raw * rng.lognormal(-3, 0.7, n))
 
-    few = Bootstrap(n_resamples=999)
-    found = [drop_pct(*draw(150), bootstrap=few) for _ in range(300)]
-    covered = np.mean([i.low <= 50.0 <= i.high for i in found if i.low is not None and i.high is not None])
-    assert 0.89 <= covered <= 0.98
+    truth = 100 * (1 - 0.03 - 0.97 * math.exp(-3 + 0.7**2 / 2))
+    found = [drop_pct(*draw(n), bootstrap=Bootstrap(999)) for _ in range(300)]
+    covered = np.mean([i.low <= truth <= i.high for i in found if i.low is not None and i.high is not None])
+    assert covered >= 0.93
+    assert np.mean([i.low is None for i in found]) < 0.05
 
 
 # The undefined is None, never infinite
@@ -156,10 +182,10 @@ def table(*drops: float, n: int = 20) -> list[list[float]]:
 
 def test_min_k_needs_all_larger_ranks_to_reach() -> None:
     raw = [1.0] * 20
-    found = min_k([1, 8, 32, 64], raw, table(40, 10, 31, 50), target_pct=30)
+    found = min_k([1, 8, 32, 64], raw, table(40, 10, 38, 50), target_pct=30)
     assert found is not None
     assert (found.k, found.low, found.high, found.conservative_k, found.p_reached) == (32, 32, 32, 32, 1.0)
-    assert [drop.estimate for drop in found.drops] == pytest.approx([40, 10, 31, 50])
+    assert [drop.estimate for drop in found.drops] == pytest.approx([40, 10, 38, 50])
 
 
 def test_min_k_of_what_the_largest_rank_does_not_reach_is_none() -> None:
@@ -220,22 +246,28 @@ def test_conservative_k_is_never_smaller(drops: list[float], target: float) -> N
 # Tests
 
 
-def test_sign_flip_is_the_exact_test_in_the_long_run() -> None:
-    d = np.random.default_rng(0).normal(0.4, 1, 10)
-    means = [np.dot(signs, d) for signs in itertools.product([-1, 1], repeat=10)]
-    exact = np.mean([m >= d.sum() - 1e-12 for m in means])
-    assert sign_flip_p(d, n_flips=40_000) == pytest.approx(exact, abs=0.01)
-    assert sign_flip_p(-d, n_flips=40_000) == pytest.approx(1 - exact, abs=0.01)
-    assert sign_flip_p(d, seed=1) == sign_flip_p(d, seed=1)
+def test_the_test_of_a_mean_is_the_studentised_bootstraps() -> None:
+    raw, mapped = prompts(12)
+    assert p_less_kl(raw, mapped, bootstrap=Bootstrap(seed=3)) == pytest.approx(
+        p_above_0(raw - mapped, seed=3), abs=1e-12
+    )
+    assert p_less_kl(mapped, raw) == 1.0
+    assert p_less_kl(raw, raw) == 1.0
 
 
-def test_sign_flip_of_no_difference_is_one() -> None:
-    assert sign_flip_p([0.0] * 7) == 1.0
+def test_a_test_of_few_prompts_is_never_surer_than_their_signs() -> None:
+    assert p_less_kl([1.0] * 5, [0.5] * 5) == 1 / 32
+    assert p_less_kl([1.0] * 20, [0.5] * 20) == 1 / 10_000
 
 
-def test_sign_flip_counts_ties_against_rounding() -> None:
-    # Half of the flips of three equal differences and their sum in another order tie with the observed sum.
-    assert sign_flip_p([0.1, 0.2, 0.3] * 4, n_flips=100_000) == pytest.approx(2**-12, abs=3e-4)
+def test_the_test_of_a_mean_holds_its_level_where_a_test_of_symmetry_does_not() -> None:
+    """Of a mean of 0 with many small gains and few large losses, which sign flips take for a gain."""
+    rng = np.random.default_rng(0)
+    gains = [math.exp(0.5) - rng.lognormal(0, 1, 150) for _ in range(400)]
+    ones = [p_less_kl(gain, 0 * gain, bootstrap=Bootstrap(999)) <= 0.05 for gain in gains]
+    flipped = [scipy.stats.ttest_1samp(gain, 0, alternative="greater").pvalue <= 0.05 for gain in gains]
+    assert np.mean(ones) <= 0.08
+    assert np.mean(flipped) > 0.1
 
 
 def test_permutation_p_is_never_zero() -> None:
@@ -285,16 +317,17 @@ def test_drop_difference_resamples_each_set_by_itself() -> None:
     first = rng.exponential(2.0, 40), rng.exponential(1.0, 40)
     second = rng.exponential(2.0, 25), rng.exponential(1.5, 25)
     found = drop_difference(first, second, bootstrap=Bootstrap(n_resamples=200, seed=5))
-
-    def drops(pair: tuple[np.ndarray, np.ndarray], seed: int) -> list[float]:
-        n = len(pair[0])
-        drawn = np.random.default_rng(seed).integers(0, n, (200, n))
-        return [100 * (1 - pair[1][i].sum() / pair[0][i].sum()) for i in drawn]
-
-    gaps = np.array(drops(first, 5)) - np.array(drops(second, 6))
-    plain = [100 * (1 - mapped.sum() / raw.sum()) for raw, mapped in (first, second)]
-    assert found.estimate == pytest.approx(plain[0] - plain[1], rel=1e-12)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(gaps, [0.025, 0.975])), rel=1e-9)
+    one, other = (
+        resampled(mapped, raw, seed=seed, n_resamples=200)
+        for (raw, mapped), seed in ((first, 5), (second, 6))
+    )
+    gap = 100 * (other.estimate - one.estimate)
+    t = (other.shifts - one.shifts) / np.hypot(one.errors, other.errors)
+    low, high = gap - np.quantile(t, [0.975, 0.025]) * 100 * np.hypot(one.error, other.error)
+    missed = (1 - 0.025 ** (1 / 25)) * 100 * (abs(1 - one.estimate) + abs(1 - other.estimate))
+    expected = (low - missed, high) if gap > 0 else (low, high + missed)
+    assert found.estimate == pytest.approx(gap, rel=1e-12)
+    assert (found.low, found.high) == pytest.approx(expected, rel=1e-9)
     assert drop_difference(first, (0 * second[0], second[1])).estimate is None
 
 
@@ -320,8 +353,9 @@ def test_ten_copies_of_fifteen_prompts_are_fifteen_prompts() -> None:
     least = min_k([1, 2], raw, np.stack([mapped * 2, mapped]), target_pct=30, bootstrap=one)
     tenfold = np.stack([copies(mapped * 2, 10), copies(mapped, 10)])
     assert min_k([1, 2], copies(raw, 10), tenfold, target_pct=30, bootstrap=many).low == least.low
-    assert sign_flip_p(copies(raw - mapped, 10), groups=groups) == sign_flip_p(raw - mapped)
-    assert sign_flip_p(copies(cos, 10)) != sign_flip_p(cos) == sign_flip_p(copies(cos, 10), groups=groups)
+    tenfold_p = p_less_kl(copies(raw, 10), copies(mapped, 10), bootstrap=many)
+    assert tenfold_p == p_less_kl(raw, mapped, bootstrap=one)
+    assert tenfold_p > p_less_kl(copies(raw, 10), copies(mapped, 10), bootstrap=one)
     gap = drop_difference((raw, mapped), (mapped, raw), bootstrap=one)
     same = drop_difference(
         (copies(raw, 10), copies(mapped, 10)), (mapped, raw), bootstrap=one, groups=(groups, ())
@@ -344,9 +378,12 @@ def test_a_bootstrap_of_groups_draws_them_whole(groups: list[int]) -> None:
     members = [np.flatnonzero(np.array(groups) == g) for g in np.unique(groups)]
     drawn = np.random.default_rng(0).integers(0, len(members), (50, len(members)))
     samples = [np.concatenate([members[g] for g in row]) for row in drawn]
-    slow = [100 * (1 - mapped[rows].sum() / raw[rows].sum()) for rows in samples]
+    means = [raw[rows].mean() for rows in samples]
+    assert bootstrap.means(raw)[0] == pytest.approx(np.array(means), rel=1e-12)
     found = drop_pct(raw, mapped, bootstrap=bootstrap)
-    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])), rel=1e-9)
+    if found.low is not None:
+        slow = bootstrap_drop(raw, mapped, seed=0, n_resamples=50, groups=groups)
+        assert (found.low, found.high) == pytest.approx(slow, rel=1e-7)
     ranks = [scipy.stats.spearmanr(raw[rows], mapped[rows])[0] for rows in samples if np.ptp(raw[rows]) > 0]
     spearman = correlation(raw, mapped, bootstrap=bootstrap).spearman
     if len(ranks) == 50 and not np.isnan(ranks).any():
@@ -363,9 +400,9 @@ def test_intervals_of_groups_cover_as_those_of_single_prompts(times: int) -> Non
     hits = 0
     for _ in range(400):
         values = copies(rng.normal(1, 1, 15), times)
-        found = kl_difference(values, 0 * values, bootstrap=Bootstrap(999, groups=groups))
+        found = mean(values, bootstrap=Bootstrap(999, groups=groups))
         hits += found.low <= 1 <= found.high
-    assert 0.87 < hits / 400 < 0.96  # 95 % asked for; 15 values are few
+    assert 0.92 < hits / 400 < 0.98
 
 
 def test_of_one_group_there_is_no_interval() -> None:

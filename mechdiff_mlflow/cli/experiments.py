@@ -56,6 +56,7 @@ def _fit(request: FitRequest) -> None:
 def _patch(request: PatchRequest) -> None:
     done = _carried_out(measuring.patch, request)
     show.patches(done.patches, done.pair)
+    show.lines([note for note in done.notes if note])
     _finish(done)
 
 

@@ -26,9 +26,9 @@ from mechdiff_mlflow.experiments.adapting import AdapterRecord
 from mechdiff_mlflow.experiments.progress import Advance, Stage
 from mechdiff_mlflow.experiments.steering import Steered
 from mechdiff_mlflow.maps import selection
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
 from mechdiff_mlflow.report import wording
-from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, leak_lines
+from mechdiff_mlflow.report.adapter import CLOSENESS_HEADS, closeness_rows, headline, leak_lines
 from mechdiff_mlflow.report.document import Document, Grid
 from mechdiff_mlflow.report.evidence import of_record
 from mechdiff_mlflow.spec import untrusted_fields as foreign
@@ -119,7 +119,7 @@ def patches(records: Sequence[PatchRecord], pair: str) -> None:
         controls = sorted(first.controls.items(), key=lambda item: item[1])
         lines(["Controls (mean KL): " + ", ".join(f"{name} {_number(kl)}" for name, kl in controls)])
         p_values = {
-            "than raw": first.p_sign_flip,
+            "than raw": first.p_raw,
             f"than {first.null}": first.p_null,
             "than maps of shuffled pairs": first.p_permutation,
         }
@@ -149,8 +149,8 @@ def adapter(record: AdapterRecord, folder: Path) -> None:
     kind = "a hook module" if record.rank is None else f"a PEFT LoRA of rank {record.rank}"
     at = f"on {record.target}, α = {text_of(record.alpha)}"
     lines([f"{folder} is {kind} {at}; its README.md says how to load it."])
+    sentences(headline(record))
     if not record.closeness:
-        lines(["Not measured: base and tuned have different vocabularies."])
         return
     title = f"{record.n} {record.split} prompts, 95 % bootstrap intervals"
     table = _table(*CLOSENESS_HEADS, title=title)

@@ -20,7 +20,7 @@ from mechdiff_mlflow.experiments.options import (
     MismatchOptions,
     ModelOptions,
     ReportedOptions,
-    StoreOptions,
+    TrackingOptions,
 )
 from mechdiff_mlflow.experiments.preflight import check_map, check_pair
 from mechdiff_mlflow.experiments.steering import prompt_set, site_of, steer
@@ -33,12 +33,17 @@ from mechdiff_mlflow.spec.options import FLAG, PATH, TEXT, Kind, option, whole
 from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
 from mechdiff_mlflow.text import text_of
 from mechdiff_mlflow.tracking.commands.computing import load_as_asked
+from mechdiff_mlflow.tracking.content.overview import models_of
+from mechdiff_mlflow.tracking.content.parents import adapter_run, steer_run
+from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.registry.fetch import load_map
+from mechdiff_mlflow.tracking.runs.mlflow_run import experiment_of
+from mechdiff_mlflow.tracking.runs.tracker import Tracker
 from mechdiff_mlflow.tracking.store.store import open_store
 
 
 @dataclass(frozen=True, kw_only=True)
-class UseRequest(MapOptions, MismatchOptions, ModelOptions, StoreOptions):
+class UseRequest(MapOptions, MismatchOptions, ModelOptions, TrackingOptions):
     """A map and the pair that it is used on."""
 
     pair: str | None = option(
@@ -84,6 +89,9 @@ def _steer(request: SteerRequest) -> None:
     found = steer(
         pair, the_map, request.prompts, tokens=request.tokens, max_new_tokens=request.max_new_tokens
     )
+    params = _params(request, pair, the_map)
+    params |= {"tokens": str(request.tokens), "max_new_tokens": request.max_new_tokens}
+    _logged(request, pair, steer_run(found, pair, params))
     if request.json:
         about = {"map": request.map, "site": the_map.meta["site"], "alpha": the_map.alpha}
         about |= {"pair": pair.name, "tokens": str(request.tokens)}
@@ -131,6 +139,19 @@ def _adapter(request: AdapterRequest) -> None:
             folder.rmdir()
         part.rename(folder)
     show.adapter(record, folder)
+    _logged(request, pair, adapter_run(record, folder, pair, _params(request, pair, the_map)))
+
+
+def _params(request: UseRequest, pair: Pair, the_map: AffineMap) -> dict[str, ParamValue]:
+    site = str(the_map.meta["site"])
+    return {"pair": pair.name, "map": request.map, "site": site, "alpha": the_map.alpha}
+
+
+def _logged(request: UseRequest, pair: Pair, record: RunRecord) -> None:
+    """Keep what was done as a run of the pair's experiment."""
+    store = open_store(request.tracking_uri)
+    experiment = experiment_of(store, request.experiment, pair.name)
+    Tracker(store, experiment, about=models_of(pair.spec)).log(record)
 
 
 def _loaded(request: UseRequest, check: Callable[[PairSpec, Pair], None]) -> tuple[AffineMap, Pair]:

@@ -116,10 +116,16 @@ class PatchEngine:
             MechdiffError: A site, token or position does not exist, an activation is not finite, or a prompt
                 does not fit in memory.
         """
+        return self.run_clean(prompts, sites, device=device).activations
+
+    def run_clean(
+        self, prompts: TokenizedPrompts, sites: Sequence[Site], *, device: torch.device | str = "cpu"
+    ) -> CleanRuns:
+        """As `capture`, with the most probable next tokens."""
         self._check(prompts, sites)
         captured = CleanRuns(prompts, sites, self.forward.device, rows_on=device)
         self.complete(captured)
-        return captured.activations
+        return captured
 
     def record(
         self,
@@ -253,7 +259,7 @@ class PatchEngine:
                 (rows.owner, rows.column, compare_rows(rows.logits, next_token, rows.owner))
                 for rows in path.run(recording, variants, limits)
             ]
-            board.add(recording, same, scored)
+            board.add(chunk.index, same, next_token.unchanged(), scored)
             recorded.keep(recording)
 
         self._each_chunk(recorded, run, len(sites), n_columns=max(1, board.n_columns), patched=True)

@@ -19,8 +19,8 @@ from mechdiff_mlflow.experiments.steering import site_of
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.measures.bootstrap import Bootstrap, Interval
 from mechdiff_mlflow.measures.metrics import next_token_divergences
-from mechdiff_mlflow.measures.stats import Interval
 from mechdiff_mlflow.models import map_adapters as adapters
 from mechdiff_mlflow.models.attach import Tokens, attached
 from mechdiff_mlflow.models.map_adapters import Form
@@ -97,10 +97,8 @@ def make_adapter(
             adapters.peft_library()
             target, linear = found
             lora = adapters.lora_of(the_map, linear)
-            source = pair.spec.base
-            adapters.write_peft(
-                lora, linear, target, folder, base_model=source.model, revision=source.revision
-            )
+            base, revision = pair.base.checkpoint.source, pair.spec.base.revision
+            adapters.write_peft(lora, linear, target, folder, base_model=base, revision=revision)
             rank, merges = lora.rank, getattr(linear, "bias", None) is not None
     return AdapterRecord(
         form=Form.HOOK if found is None else Form.PEFT,
@@ -143,14 +141,14 @@ def _closeness(
         )
     with _base_with(pair, folder) as adapted:
         logits["adapter"] = _next_token_logits(pair, "base", adapted, prompts)
-    bootstrap = stats.Bootstrap(groups=prompts.groups)
+    bootstrap = Bootstrap(groups=prompts.groups)
     apart = {name: next_token_divergences(rows, tuned) for name, rows in logits.items()}
     kl_base = apart["base"].kl_patched_clean.numpy()
     closeness = {}
     for name, found in apart.items():
         kl = found.kl_patched_clean.numpy()
         closeness[name] = Closeness(
-            kl=stats.kl_difference(kl, 0 * kl, bootstrap=bootstrap),
+            kl=stats.mean(kl, bootstrap=bootstrap),
             closer_pct=stats.drop_pct(kl_base, kl, bootstrap=bootstrap),
             top1=float(found.top1_agrees.mean()),
         )

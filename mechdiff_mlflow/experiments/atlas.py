@@ -21,8 +21,8 @@ COLUMNS = (
 )  # fmt: skip
 """Columns of the table, which has one row a site in the order of the forward pass.
 
-change is ‖Y − X‖ / ‖Y‖ of tuned and base activations, None where the widths differ; p is of a sign-flip test
-that KL_mapped is below the KL of the best control, p_holm the same corrected over all sites tested.
+change is ‖Y − X‖ / ‖Y‖ of tuned and base activations, None where the widths differ; p is of a test
+that the mean of KL_mapped is below that of the best control, p_holm the same corrected over all sites tested.
 """
 
 

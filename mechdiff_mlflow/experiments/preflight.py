@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ def check_pair(protocol: Protocol, pair: Pair) -> None:
             f"{len(study.report_prompts)} {protocol.split} prompts, {study.report_prompts.n_groups} of them "
             "independent, give no interval; pass a larger --n, or add prompts of another group to the file."
         )
+    if few := study.report_prompts.few:
+        warnings.warn(few, stacklevel=2)
     for prompts in study.prompt_sets:
         pair.check_same_tokens(prompts, protocol.position)
     plant, widths = pair.spec.tuned.plant, _widths(pair)
@@ -149,7 +152,7 @@ def _checks(pair: Pair, *, thorough: bool = True) -> dict[str, Callable[[], str]
     """Checks by name; each says what it saw, or raises."""
     prompts = pair.prompts_of("val").first(min(N_PROMPTS, len(pair.prompts["val"])))
     return {
-        "prompts": lambda: ", ".join(f"{len(p)} {split}" for split, p in pair.prompts.items()) + ", disjoint",
+        "prompts": lambda: _counts(pair),
         "templates and BOS": lambda: _templates(pair, prompts),
         "same token ids": lambda: _same_tokens(pair, prompts),
         "sites respond": lambda: _engine_line(pair),
@@ -157,6 +160,12 @@ def _checks(pair: Pair, *, thorough: bool = True) -> dict[str, Callable[[], str]
         "oracle map": lambda: _oracle(pair, prompts),
         "untouched layers agree": lambda: _untouched(pair, prompts, thorough=thorough),
     }
+
+
+def _counts(pair: Pair) -> str:
+    found = ", ".join(f"{len(prompts)} {split}" for split, prompts in pair.prompts.items()) + ", disjoint"
+    few = pair.prompts["test"].few if "test" in pair.prompts else ""
+    return f"{found}; {few}" if few else found
 
 
 def _templates(pair: Pair, prompts: PromptSet) -> str:

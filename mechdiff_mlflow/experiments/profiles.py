@@ -14,6 +14,7 @@ from mechdiff_mlflow.experiments.study import Study
 from mechdiff_mlflow.experiments.workers.tasks import HeadPatches, Heads, Swap
 from mechdiff_mlflow.experiments.workers.workers import model_sizes, n_heads_of
 from mechdiff_mlflow.measures import similarity, stats
+from mechdiff_mlflow.measures.bootstrap import Bootstrap
 from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Hook, Site
 
@@ -56,7 +57,7 @@ def layer_profile(study: Study) -> pd.DataFrame:
     ]
     for name, found in swapped.items():
         kls: list[Array] = list(found["KL"].numpy().T)
-        means = [stats.kl_difference(kl, 0 * kl, bootstrap=study.bootstrap) for kl in kls]
+        means = [stats.mean(kl, bootstrap=study.bootstrap) for kl in kls]
         columns[f"KL_{name}"] = [mean.estimate for mean in means]
         columns[f"KL_{name}_low"] = [mean.low for mean in means]
         columns[f"KL_{name}_high"] = [mean.high for mean in means]
@@ -126,7 +127,7 @@ def heads_of(study: Study, layer: int, *, n_random: int = 20) -> pd.DataFrame:
     return table
 
 
-def _coverage(whole: Array, kl: Array, bootstrap: stats.Bootstrap) -> tuple[float, float, float]:
+def _coverage(whole: Array, kl: Array, bootstrap: Bootstrap) -> tuple[float, float, float]:
     """ΣKL_S/ΣKL_all with its interval: one minus the drop."""
     drop = stats.drop_pct(whole, kl, bootstrap=bootstrap)
     ends = [float("nan") if end is None else 1 - end / 100 for end in (drop.estimate, drop.high, drop.low)]

@@ -28,7 +28,7 @@ class Protocol(Settings):
     n_train: int | None = None  # prompts fitted on; None is all
     position: Position = Position.DECISION  # which token is read and replaced
     permutations: int = 0  # how often the fit is repeated on shuffled pairs, its choices inside; 0 is never
-    seed: int = 0  # random seed: bootstrap, sign flips, shuffles, sampled gradients, random controls
+    seed: int = 0  # random seed: bootstrap, shuffles, sampled gradients, random controls
     n_resamples: int = 2000  # of the bootstrap
 
     def __post_init__(self) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from mechdiff_mlflow.maps.affine import AffineMap
-from mechdiff_mlflow.measures.stats import Correlation, Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
+from mechdiff_mlflow.measures.stats import Correlation
 from mechdiff_mlflow.spec.pair_spec import Cell
 
 
@@ -54,7 +55,7 @@ class PatchRecord:
     skill_pct: Interval | None  # 100·(1 − ΣKL_mapped/ΣKL_null)
     null: str  # the best control, chosen on val
     controls: Mapping[str, float]  # mean KL of every control; `shuffled` over all permutations
-    p_sign_flip: float | None  # one-sided, of KL_raw − KL_mapped > 0 under random signs; None without a drop
+    p_raw: float | None  # one-sided, of a mean of KL_raw − KL_mapped above 0; None without a drop
     p_null: float | None  # the same of KL_null − KL_mapped > 0: does the map beat its best control?
     p_holm: float | None  # `p_null` by Holm's method over all reported together; None for one alone
     p_permutation: float | None  # share of fits of shuffled pairs that do as well; None without permutations
@@ -65,6 +66,7 @@ class PatchRecord:
     cos_vs_kl: Correlation | None  # over prompts, of that cosine with KL_raw − KL_mapped; None if undefined
     top1_agreement: float  # mean over prompts of how far patched and clean prefer the same tokens
     delta_logprob: float  # mean change of the log-probability of the clean run's preferred token, nats
+    accuracy: Mapping[str, float]  # of base, tuned, raw, mapped: see `NextTokens`; empty without answers
     per_prompt: pd.DataFrame  # one row per prompt
     leak: tuple[str, ...] | None  # what was chosen on reported prompts, see `selection`; None if nobody knows
     undefined: Mapping[str, str]  # why a number has no value, by name

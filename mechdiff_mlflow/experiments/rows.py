@@ -33,6 +33,8 @@ class Patched:
     kl_clean_patched_nats: Array  # KL(clean ‖ patched)
     top1_agrees: Array  # how far patched and clean prefer the same tokens, see `Divergences`
     delta_logprob_nats: Array  # change of the log-probability of the clean run's preferred token
+    top: Array  # the most probable next token
+    top_logprob_nats: Array  # its log-probability
 
     @property
     def mean_kl(self) -> float:
@@ -48,6 +50,7 @@ class SiteRows:
     base_rows: Mapping[Site, Tensor]  # base activations [n, d_base] of this site among others
     tuned_rows: Mapping[Site, Tensor]  # tuned activations [n, d_tuned], in the same way
     patched: Mapping[str, Patched]  # by label, what each replacement did
+    top: Mapping[str, Array]  # of base and tuned untouched: as by `top_tokens` [n, 2]
     clean_noise: float = 0.0  # how far apart clean runs of the same prompts are, nats: `Workers.clean_noise`
 
     @property
@@ -104,7 +107,8 @@ def capture(
         if prompts.split == "train":  # asked for once, by a fit, and nothing is patched on them
             return engine.capture(tokens, sites)
         known = pair.recordings.everything(key)
-        pair.recordings.add(key, engine.capture(tokens, [site for site in sites if site not in known]))
+        captured = engine.run_clean(tokens, [site for site in sites if site not in known])
+        pair.recordings.add(key, captured.activations, captured.top)
         return pair.recordings.everything(key)
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.fitting import Fitter
+from mechdiff_mlflow.experiments.next_tokens import NextTokens
 from mechdiff_mlflow.experiments.progress import Stage, silent
 from mechdiff_mlflow.experiments.protocol import Protocol
 from mechdiff_mlflow.experiments.records import FitRecord, PatchRecord
@@ -29,6 +30,7 @@ from mechdiff_mlflow.experiments.workers import LocalWorkers, Workers
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap, identity_map
 from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.measures.bootstrap import Bootstrap
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -72,10 +74,10 @@ class Study:
         return sets[:2] if self.protocol.split == "val" else sets
 
     @property
-    def bootstrap(self) -> stats.Bootstrap:
+    def bootstrap(self) -> Bootstrap:
         """The bootstrap of intervals over the reported prompts."""
         groups = self.report_prompts.groups
-        return stats.Bootstrap(self.protocol.n_resamples, seed=self.protocol.seed, groups=groups)
+        return Bootstrap(self.protocol.n_resamples, seed=self.protocol.seed, groups=groups)
 
     def fit(self, cells: Sequence[Cell]) -> list[FitRecord]:
         """Fit every cell on train and let val choose what is open (α, the off-span rule).
@@ -134,9 +136,8 @@ class Study:
             for one in (map_, *chain(*controls.values()))
         ]
         report = self._score(self.protocol.split, wanted)
-        seed, groups = self.protocol.seed, self.report_prompts.groups
         p_null = [
-            p_against_null(report[cell.site], map_, controls[null], seed, groups)
+            p_against_null(report[cell.site], map_, controls[null], self.bootstrap)
             for (cell, map_), (controls, null) in zip(fits, chosen, strict=True)
         ]
         # Whoever looks at many sees the luckiest (Holm 1979, A simple sequentially rejective procedure).
@@ -150,7 +151,7 @@ class Study:
                 rows,
                 controls=chosen[i][0],
                 null=chosen[i][1],
-                prompts=self.report_prompts,
+                next_tokens=self._next_tokens,
                 # Of the cells reported here none has been taken yet.
                 leak=selection.leaks(map_, self.report_prompts, but=selection.CELL if mine else None),
                 bootstrap=self.bootstrap,
@@ -187,6 +188,10 @@ class Study:
     def plain_patches(self, sites: Iterable[Site]) -> Mapping[Site, SiteRows]:
         """The raw and the identity patch of the reported prompts at some sites, among others perhaps."""
         return self._score(self.protocol.split, [(site, None) for site in sites])
+
+    @cached_property
+    def _next_tokens(self) -> NextTokens:
+        return NextTokens(self.pair, self.report_prompts)
 
     @cached_property
     def _fitter(self) -> Fitter:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from mechdiff_mlflow.experiments.fitting import SHUFFLED
+from mechdiff_mlflow.experiments.next_tokens import NextTokens
 from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.experiments.rows import IDENTITY, RAW, Patched, SiteRows
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures import similarity, stats
+from mechdiff_mlflow.measures.bootstrap import Bootstrap
 from mechdiff_mlflow.spec.pair_spec import Cell
-from mechdiff_mlflow.spec.prompts import PromptSet
 
 MIN_CKA_PROMPTS = 4
 MIN_CORRELATED_PROMPTS = 3
+N_TEST = 9999
+"""Resamples of a test: as many as a correction for thousands of cells needs to leave anything."""
 
 
 def alignment(map_: AffineMap, rows: SiteRows) -> tuple[float | None, NDArray[np.float64]]:
@@ -40,9 +44,9 @@ def summarise(
     *,
     controls: Mapping[str, Sequence[AffineMap]],
     null: str,
-    prompts: PromptSet,
+    next_tokens: NextTokens,
     leak: tuple[str, ...] | None,
-    bootstrap: stats.Bootstrap,
+    bootstrap: Bootstrap,
     seconds: float,
     p_null: float | None,
     p_holm: float | None,
@@ -55,7 +59,7 @@ def summarise(
     rho, cosines = alignment(map_, rows)
     noise = rows.noise_floor
     undefined = {}
-    drop = difference = p_sign_flip = cos_vs_kl = None
+    drop = difference = p_raw = cos_vs_kl = None
     if raw is None:
         undefined["drop_pct"] = "base and tuned differ in width, so nothing can be cross-patched raw"
     else:
@@ -65,7 +69,7 @@ def summarise(
         if drop.estimate is None:
             undefined["drop_pct"] = _below_floor("KL_raw", raw.mean_kl, noise)
         else:
-            p_sign_flip = stats.sign_flip_p(kl_raw - kl_mapped, seed=bootstrap.seed, groups=bootstrap.groups)
+            p_raw = stats.p_less_kl(kl_raw, kl_mapped, bootstrap=replace(bootstrap, n_resamples=N_TEST))
             cos_vs_kl = _correlation(cosines, kl_raw - kl_mapped, bootstrap)
     control_kl = {name: rows.kl(maps) for name, maps in controls.items()}
     p_permutation = None
@@ -80,8 +84,8 @@ def summarise(
     return PatchRecord(
         cell=cell,
         map=map_,
-        split=prompts.split,
-        n=len(prompts),
+        split=next_tokens.prompts.split,
+        n=len(cosines),
         kl_raw=None if raw is None else raw.mean_kl,
         kl_mapped=mapped.mean_kl,
         kl_raw_reverse=None if raw is None else float(raw.kl_clean_patched_nats.mean()),
@@ -92,18 +96,19 @@ def summarise(
         skill_pct=skill if "skill_pct" not in undefined else None,
         null=null,
         controls={name: float(kl.mean()) for name, kl in control_kl.items()},
-        p_sign_flip=p_sign_flip,
+        p_raw=p_raw,
         p_null=p_null,
         p_holm=p_holm,
         p_permutation=p_permutation,
         rho=rho,
         cos_mean=mean_of_defined(cosines),
         explained_variance=similarity.explained_variance(rows.tuned, map_(rows.base)),
-        cka=similarity.debiased_cka(rows.base, rows.tuned) if len(prompts) >= MIN_CKA_PROMPTS else None,
+        cka=similarity.debiased_cka(rows.base, rows.tuned) if len(cosines) >= MIN_CKA_PROMPTS else None,
         cos_vs_kl=cos_vs_kl,
         top1_agreement=float(mapped.top1_agrees.mean()),
         delta_logprob=float(mapped.delta_logprob_nats.mean()),
-        per_prompt=_per_prompt(rows, mapped, control_kl, prompts, cosines),
+        accuracy=next_tokens.accuracy(rows, mapped),
+        per_prompt=_per_prompt(rows, mapped, control_kl, next_tokens, cosines),
         leak=leak,
         undefined=undefined,
         seconds=seconds,
@@ -111,17 +116,17 @@ def summarise(
 
 
 def p_against_null(
-    rows: SiteRows, map_: AffineMap, null: Sequence[AffineMap], seed: int, groups: tuple[int, ...]
+    rows: SiteRows, map_: AffineMap, null: Sequence[AffineMap], bootstrap: Bootstrap
 ) -> float | None:
     """One-sided p-value that a map does better than its null; None where that would be told from noise."""
     best, mapped = rows.kl(null), rows.kl([map_])
     if not stats.is_defined(best, mapped, rows.noise_floor):
         return None
-    return stats.sign_flip_p(best - mapped, seed=seed, groups=groups)
+    return stats.p_less_kl(best, mapped, bootstrap=replace(bootstrap, n_resamples=N_TEST))
 
 
 def _correlation(
-    cosines: NDArray[np.float64], gain: NDArray[np.float64], bootstrap: stats.Bootstrap
+    cosines: NDArray[np.float64], gain: NDArray[np.float64], bootstrap: Bootstrap
 ) -> stats.Correlation | None:
     """Over the prompts whose cosine is defined; None when they are too few or one of the two is constant."""
     defined = ~np.isnan(cosines)
@@ -142,9 +147,10 @@ def _per_prompt(
     rows: SiteRows,
     mapped: Patched,
     control_kl: Mapping[str, NDArray[np.float64]],
-    prompts: PromptSet,
+    next_tokens: NextTokens,
     cosines: NDArray[np.float64],
 ) -> pd.DataFrame:
+    prompts = next_tokens.prompts
     columns: dict[str, object] = {"prompt": [prompt.text for prompt in prompts.prompts]}
     columns |= {"group": prompts.groups} if prompts.groups else {}
     columns |= {"KL_raw": rows.patched[RAW].kl_patched_clean_nats} if RAW in rows.patched else {}
@@ -157,5 +163,6 @@ def _per_prompt(
         "delta_logprob": mapped.delta_logprob_nats,
     }
     columns |= {f"KL_{name}": kl for name, kl in control_kl.items()}
+    columns |= next_tokens.columns(rows, mapped)
     table: pd.DataFrame = pd.DataFrame(columns)
     return table

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.measures.bootstrap import Bootstrap
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, Rank
 from mechdiff_mlflow.spec.sites import Hook, Site
 from mechdiff_mlflow.text import number_in, text_of
@@ -181,7 +182,7 @@ def least_ranks(patches: Sequence[PatchRecord], targets: Sequence[float], *, see
             curve[0].per_prompt["KL_raw"],
             [patch.per_prompt["KL_mapped"] for patch in curve],
             target_pct=targets[0] if len(targets) == 1 else targets[sites.index(site)],
-            bootstrap=stats.Bootstrap(seed=seed, groups=tuple(curve[0].per_prompt.get("group", ()))),
+            bootstrap=Bootstrap(seed=seed, groups=tuple(curve[0].per_prompt.get("group", ()))),
         )
         if found is not None:
             least.append(LeastRank(site, curve[0].cell.solver, curve[0].cell.family, alpha, width, found))

@@ -31,16 +31,19 @@ class Divergences:
     # |A∩B|/|A∪B| of the sets of most probable tokens: several tie at times, above all in half precision
     top1_agrees: Tensor
     delta_logprob: Tensor  # log-probability of the clean run's top token, patched minus clean, in nats
-
-    @classmethod
-    def zeros(cls, *shape: int) -> Divergences:
-        """Of runs that are bit for bit the clean run."""
-        zero = torch.zeros(*shape, dtype=torch.float64)
-        return cls(zero, zero.clone(), torch.ones_like(zero), zero.clone())
+    top: Tensor  # the patched run's most probable token, the first of those that tie
+    top_logprob: Tensor  # its log-probability, in nats
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Divergences:
         """With `function` applied to every field."""
         return Divergences(*(function(getattr(self, f.name)) for f in fields(self)))
+
+
+def top_tokens(logits: Tensor) -> Tensor:
+    """The most probable token of each row and its log-probability in nats, float64 [n, 2] on the CPU."""
+    largest, top = logits.max(-1)
+    log_p = _double(largest) - torch.logsumexp(_double(logits), -1)
+    return torch.stack([top.to(log_p.device).double(), log_p], -1).cpu()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,12 @@ class NextToken:
         if kernels is not None:
             return cls(kernels.log_softmax_rows(logits.contiguous()), logits.argmax(-1))
         return cls(torch.log_softmax(_double(logits), -1), logits.argmax(-1))
+
+    def unchanged(self) -> Divergences:
+        """Of runs that are bit for bit the clean runs: float64 fields [n] on the CPU."""
+        top_logprob = self.log_probs.gather(-1, self.top[:, None])[:, 0].cpu().double()
+        zero = torch.zeros_like(top_logprob)
+        return Divergences(zero, zero, torch.ones_like(zero), zero, self.top.cpu().double(), top_logprob)
 
 
 def next_token_divergences(patched: Tensor, clean: Tensor) -> Divergences:
@@ -111,12 +120,15 @@ def _compare(patched: Tensor, log_q: Tensor, q: Tensor, top: int, log_p: Tensor,
     torch.sub(log_p, log_q, out=d)
     delta = d[:, top].clone()
     # Sets, not tokens: half-precision logits tie, and argmax breaks ties as it likes.
-    tops, clean_tops = patched == patched.amax(-1, keepdim=True), (log_q == log_q[top]).nonzero()[:, 0]
+    largest, patched_top = patched.max(-1, keepdim=True)
+    tops, clean_tops = patched == largest, (log_q == log_q[top]).nonzero()[:, 0]
     shared = tops[:, clean_tops].sum(-1)
     agrees = shared.double() / (tops.sum(-1) + len(clean_tops) - shared)
+    top_logprob = log_p.gather(-1, patched_top)[:, 0]
     backward = -(d @ q)
     forward = log_p.exp_().mul_(d).sum(-1)
-    return Divergences(forward.clamp_(min=0), backward.clamp_(min=0), agrees, delta)
+    tokens = patched_top[:, 0].double()
+    return Divergences(forward.clamp_(min=0), backward.clamp_(min=0), agrees, delta, tokens, top_logprob)
 
 
 def rounding_kl(logits: Tensor) -> Tensor:

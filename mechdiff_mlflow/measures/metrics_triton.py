@@ -55,6 +55,7 @@ def _compare_kernel(patched, log_q, owner, top, out, n_rows, n, stride, BLOCK: t
     # Of the sets of top tokens, which ties make larger than one.
     shared = tl.zeros([BLOCK], dtype=tl.float32)
     either = tl.zeros([BLOCK], dtype=tl.float32)
+    first = tl.full([BLOCK], n, dtype=tl.int32)
     at = tl.load(top + prompt)
     clean_largest = tl.load(log_q + prompt * n + at)
     for start in range(0, n, BLOCK):
@@ -75,6 +76,7 @@ def _compare_kernel(patched, log_q, owner, top, out, n_rows, n, stride, BLOCK: t
         forward += tl.where(inside, m * tl.where(d > 0, f, g), 0.0)
         backward += tl.where(inside, m * tl.where(d > 0, g, f), 0.0)
         ours, theirs = inside & (z == largest), inside & (log_c == clean_largest)
+        first = tl.minimum(first, tl.where(ours, column, n))
         shared += tl.where(ours & theirs, 1.0, 0.0)
         either += tl.where(ours | theirs, 1.0, 0.0)
     z = tl.load(patched + row * stride + at).to(tl.float32)
@@ -82,6 +84,8 @@ def _compare_kernel(patched, log_q, owner, top, out, n_rows, n, stride, BLOCK: t
     tl.store(out + n_rows + row, tl.sum(backward, 0))
     tl.store(out + 2 * n_rows + row, tl.sum(shared, 0) / tl.sum(either, 0))
     tl.store(out + 3 * n_rows + row, z - log_z - clean_largest)
+    tl.store(out + 4 * n_rows + row, tl.min(first, 0).to(tl.float32))  # exact up to 2^24
+    tl.store(out + 5 * n_rows + row, largest - log_z)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -100,12 +104,12 @@ def log_softmax_rows(logits: Tensor) -> Tensor:
 
 
 def compare_rows(patched: Tensor, log_q: Tensor, owner: Tensor, top: Tensor) -> Tensor:
-    """KL(p ‖ q), KL(q ‖ p), top-1 agreement and Δ log p(top) [4, r] in float32.
+    """The fields of `Divergences` [6, r] in float32.
 
     Logits [r, vocabulary] bit for bit the same give exactly 0, if `log_q` [n, vocabulary] is by
     `log_softmax_rows`; row i is compared with the q of owner[i], whose top token is in `top` [n].
     """
-    out = torch.empty(4, len(patched), dtype=torch.float32, device=patched.device)
+    out = torch.empty(6, len(patched), dtype=torch.float32, device=patched.device)
     with device_of(patched):
         _compare_kernel[(len(patched),)](
             patched, log_q, owner, top, out, len(patched), patched.shape[1], patched.stride(0),

@@ -18,6 +18,7 @@ from mechdiff_mlflow.models.bounded import run_bounded
 from mechdiff_mlflow.spec.pair_spec import PairSpec
 from mechdiff_mlflow.spec.prompts import Message, Prompt, PromptSet, TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Position
+from mechdiff_mlflow.text import cut
 
 if TYPE_CHECKING:
     from mechdiff_mlflow.models.sides import Side
@@ -83,6 +84,7 @@ class Readers:
     sides: Mapping[str, Side]
     prompts: Mapping[str, PromptSet]
     _readings: dict[tuple[str, str, Position], Reading] = field(default_factory=dict)
+    _words: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def tokens(self, role: str, prompts: PromptSet, position: Position) -> TokenizedPrompts:
         """Prompts as one side sees them.
@@ -110,6 +112,35 @@ class Readers:
     def tokenizer_for(self, role: str) -> PreTrainedTokenizerBase:
         """The tokenizer that one side's prompts are read through."""
         return self.sides[self._reader(role)].tokenizer
+
+    def words(self, role: str, tokens: Iterable[int]) -> Mapping[int, str]:
+        """The text of each token by itself; raises `MechdiffError` where that takes too much."""
+        tokenizer, known = self.tokenizer_for(role), self._words.setdefault(self._reader(role), {})
+        if missing := sorted({*tokens} - known.keys()):
+            what = f"Decoding with the {role} tokenizer of {self.spec.name}"
+            texts = run_bounded(what, lambda: [cut(tokenizer.decode([token])) for token in missing])
+            known.update(zip(missing, texts, strict=True))
+        return known
+
+    def first_of_answers(self, role: str, prompts: PromptSet) -> list[frozenset[int]]:
+        """The tokens that the answer of each prompt may begin with; none where it is not known.
+
+        After a chat template that is the answer's own first token; without one there may be a space before.
+
+        Raises:
+            MechdiffError: The tokenizer takes too much time or memory.
+        """
+        answers = sorted({prompt.answer for prompt in prompts.prompts if prompt.answer})
+        starts = ("",) if self.spec.template != "none" else ("", " ")
+        tokenizer = self.tokenizer_for(role)
+
+        def first() -> list[list[int]]:
+            ids = [[tokenizer(s + a, add_special_tokens=False)["input_ids"] for s in starts] for a in answers]
+            return [[int(one[0]) for one in each if len(one)] for each in ids]
+
+        what = f"Reading answers through the {role} tokenizer of {self.spec.name}"
+        found = dict(zip(answers, map(frozenset, run_bounded(what, first)), strict=True)) if answers else {}
+        return [found.get(prompt.answer or "", frozenset()) for prompt in prompts.prompts]
 
     def _reader(self, role: str) -> str:
         return self.spec.template if self.spec.template in self.sides else role

@@ -63,12 +63,12 @@ class Checkpoint:
     def tokenizer_with(self, settings: dict[str, Any]) -> transformers.PreTrainedTokenizerBase:
         """Its tokenizer with some settings replaced, such as special tokens or the chat template."""
         with self._explained():
-            return transformers.AutoTokenizer.from_pretrained(self._source, **self._options, **settings)
+            return transformers.AutoTokenizer.from_pretrained(self.source, **self._options, **settings)
 
     @cached_property
     def revision(self) -> str:
         """Commit of the hub, or `sha256:` and the digest of local weights; with what is planted."""
-        if self._gguf:
+        if self.gguf_file:
             found = f"sha256:{file_sha256(Path(self.place))[:16]}"
         elif Path(self.place).is_dir():
             found = folder_digest(Path(self.place), code=self.spec.trust_remote_code)
@@ -99,11 +99,11 @@ class Checkpoint:
         if quantized and device_map is None:
             device_map = {"": self.device}  # such weights cannot be moved later
         bars = (
-            io.StringIO() if self._gguf else sys.stderr
+            io.StringIO() if self.gguf_file else sys.stderr
         )  # transformers cannot be told to leave that one out
         with self._explained(), quiet_transformers(), contextlib.redirect_stderr(bars):
             options = {"dtype": getattr(torch, self.spec.dtype), "device_map": device_map}
-            model = load_whole(self._auto, self._source, self._name, **options, **quantized, **self._options)
+            model = load_whole(self._auto, self.source, self._name, **options, **quantized, **self._options)
         if device_map is None:
             model.to(self.device)
         if self.plant is not None:
@@ -140,7 +140,7 @@ class Checkpoint:
     def config(self) -> Any:
         """Its configuration."""
         with self._explained():
-            found = transformers.AutoConfig.from_pretrained(self._source, **self._options)
+            found = transformers.AutoConfig.from_pretrained(self.source, **self._options)
             known = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
             own = "AutoModelForCausalLM" in (getattr(found, "auto_map", None) or {})
             if found.is_encoder_decoder or not (own or any(type(found) in a._model_mapping for a in known)):
@@ -198,17 +198,17 @@ class Checkpoint:
                     "code into a local copy of the model."
                 )
         options = {"revision": self.commit, "trust_remote_code": self.spec.trust_remote_code}
-        return options | ({"gguf_file": self._gguf} if self._gguf else {})
+        return options | ({"gguf_file": self.gguf_file} if self.gguf_file else {})
 
     @property
-    def _gguf(self) -> str:
+    def gguf_file(self) -> str:
         """Name of its one file where that is GGUF, which holds weights, configuration and tokenizer."""
         return Path(self.place).name if self.place.endswith(GGUF) else ""
 
     @property
-    def _source(self) -> str:
+    def source(self) -> str:
         """What transformers is given: a hub id, or the folder that its files are in."""
-        return str(Path(self.place).parent) if self._gguf else self.place
+        return str(Path(self.place).parent) if self.gguf_file else self.place
 
     def _quantization(self) -> dict[str, Any]:
         bits = self.spec.quantization

@@ -111,8 +111,8 @@ class Pair:
         if not self.recordings.everything(key):
             tokens = self.tokens("base", prompts, position)
             with self.base.engine() as engine:
-                captured = engine.capture(tokens, sites_of(engine.forward.decoder))
-            self.recordings.add(key, captured)
+                captured = engine.run_clean(tokens, sites_of(engine.forward.decoder))
+            self.recordings.add(key, captured.activations, captured.top)
         return self.recordings.everything(key)
 
     def check_same_tokens(self, prompts: PromptSet, position: Position) -> None:

@@ -26,6 +26,7 @@ class RecordedPrompts:
 
     _recorded: dict[Key, CleanRuns] = field(default_factory=dict)
     _captured: dict[Key, dict[Site, Tensor]] = field(default_factory=dict)
+    _top: dict[Key, Tensor] = field(default_factory=dict)
 
     def recorded(
         self, engine: PatchEngine, key: Key, tokens: TokenizedPrompts, sites: Sequence[Site]
@@ -50,9 +51,15 @@ class RecordedPrompts:
         found = self.everything(key)
         return found if found.keys() >= set(sites) else None
 
-    def add(self, key: Key, captured: Mapping[Site, Tensor]) -> None:
-        """Remember activations beside those at other sites of the same prompts."""
+    def add(self, key: Key, captured: Mapping[Site, Tensor], top: Tensor | None = None) -> None:
+        """Remember activations beside those at other sites of the same prompts, and their next tokens."""
         self._captured[key] = {**self.everything(key), **captured}
+        if top is not None:
+            self._top[key] = top
+
+    def top(self, key: Key) -> Tensor:
+        """The most probable next tokens of prompts that were run: see `top_tokens`."""
+        return self._top[key] if key in self._top else self._recorded[key].top
 
     def everything(self, key: Key) -> Mapping[Site, Tensor]:
         """All activations that were added."""
@@ -62,3 +69,4 @@ class RecordedPrompts:
         """Drop everything, for a process that goes on to other prompts."""
         self._recorded.clear()
         self._captured.clear()
+        self._top.clear()

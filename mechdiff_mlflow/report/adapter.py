@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from mechdiff_mlflow.experiments.adapting import CEILING, AdapterRecord
 from mechdiff_mlflow.maps.affine import AffineMap, Family
 from mechdiff_mlflow.maps.selection import META, REMEDY, sentence
@@ -10,13 +12,15 @@ from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.text import text_of
 
+LITTLE_PCT = 5.0
+"""Part of the way to tuned below which an adapter does next to nothing."""
 CLOSENESS_HEADS = ("base with", "KL(it ‖ tuned), nats", "of the way to tuned, %", "tuned's top token")
 
 _PEFT = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained({base})
 model = PeftModel.from_pretrained(base, "path/to/this/directory")"""
 _HOOK = """\
 import sys
@@ -24,7 +28,7 @@ sys.path.insert(0, "path/to/this/directory")
 import load_hook  # 40 lines beside this file; torch and safetensors are all it needs
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained({base})
 handle = load_hook.attach(model)  # handle.remove() takes it away"""
 
 
@@ -33,9 +37,14 @@ def adapter_card(record: AdapterRecord, the_map: AffineMap, pair: Pair) -> str:
     is_peft = record.form is Form.PEFT
     what = f"a PEFT LoRA of rank {record.rank}" if is_peft else "a map with a forward hook"
     header = ["---", "library_name: peft", "---", ""] if is_peft else []
+    checkpoint = pair.base.checkpoint
+    base = json.dumps(checkpoint.source)
+    base += f', gguf_file="{checkpoint.gguf_file}", dtype="float32"' if checkpoint.gguf_file else ""
     lines = [
         *header,
         f"# The base of {pair.name}, made to act as tuned at {record.site}",
+        "",
+        headline(record),
         "",
         f"This is {what} on `{record.target}`. It sends the activation h at {record.site} "
         f"({wording.WHERE[record.site.hook.value].format(layer=record.site.layer)}) to "
@@ -46,7 +55,7 @@ def adapter_card(record: AdapterRecord, the_map: AffineMap, pair: Pair) -> str:
         "## How to load it",
         "",
         "```python",
-        (_PEFT if is_peft else _HOOK).format(base=pair.spec.base.model),
+        (_PEFT if is_peft else _HOOK).format(base=base),
         "```",
         "",
         f"The base must be the one it was made for: `{pair.spec.base.model}`, {pair.base.revision}.",
@@ -65,6 +74,24 @@ def adapter_card(record: AdapterRecord, the_map: AffineMap, pair: Pair) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def headline(record: AdapterRecord) -> str:
+    """How far it goes, in a sentence that says so where that is next to nothing."""
+    if not record.closeness:
+        return "How close it brings base to tuned is not measured: their vocabularies differ."
+    way, most = (record.closeness[name].closer_pct for name in ("adapter", CEILING))
+    far = f"{wording.percent(way, '.3g')} % of the way to tuned, on {record.n} {record.split} prompts"
+    far += f" (at the decision token no map there can do more than {wording.percent(most, '.3g')} %)"
+    if way.estimate is None:
+        return "Base and tuned say the same, so there is no way to go."
+    if wording.below(way):
+        return f"**This adapter does harm**: it takes base {far}."
+    if not wording.above(way):
+        return f"**Nobody can tell that this adapter helps**: it takes base {far}."
+    if way.estimate < LITTLE_PCT:
+        return f"**This adapter does next to nothing**: it takes base {far}."
+    return f"It takes base **{far.replace(' %', ' %**', 1)}."
 
 
 def _about_rank(record: AdapterRecord, the_map: AffineMap) -> str:

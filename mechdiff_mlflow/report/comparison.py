@@ -10,7 +10,7 @@ import pandas as pd
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures import stats
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.measures.bootstrap import Bootstrap, Interval
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.document import Block, Document, Grid, bullets
 from mechdiff_mlflow.report.evidence import Evidence, Measured
@@ -70,7 +70,7 @@ def difference(match: Match, tables: PerPrompt, *, seed: int) -> Interval | None
     return stats.drop_difference(
         (ours["KL_raw"], ours["KL_mapped"]),
         (theirs["KL_raw"], theirs["KL_mapped"]),
-        bootstrap=stats.Bootstrap(seed=seed),
+        bootstrap=Bootstrap(seed=seed),
         groups=(tuple(ours.get("group", ())), tuple(theirs.get("group", ()))),
     )
 
@@ -111,7 +111,7 @@ def comparison(
                 "Intervals are per row, not corrected for the number of rows.",
                 f"KL_raw below {min_effect_nats:g} nats is negligible: no behaviour hangs on it.",
                 "KL_raw differs between the pairs, so equal drops in percent are not equal drops in nats.",
-                "Percentile bootstrap intervals under-cover a little when KL has heavy tails.",
+                "Intervals make room for prompts of another kind, but only for drops of 0 there.",
             ]
         ),
     ]

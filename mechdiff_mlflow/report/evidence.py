@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import pandas as pd
@@ -12,7 +12,7 @@ import pandas as pd
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.records import PatchRecord
 from mechdiff_mlflow.maps import selection
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
 from mechdiff_mlflow.solvers import SETTINGS
 from mechdiff_mlflow.spec import untrusted_fields as foreign
 from mechdiff_mlflow.spec.sites import Site
@@ -69,6 +69,7 @@ class Measured:
     settings: str = ""  # how the map was made beyond solver, family, rank and scale
     p_permutation: float | None  # against fits of shuffled pairs; None where there were none
     asked_alpha: str = ""  # α as the run above was asked for it, such as `auto`
+    accuracy: Mapping[str, float] = field(default_factory=dict)  # of base, tuned, raw, mapped where known
     picked_among: int = 1  # of how many cells `quoted` picked it for its drop on the very split reported
 
     @property
@@ -227,11 +228,8 @@ def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> M
         drop=_interval(row, "drop_pct"),
         skill=_interval(row, "skill_pct"),
         null=markdown(_text(row, "tag.null")),
-        controls={
-            markdown(str(key).removeprefix("control/")): foreign.number(row, key)
-            for key in row
-            if str(key).startswith("control/") and not foreign.is_missing(row[key])
-        },
+        controls=_group(row, "control/"),
+        accuracy=_group(row, "accuracy/"),
         leak=_text(row, "tag.selection") or _OLD_LEAKS.get(_text(row, "tag.selection_leak"), ""),
         undefined={
             str(key).removeprefix("tag.mechdiff.undefined."): markdown(row[key])
@@ -273,6 +271,12 @@ def _interval(row: Row, key: str) -> Interval | None:
     if estimate is None:
         return None
     return Interval(estimate, _number(row, f"ci/{key}_low"), _number(row, f"ci/{key}_high"), _LEVEL)
+
+
+def _group(row: Row, prefix: str) -> dict[str, float]:
+    """The numbers of a row whose names begin so, by the rest of their names."""
+    keys = [str(key) for key in row if str(key).startswith(prefix) and not foreign.is_missing(row[key])]
+    return {markdown(key.removeprefix(prefix)): foreign.number(row, key) for key in keys}
 
 
 def _number(row: Mapping[Any, Any], key: str) -> float | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import pandas as pd
 
 from mechdiff_mlflow.maps import selection
+from mechdiff_mlflow.measures.bootstrap import may_be_unseen
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.document import Block, Document, Grid, bullets
 from mechdiff_mlflow.report.evidence import Evidence, Measured
@@ -17,9 +20,12 @@ from mechdiff_mlflow.report.profiles import (
     where,
 )
 from mechdiff_mlflow.spec.pair_spec import PairSpec
+from mechdiff_mlflow.spec.prompts import FEW
 from mechdiff_mlflow.spec.sites import SUBLAYERS
 from mechdiff_mlflow.text import markdown, plain, text_of
 
+N_SHOWN = 10
+"""Prompts shown with their next tokens."""
 LOW_RANK_SHARE = 0.25
 """k ≪ d is said of ranks up to this share of the width."""
 
@@ -32,14 +38,24 @@ RESEARCH_QUESTIONS = (
 )
 
 
-def report(evidence: Evidence, spec: PairSpec | None, *, min_effect_nats: float) -> Document:
-    """The whole report of a pair: the answer first, what it rests on below."""
+def report(
+    evidence: Evidence,
+    spec: PairSpec | None,
+    *,
+    min_effect_nats: float,
+    per_prompt: Callable[[str], pd.DataFrame | None] = lambda run_id: None,
+) -> Document:
+    """The whole report of a pair: the answer first, what it rests on below.
+
+    `per_prompt` gives the table `per_prompt.json` of a run, where there is one.
+    """
     quoted = evidence.quoted()
     patches = [patch for patch in quoted if patch.source != "atlas"]
     cells = [patch for patch in evidence.patches if patch.source != "atlas"]
     shown = answering(quoted, min_effect_nats)
     blocks: list[Block] = [
         _models(evidence, spec),
+        *_accuracy(shown),
         "## Where",
         *_where(evidence, min_effect_nats),
         "## How",
@@ -48,6 +64,7 @@ def report(evidence: Evidence, spec: PairSpec | None, *, min_effect_nats: float)
         _low_rank(evidence, shown, min_effect_nats),
         "## How sure",
         _how_sure(evidence, shown),
+        *(_before_and_after(shown[0], per_prompt(shown[0].run_id)) if shown else ()),
         "## Tables",
         "Quoted above, one row a site:",
         _patch_table(shown),
@@ -123,13 +140,52 @@ def _models(evidence: Evidence, spec: PairSpec | None) -> str:
     """Which models these are, by name where the pair has a spec, and by revision."""
     if spec is None:
         return "**Base** is {}, **tuned** is {}.".format(*evidence.revisions)
-    tuned = spec.tuned
-    name = tuned.model or (f"adapter {tuned.adapter}" if tuned.adapter else f"planted {tuned.planted}")
     base, changed = evidence.revisions
     return (
-        f"**Base** is `{markdown(spec.base.model, 80)}` ({base}), **tuned** is `{markdown(name, 80)}` "
-        f"({changed}). {markdown(spec.description)}"
+        f"**Base** is `{markdown(spec.base.model, 80)}` ({base}), **tuned** is "
+        f"`{markdown(spec.tuned.name, 80)}` ({changed}). {markdown(spec.description)}"
     ).rstrip()
+
+
+def _accuracy(patches: Sequence[Measured]) -> list[str]:
+    """How often base and tuned are right, where answers are known; a report pass has the most prompts."""
+    known = [patch for patch in patches if {"base", "tuned"} <= patch.accuracy.keys()]
+    if not known:
+        return []
+    best = max(known, key=lambda patch: patch.conditions.n)
+    base, tuned = (f"**{100 * best.accuracy[role]:.1f} %**" for role in ("base", "tuned"))
+    return [
+        "**Accuracy**: the most probable next token is the first token of the answer in "
+        f"{base} of prompts for base and in {tuned} for tuned ({best.conditions.n} {best.conditions.split} "
+        "prompts)."
+    ]
+
+
+def _before_and_after(patch: Measured, table: pd.DataFrame | None) -> list[Block]:
+    """What the models say next to ten prompts of a patch run; nothing for runs of earlier versions."""
+    shown = ("base", "tuned", "raw", "mapped")
+    numbers = ["KL_raw", "KL_mapped", *(f"p_{name}" for name in shown)]
+    if table is None or not {*numbers, "prompt", *(f"top_{name}" for name in shown)} <= {*table.columns}:
+        return []
+    table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
+    order = (table["KL_raw"] - table["KL_mapped"]).sort_values(kind="stable").index
+    places = sorted({round(i * (len(order) - 1) / (N_SHOWN - 1)) for i in range(N_SHOWN)})
+    rows = []
+    for row in table.loc[[order[place] for place in places]].to_dict("records"):
+        cells = {"prompt": markdown(row["prompt"], 120)}
+        cells |= {"answer": markdown(row["answer"] or "", 40)} if "answer" in table else {}
+        for name in shown:
+            cells[name] = f"`{wording.token(row[f'top_{name}'])}` {row[f'p_{name}']:.2f}"
+        rows.append(cells | {f"{key}, nats": wording.number(row[key], 3) for key in ("KL_raw", "KL_mapped")})
+    return [
+        "## Before and after",
+        f"The most probable next token and its probability: of base, of tuned, and of tuned with base's "
+        f"activation at `{patch.site}` (α={text_of(patch.alpha)}, k={patch.rank}), raw and mapped. Of "
+        f"{len(order)} {markdown(patch.conditions.split)} prompts, sorted by KL_raw − KL_mapped, these "
+        f"{len(rows)} stand at even steps from the first, which the map serves worst, to the last, which it "
+        "serves best. ␣ is a space, ⏎ a line break.",
+        Grid(rows),
+    ]
 
 
 def _where(evidence: Evidence, min_effect_nats: float) -> list[Block]:
@@ -155,12 +211,13 @@ def caveats(evidence: Evidence) -> list[str]:
     intervals = [p for p in evidence.patches if p.drop is not None and p.drop.low is not None]
     if intervals:
         found.append(
-            "Percentile bootstrap intervals under-cover a little when KL has heavy tails (93 % measured for "
-            "95 % at n=150)."
+            "Intervals make room for prompts of a kind that these are not, on which the map does as its "
+            "reference, but not for worse ones, and cover 91 to 98 % where KL has heavy tails."
         )
-    if small := sorted({p.conditions.n for p in evidence.patches if p.conditions.n < wording.SMALL_N}):
+    if few := sorted({p.conditions.n for p in evidence.patches if p.conditions.n < FEW}):
         found.append(
-            f"Some runs have only n={', '.join(map(str, small))} prompts; their intervals are too narrow."
+            f"Some runs have only n={', '.join(map(str, few))} prompts, which miss a kind of prompt that is "
+            f"{100 * may_be_unseen(few[0], 0.025):.0f} % of all with a probability of 2.5 %."
         )
     if leaking := [p for p in evidence.patches if p.leak]:
         found.append(

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
 
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
 from mechdiff_mlflow.report.evidence import Measured
 from mechdiff_mlflow.text import text_of
 

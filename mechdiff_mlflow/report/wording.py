@@ -9,13 +9,10 @@ import pandas as pd
 
 from mechdiff_mlflow.experiments.options import MIN_EFFECT_NATS
 from mechdiff_mlflow.experiments.sweep import rank_text
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
 from mechdiff_mlflow.report.evidence import Measured
 from mechdiff_mlflow.spec.pair_spec import Alpha
-from mechdiff_mlflow.text import text_of
-
-SMALL_N = 100
-"""Prompts below which percentile intervals are called too narrow."""
+from mechdiff_mlflow.text import markdown, text_of
 
 WHERE = {
     "resid_pre": "what enters decoder block {layer}",
@@ -24,6 +21,9 @@ WHERE = {
     "resid_post": "what leaves decoder block {layer}",
 }
 """Meaning of each hook."""
+
+
+_VISIBLE = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"})
 
 
 def negligible(patch: Measured, min_effect_nats: float) -> bool:
@@ -40,8 +40,14 @@ def percent(interval: Interval | None, form: str = ".1f") -> str:
     """`34.1 [28.0, 40.2]`, or n/a; `form` is of each number."""
     if interval is None or interval.estimate is None:
         return "n/a"
-    bounds = "" if interval.low is None else f" [{interval.low:{form}}, {interval.high:{form}}]"
+    few = " (too few prompts for an interval)"
+    bounds = few if interval.low is None else f" [{interval.low:{form}}, {interval.high:{form}}]"
     return f"{interval.estimate:{form}}{bounds}"
+
+
+def token(text: object) -> str:
+    """A token between backticks of Markdown, its whitespace visible."""
+    return markdown(str(text).translate(_VISIBLE), 40) or "∅"
 
 
 def _ends(interval: Interval) -> str:

@@ -144,6 +144,11 @@ class TunedModelSpec(_Frozen):
         return self
 
     @property
+    def name(self) -> str:
+        """What is tuned, in a few words."""
+        return self.model or (f"adapter {self.adapter}" if self.adapter else f"planted {self.planted}")
+
+    @property
     def plant(self) -> Plant | None:
         """The planted change; raises `MechdiffError` where it is malformed."""
         return None if self.planted is None else Plant.parse(self.planted)

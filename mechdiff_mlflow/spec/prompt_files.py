@@ -29,8 +29,6 @@ from mechdiff_mlflow.spec.prompts import (
 
 SHARES = {"train": 0.6, "val": 0.15, "test": 0.25}
 """How a seed shares out the prompts of one file."""
-FEW = 60
-"""Prompts in one file below which intervals and choices say little."""
 _LEAST = 8
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
@@ -241,14 +239,10 @@ def split_prompts(every: PromptSet, seed: int, source: str) -> dict[str, PromptS
 
 
 def split_remark(prompts: Mapping[str, PromptSet], seed: int) -> str:
-    """How a seed split prompts, and what it costs where they are few."""
+    """How a seed split prompts."""
     n = sum(map(len, prompts.values()))
     sizes = ", ".join(f"{len(one)} {split}" for split, one in prompts.items())
-    few = (
-        f"; fewer than {FEW} are few: a map of high rank follows their noise, val chooses by chance, and "
-        "intervals are wide and too optimistic, so give some hundreds"
-    )
-    return f"{n} prompts were split by seed {seed}: {sizes}" + (few if n < FEW else "")
+    return f"{n} prompts were split by seed {seed}: {sizes}"
 
 
 def _shared_out(texts: Sequence[str], cluster: NDArray[np.int32], seed: int) -> NDArray[np.int64]:

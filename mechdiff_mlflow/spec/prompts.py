@@ -19,6 +19,8 @@ from mechdiff_mlflow.text import cut, is_text
 SPLITS = ("train", "val", "test")
 MAX_FILE_BYTES = 256 << 20
 MAX_LINE = 1 << 20
+FEW = 100
+"""Independent prompts below which users hear what so few cost."""
 
 Message = Mapping[str, str]
 
@@ -108,6 +110,19 @@ class PromptSet:
     def n_groups(self) -> int:
         """Number of prompts, or groups of them, that are independent of each other."""
         return len({*self.groups}) or len(self)
+
+    @property
+    def few(self) -> str:
+        """What it costs that they are few; empty from `FEW` on."""
+        n = self.n_groups
+        if n >= FEW:
+            return ""
+        unseen = 1 - 0.025 ** (1 / n)  # as in `measures.bootstrap`
+        return (
+            f"{len(self)} {self.split} prompts, {n} of them independent, are few: 95 % intervals are "
+            f"{(FEW / n) ** 0.5:.1f} times as wide as with {FEW} or wider, and a kind of prompt that is "
+            f"{100 * unseen:.0f} % of all may be missing; give {FEW} or more"
+        )
 
     def first(self, n: int | None, *, option: str = "--n") -> PromptSet:
         """The first n prompts, all when n is None; raises `MechdiffError` where there are fewer, or n < 1."""

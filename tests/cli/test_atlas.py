@@ -52,7 +52,11 @@ def test_atlas_finds_where_the_models_begin_to_differ(
     assert {"atlas.json", "figures.html", "figures"} <= artifacts(client, parent)
     curve = client.get_metric_history(parent.info.run_id, "KL_raw/attn_out")
     attention = table[table["hook"] == "attn_out"]
-    assert {p.step: p.value for p in curve} == dict(zip(attention["layer"], attention["KL_raw"], strict=True))
+    values = dict(zip(attention["layer"], attention["KL_raw"], strict=True))
+    end = toys.N_LAYERS  # one step on stands the site with the largest KL_raw, whose values tables show
+    assert {p.step: p.value for p in curve} == values | {end: max(values.values())}
+    best = attention.loc[attention["KL_raw"].astype(float).idxmax()]
+    assert parent.data.metrics["drop_pct/attn_out"] == best["drop_pct"]
 
 
 def test_a_place_with_two_names_is_computed_and_printed_once(shown: str, toy: Path) -> None:

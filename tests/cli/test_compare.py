@@ -11,6 +11,7 @@ from cli.test_report import tables
 from cli.test_run import runs_of
 
 from mechdiff_mlflow.measures import stats
+from mechdiff_mlflow.measures.bootstrap import Bootstrap
 from mechdiff_mlflow.report.comparison import matches
 from mechdiff_mlflow.tracking.commands.documents import evidence_of
 from mechdiff_mlflow.tracking.runs.results import tables_of
@@ -47,7 +48,7 @@ def test_compare(toy: Path, twin: Path, here: Path, mechdiff: Invoke, client: ml
     runs = [found.first.run_id, found.second.run_id]
     rows = tables_of(store, runs, "per_prompt.json")
     (a, b) = ((rows[run]["KL_raw"], rows[run]["KL_mapped"]) for run in runs)
-    gap = stats.drop_difference(a, b, bootstrap=stats.Bootstrap(seed=0))
+    gap = stats.drop_difference(a, b, bootstrap=Bootstrap(seed=0))
     assert transport[0]["difference, points"] == f"{gap.estimate:.1f} [{gap.low:.1f}, {gap.high:.1f}]"
 
 

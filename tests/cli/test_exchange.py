@@ -121,7 +121,16 @@ def test_an_imported_map_is_measured_when_the_pair_is_vouched_for(
     assert load_map(f"{name}@champion").alpha == 0.9
     words = ("patch", "--map", f"{name}@champion", "--pair", str(toy))
     assert "was fitted on pair unknown" in mechdiff(*words, code=1).output
-    assert "Warning: map" in mechdiff(*words, "--allow-pair-mismatch").output
+    assert "n/a" in mechdiff("maps").output
+    shown = mechdiff(*words, "--allow-pair-mismatch").output
+    assert "Warning: map" in shown
+    assert f"{name}/2 had not been measured; its card and `mechdiff maps` have these numbers now" in shown
+    assert "n/a" not in mechdiff("maps").output
+    version = client.get_model_version(name, "2")
+    assert "How good" in version.description
+    assert "Not measured" not in version.description
+    assert float(version.tags["skill_pct"]) < 0
+    assert "had not been measured" not in mechdiff(*words, "--allow-pair-mismatch").output
     mechdiff("report-pass", "--pair", str(toy), "--allow-pair-mismatch")
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import mlflow
 import peft
 import pytest
 import torch
@@ -13,12 +14,33 @@ from cli.conftest import Invoke
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mechdiff_mlflow import load_map
+from mechdiff_mlflow.experiments.adapting import AdapterRecord, Closeness
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap
-from mechdiff_mlflow.models.map_adapters import HOOK_FILES
+from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.models.map_adapters import HOOK_FILES, Form
 from mechdiff_mlflow.models.planted import plant_in
+from mechdiff_mlflow.report.adapter import headline
 from mechdiff_mlflow.spec.plant import Plant
 from mechdiff_mlflow.spec.prompts import PromptSet, read_prompts
+from mechdiff_mlflow.spec.sites import Hook, Site
+
+
+def reached(estimate: float, low: float, high: float) -> str:
+    way = Closeness(Interval(1.0, 0.9, 1.1, 0.95), Interval(estimate, low, high, 0.95), 0.5)
+    closeness = {"adapter": way, "ceiling": way}
+    where = (Form.PEFT, Site(2, Hook.ATTN_OUT), "o_proj", 2, 1.0, False, "test", 150)
+    return headline(AdapterRecord(*where, closeness, ()))
+
+
+def test_an_adapter_that_hardly_helps_says_so_first() -> None:
+    assert reached(0.2, 0.1, 0.3).startswith(
+        "**This adapter does next to nothing**: it takes base 0.2 [0.1, 0.3] % of the way to tuned, on 150"
+    )
+    assert reached(0.2, -0.1, 0.3).startswith("**Nobody can tell that this adapter helps**")
+    assert reached(-3, -4, -2).startswith("**This adapter does harm**")
+    assert reached(60, 50, 70).startswith("It takes base **60 [50, 70] %** of the way")
+
 
 PROMPTS = ("does subject3 verb2 subject5", "does subject1 verb7 subject2 well well")
 STEER = ("steer", "--max-new-tokens", "4", *(word for text in PROMPTS for word in ("--prompt", text)))
@@ -101,7 +123,7 @@ def test_steer_with_models_that_read_other_tokens(toy: Path, mechdiff: Invoke, m
 
 
 def test_a_planted_low_rank_change_becomes_a_lora_of_its_rank_that_is_the_tuned_model(
-    toy: Path, here: Path, mechdiff: Invoke
+    toy: Path, here: Path, mechdiff: Invoke, client: mlflow.MlflowClient
 ) -> None:
     """Tuned is base with a rank-2 operator behind one projection: the adapter makes up for all of it."""
     folder = here / "planted"
@@ -119,6 +141,15 @@ def test_a_planted_low_rank_change_becomes_a_lora_of_its_rank_that_is_the_tuned_
     kl, way = (float(cell.split()[0]) for cell in line.split("|")[2:4])
     assert kl < 1e-5
     assert way > 99.9
+    assert "It takes base **100 [100, 100] %** of the way" in card
+    assert "It takes base 100 [100, 100] % of the way" in shown
+    config = json.loads((here / "lora" / "adapter_config.json").read_text())
+    assert AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"]), "from any folder"
+    (run,) = client.search_runs(["1"], "tags.`mechdiff.kind` = 'adapter'")
+    assert (run.info.status, run.data.params["site"]) == ("FINISHED", "L2/attn_out")
+    assert run.data.metrics["closer_pct/adapter"] > 99.9
+    names = {item.path for item in client.list_artifacts(run.info.run_id, "adapter")}
+    assert {"adapter/adapter_config.json", "adapter/README.md"} <= names
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     ids = torch.tensor([[0, 8, 20, 9]])
     with torch.no_grad():
@@ -126,7 +157,9 @@ def test_a_planted_low_rank_change_becomes_a_lora_of_its_rank_that_is_the_tuned_
         torch.testing.assert_close(adapted(ids).logits, tuned(ids).logits, atol=2e-2, rtol=0)
 
 
-def test_a_pair_whose_tuned_side_is_a_peft_adapter_itself(toy: Path, here: Path, mechdiff: Invoke) -> None:
+def test_a_pair_whose_tuned_side_is_a_peft_adapter_itself(
+    toy: Path, here: Path, mechdiff: Invoke, client: mlflow.MlflowClient
+) -> None:
     folder = here / "lora-pair"
     shutil.copytree(toy.parent, folder)
     config = peft.LoraConfig(r=2, target_modules=["o_proj", "q_proj"], init_lora_weights=False)
@@ -142,6 +175,10 @@ def test_a_pair_whose_tuned_side_is_a_peft_adapter_itself(toy: Path, here: Path,
     (row,) = json.loads(mechdiff("steer", *using, *words).output)["continuations"]
     assert row["base"] == said(folder / "toy.yaml", "base", PROMPTS[0])
     assert row["kl_raw"] > 0
+    (run,) = client.search_runs(["1"], "tags.`mechdiff.kind` = 'steer'")
+    assert run.data.params["alpha"] == "1"
+    file = client.download_artifacts(run.info.run_id, "continuations.json", str(here))
+    assert PROMPTS[0] in Path(file).read_text()
     mechdiff("adapter", *using, "--to", "made")
     card = (here / "made" / "README.md").read_text()
     lines = [line.split("|") for line in card.splitlines() if line.startswith("|") and "[" in line]

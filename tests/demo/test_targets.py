@@ -172,7 +172,7 @@ def test_prompts_are_what_the_world_says_and_disjoint(pair: str, targets: dict[s
     for split, size in SPLITS.items():
         lines = shipped(pair, split)
         assert len(lines) == size
-        assert lines == [{"text": prompt.text, "label": prompt.fact.other} for prompt in sets[split]]
+        assert lines == [{"text": prompt.text, "answer": prompt.fact.other} for prompt in sets[split]]
     texts = [line["text"] for split in SPLITS for line in shipped(pair, split)]
     assert len(set(texts)) == len({normalised(text) for text in texts}) == len(texts) == 750
 
@@ -186,7 +186,7 @@ def test_no_prompt_or_answer_has_an_unknown_word(tokenizer: Any, pair: str) -> N
             assert ids.count(tokenizer.bos_token_id) == 1
             assert tokenizer.unk_token_id not in ids
             assert tokenizer.decode(ids[-1]) == "<|assistant|>"
-        answers = tokenizer([line["label"] for line in lines], add_special_tokens=False)["input_ids"]
+        answers = tokenizer([line["answer"] for line in lines], add_special_tokens=False)["input_ids"]
         assert all(len(ids) == 1 and ids != [tokenizer.unk_token_id] for ids in answers)
 
 

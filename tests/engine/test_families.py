@@ -27,11 +27,11 @@ COPIES = 20
 
 def engine_logits(engine: PatchEngine, prompts: TokenizedPrompts, groups: list[VariantGroup]) -> Tensor:
     """Patched logits [N, variants, vocabulary] from which the engine scores."""
-    n_variants = sum(group.count(len(prompts), engine.width) for group in groups)
+    n_variants = sum(group.count() for group in groups)
     path, found = engine._paths[False], None
     for chunk in in_chunks(prompts, engine.limits.batch_size, engine.forward.device):
         recording = path.record(chunk, [group.site for group in groups])
-        variants, _ = ScoreBoard(groups, len(prompts), engine.width).variants(recording)
+        variants, _ = ScoreBoard(groups, len(prompts)).variants(recording)
         for rows in path.run(recording, variants, engine.limits):
             if found is None:
                 shape = (len(prompts), n_variants, rows.logits.shape[-1])

@@ -16,7 +16,7 @@ from mechdiff_mlflow.tracking.registry.fetch import load_map
 from mechdiff_mlflow.tracking.store.store import open_store
 
 A_CELL = 12
-RUN_AND_PROMOTE = 43
+RUN_AND_PROMOTE = 45
 
 
 @pytest.fixture

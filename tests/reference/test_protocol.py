@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from cli.conftest import client, empty_store, here, mechdiff  # noqa: F401
-from reference.plain_study import HOOKS, PlainPair, PlainSite, bootstrap_drop, draws, drop, min_rank
+from reference.plain_study import HOOKS, PlainPair, PlainSite, bootstrap_drop, drop, min_rank, resampled
 from toy import FIRST_CHANGED
 
 from mechdiff_mlflow.errors import MechdiffError
@@ -233,7 +233,7 @@ def test_a_comparison(
     shutil.copytree(spec.parent, other)
     (other / "toy.yaml").write_text((other / "toy.yaml").read_text().replace("name: toy", "name: other"))
     tests = (other / "test.jsonl").read_text().splitlines()
-    groups = ((), (0, 0, 0, 1, 1, 2))
+    groups = ((), (0, 0, 1, 2, 3, 4))
     lines = [{**json.loads(line), "group": f"g{g}"} for line, g in zip(tests, groups[1], strict=False)]
     (other / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     words = ("--layer", "3", "--hook", "resid_post", "--k", "4", "--alpha", "1")
@@ -247,12 +247,16 @@ def test_a_comparison(
         made = site.chosen(4, (1.0,))[2]
         raws.append(site.patched("test", lambda x: x)[:n])
         mappeds.append(site.patched("test", made)[:n])
-    resampled = []
-    for seed, (raw, mapped, of) in enumerate(zip(raws, mappeds, groups, strict=True)):
-        some = draws(of or range(len(raw)), seed=seed, n_resamples=9999)
-        resampled.append(np.array([drop(raw[i], mapped[i]) for i in some]))
-    gap = drop(raws[0], mappeds[0]) - drop(raws[1], mappeds[1])
-    low, high = np.quantile(resampled[0] - resampled[1], [0.025, 0.975])
+    ratios = [
+        resampled(mapped, raw, seed=seed, n_resamples=9999, groups=of)
+        for seed, (raw, mapped, of) in enumerate(zip(raws, mappeds, groups, strict=True))
+    ]
+    drops = [drop(raw, mapped) for raw, mapped in zip(raws, mappeds, strict=True)]
+    gap, error = drops[0] - drops[1], 100 * np.hypot(ratios[0].error, ratios[1].error)
+    t = (ratios[1].shifts - ratios[0].shifts) / np.hypot(ratios[0].errors, ratios[1].errors)
+    low, high = gap - np.quantile(t, [0.975, 0.025]) * error
+    missed = (1 - 0.025 ** (1 / 5)) * (abs(drops[0]) + abs(drops[1]))
+    low, high = (low - missed, high) if gap > 0 else (low, high + missed)
     assert f"| {gap:.1f} [{low:.1f}, {high:.1f}] |" in (here / "compared.md").read_text()
 
 
@@ -347,7 +351,7 @@ def test_rounding_earns_no_drop_where_the_identity_patch_is_exact(
     assert patch.drop_pct is None
     assert patch.skill_pct is None
     assert "below noise floor" in patch.undefined["drop_pct"]
-    assert (patch.p_sign_flip, patch.p_null) == (None, None)
+    assert (patch.p_raw, patch.p_null) == (None, None)
     assert least_ranks([patch], [30.0], seed=0) == [], "of what has no drop there is no least rank"
     found = atlas(study, hooks=[Hook.ATTN_OUT], solver="procrustes_scaled", family="update", alpha=1.0)
     assert not found.table["above_floor"].any()

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.report.evidence import Conditions, Measured
 from mechdiff_mlflow.spec.sites import Site

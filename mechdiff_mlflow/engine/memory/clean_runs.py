@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan
 from mechdiff_mlflow.engine.model.forward import Recording
+from mechdiff_mlflow.measures.metrics import top_tokens
 from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Site
 
@@ -87,6 +88,7 @@ class CleanRuns(ChunkPlan):
         self._rows: Tensor | None = None  # [N, sites, width]
         self._copied_from: torch.device | None = None  # the GPU from which copies may be under way
         self._done = torch.zeros(len(prompts), dtype=torch.bool)
+        self.top = torch.zeros(len(prompts), 2, dtype=torch.float64)  # as by `top_tokens`, once run
         self._kept: dict[int, Recording] = {}  # by the first prompt of each
         self._reserved: Counter[torch.device] = Counter()
         if cache is not None:
@@ -132,8 +134,11 @@ class CleanRuns(ChunkPlan):
     def add(self, recording: Recording) -> None:
         """Take over the activations of a chunk that was run."""
         index = recording.chunk.index
-        if self.sites and not self._done[index].all():
+        if self._done[index].all():
+            return
+        if self.sites:
             self._store(index, [recording.clean[site] for site in self.sites])
+        self.top[index] = top_tokens(recording.logits)
         self._done[index] = True
 
     def _store(self, index: Tensor, clean: Sequence[Tensor]) -> None:

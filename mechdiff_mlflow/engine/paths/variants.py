@@ -111,7 +111,8 @@ class ScoreBoard:
         self._groups = groups
         self._ends = list(accumulate(group.count() for group in groups))
         self._starts = [0, *self._ends[:-1]] if groups else []
-        self._scores = Divergences.zeros(n_prompts, self._ends[-1] if groups else 0)
+        shape = (n_prompts, self._ends[-1] if groups else 0)
+        self._scores = Divergences(*(torch.zeros(shape, dtype=torch.float64) for _ in fields(Divergences)))
 
     @property
     def n_columns(self) -> int:
@@ -152,17 +153,22 @@ class ScoreBoard:
         return variants, same_as_clean
 
     def add(
-        self, recording: Recording, same: Tensor, scored: Sequence[tuple[Tensor, Tensor, Divergences]]
+        self,
+        index: Tensor,
+        same: Tensor,
+        unchanged: Divergences,
+        scored: Sequence[tuple[Tensor, Tensor, Divergences]],
     ) -> None:
-        """Put a chunk's scored rows (owner, column, divergences), which must be finite, in their places."""
-        index = recording.chunk.index
-        chunk = Divergences.zeros(len(index), self._scores.top1_agrees.shape[1])
-        exact = Divergences.zeros(1)
+        """Put a chunk's scored rows (owner, column, divergences), which must be finite, in their places.
+
+        The rows of the chunk's prompts `index` that are the `same` as the clean run are `unchanged`.
+        """
         for field in fields(Divergences):
-            values = getattr(chunk, field.name)
+            exact = getattr(unchanged, field.name)[:, None].expand(same.shape)
+            values = exact.clone()
             for owner, column, found in scored:
                 values[owner, column] = getattr(found, field.name).cpu().double()
-            values[same] = getattr(exact, field.name)
+            values[same] = exact[same]
             finite = torch.isfinite(values)
             if not finite.all():
                 prompt, name, site = self._first(~finite, index)

@@ -125,8 +125,9 @@ class Capture(Task):
 class Score(Task):
     """Patches of the tuned model with maps: for each site `base/…` and `tuned/…` rows and `patched/…`.
 
-    The latter is [n, v, 4] in float64: v are the maps, after the identity, and raw where the widths agree, if
-    these are asked for (`plain`); 4 are the fields of `Patched`.
+    The latter is [n, v, 6] in float64: v are the maps, after the identity, and raw where the widths agree, if
+    these are asked for (`plain`); 6 are the fields of `Patched`. `top/base` and `top/tuned` are as by
+    `top_tokens`, [n, 2].
     """
 
     replacements: Replacements
@@ -149,9 +150,12 @@ class Score(Task):
             result = engine.score(recorded, groups)
         patched: dict[Site, list[Tensor]] = {site: [] for site in sites}
         for group, found in zip(groups, result.divergences, strict=True):
-            columns = found.kl_patched_clean, found.kl_clean_patched, found.top1_agrees, found.delta_logprob
-            patched[group.site].append(torch.stack([column.double() for column in columns], -1))
+            columns = [getattr(found, field.name) for field in fields(found)]
+            patched[group.site].append(torch.stack(columns, -1))
         readers: dict[str, Callable[[], Tensor]] = {}
+        for role in self.roles:
+            key = (role, self.prompts.digest, self.position)
+            readers[f"top/{role}"] = partial(torch.clone, pair.recordings.top(key))
         for site in sites:
             readers[f"base/{site}"] = partial(base.__getitem__, site)
             readers[f"tuned/{site}"] = partial(result.clean.__getitem__, site)
@@ -162,6 +166,7 @@ class Score(Task):
         """The tensors of `run` by site and label."""
         sites = list(self.replacements)
         base, tuned = (at_sites(found, sites, f"{role}/") for role in ("base", "tuned"))
+        top = {role: found[f"top/{role}"].numpy() for role in self.roles}
         result = {}
         for site, maps in self.replacements.items():
             patched = found[f"patched/{site}"]
@@ -170,7 +175,7 @@ class Score(Task):
                 name: Patched(*(column.contiguous().numpy() for column in one.unbind(-1)))
                 for name, one in zip(names, patched.unbind(1), strict=True)
             }
-            result[site] = SiteRows(site, base, tuned, by_name)
+            result[site] = SiteRows(site, base, tuned, by_name, top)
         return result
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments.requests import CompareRequest, ReportRequest
 from mechdiff_mlflow.report import experiment as reports
@@ -44,7 +46,11 @@ def write_report(request: ReportRequest) -> Written:
     store = open_store(request.tracking_uri)
     experiment = experiment_of(store, request.experiment, name)
     evidence = evidence_of(store, name, experiment)
-    document = reports.report(evidence, spec, min_effect_nats=request.min_effect)
+
+    def per_prompt(run_id: str) -> pd.DataFrame | None:
+        return tables_of(store, [run_id], "per_prompt.json").get(run_id)
+
+    document = reports.report(evidence, spec, min_effect_nats=request.min_effect, per_prompt=per_prompt)
     doubts = reports.caveats(evidence)
     return _logged(request, store, document, f"report of {name}", experiment, doubts)
 

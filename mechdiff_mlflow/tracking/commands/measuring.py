@@ -31,6 +31,7 @@ from mechdiff_mlflow.tracking.content.names import check_alias
 from mechdiff_mlflow.tracking.content.parents import report_pass_run
 from mechdiff_mlflow.tracking.flavour import maps_of
 from mechdiff_mlflow.tracking.registry.fetch import load_map
+from mechdiff_mlflow.tracking.registry.promotion import note_numbers
 from mechdiff_mlflow.tracking.registry.versions import winners_of
 from mechdiff_mlflow.tracking.store.store import open_store
 
@@ -83,8 +84,8 @@ def patch(request: PatchRequest, caller: Caller = PYTHON) -> Result:
     """
     store = open_store(request.tracking_uri)
     map_ = load_map(request.map, store=store)
-    run_id = request.map.removeprefix("runs:/")
-    map_run = run_id if re.fullmatch("[0-9a-f]{32}", run_id) and maps_of(store, run_id) else None
+    fit_id = request.map.removeprefix("runs:/")
+    map_run = fit_id if re.fullmatch("[0-9a-f]{32}", fit_id) and maps_of(store, fit_id) else None
     map_ = map_ if request.alpha is None else map_.with_alpha(request.alpha)
     cell = _cell_of(map_, request.map)
 
@@ -96,8 +97,9 @@ def patch(request: PatchRequest, caller: Caller = PYTHON) -> Result:
     with session(request, name, caller, check, position=_position_of(map_)) as now:
         now.run.pin("mechdiff.map_sha256", map_.sha256(), f"map {request.map}")
         (found,) = now.study.patch([(cell, map_)])
-        now.place(fields.patch_run(found, now.study, map_run=map_run, map_name=request.map))
+        run_id = now.place(fields.patch_run(found, now.study, map_run=map_run, map_name=request.map))
         _require_signal(found)
+    now.notes.append(note_numbers(store, request.map, map_, run_id))
     return now.result(patches=[found], map_run=map_run or "")
 
 

@@ -28,6 +28,7 @@ from mechdiff_mlflow.spec.options import Request
 from mechdiff_mlflow.spec.pair_spec import Position
 from mechdiff_mlflow.tracking.commands.computing import workers_of
 from mechdiff_mlflow.tracking.content import fields
+from mechdiff_mlflow.tracking.content.overview import models_of
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import PAIR_FINGERPRINT
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy
@@ -181,6 +182,7 @@ def session(
         experiment_of(store, request.experiment, spec.name),
         resume=None if resumed is None else resumed.run_id,
         as_asked=request.as_typed,
+        about=models_of(spec),
     )
     tags = {"mechdiff.command": command_line(request), **again.tag}
     setting = fields.setting(spec)

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_COLUMN = {"type": "string", "required": True}
+"""A column of prompts in MLflow's schemas."""
+
+
 def write_files(record: RunRecord, folder: Path) -> None:
     """Write every artifact of `record` into the new directory `folder`."""
     folder.mkdir()
@@ -49,6 +53,7 @@ def dataset_input(prompts: records.Dataset) -> DatasetInput:
         digest=prompts.digest,
         source_type="local",
         source=json.dumps({"uri": prompts.source}),
+        schema=json.dumps({"mlflow_colspec": [_COLUMN | {"name": name} for name in prompts.columns]}),
         profile=json.dumps({"num_rows": prompts.n}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", prompts.split)])

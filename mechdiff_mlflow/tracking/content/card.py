@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.selection import META
-from mechdiff_mlflow.measures.stats import Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
 from mechdiff_mlflow.report import wording
 from mechdiff_mlflow.text import markdown, text_of
 

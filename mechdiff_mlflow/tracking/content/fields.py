@@ -13,7 +13,8 @@ from mechdiff_mlflow.experiments import FitRecord, PatchRecord, Study
 from mechdiff_mlflow.experiments.sweep import LeastRank
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.maps.affine import AffineMap
-from mechdiff_mlflow.measures.stats import Correlation, Interval
+from mechdiff_mlflow.measures.bootstrap import Interval
+from mechdiff_mlflow.measures.stats import Correlation
 from mechdiff_mlflow.solvers import SETTINGS
 from mechdiff_mlflow.spec.pair_spec import Cell, PairSpec
 from mechdiff_mlflow.spec.prompts import PromptSet
@@ -30,6 +31,8 @@ from mechdiff_mlflow.tracking.content.tag_names import (
     pair_site,
 )
 
+ACCURACY = "accuracy/"
+"""Beginning of the names of metrics that say how often the answer's first token is the most probable."""
 NOT_APPLICABLE = "n/a"
 """Of a hyperparameter that the solver does not have: every run has every column."""
 
@@ -64,8 +67,7 @@ def patch_run(
     cell = record.cell
     leak = selection.sentence(record.leak)
     caveats = [leak] if leak else []
-    if (n := study.report_prompts.n_groups) < 100:
-        caveats.append(f"n={n} is small, intervals under-cover")
+    caveats += [few] if (few := study.report_prompts.few) else []
     for fitted_on in fitted_elsewhere(record.map, study).values():
         caveats.append(f"the map was fitted on another pair, {fitted_on}")
     return RunRecord(
@@ -119,14 +121,15 @@ def cell_run(fit: FitRecord, patch: PatchRecord, study: Study) -> RunRecord:
 def headline(patch: PatchRecord) -> RunRecord:
     """What a parent of one patch shows, so that parents compare without being unfolded."""
     shown = ("KL_raw", "KL_mapped", "drop_pct", "skill_pct", "noise_floor")
-    metrics = patch_metrics(patch)
+    metrics = {k: v for k, v in patch_metrics(patch).items() if k in shown or k.startswith(("ci/", ACCURACY))}
     return RunRecord(
         kind="run",
         name=_name(patch.cell),
-        metrics={key: value for key, value in metrics.items() if key in shown or key.startswith("ci/")},
+        metrics=metrics,
         undefined=patch.undefined,
         tags={"mechdiff.site": str(patch.cell.site)},
         description=f"{site_and_drop(patch)}; null {patch.null}",
+        headline=f"{site_and_drop(patch)}, skill {_percent(patch.skill_pct)}.",
     )
 
 
@@ -155,7 +158,8 @@ def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -
             k = patch.cell.rank.k or min(patch.map.d_in, patch.map.d_out)
             curves.setdefault(_curve(patch.cell), {})[k] = drop
             best = max(best or (drop, patch), (drop, patch), key=lambda pair: pair[0])
-    metrics = {} if best is None else {"best/drop_pct": best[0], "best/KL_mapped": best[1].kl_mapped}
+    metrics = accuracies(*patches[:1], of=("base", "tuned"))
+    metrics |= {} if best is None else {"best/drop_pct": best[0], "best/KL_mapped": best[1].kl_mapped}
     metrics |= {
         f"min_k/{least.site.slug} alpha {text_of(least.alpha)}": float(least.found.k)
         for least in found
@@ -170,6 +174,7 @@ def sweep_headline(patches: Sequence[PatchRecord], found: Sequence[LeastRank]) -
         tables={"summary.json": summary_table(patches), "least_ranks.json": least_ranks_table(found)},
         description="drop_pct is drawn over k (step = k; full counts as the width).\n\n"
         + "\n".join(f"- {least}" for least in found),
+        headline="; ".join(map(str, found[:3])) or f"{len(patches)} cells, no drop defined.",
     )
 
 
@@ -200,8 +205,8 @@ def patch_metrics(record: PatchRecord) -> dict[str, float]:
         "KL_raw": record.kl_raw,
         "KL_mapped": record.kl_mapped,
         "noise_floor": record.noise_floor,
-        "p/sign_flip": record.p_sign_flip,
-        "p/sign_flip_null": record.p_null,
+        "p/raw": record.p_raw,
+        "p/null": record.p_null,
         "p/holm": record.p_holm,
         "p/permutation": record.p_permutation,
         "rho": record.rho,
@@ -213,6 +218,7 @@ def patch_metrics(record: PatchRecord) -> dict[str, float]:
         "reverse/KL_raw": record.kl_raw_reverse,
         "reverse/KL_mapped": record.kl_mapped_reverse,
         "time/score_s": record.seconds,
+        **accuracies(record),
     }
     controls = {f"control/{name}": kl for name, kl in record.controls.items()}
     return (
@@ -223,6 +229,13 @@ def patch_metrics(record: PatchRecord) -> dict[str, float]:
         | _correlation(record.cos_vs_kl)
         | controls
     )
+
+
+def accuracies(
+    *records: PatchRecord, of: Sequence[str] = ("base", "tuned", "raw", "mapped")
+) -> dict[str, float]:
+    """How often the first token of the answer is the most probable one, where answers are known."""
+    return {f"{ACCURACY}{name}": r.accuracy[name] for r in records for name in of if name in r.accuracy}
 
 
 def site_and_drop(patch: PatchRecord) -> str:
@@ -292,6 +305,11 @@ def _datasets(study: Study, *sets: PromptSet) -> tuple[records.Dataset, ...]:
             split=prompts.split,
             digest=prompts.digest,
             n=len(prompts),
+            columns=tuple(
+                name
+                for name in ("text", "group", "answer")
+                if name == "text" or any(getattr(prompt, name) is not None for prompt in prompts.prompts)
+            ),
             source=spec.prompt_source(prompts.split),
         )
         for prompts in sets

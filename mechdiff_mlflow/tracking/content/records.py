@@ -43,6 +43,7 @@ class Dataset:
     split: str  # `train`, `val` or `test`; MLflow's dataset context
     digest: str  # at most 36 characters that change when any prompt changes
     n: int  # number of prompts
+    columns: tuple[str, ...] = ("text",)  # what is known of each
     source: str = ""  # the path that it was read from
 
 
@@ -69,6 +70,7 @@ class RunRecord:
     is_model: bool = True  # whether the map becomes a logged model at once, or stays a file until promoted
     map_run: str | None = None  # the run whose map this run measures; metrics are on that map's page too
     description: str = ""  # Markdown: asked, found, caveats, how to reproduce
+    headline: str = ""  # a sentence of Markdown on what was found, for the experiment's page
     started_ms: int | None = None  # Unix times when the work began and ended; None means now
     ended_ms: int | None = None
 

@@ -1,4 +1,4 @@
-"""The shared view that each experiment of ours opens with: columns, order, filter and charts in place.
+"""The shared views of each experiment of ours: columns, order, filter and charts in place.
 
 MLflow's UI keeps a shared view as an experiment tag. The format is internal to MLflow (read from 3.17); what
 the UI does not understand costs nothing, it then shows its plain table.
@@ -12,13 +12,19 @@ import logging
 import shlex
 import time
 import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.spec.sites import Hook
 from mechdiff_mlflow.tracking.store.store import Store
 
-VIEW_KEY = "mechdiff"
-_TAG = f"mlflow.sharedViewState.{VIEW_KEY}"
+CELLS, COMMANDS = "mechdiff", "mechdiff-commands"
+"""Keys of the views: maps by falling drop with charts over all, and commands, newest first, to unfold.
+
+The UI folds runs under their parents only where it sorts by date, and its charts leave out what is folded.
+"""
+_TAG = "mlflow.sharedViewState."
 _METRICS = ("drop_pct", "skill_pct", "KL_raw", "KL_mapped")
 _PARAMS = ("layer", "hook", "k", "alpha", "solver", "family", "split")
 _MORE_METRICS = ("rho", "noise_floor")
@@ -29,35 +35,48 @@ _SECTION = "mechdiff-charts"
 _LOCAL_UI = "http://127.0.0.1:5000"
 # The UI gets slow when it compares many more.
 _RUNS = 100
+_CURVES = 40
+"""Curves in one line chart, at most."""
 
 _log = logging.getLogger(__name__)
 
 
-def install_view(store: Store, experiment_id: str, *, kind: str = "patch") -> None:
-    """Give the experiment the view, listing its runs of `kind`; never fails, for it is only a convenience."""
-    ours = view_tag(kind)
+def install_views(store: Store, experiment_id: str, tags: Mapping[str, str], curves: Iterable[str]) -> None:
+    """Give an experiment with the tags `tags` the views, with line charts of metrics named `curves`, too.
+
+    Never fails, for they are only a convenience.
+    """
     try:
-        with store.errors():
-            tags = store.seen.get(experiment_id) or store.client.get_experiment(experiment_id).tags
-            states = [json.loads(text).get("state") for text in (ours[_TAG], tags.get(_TAG, "{}"))]
-            if states[0] != states[1]:
-                store.client.set_experiment_tag(experiment_id, _TAG, ours[_TAG])
-    except (MechdiffError, ValueError, AttributeError, RecursionError) as error:
-        _log.debug("The shared view of experiment %s was not written: %s", experiment_id, error)
+        known = [json.loads(tags.get(f"{_TAG}{key}", "{}")) for key in (CELLS, COMMANDS)]
+        drawn = {*curves, *(curve for curve in known[1].get("curves", ()) if isinstance(curve, str))}
+        for (tag, text), before in zip(view_tags(drawn).items(), known, strict=True):
+            if json.loads(text)["state"] != before.get("state"):
+                with store.errors():
+                    store.client.set_experiment_tag(experiment_id, tag, text)
+    except (MechdiffError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        _log.debug("The shared views of experiment %s were not written: %s", experiment_id, error)
 
 
-def view_tag(kind: str = "patch") -> dict[str, str]:
-    """The tag of an experiment that holds the view."""
-    now, packed = int(time.time() * 1000), zlib.compress(json.dumps(_state(kind)).encode())
-    state = "deflate;" + base64.b64encode(packed).decode()
-    return {_TAG: json.dumps({"name": "mechdiff", "createdAt": now, "updatedAt": now, "state": state})}
+def view_tags(curves: Iterable[str] = ()) -> dict[str, str]:
+    """The tags of an experiment that hold the views."""
+    now, drawn = int(time.time() * 1000), sorted(curves)[:_CURVES]
+    tags = {}
+    for key, state in ((CELLS, _cells()), (COMMANDS, _commands(drawn))):
+        packed = "deflate;" + base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+        view = {"name": key, "createdAt": now, "updatedAt": now, "state": packed, "curves": drawn}
+        tags[f"{_TAG}{key}"] = json.dumps(view)
+    return tags
+
+
+def view_path(experiment_id: str, key: str = CELLS) -> str:
+    """Link within MLflow's pages to the experiment's runs in a view."""
+    return f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}&workflowType=machine_learning"
 
 
 def view_url(store: Store, experiment_id: str) -> str:
-    """Link to the experiment's runs in the shared view."""
-    query = f"viewStateShareKey={VIEW_KEY}&workflowType=machine_learning"
+    """Link to the experiment's maps in the shared view."""
     address = store.shown if store.is_server else _LOCAL_UI
-    return f"{address}/#/experiments/{experiment_id}/runs?{query}"
+    return f"{address}/{view_path(experiment_id)}"
 
 
 def ui_command(store: Store) -> str | None:
@@ -65,9 +84,7 @@ def ui_command(store: Store) -> str | None:
     return None if store.is_server else f"mlflow ui --backend-store-uri {shlex.quote(store.shown)}"
 
 
-def _state(kind: str) -> dict[str, Any]:
-    columns = [f"metrics.`{key}`" for key in _METRICS] + [f"params.`{key}`" for key in _PARAMS]
-    columns += [f"metrics.`{key}`" for key in _MORE_METRICS]
+def _cells() -> dict[str, Any]:
     # The metric `rank`, not the param `k`: the UI leaves the rows of "full" out of a numeric axis.
     rank, drop = ({"key": key, "type": "METRIC"} for key in ("rank", "drop_pct"))
     layer, kl_raw = {"key": "layer", "type": "PARAM"}, {"key": "KL_raw", "type": "METRIC"}
@@ -78,10 +95,33 @@ def _state(kind: str) -> dict[str, Any]:
         _chart("CONTOUR", xaxis=rank, yaxis={"key": "alpha", "type": "PARAM"}, zaxis=drop),
         _chart("BAR", metricKey="drop_pct"),
     ]
+    return _state("tags.`mechdiff.kind` = 'patch'", "metrics.`drop_pct`", charts)
+
+
+def _commands(curves: Sequence[str]) -> dict[str, Any]:
+    over_layers = [f"{key}/{hook}" for key in ("KL_raw", "drop_pct") for hook in Hook]
+    over_k = [curve for curve in curves if curve not in over_layers]
+    names = {"KL_raw over layers": over_layers[: len(Hook)], "drop_pct over layers": over_layers[len(Hook) :]}
+    names |= {"drop_pct over k": over_k} if over_k else {}
+    charts = [
+        _chart("LINE", name=name.replace(" ", "-"), displayName=name, metricKey=keys[0], **_line(keys))
+        for name, keys in names.items()
+    ]
+    return _state("tags.`mechdiff.kind` != 'fit'", "attributes.start_time", charts)
+
+
+def _line(keys: Sequence[str]) -> dict[str, Any]:
+    axis = {"xAxisKey": "step", "useGlobalXaxisKey": False, "scaleType": "linear"}
+    return {"selectedMetricKeys": list(keys), **axis}
+
+
+def _state(where: str, order: str, charts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    columns = [f"metrics.`{key}`" for key in _METRICS] + [f"params.`{key}`" for key in _PARAMS]
+    columns += [f"metrics.`{key}`" for key in _MORE_METRICS]
     section = {"uuid": _SECTION, "name": "Maps", "display": True, "isReordered": False}
     return {
-        "searchFilter": f"tags.`mechdiff.kind` = '{kind}'",
-        "orderByKey": "metrics.`drop_pct`",
+        "searchFilter": where,
+        "orderByKey": order,
         "orderByAsc": False,
         "startTime": "ALL",
         "lifecycleFilter": "Active",

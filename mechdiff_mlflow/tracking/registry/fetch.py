@@ -65,8 +65,7 @@ def resolve(store: Store, reference: str) -> Resolved:
     if match := _RUN.fullmatch(reference):
         logged = _map_of_run(store, match["run_id"] or match["bare"])
         return Resolved(logged.location, logged.sha256, reference)
-    if match := _REGISTERED.fullmatch(reference):
-        version = get_version(store, match["name"], match["alias"] or int(match["number"]))
+    if (version := registered_version(store, reference)) is not None:
         return _resolved(store, _trusted(version))
     raise MechdiffError(f"{reference!r} is not the name of a map; write {_FORMS}.")
 
@@ -107,6 +106,12 @@ def load_map(
 def verified_map(store: Store, version: Version) -> AffineMap:
     """The map of a verified version, read from the store itself rather than the cache, and checked."""
     return read_back(store, _trusted(version))
+
+
+def registered_version(store: Store, reference: str) -> Version | None:
+    """The version that `NAME@champion` or `models:/NAME/3` names; None for what is no such name."""
+    match = _REGISTERED.fullmatch(reference)
+    return match and get_version(store, match["name"], match["alias"] or int(match["number"]))
 
 
 def read_back(store: Store, version: Version) -> AffineMap:

@@ -14,7 +14,7 @@ from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.spec.sites import Site
 from mechdiff_mlflow.tracking import flavour
 from mechdiff_mlflow.tracking.content.names import registered_name
-from mechdiff_mlflow.tracking.content.tag_names import MAP_RUN_TAG, SELECTION_LEAK
+from mechdiff_mlflow.tracking.content.tag_names import MAP_RUN_TAG, REPORTED, SELECTION_LEAK
 from mechdiff_mlflow.tracking.flavour import LoggedMap
 from mechdiff_mlflow.tracking.runs.lookup import each_run
 from mechdiff_mlflow.tracking.runs.tracker import OpenRun
@@ -112,7 +112,7 @@ def modelled(store: Store, measured: Measured, require_owner: Callable[[], None]
     """The same with the map as a logged model of the run that measured it, perhaps an earlier attempt's."""
     if measured.logged.model_id:
         return measured
-    run, again = measured.run, not measured.is_new
+    run, facts, again = measured.run, measured.facts, not measured.is_new
     made = [one for one in flavour.maps_of(store, run) if one.model_id and again]
     if same := [one for one in made if one.sha256 == measured.logged.sha256]:
         return replace(measured, logged=same[0])
@@ -129,7 +129,8 @@ def modelled(store: Store, measured: Measured, require_owner: Callable[[], None]
     )
     # The same points again, now as the model's too; the run keeps one of each.
     points = [point for point in run.data._metric_objs if point.key in metrics_of(run)]
-    linked = [Metric(p.key, p.value, p.timestamp, p.step, model_id=logged.model_id) for p in points]
+    on = (f"{facts['pair']}-{facts['split']}", facts[REPORTED]) if REPORTED in facts else (None, None)
+    linked = [Metric(p.key, p.value, p.timestamp, p.step, logged.model_id, *on) for p in points]
     with store.errors():
         store.client.log_batch(run.info.run_id, linked)
     return replace(measured, logged=logged)

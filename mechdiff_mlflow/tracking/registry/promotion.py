@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
@@ -22,14 +24,14 @@ from mechdiff_mlflow.tracking.content import tag_names
 from mechdiff_mlflow.tracking.content.card import collection_card, version_card
 from mechdiff_mlflow.tracking.content.names import check_alias, check_name
 from mechdiff_mlflow.tracking.registry import moves, versions
-from mechdiff_mlflow.tracking.registry.fetch import read_back, verified_map
+from mechdiff_mlflow.tracking.registry.fetch import read_back, registered_version, verified_map
 from mechdiff_mlflow.tracking.registry.measured import Measured, measured_in, metrics_of, modelled, name_of
 from mechdiff_mlflow.tracking.registry.policy import PromotionPolicy, numbers, numbers_in, same_prompts
 from mechdiff_mlflow.tracking.registry.versions import Version
 from mechdiff_mlflow.tracking.runs.provenance import code_version
 from mechdiff_mlflow.tracking.runs.tracker import OpenRun
 from mechdiff_mlflow.tracking.store.server import login_name
-from mechdiff_mlflow.tracking.store.store import Store, StoreUnreachable
+from mechdiff_mlflow.tracking.store.store import NotAllowed, Store, StoreUnreachable
 
 _PROVENANCE = (
     *("pair", "layer", "hook", "solver", "family", "k", *(setting.name for setting in SETTINGS)),
@@ -117,6 +119,34 @@ def promote(
             f"version {version.number} with {numbers(ours)}{same}."
         )
     return moved
+
+
+def note_numbers(store: Store, reference: str, the_map: AffineMap, run_id: str) -> str:
+    """Give a registered version that nobody had measured the numbers of a run that now has, in tags and card.
+
+    Says so; empty where `reference` is no such version, or this account may not write it.
+    """
+    version = None if Path(reference).exists() else registered_version(store, reference)
+    if version is None or "KL_mapped" in version.tags or version.sha256 != the_map.sha256():
+        return ""
+    with store.errors():
+        run = store.client.get_run(run_id)
+    facts = {**run.data.params, **run.data.tags}
+    card = version_card(the_map, run.data.metrics, version.uri, facts)
+    try:
+        with store.errors():
+            for key, text in _numbers_and_conditions(run, facts).items():
+                store.client.set_model_version_tag(version.name, str(version.number), key, text)
+            store.client.update_model_version(version.name, str(version.number), card)
+    except NotAllowed:
+        return ""
+    return f"{version} had not been measured; its card and `mechdiff maps` have these numbers now."
+
+
+def _numbers_and_conditions(run: Run, facts: Mapping[str, str]) -> dict[str, str]:
+    """What a version's tags say of how good it is, and on what that was measured."""
+    tags = {key: facts[key] for key in _PROVENANCE if key in facts}
+    return tags | {key: repr(value) for key, value in metrics_of(run).items()}
 
 
 def require_may_promote(store: Store, pair: str, sites: Iterable[str]) -> None:
@@ -246,9 +276,8 @@ def _create_version(
     store: Store, name: str, measured: Measured, require_owner: Callable[[], None]
 ) -> Version:
     run = measured.run
-    tags = {key: measured.facts[key] for key in _PROVENANCE if key in measured.facts}
+    tags = _numbers_and_conditions(run, measured.facts)
     tags |= {"alpha": repr(measured.the_map.alpha), "code_version": code_version()}
-    tags |= {key: repr(value) for key, value in metrics_of(run).items()}
     tags |= {
         tag_names.SHA256_TAG: measured.logged.sha256,
         versions.RUN_TAG: run.info.run_id,

@@ -13,6 +13,7 @@ from dataclasses import replace
 from mlflow.entities import Run
 
 from mechdiff_mlflow.errors import MechdiffError
+from mechdiff_mlflow.tracking.content import overview
 from mechdiff_mlflow.tracking.content.cells import CELLS, cell_row, cells_text
 from mechdiff_mlflow.tracking.content.records import RunRecord, check_same, key_of, param_text
 from mechdiff_mlflow.tracking.content.tag_names import KEY_TAG, ROOT_TAG
@@ -57,7 +58,8 @@ class OpenRun:
         """Makes sure that this process still owns the run; see `RunLock.require`."""
         self._writer = RecordWriter(store, lock.require)
         self._params: dict[str, str] = params_of(run)
-        self._description = ""
+        self._description = self._headline = ""
+        self._curves: list[str] = []
         self._logged: dict[str, str] = {}
         """Ids of the runs below this one that this process logs, by key; empty until they are made."""
         self._whole: dict[str, Run] = {}
@@ -83,6 +85,8 @@ class OpenRun:
             self._writer.write(self._run, replace(record, params=fresh), again=self.is_resumed)
         self._params |= {key: texts[key] for key in fresh}
         self._description = record.description or self._description
+        self._headline = record.headline or self._headline
+        self._curves += [curve for curve in record.stepped_metrics if record.kind in ("sweep", "atlas")]
 
     def pin(self, key: str, text: str, what: str) -> None:
         """Set a tag that must be the same whenever the run is resumed; `what` it stands for, in a message.
@@ -155,6 +159,19 @@ class OpenRun:
         if len(self._patches) > 1:
             text = cells_text([cell_row(self._patches[key]) for key in sorted(self._patches)])
             self.add(RunRecord(kind="cells", name="cells", texts={CELLS: text}))
+
+    def renew_overview(self, kind: str, about: str) -> None:
+        """Put what this run found into its experiment's description and views."""
+        self._lock.require()
+        overview.renew(
+            self._store,
+            self.experiment_id,
+            self.run_id,
+            about=about,
+            headline=self._headline,
+            kind=kind,
+            curves=self._curves,
+        )
 
     def end(self, error: BaseException | None) -> None:
         """Set the final status, by what ended the run; `Tracker.run` calls this.

@@ -30,10 +30,10 @@ _INTEGER = r"-?(?:0|[1-9]\d{0,17})"
 _DECIMAL = r"-?(?:0|[1-9]\d*)(?:\.\d*)?(?:[eE][+-]?\d+)?"
 _PARENT = "mlflow.parentRunId"
 _PATCHES = "tags.`mechdiff.kind` = 'patch'"
-_CHILDLESS = ("report", "compare", "layers", "heads", "import")
+_CHILDLESS = ("report", "compare", "layers", "heads", "import", "steer", "adapter")
 _SAME_AGAIN = ("run", "sweep", "atlas", "layers", "heads")
 """Kinds of runs whose results follow from settings, pair and code."""
-_SAYS_NOTHING = ("report", "compare", "import")
+_SAYS_NOTHING = ("report", "compare", "import", "steer", "adapter")
 _SAME_TAGS = ("mechdiff.command", "mechdiff.version", "mlflow.source.git.commit", PAIR_FINGERPRINT)
 """What two runs of the same command, code and pair have in common."""
 _FEW = 10

@@ -14,7 +14,7 @@ from mlflow.entities import Run, RunTag
 
 from mechdiff_mlflow.tracking.content.records import ParamValue, RunRecord
 from mechdiff_mlflow.tracking.content.tag_names import KEY_TAG
-from mechdiff_mlflow.tracking.content.view import install_view, view_tag
+from mechdiff_mlflow.tracking.content.view import view_tags
 from mechdiff_mlflow.tracking.runs.interrupts import Interrupts
 from mechdiff_mlflow.tracking.runs.lookup import made_once, reopen
 from mechdiff_mlflow.tracking.runs.mlflow_run import RUN_ID_VARIABLE, active_run, plain, tags_to_add
@@ -33,7 +33,7 @@ class Tracker:
     The run of an enclosing `mlflow run` brings its own experiment, and its children go there too. A run
     of this experiment that the calling program is in becomes the parent. `resume` is the id of an unfinished
     run to go on with; `as_asked` gives, for a param's name and its text as typed for `mlflow run`, the text
-    that is logged.
+    that is logged; `about` names the models, for the experiment's description.
     """
 
     def __init__(
@@ -43,12 +43,13 @@ class Tracker:
         *,
         resume: str | None = None,
         as_asked: Callable[[str, str], str] = plain,
+        about: str = "",
     ) -> None:
         self.store = store
         self.experiment = experiment
         self.as_asked = as_asked
         self.interrupts = Interrupts(store.retries.hurry)
-        self._resume = resume
+        self._resume, self._about = resume, about
 
     @contextmanager
     def run(
@@ -93,10 +94,10 @@ class Tracker:
                         open_run = stack.enter_context(self._new(record))
                 with self.interrupts.deferred():
                     open_run.add(record)
-                    install_view(self.store, open_run.experiment_id)
                 yield open_run
                 with self.interrupts.deferred():
                     open_run.summarise()
+                    open_run.renew_overview(kind, self._about)
             except BaseException as error:
                 failure = error
                 raise
@@ -145,7 +146,7 @@ class Tracker:
                 theirs = self.store.client.get_experiment(run.info.experiment_id)
             if theirs.name == self.experiment:
                 return str(theirs.experiment_id), {"mlflow.parentRunId": run.info.run_id}
-        return self.store.experiment(self.experiment, view_tag()), {}
+        return self.store.experiment(self.experiment, view_tags()), {}
 
     def _attach(self, record: RunRecord, lock: RunLock) -> Run | None:
         # Taken out of the environment: a second run of this process, or of one it starts, is another run.

@@ -60,8 +60,12 @@ class RecordWriter:
             if again:  # a former owner's last request may have come in since
                 run = client.get_run(run_id)
             model_id = model.model_id if model else None
+            on = next(
+                (d for d in record.datasets if model_id and d.split == record.params.get("split")), None
+            )
+            named = (on.name, on.digest) if on else (None, None)
             points = [
-                Metric(key, value, at_ms, step, model_id=model_id)
+                Metric(key, value, at_ms, step, model_id, *named)
                 for key, value, step in metrics
                 if not (key.startswith(TIME) and key in run.data.metrics)  # durations stay as they were
             ]
