@@ -27,7 +27,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shown(toy: Path, mechdiff: Invoke) -> str:
-    return mechdiff("atlas", "--pair", str(toy), "--promote-best", "2").output
+    return mechdiff("atlas", "--pair", str(toy), "--promote-best", "2", "--force").output
 
 
 def test_atlas_finds_where_the_models_begin_to_differ(
