@@ -104,7 +104,19 @@ def test_two_winners_of_a_site_cannot_share_an_alias(seed: Path, mechdiff: Invok
 def test_an_imported_map_is_measured_when_the_pair_is_vouched_for(
     toy: Path, here: Path, mechdiff: Invoke, client: mlflow.MlflowClient
 ) -> None:
-    mechdiff("run", "--pair", str(toy), "--layer", "3", "--hook", "attn_out", "--alpha", "1", "--promote")
+    mechdiff(
+        "run",
+        "--pair",
+        str(toy),
+        "--layer",
+        "3",
+        "--hook",
+        "attn_out",
+        "--alpha",
+        "1",
+        "--promote",
+        "--force",
+    )
     name = "toy-L3-attn_out"
     width = load_map(f"{name}@champion").d_in
     parts = bundle("ridge", layer=3, W=torch.eye(width))

@@ -26,6 +26,7 @@ from mechdiff_mlflow.measures.stats import drop_pct
 from mechdiff_mlflow.models.pairs import EngineOptions, Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
 from mechdiff_mlflow.spec.sites import Hook, Site
+from scripts.chat_tokens import encode
 from scripts.demo_pairs import measure
 
 SITE = Site(3, Hook.RESID_POST)
@@ -53,7 +54,7 @@ def cell(site: Site = SITE, *, k: int | None = None, alpha: str = "1", family: s
 
 def ids(pair: Pair, role: str) -> list[list[int]]:
     side = pair.side(role)
-    return measure.encode(side.tokenizer, [p.text for p in pair.prompts["test"].prompts])
+    return encode(side.tokenizer, [p.text for p in pair.prompts["test"].prompts])
 
 
 def kl_by_hand(pair: Pair, site: Site, values: torch.Tensor) -> np.ndarray:

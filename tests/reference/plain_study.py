@@ -346,7 +346,7 @@ def bootstrap_drop(
         t = found.shifts / found.errors
     low, high = (100 * (1 - found.estimate + np.quantile(t, tail) * found.error) for tail in (0.025, 0.975))
     missed = (1 - 0.025 ** (1 / found.n)) * drop(raw, mapped)
-    return float(low - max(missed, 0)), float(high - min(missed, 0))
+    return float(low - max(missed, 0)), min(float(high - min(missed, 0)), 100.0)
 
 
 def p_above_0(differences: np.ndarray, *, seed: int, groups: Sequence[int] = ()) -> float:
