@@ -33,6 +33,12 @@ NOT_RUN = {
     "mechdiff import mechdiff/artifacts/rq3/manifest.json --root .": "needs the predecessor's files",
     "mechdiff export winners --pair cultural": "exports what that import registers",
     "mechdiff run --tuned org/my-fine-tune --prompts prompts.jsonl --layer 20": "is somebody's own",
+    "mechdiff atlas --tuned org/my-fine-tune --prompts prompts.jsonl": "is somebody's own",
+    "mechdiff pair init --tuned mechdiff_mlflow/spec/demo/adapters/smollm2-kazakh --base "
+    "HuggingFaceTB/SmolLM2-135M-Instruct --pair unquantised --prompts train.jsonl,val.jsonl,test.jsonl "
+    "--out unquantised.yaml": "downloads a model",
+    "mechdiff atlas --pair unquantised.yaml --n 100 --n-train 300": "is of that model",
+    "mechdiff compare smollm2-kazakh unquantised.yaml": "is of that model",
 }
 """Commands that cannot run here, and why."""
 

@@ -17,9 +17,17 @@ from mechdiff_mlflow.tracking.commands.documents import evidence_of
 from mechdiff_mlflow.tracking.store.store import open_store
 
 
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair with prompts enough for the best two sites to be told from their controls."""
+    spec = toys.write_pair(tmp_path_factory.mktemp("toy"))
+    toys.write_prompts(spec.parent, n_test=100)
+    return spec
+
+
 @pytest.fixture
 def shown(toy: Path, mechdiff: Invoke) -> str:
-    return mechdiff("atlas", "--pair", str(toy), "--promote-best", "2").output
+    return mechdiff("atlas", "--pair", str(toy), "--promote-best", "2", "--force").output
 
 
 def test_atlas_finds_where_the_models_begin_to_differ(
