@@ -298,7 +298,8 @@ def _numbers(found: Divergences, n_tokens: int) -> Tensor:
 def _patched(numbers: Tensor) -> Patched:
     """What one replacement did, from its columns of `Score`, [n, 6 or 6 + T]."""
     kl, reverse, agrees, delta, top, logprob, *steps = (x.contiguous().numpy() for x in numbers.unbind(-1))
-    return Patched(kl, reverse, agrees, delta, top, logprob, np.stack(steps or [kl], 1))
+    by_token = np.stack(steps, 1) if steps else kl[:, None]
+    return Patched(kl, reverse, agrees, delta, top, logprob, by_token)
 
 
 def variants_of(
