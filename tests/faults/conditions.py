@@ -48,7 +48,7 @@ def little_memory() -> None:
 
 def no_memory() -> None:
     """No block of a model finds memory for as much as one prompt, once the checks before a run are over."""
-    _memory(1, after=200)
+    _memory(1, after=80)
 
 
 def clock_behind() -> None:

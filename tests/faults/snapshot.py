@@ -26,7 +26,7 @@ KEY_TAG = "mechdiff.key"
 PARENT_TAG = "mlflow.parentRunId"
 # What belongs to a process, a machine, a checkout or one attempt; the rest must be as in an undisturbed run.
 _OF_AN_ATTEMPT = re.compile(
-    r"mechdiff\.(pid|host|lease\.|resume|failure|git\.|key$|root$|epoch$|artifacts$)"
+    r"mechdiff\.(process$|lease\.|resume|failure|key$|root$|epoch$|artifacts$)"
     r"|mlflow\.(user|source\.|parentRunId|log-model\.history|runColor)"
 )
 _TIMES = "time/"
