@@ -69,7 +69,10 @@ def write_prompts(folder: Path, n_train: int = 40, n_val: int = 16, n_test: int 
         for i, (a, v, b) in enumerate(itertools.product(SUBJECTS, VERBS, SUBJECTS))
         if a != b
     ]
-    picked = questions[:: len(questions) // (n_train + n_val + n_test + 1)]
+    n_spread = n_train + n_val + min(n_test, 16)
+    spread = questions[:: len(questions) // (n_spread + 1)][:n_spread]
+    between = sorted({*questions} - {*spread}, key=questions.index)
+    picked = spread + between[:: max(1, len(between) // n_test)]
     for split, texts in {
         "train": picked[:n_train],
         "val": picked[n_train : n_train + n_val],
