@@ -42,9 +42,9 @@ def task_records(
 ) -> tuple[list[TaskRecord], dict[str, list[str]]]:
     """Every measure of the prompts that have an answer, none if fewer than two have; and what is said.
 
-    The latter are the greedy answers of base, tuned, and tuned with each patch at work, by the column `says_…`
-    of `per_prompt.json`; none where `_said` has none. The prompts come with their answers as they are
-    compared, the maps by name, `mapped` and `null`; raw is added where the widths agree.
+    The latter are the greedy answers of base, tuned, and tuned with each patch at work, by the column
+    `says_…` of `per_prompt.json`; none where `_said` has none. The prompts come with their answers as they
+    are compared, the maps by name, `mapped` and `null`; raw is added where the widths agree.
     """
     mapped = patches["mapped"]
     if mapped.d_in == mapped.d_out:
