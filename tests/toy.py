@@ -62,7 +62,7 @@ def write_model(folder: Path, net: LlamaForCausalLM) -> None:
     tokenizer().save_pretrained(folder)
 
 
-def write_prompts(folder: Path, n_train: int = 40, n_val: int = 16, n_test: int = 16) -> None:
+def write_prompts(folder: Path, n_train: int = 40, n_val: int = 16, n_test: int = 40) -> None:
     """Distinct questions of unequal length, so that batches are padded."""
     questions = [
         f"does {a} {v} {b}" + " well" * (i % 3)

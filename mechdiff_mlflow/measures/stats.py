@@ -39,7 +39,8 @@ def drop_pct(
         return Interval(None, None, None, bootstrap.level)
     drop = bootstrap.ratio(mapped, reference).scaled(-100, 100)
     found = drop.interval(bootstrap.level, unseen=abs(drop.estimate))
-    return found if found.high is None else replace(found, high=min(found.high, 100.0))  # for KL is not below 0
+    # KL is not below 0, so a drop is not above 100 %.
+    return found if found.high is None else replace(found, high=min(found.high, 100.0))
 
 
 def is_defined(kl_reference: Floats, kl_mapped: Floats, noise_floor: float) -> bool:

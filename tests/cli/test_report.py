@@ -96,7 +96,7 @@ def test_what_is_said_is_what_was_run(
 ) -> None:
     mechdiff("report", "--pair", str(toy))
     text = (here / "mechdiff-report.md").read_text()
-    assert "only n=16 prompts" in text
+    assert "only n=40 prompts" in text
     # L2/attn_out is known from a sweep only; the run has measured L3/resid_post by itself.
     assert "- `L2/attn_out` quotes the best of 3 cells, picked on the reported prompts. " in text
     assert "`L3/resid_post` quotes" not in text

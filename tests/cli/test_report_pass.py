@@ -29,7 +29,7 @@ def test_every_winner_is_measured_again_with_its_own_alpha(
     before = {run.info.run_id for run in runs_of(client)["patch"]}
 
     shown = mechdiff("report-pass", "--pair", str(toy)).output
-    assert "16 test prompts (of the 500 aimed at)" in shown
+    assert "40 test prompts (of the 500 aimed at)" in shown
     (parent,) = runs_of(client)["report_pass"]
     again = [run for run in runs_of(client)["patch"] if run.info.run_id not in before]
     assert {run.data.tags["mlflow.parentRunId"] for run in again} == {parent.info.run_id}

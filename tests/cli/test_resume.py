@@ -126,7 +126,11 @@ def planted(client: MlflowClient, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 
     def plant(*argv: object, **more: object) -> str:
         fields = {"argv": argv, "folder": "", "code": code_version(), "parent": True, **more}
-        tags = {RESUME_TAG: json.dumps(fields), "mlflow.user": "mallory", "mechdiff.host": "far"}
+        tags = {
+            RESUME_TAG: json.dumps(fields),
+            "mlflow.user": "mallory",
+            "mechdiff.process": "far, process 1",
+        }
         return str(client.create_run(experiment, tags=tags, run_name="bait").info.run_id)
 
     return plant

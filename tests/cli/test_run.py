@@ -59,7 +59,7 @@ def test_run_makes_a_parent_with_a_fit_and_a_patch_and_a_map_fetched_by_alias(
     # Asked on the parent, resolved on the children.
     assert (parent.data.params["alpha"], parent.data.params["n"]) == ("auto", "all")
     assert float(fit.data.params["alpha"]) == float(patch.data.params["alpha"]) > 0
-    assert patch.data.params["n"] == "16"
+    assert patch.data.params["n"] == "40"
     assert artifacts(client, parent) == {"spec.yaml", "environment.txt"}
     assert artifacts(client, patch) == {"per_prompt.json"}
     assert artifacts(client, fit) == {"candidates.json"}

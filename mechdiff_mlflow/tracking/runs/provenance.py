@@ -12,12 +12,16 @@ from pathlib import Path
 
 from mechdiff_mlflow.spec.version import PACKAGE, __version__
 
+PROCESS_TAG = "mechdiff.process"
+"""Tag of a run: the machine, the process and the state of the code that wrote it, for people."""
 _GIT_WAIT_S = 10
 
 
 def provenance_tags() -> dict[str, str]:
-    """Tags for every run of this process: user, host, command, version and git state of the package."""
-    return {**_process_tags(), "mechdiff.pid": str(os.getpid())}
+    """Tags for every run of this process: user, command, version, commit of the package, and process."""
+    changed = {"": "", "true": ", code with changes", "false": ", code as committed"}[_code()[2]]
+    process = f"{platform.node() or 'unknown'}, process {os.getpid()}{changed}"
+    return {**_process_tags(), PROCESS_TAG: process}
 
 
 @lru_cache(maxsize=1)
@@ -31,24 +35,27 @@ def _process_tags() -> dict[str, str]:
         "mlflow.source.type": "LOCAL",
         "mlflow.source.name": Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python",
         "mechdiff.version": __version__,
-        "mechdiff.host": platform.node() or "unknown",
     }
+    commit, branch, _ = _code()
+    return tags | ({"mlflow.source.git.commit": commit, "mlflow.source.git.branch": branch} if commit else {})
+
+
+@lru_cache(maxsize=1)
+def _code() -> tuple[str, str, str]:
+    """Commit and branch of the package, and whether it differs from that; all empty where nobody knows."""
     # Tracked: an installed copy may lie inside somebody else's repository.
     if _git("ls-files", "--error-unmatch", "__init__.py") is not None:
         commit, branch = _git("rev-parse", "HEAD"), _git("rev-parse", "--abbrev-ref", "HEAD")
         if commit and branch:
-            is_dirty = bool(_git("status", "--porcelain", "--", "."))
-            tags |= {"mlflow.source.git.commit": commit, "mlflow.source.git.branch": branch}
-            tags["mechdiff.git.dirty"] = str(is_dirty).lower()
-    return tags
+            return commit, branch, str(bool(_git("status", "--porcelain", "--", "."))).lower()
+    return "", "", ""
 
 
 def code_version() -> str:
     """Package version, then commit and `dirty` where known: `0.1.0+g1a2b3c4d5e.dirty`."""
-    tags = provenance_tags()
-    commit = tags.get("mlflow.source.git.commit")
-    local = "" if commit is None else f"+g{commit[:10]}"
-    return tags["mechdiff.version"] + local + (".dirty" if tags.get("mechdiff.git.dirty") == "true" else "")
+    commit, _, is_dirty = _code()
+    local = f"+g{commit[:10]}" if commit else ""
+    return __version__ + local + (".dirty" if is_dirty == "true" else "")
 
 
 def _git(*arguments: str) -> str | None:

@@ -25,7 +25,7 @@ from mechdiff_mlflow.spec.untrusted import is_there
 from mechdiff_mlflow.tracking.content.tag_names import ROOT_TAG
 from mechdiff_mlflow.tracking.runs.lookup import all_runs
 from mechdiff_mlflow.tracking.runs.mlflow_run import RUN_ID_VARIABLE
-from mechdiff_mlflow.tracking.runs.provenance import code_version, provenance_tags
+from mechdiff_mlflow.tracking.runs.provenance import PROCESS_TAG, code_version, provenance_tags
 from mechdiff_mlflow.tracking.runs.run_lock import is_alive
 from mechdiff_mlflow.tracking.store import user_cache
 from mechdiff_mlflow.tracking.store.server import login_name
@@ -165,8 +165,8 @@ def user_of(store: Store) -> str:
 
 def who_began(run: Run) -> str:
     """User and host as a run's tags have them, for people."""
-    user, host = (run.data.tags.get(key, "unknown")[:100] for key in ("mlflow.user", "mechdiff.host"))
-    return f"{user} on {host}"
+    user, process = (run.data.tags.get(key, "unknown")[:100] for key in ("mlflow.user", PROCESS_TAG))
+    return f"{user} on {process.partition(',')[0]}"
 
 
 def top_run(store: Store, run_id: str) -> Run:
