@@ -16,6 +16,8 @@ from mechdiff_mlflow.report.profiles import MOST_SITES
 
 WHO = ("base", "tuned", "raw", "mapped")
 """Whose words are shown: of base, of tuned, and of tuned patched."""
+MOST_TICKS = 16
+"""Tokens that a figure names one by one."""
 
 
 def sentence(patch: Measured) -> str:
@@ -69,14 +71,12 @@ def blocks(patches: Sequence[Measured], table: Callable[[str, str], pd.DataFrame
 
 def _figure(patch: Measured, curve: pd.DataFrame) -> Figure:
     numbers = curve[list(CURVE)].apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], np.nan)
-    lines = [
-        Curve(
-            name,
-            *(numbers[key].tolist() for key in ("t", *(f"KL_{name}{end}" for end in ("", "_low", "_high")))),
-        )
-        for name in ("raw", "mapped", "null")
-        if numbers[f"KL_{name}"].notna().any()
-    ]
+    lines = []
+    for name in ("raw", "mapped", "null"):
+        columns = [numbers[f"KL_{name}{end}"] for end in ("", "_low", "_high")]
+        if columns[0].notna().any():
+            lines.append(Curve(name, *(column.tolist() for column in (numbers["t"], *columns))))
     title = f"{patch.site}: mean KL of each token of the answer"
+    named = {} if len(numbers) > MOST_TICKS else {float(t): str(t) for t in range(1, len(numbers) + 1)}
     labels = {"x_label": "token of the answer", "y_label": "KL, nats"}
-    return curves(f"answers-{patch.site.slug}", title, lines, **labels)
+    return curves(f"answers-{patch.site.slug}", title, lines, ticks=named, **labels)
