@@ -347,5 +347,4 @@ def _number(value: float | None) -> str:
 def _interval(interval: Interval | None, why: str) -> str:
     if interval is None or interval.estimate is None:
         return f"n/a ({why.partition(':')[0]})"
-    bounds = "" if interval.low is None else f" [{interval.low:.1f}, {interval.high:.1f}]"
-    return f"{interval.estimate:.1f}{bounds}"
+    return wording.percent(interval)

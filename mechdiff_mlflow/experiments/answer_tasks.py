@@ -1,4 +1,4 @@
-"""What a patch does to right answers: how probable they are, and whether the model still says them."""
+"""What a patch does to answers: what is said, how probable the right one is, and whether it is said."""
 
 from __future__ import annotations
 
@@ -39,38 +39,46 @@ def task_records(
     protocol: Protocol,
     workers: Workers,
     bootstrap: Bootstrap,
-) -> list[TaskRecord]:
-    """Every measure of the prompts that have an answer; empty if fewer than two have.
+) -> tuple[list[TaskRecord], dict[str, list[str]]]:
+    """Every measure of the prompts that have an answer, none if fewer than two have; and what is said.
 
-    The prompts come with their answers as they are compared, the maps by name, `mapped` and `null`; raw is
-    added where the widths agree.
+    The latter are the greedy answers of base, tuned, and tuned with each patch at work, by the column
+    `says_…` of `per_prompt.json`; none where `_said` has none. The prompts come with their answers as they
+    are compared, the maps by name, `mapped` and `null`; raw is added where the widths agree.
     """
-    has = np.array([prompt.answer is not None for prompt in prompts.prompts])
-    if prompts.answers is None or has.sum() < 2:
-        return []
-    some, bootstrap = prompts.take(np.flatnonzero(has).tolist()), bootstrap.of(has)
     mapped = patches["mapped"]
     if mapped.d_in == mapped.d_out:
         patches = {"raw": identity_map(mapped.d_in), **patches}
     names, maps = ("base", "tuned", *patches), tuple(patches.values())
+    said = _said(prompts, site, maps, protocol, workers)
+    texts: dict[str, list[str]] = {}
+    if said is not None:
+        readers = workers.pair.readers
+        for name, rows in zip(names, said.transpose(1, 0, 2).tolist(), strict=True):
+            ids = [[token for token in row if token >= 0] for row in rows]
+            texts[f"says_{name}"] = readers.texts("base" if name == "base" else "tuned", ids)
+    has = np.array([prompt.answer is not None for prompt in prompts.prompts])
+    if has.sum() < 2:
+        return [], texts
+    some, bootstrap = prompts.take(np.flatnonzero(has).tolist()), bootstrap.of(has)
     log_p = workers.whole(Forced(some, protocol.position, site, maps))["log_p"].numpy()  # [n, who, T, 3]
     values = {"answer_logprob": np.nansum(log_p[..., 0], -1), "logit_diff": _logit_diff(log_p)}
-    if (said := _said(some, site, maps, protocol, workers)) is not None:
-        values["exact_match"] = _exact(some, said)
+    if said is not None:
+        values["exact_match"] = _exact(some, said[has])
     records = []
     for measure, of_all in values.items():
         defined = ~np.isnan(of_all).any(1)
         if defined.sum() < 2:
             continue
-        rows = dict(zip(names, of_all[defined].T, strict=True))
+        by_name = dict(zip(names, of_all[defined].T, strict=True))
         recovered = None
-        if "raw" in rows:
-            of = bootstrap.of(defined)
-            recovered = stats.recovered_pct(rows["raw"], rows["mapped"], rows["tuned"], bootstrap=of)
-        means = {name: float(row.mean()) for name, row in rows.items()}
+        if "raw" in by_name:
+            three = by_name["raw"], by_name["mapped"], by_name["tuned"]
+            recovered = stats.recovered_pct(*three, bootstrap=bootstrap.of(defined))
+        means = {name: float(each.mean()) for name, each in by_name.items()}
         is_defined = recovered is not None and recovered.estimate is not None
         records.append(TaskRecord(measure, int(defined.sum()), means, recovered if is_defined else None))
-    return records
+    return records, texts
 
 
 def _logit_diff(log_p: Array) -> Array:

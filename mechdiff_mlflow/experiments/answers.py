@@ -32,7 +32,7 @@ class AnswerRecord:
     drop_pct: Interval | None  # 100·(1 − ΣKL_mapped/ΣKL_raw); None with a reason in `undefined`
     skill_pct: Interval | None  # 100·(1 − ΣKL_mapped/ΣKL_null)
     curve: pd.DataFrame  # one row a token t, counted from 1: `CURVE`
-    per_prompt: Mapping[str, Array]  # KL_answer_raw, KL_answer_mapped and KL_answer_null, [n]
+    per_prompt: Mapping[str, Array | Sequence[str]]  # KL_answer_raw, …_mapped and …_null, and says_…, [n]
     undefined: Mapping[str, str]  # why a number has no value, by its name
     tasks: Sequence[TaskRecord]  # of prompts with answers of their own, where one map alone is reported
 
@@ -65,8 +65,12 @@ def answer_record(
     protocol: Protocol,
     bootstrap: Bootstrap,
     tasks: Sequence[TaskRecord],
+    said: Mapping[str, Sequence[str]],
 ) -> AnswerRecord:
-    """One map on one split, from the site's patched rows by the digests of maps; `null` are its null's."""
+    """One map on one split, from the site's patched rows by the digests of maps; `null` are its null's.
+
+    `tasks` and `said` are of `task_records`.
+    """
     by_name: dict[str, list[AffineMap]] = {"mapped": [map_], "null": [*null]}
     totals = {name: rows.answer_kl(maps) for name, maps in by_name.items()}
     steps = {name: _steps(rows, [one.digest for one in maps]) for name, maps in by_name.items()}
@@ -99,7 +103,7 @@ def answer_record(
         drop_pct=found["drop_answer_pct"],
         skill_pct=found["skill_answer_pct"],
         curve=_curve(steps, bootstrap),
-        per_prompt={f"KL_answer_{name}": kl for name, kl in totals.items()},
+        per_prompt={**{f"KL_answer_{name}": kl for name, kl in totals.items()}, **said},
         undefined=undefined,
         tasks=tasks,
     )

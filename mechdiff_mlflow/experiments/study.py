@@ -219,11 +219,13 @@ class Study:
         if self.protocol.answer_tokens == 1:
             return None
         tasks: list[TaskRecord] = []
+        said: dict[str, list[str]] = {}
         if is_alone:  # words are generated with each patch at work, which takes longer than to compare them
             patches = {"mapped": map_, "null": controls[null][0]}
             prompts = self.answered(self.report_prompts)
-            tasks = task_records(prompts, rows.site, patches, self.protocol, self.computing, self.bootstrap)
-        return answer_record(map_, controls[null], rows, self.protocol, self.bootstrap, tasks)
+            where = (prompts, rows.site, patches, self.protocol, self.computing, self.bootstrap)
+            tasks, said = task_records(*where)
+        return answer_record(map_, controls[null], rows, self.protocol, self.bootstrap, tasks, said)
 
     def _prepare(self) -> None:
         train, *others = self.prompt_sets

@@ -124,6 +124,12 @@ class Readers:
             known.update(zip(missing, texts, strict=True))
         return known
 
+    def texts(self, role: str, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row of tokens, without special ones; raises as `words`."""
+        tokenizer = self.tokenizer_for(role)
+        what = f"Decoding with the {role} tokenizer of {self.spec.name}"
+        return run_bounded(what, lambda: tokenizer.batch_decode(rows, skip_special_tokens=True))
+
     def first_of_answers(self, role: str, prompts: PromptSet) -> list[frozenset[int]]:
         """The tokens that the answer of each prompt may begin with; none where it is not known.
 

@@ -37,9 +37,15 @@ def matches(first: Evidence, second: Evidence) -> list[Match]:
         how = (patch.solver, patch.family, patch.rank, patch.alpha)
         return (patch.site, *how, patch.conditions.split, patch.conditions.position)
 
-    others = {key(patch): patch for patch in second.patches if patch.source != "atlas"}
+    theirs = [patch for patch in second.patches if patch.source != "atlas"]
+    others = {key(patch): patch for patch in theirs}
+    alike = {(key(patch), _compared(patch)): patch for patch in theirs}
     found = [
-        Match(f"{p.site} {p.solver} {p.family} k={p.rank} α={text_of(p.alpha)}", p, others[key(p)])
+        Match(
+            f"{p.site} {p.solver} {p.family} k={p.rank} α={text_of(p.alpha)}",
+            p,
+            alike.get((key(p), _compared(p)), others[key(p)]),
+        )
         for p in first.patches
         if p.source != "atlas" and key(p) in others
     ]
@@ -62,17 +68,33 @@ def needed_runs(found: Sequence[Match]) -> set[str]:
     return {patch.run_id for match in found for patch in (match.first, match.second)}
 
 
-def difference(match: Match, tables: PerPrompt, *, seed: int) -> Interval | None:
-    """drop_pct of the first minus the second, percentage points; None where either is undefined."""
-    if match.first.drop is None or match.second.drop is None:
+def difference(match: Match, tables: PerPrompt, *, seed: int, answers: bool = False) -> Interval | None:
+    """drop_pct of the first minus the second, percentage points; None where either is undefined.
+
+    With `answers` it is drop_answer_pct, None also where the two compared other tokens.
+    """
+    both = (match.first, match.second)
+    if any((_answer_drop(patch) if answers else patch.drop) is None for patch in both):
         return None
-    ours, theirs = tables[match.first.run_id], tables[match.second.run_id]
+    if answers and len(set(map(_compared, both))) > 1:
+        return None
+    ours, theirs = (tables[patch.run_id] for patch in both)
+    raw, mapped = (f"KL_{'answer_' if answers else ''}{name}" for name in ("raw", "mapped"))
     return stats.drop_difference(
-        (ours["KL_raw"], ours["KL_mapped"]),
-        (theirs["KL_raw"], theirs["KL_mapped"]),
+        (ours[raw], ours[mapped]),
+        (theirs[raw], theirs[mapped]),
         bootstrap=Bootstrap(seed=seed),
         groups=(tuple(ours.get("group", ())), tuple(theirs.get("group", ()))),
     )
+
+
+def _compared(patch: Measured) -> tuple[int, str]:
+    """Which tokens of an answer were compared, and which were patched."""
+    return patch.conditions.answer_tokens, patch.conditions.patch_at
+
+
+def _answer_drop(patch: Measured) -> Interval | None:
+    return None if patch.answer is None else patch.answer.drop
 
 
 def verdict(match: Match, interval: Interval | None, first: str, second: str, min_effect_nats: float) -> str:
@@ -130,7 +152,14 @@ def _transport_table(
 ) -> Grid:
     a, b = first.pair, second.pair
     rows = []
-    for match in matches(first, second):
+    found = matches(first, second)
+    whole = any(match.first.answer and match.second.answer for match in found)
+    for match in found:
+        of_answers = {
+            "difference of answers, points": difference(match, tables, seed=seed, answers=True),
+            f"drop % of answers {a}": _answer_drop(match.first),
+            f"drop % of answers {b}": _answer_drop(match.second),
+        }
         one, other, gap = match.first, match.second, difference(match, tables, seed=seed)
         rows.append(
             {
@@ -141,6 +170,7 @@ def _transport_table(
                 f"KL_raw {b}": wording.number(other.kl_raw),
                 f"drop % {a}": wording.percent(one.drop),
                 f"drop % {b}": wording.percent(other.drop),
+                **({head: wording.percent(drop) for head, drop in of_answers.items()} if whole else {}),
                 f"skill % {a}": wording.percent(one.skill),
                 f"skill % {b}": wording.percent(other.skill),
                 f"run {a}": f"`{one.run_id}`",

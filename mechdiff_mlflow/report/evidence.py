@@ -46,6 +46,17 @@ class Conditions:
         return f"{self.n} {self.split} prompts, {self.n_train} train prompts, seed {self.seed}{tokens}"
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What a patch run says of whole answers; KL is its sum over their tokens, mean nats an answer."""
+
+    kl_raw: float | None
+    kl_mapped: float
+    drop: Interval | None  # drop_answer_pct
+    exact_match: Mapping[str, float]  # of base, tuned, raw, mapped where known
+    recovered: Mapping[str, Interval | None]  # by measure, `exact_match` and `answer_logprob`
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """One patch run, or what will be one; KL is mean KL(patched ‖ clean) in nats."""
@@ -73,6 +84,7 @@ class Measured:
     p_permutation: float | None  # against fits of shuffled pairs; None where there were none
     asked_alpha: str = ""  # α as the run above was asked for it, such as `auto`
     accuracy: Mapping[str, float] = field(default_factory=dict)  # of base, tuned, raw, mapped where known
+    answer: Answered | None = None  # None where the first token is all that was compared
     picked_among: int = 1  # of how many cells `quoted` picked it for its drop on the very split reported
 
     @property
@@ -235,6 +247,7 @@ def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> M
         null=markdown(_text(row, "tag.null")),
         controls=_group(row, "control/"),
         accuracy=_group(row, "accuracy/"),
+        answer=_answered(row),
         leak=_text(row, "tag.selection") or _OLD_LEAKS.get(_text(row, "tag.selection_leak"), ""),
         undefined={
             str(key).removeprefix("tag.mechdiff.undefined."): markdown(row[key])
@@ -248,6 +261,19 @@ def _measured(row: Row, kinds: Mapping[str, str], asked: Mapping[str, str]) -> M
         ),
         p_permutation=_number(row, "p/permutation"),
         asked_alpha=str(foreign.scales(asked, parent or "")) if asked.get(parent or "") else "",
+    )
+
+
+def _answered(row: Row) -> Answered | None:
+    kl_mapped = _number(row, "KL_answer_mapped")
+    if kl_mapped is None:
+        return None
+    return Answered(
+        _number(row, "KL_answer_raw"),
+        kl_mapped,
+        _interval(row, "drop_answer_pct"),
+        _group(row, "exact_match/"),
+        {name: _interval(row, f"recovered_{name}_pct") for name in ("exact_match", "answer_logprob")},
     )
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 
 from mechdiff_mlflow.maps import selection
 from mechdiff_mlflow.measures.bootstrap import may_be_unseen
-from mechdiff_mlflow.report import wording
+from mechdiff_mlflow.report import answers, wording
 from mechdiff_mlflow.report.document import Block, Document, Grid, bullets
 from mechdiff_mlflow.report.evidence import Evidence, Measured
 from mechdiff_mlflow.report.figures import bars, curve_figures
@@ -43,11 +43,11 @@ def report(
     spec: PairSpec | None,
     *,
     min_effect_nats: float,
-    per_prompt: Callable[[str], pd.DataFrame | None] = lambda run_id: None,
+    table: Callable[[str, str], pd.DataFrame | None] = lambda run_id, path: None,
 ) -> Document:
     """The whole report of a pair: the answer first, what it rests on below.
 
-    `per_prompt` gives the table `per_prompt.json` of a run, where there is one.
+    `table` gives the table of a run, by its id, at a path, where there is one.
     """
     quoted = evidence.quoted()
     patches = [patch for patch in quoted if patch.source != "atlas"]
@@ -64,10 +64,11 @@ def report(
         _low_rank(evidence, shown, min_effect_nats),
         "## How sure",
         _how_sure(evidence, shown),
-        *(_before_and_after(shown[0], per_prompt(shown[0].run_id)) if shown else ()),
+        *(_before_and_after(shown[0], table(shown[0].run_id, "per_prompt.json")) if shown else ()),
         "## Tables",
         "Quoted above, one row a site:",
         _patch_table(shown),
+        *answers.blocks(shown, table),
         *([f"All {len(cells)} cells:", _patch_table(cells)] if cells else ()),
         *_rank_table(evidence),
         *curve_figures(evidence.patches),
@@ -120,7 +121,8 @@ def how(patches: Sequence[Measured], min_effect_nats: float) -> list[str]:
         "patched: its drop and its skill over the best control lie above 0."
     ]
     for patch in patches[:MOST_SITES]:
-        said += [wording.transport(patch, min_effect_nats), wording.scale(patch) or ""]
+        said += [wording.transport(patch, min_effect_nats), answers.sentence(patch)]
+        said.append(wording.scale(patch) or "")
     if len(patches) > MOST_SITES:
         said.append(f"{len(patches) - MOST_SITES} more were patched; the table shows them all.")
     return [text for text in said if text]
@@ -163,25 +165,32 @@ def _accuracy(patches: Sequence[Measured]) -> list[str]:
 
 def _before_and_after(patch: Measured, table: pd.DataFrame | None) -> list[Block]:
     """What the models say next to ten prompts of a patch run; nothing for runs of earlier versions."""
-    shown = ("base", "tuned", "raw", "mapped")
-    numbers = ["KL_raw", "KL_mapped", *(f"p_{name}" for name in shown)]
-    if table is None or not {*numbers, "prompt", *(f"top_{name}" for name in shown)} <= {*table.columns}:
+    if table is None:
+        return []
+    texts, kls, chances = [f"says_{name}" for name in answers.WHO], ["KL_answer_raw", "KL_answer_mapped"], []
+    what = f"Greedy answers of up to {patch.conditions.answer_tokens} tokens"
+    if not {*texts, *kls} <= {*table.columns}:
+        texts, chances = [[f"{start}_{name}" for name in answers.WHO] for start in ("top", "p")]
+        what, kls = "The most probable next token and its probability", ["KL_raw", "KL_mapped"]
+    numbers = [*kls, *chances]
+    if not {*numbers, *texts, "prompt"} <= {*table.columns}:
         return []
     table[numbers] = table[numbers].apply(pd.to_numeric, errors="coerce")
-    order = (table["KL_raw"] - table["KL_mapped"]).sort_values(kind="stable").index
+    order = (table[kls[0]] - table[kls[1]]).sort_values(kind="stable").index
     places = sorted({round(i * (len(order) - 1) / (N_SHOWN - 1)) for i in range(N_SHOWN)})
     rows = []
     for row in table.loc[[order[place] for place in places]].to_dict("records"):
         cells = {"prompt": markdown(row["prompt"], 120)}
         cells |= {"answer": markdown(row["answer"] or "", 40)} if "answer" in table else {}
-        for name in shown:
-            cells[name] = f"`{wording.token(row[f'top_{name}'])}` {row[f'p_{name}']:.2f}"
-        rows.append(cells | {f"{key}, nats": wording.number(row[key], 3) for key in ("KL_raw", "KL_mapped")})
+        for i, name in enumerate(answers.WHO):
+            cells[name] = f"`{wording.token(row[texts[i]], 80)}`"
+            cells[name] += f" {row[chances[i]]:.2f}" if chances else ""
+        rows.append(cells | {f"{key}, nats": wording.number(row[key], 3) for key in kls})
     return [
         "## Before and after",
-        f"The most probable next token and its probability: of base, of tuned, and of tuned with base's "
+        f"{what}: of base, of tuned, and of tuned with base's "
         f"activation at `{patch.site}` (α={text_of(patch.alpha)}, k={patch.rank}), raw and mapped. Of "
-        f"{len(order)} {markdown(patch.conditions.split)} prompts, sorted by KL_raw − KL_mapped, these "
+        f"{len(order)} {markdown(patch.conditions.split)} prompts, sorted by {' − '.join(kls)}, these "
         f"{len(rows)} stand at even steps from the first, which the map serves worst, to the last, which it "
         "serves best. ␣ is a space, ⏎ a line break.",
         Grid(rows),

@@ -45,9 +45,9 @@ def percent(interval: Interval | None, form: str = ".1f") -> str:
     return f"{interval.estimate:{form}}{bounds}"
 
 
-def token(text: object) -> str:
-    """A token between backticks of Markdown, its whitespace visible."""
-    return markdown(str(text).translate(_VISIBLE), 40) or "∅"
+def token(text: object, limit: int = 40) -> str:
+    """A token, or the words of a model, between backticks of Markdown, their whitespace visible."""
+    return markdown(str(text).translate(_VISIBLE), limit) or "∅"
 
 
 def _ends(interval: Interval) -> str:

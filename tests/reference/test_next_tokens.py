@@ -15,6 +15,7 @@ from reference.plain_study import PlainPair, PlainSite
 from toy import write_pair, write_prompts
 
 Invoke = Callable[..., Any]
+WHO = ("base", "tuned", "raw", "mapped")
 HOSTILE = "does <script>alert(1)</script> | `subject1` verb1"
 
 
@@ -82,3 +83,50 @@ def test_per_prompt_and_in_the_report(
     assert "<script>alert" not in report.partition("## Before")[2]
     assert "<script>alert" not in page
     assert "‹script" in page
+
+
+def test_whole_answers_in_terminal_report_and_comparison(
+    answered: Path,
+    here: Path,  # noqa: F811
+    mechdiff: Invoke,  # noqa: F811
+    client: mlflow.MlflowClient,  # noqa: F811
+) -> None:
+    words = ["--layer", "2", "--hook", "attn_out", "--alpha", "0.7", "--answer-tokens", "3"]
+    printed = " ".join(mechdiff("run", "--pair", str(answered), *words).output.split())
+    ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    (patch,) = client.search_runs(ids, "tags.`mechdiff.kind` = 'patch'")
+    file = client.download_artifacts(patch.info.run_id, "per_prompt.json", str(here))
+    table = json.loads(Path(file).read_text())
+    columns = dict(zip(table["columns"], zip(*table["data"], strict=True), strict=True))
+    metrics = patch.data.metrics
+
+    mechdiff("report", "--pair", str(answered))
+    report = (here / "mechdiff-report.md").read_text()
+    how = report.partition("## How\n")[2].partition("## How low-rank")[0]
+    for key in ("drop_pct", "drop_answer_pct"):
+        ends = [metrics[name] for name in (key, f"ci/{key}_low", f"ci/{key}_high")]
+        for text in (printed, how):
+            assert "{:.1f} [{:.1f}, {:.1f}]".format(*ends) in text
+    shares = [f"{name} {100 * metrics[f'exact_match/{name}']:.1f} %" for name in WHO]
+    assert f"Exact match: {', '.join(shares)}; " in how
+    assert "exact_match 8 " in printed
+    assert "![L2/attn_out: mean KL of each token of the answer]" in report
+
+    shown = report.partition("## Before and after")[2].partition("## Tables")[0]
+    assert "Greedy answers of up to 3 tokens: of base" in shown
+    kls = zip(columns["KL_answer_raw"], columns["KL_answer_mapped"], strict=True)
+    gain = [raw - mapped for raw, mapped in kls]
+    rows = [row for row in shown.splitlines() if row.startswith("| ")][2:]
+    for row, i in zip(rows, sorted(range(len(gain)), key=gain.__getitem__), strict=True):
+        cells = [cell.strip("`") for cell in row.strip("| ").split(" | ")][2:6]
+        assert cells == [columns[f"says_{name}"][i].replace(" ", "␣") or "∅" for name in WHO]
+
+    twin = answered.with_name("twin.yaml")
+    twin.write_text(answered.read_text().replace("name: toy", "name: twin"))
+    for more in ([], words[-2:]):  # the first tokens alone, too: like is compared with like
+        mechdiff("run", "--pair", str(twin), *words[:-2], *more)
+    mechdiff("compare", str(answered), str(twin))
+    (row,) = [
+        line for line in (here / "mechdiff-compare.md").read_text().splitlines() if "L2/attn_out proc" in line
+    ]
+    assert row.count("{:.1f} [{:.1f}, {:.1f}]".format(*ends)) == 2

@@ -180,9 +180,13 @@ def test_task_measures_are_the_reference(spec: Path, patch_at: str) -> None:
         Answers(tuple(right), 4, patch_at == "answer"),
     )
     maps = {"mapped": made, "null": made.with_alpha(0.5)}
-    records = task_records(answered, SITE, maps, study.protocol, study.computing, study.bootstrap)
+    where = (answered, SITE, maps, study.protocol, study.computing, study.bootstrap)
+    records, texts = task_records(*where)
     found = {record.measure: record for record in records}
     for name, rows in said.items():
+        assert texts[f"says_{name}"] == [
+            study.pair.tuned.tokenizer.decode(row[0], skip_special_tokens=True) for row in rows
+        ]
         exact = np.mean([tuple(row[0].tolist()) == answer for row, answer in zip(rows, right, strict=True)])
         assert found["exact_match"].means[name] == pytest.approx(exact)
     for name, patch in (("tuned", None), ("raw", raw_patch), ("mapped", own)):

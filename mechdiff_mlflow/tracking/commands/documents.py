@@ -47,10 +47,10 @@ def write_report(request: ReportRequest) -> Written:
     experiment = experiment_of(store, request.experiment, name)
     evidence = evidence_of(store, name, experiment)
 
-    def per_prompt(run_id: str) -> pd.DataFrame | None:
-        return tables_of(store, [run_id], "per_prompt.json").get(run_id)
+    def table(run_id: str, path: str) -> pd.DataFrame | None:
+        return tables_of(store, [run_id], path).get(run_id)
 
-    document = reports.report(evidence, spec, min_effect_nats=request.min_effect, per_prompt=per_prompt)
+    document = reports.report(evidence, spec, min_effect_nats=request.min_effect, table=table)
     doubts = reports.caveats(evidence)
     return _logged(request, store, document, f"report of {name}", experiment, doubts)
 
