@@ -78,5 +78,5 @@ def _figure(patch: Measured, curve: pd.DataFrame) -> Figure:
             lines.append(Curve(name, *(column.tolist() for column in (numbers["t"], *columns))))
     title = f"{patch.site}: mean KL of each token of the answer"
     named = {} if len(numbers) > MOST_TICKS else {float(t): str(t) for t in range(1, len(numbers) + 1)}
-    labels = {"x_label": "token of the answer", "y_label": "KL, nats"}
-    return curves(f"answers-{patch.site.slug}", title, lines, ticks=named, **labels)
+    name = f"answers-{patch.site.slug}"
+    return curves(name, title, lines, x_label="token of the answer", y_label="KL, nats", ticks=named)

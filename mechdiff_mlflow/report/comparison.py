@@ -53,8 +53,8 @@ def matches(first: Evidence, second: Evidence) -> list[Match]:
     for one in first.quoted():
         other = quoted.get(one.site)
         if one.picked_among == 1 and other is not None and key(one) != key(other):
-            ours, theirs = (f"α={text_of(p.alpha)}, k={p.rank}" for p in (one, other))
-            found.append(Match(f"{one.site}, each pair's own map ({ours} against {theirs})", one, other))
+            this, that = (f"α={text_of(p.alpha)}, k={p.rank}" for p in (one, other))
+            found.append(Match(f"{one.site}, each pair's own map ({this} against {that})", one, other))
     if not found:
         raise MechdiffError(
             f"Pairs {first.pair!r} and {second.pair!r} have no patched cell in common; run mechdiff sweep "

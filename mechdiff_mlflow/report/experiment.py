@@ -83,8 +83,8 @@ def report(
         ]
     if evidence.layers is not None:
         blocks += layers_blocks(evidence.layers)
-    for site, table in evidence.heads.items():
-        blocks += heads_blocks(site, table)
+    for site, heads in evidence.heads.items():
+        blocks += heads_blocks(site, heads)
     blocks += [
         "## Caveats",
         bullets(caveats(evidence)),
