@@ -128,9 +128,8 @@ class Readers:
         """The text of each row of tokens, without special ones; raises as `words`."""
         tokenizer = self.tokenizer_for(role)
         what = f"Decoding with the {role} tokenizer of {self.spec.name}"
-        return run_bounded(
-            what, lambda: list(map(str, tokenizer.batch_decode(rows, skip_special_tokens=True)))
-        )
+        found: list[str] = run_bounded(what, lambda: tokenizer.batch_decode(rows, skip_special_tokens=True))
+        return found
 
     def first_of_answers(self, role: str, prompts: PromptSet) -> list[frozenset[int]]:
         """The tokens that the answer of each prompt may begin with; none where it is not known.
