@@ -48,7 +48,7 @@ def refused(result_output: str) -> str:
         (["--alpha", "big"], "α='big' is not a number"),
         (["--shrink", "1.5"], "shrink is 1.5; give a number from 0 to 1"),
         (["--shrink", "much"], "--shrink 'much' is not a number"),
-        (["--n", "500"], "500 test prompts were asked for and there are 16; pass --n 1 to 16"),
+        (["--n", "500"], "500 test prompts were asked for and there are 40; pass --n 1 to 40"),
         (["--n", "0"], "--n '0' is not a whole number of at least 1"),
         (["--n-train", "41"], "41 train prompts were asked for and there are 40; pass --n-train 1 to 40"),
         (["--split", "train"], "Split 'train' is unknown; use one of test, val"),

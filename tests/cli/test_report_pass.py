@@ -55,5 +55,5 @@ def test_no_winner_and_too_many_prompts(toy: Path, mechdiff: Invoke) -> None:
         in mechdiff("report-pass", "--pair", str(toy), "--alias", "best", code=1).output
     )
     mechdiff("run", "--pair", str(toy), *SITE, "--alpha", "1", "--promote", "--force")
-    shown = mechdiff("report-pass", "--pair", str(toy), "--n", "17", code=1).output
-    assert "17 test prompts were asked for and there are 16" in shown
+    shown = mechdiff("report-pass", "--pair", str(toy), "--n", "41", code=1).output
+    assert "41 test prompts were asked for and there are 40" in shown
