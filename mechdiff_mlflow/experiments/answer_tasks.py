@@ -64,7 +64,8 @@ def task_records(
     log_p = workers.whole(Forced(some, protocol.position, site, maps))["log_p"].numpy()  # [n, who, T, 3]
     values = {"answer_logprob": np.nansum(log_p[..., 0], -1), "logit_diff": _logit_diff(log_p)}
     if said is not None:
-        values["exact_match"] = _exact(some, said[has])
+        special = workers.pair.readers.tokenizer_for("tuned").all_special_ids
+        values["exact_match"] = _exact(some, said[has], special)
     records = []
     for measure, of_all in values.items():
         defined = ~np.isnan(of_all).any(1)
@@ -111,11 +112,17 @@ def _said(
     return np.concatenate([workers.whole(task)["tokens"].numpy() for task in (base, tuned, patched)], 1)
 
 
-def _exact(prompts: PromptSet, said: Array) -> Array:
-    """Whether what was said is the answer, as far as it is compared, [n, who]."""
+def _exact(prompts: PromptSet, said: Array, special: Sequence[int]) -> Array:
+    """Whether what was said is the answer, as far as it is compared, [n, who].
+
+    Both end before their first special token: a model may end its turn with another than its template does.
+    """
     assert prompts.answers is not None
     right = np.full((len(prompts), 1, prompts.answers.n_tokens), -1)
     for i, ids in enumerate(prompts.answers.ids):
         right[i, 0, : len(ids)] = ids
+    said, right = (
+        np.where(np.logical_or.accumulate(np.isin(ids, special), axis=2), -1, ids) for ids in (said, right)
+    )
     matches: Array = (said == right).all(2).astype(np.float64)
     return matches

@@ -134,22 +134,22 @@ class Resampled:
             errors=abs(factor) * self.errors,
         )
 
-    def interval(self, level: float, *, unseen: float = 0.0) -> Interval:
+    def interval(self, level: float, *, unseen: float = 0.0, most: float = math.inf) -> Interval:
         """The studentised interval, stretched towards 0 by what a kind of prompt that none is of may hide.
 
         A share p of prompts is missed by n of them with the probability of one tail where (1 − p)^n is that
-        tail; on those the quantity may be 0, which moves it by p · `unseen`.
+        tail; on those the quantity may be 0, which moves it by p · `unseen`. No quantity is above `most`.
         """
         tail = (1 - level) / 2
         if self.n < 2 or not np.isfinite(self.shifts).all():
             return Interval(self.estimate, None, None, level)
         with np.errstate(invalid="ignore"):
             first, last = np.quantile(self._studentised(), [tail, 1 - tail])
-        if not np.isfinite([first, last]).all():
-            return Interval(self.estimate, None, None, level)
         room = may_be_unseen(self.n, tail) * unseen
         low = self.estimate - last * self.error - (room if self.estimate > 0 else 0)
-        high = self.estimate - first * self.error + (room if self.estimate < 0 else 0)
+        high = min(most, self.estimate - first * self.error + (room if self.estimate < 0 else 0))
+        if not np.isfinite([low, high]).all():
+            return Interval(self.estimate, None, None, level)
         return Interval(self.estimate, float(low), float(high), level)
 
     def p_above_0(self, *, unseen_level: float = 0.05) -> float:

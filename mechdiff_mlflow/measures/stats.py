@@ -38,9 +38,7 @@ def drop_pct(
     if not is_defined(reference, mapped, noise_floor):
         return Interval(None, None, None, bootstrap.level)
     drop = bootstrap.ratio(mapped, reference).scaled(-100, 100)
-    found = drop.interval(bootstrap.level, unseen=abs(drop.estimate))
-    # KL is not below 0, so a drop is not above 100 %.
-    return found if found.high is None else replace(found, high=min(found.high, 100.0))
+    return drop.interval(bootstrap.level, unseen=abs(drop.estimate), most=100.0)  # for KL is not below 0
 
 
 def is_defined(kl_reference: Floats, kl_mapped: Floats, noise_floor: float) -> bool:

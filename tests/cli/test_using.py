@@ -142,7 +142,7 @@ def test_a_planted_low_rank_change_becomes_a_lora_of_its_rank_that_is_the_tuned_
     assert kl < 1e-5
     assert way > 99.9
     assert "It takes base **100 [91.2, 100] %** of the way" in card
-    assert "It takes base 100 [100, 100] % of the way" in shown
+    assert "It takes base 100 [91.2, 100] % of the way" in shown
     config = json.loads((here / "lora" / "adapter_config.json").read_text())
     assert AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"]), "from any folder"
     (run,) = client.search_runs(["1"], "tags.`mechdiff.kind` = 'adapter'")
