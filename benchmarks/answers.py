@@ -16,8 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mechdiff_mlflow.engine import PatchEngine, VariantGroup
-from mechdiff_mlflow.spec.prompts import Answers, TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import Answers, TokenizedPrompts
 
 TOKENS, BOUND = (1, 4, 16), 1.3
 

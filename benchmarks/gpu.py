@@ -34,8 +34,8 @@ from torch import Tensor
 from mechdiff_mlflow.engine import CleanRuns, PatchEngine, VariantGroup
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.solvers import PairedSpectrum, fit_spectrum
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 HOOKS = (Hook.ATTN_OUT, Hook.MLP_OUT, Hook.RESID_POST)
 PER_SITE = 4

@@ -183,8 +183,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     from mechdiff_mlflow.engine import PatchEngine, VariantGroup
     from mechdiff_mlflow.measures.metrics import NextToken, compare_rows, next_token_divergences
-    from mechdiff_mlflow.spec.prompts import TokenizedPrompts
     from mechdiff_mlflow.spec.sites import Hook, Site
+    from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
     torch.set_grad_enabled(False)
     torch.set_num_threads(arguments.threads)

@@ -23,8 +23,8 @@ from mechdiff_mlflow.engine.paths.startup_check import EACH, MEAN, MODES, ONE, C
 from mechdiff_mlflow.engine.paths.variants import Rows, ScoreBoard, ScoreResult, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import NextToken, compare_rows, next_token_divergences, rounding_kl
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 _R = TypeVar("_R")
 

@@ -16,8 +16,8 @@ from mechdiff_mlflow.engine.model.hooks import activation_hook
 from mechdiff_mlflow.engine.model.sums import Sums, distance, few_sites_of, rounding, sites_of
 from mechdiff_mlflow.engine.patch_engine import PatchEngine
 from mechdiff_mlflow.engine.paths.variants import VariantGroup
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 _FLOOR_NATS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 """KL of an identity patch that rounding explains."""

@@ -16,7 +16,8 @@ from mechdiff_mlflow.experiments.workers.answering import Greedy
 from mechdiff_mlflow.maps.affine import AffineMap
 from mechdiff_mlflow.measures import stats
 from mechdiff_mlflow.measures.bootstrap import Bootstrap, Interval
-from mechdiff_mlflow.spec.prompts import Answers, PromptSet
+from mechdiff_mlflow.spec.prompts import PromptSet
+from mechdiff_mlflow.spec.tokens import Answers
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,8 +18,9 @@ from mechdiff_mlflow.models.generation import continued
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.models.sides import Side
 from mechdiff_mlflow.spec.pair_spec import Position
-from mechdiff_mlflow.spec.prompts import Prompt, PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec.prompts import Prompt, PromptSet
 from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 from mechdiff_mlflow.text import is_text
 
 

@@ -11,8 +11,9 @@ import transformers.utils.chat_template_utils
 from transformers import PreTrainedTokenizerBase
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.spec.prompts import Message, Prompt, PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec.prompts import Message, Prompt, PromptSet
 from mechdiff_mlflow.spec.sites import Position
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 
 class _StoppedClock(datetime.datetime):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mechdiff_mlflow.engine.model.chunks import in_chunks
 from mechdiff_mlflow.models.sides import Side
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 _BATCH = 32
 

@@ -32,8 +32,9 @@ from mechdiff_mlflow.models.sides import AdaptedModel, ModelCache, Side, digest,
 from mechdiff_mlflow.models.sides import EngineOptions as EngineOptions
 from mechdiff_mlflow.spec.pair_spec import PairSpec, Position
 from mechdiff_mlflow.spec.prompt_files import split_remark
-from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts, check_disjoint
+from mechdiff_mlflow.spec.prompts import PromptSet, check_disjoint
 from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 _FILLED = 0.8
 """Share of a device's memory that two models may take before one is held at a time."""

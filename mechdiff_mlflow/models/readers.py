@@ -13,8 +13,9 @@ from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.models.bounded import run_bounded
 from mechdiff_mlflow.models.chat import answer_tokens, remarks_on, tokenize
 from mechdiff_mlflow.spec.pair_spec import PairSpec
-from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Position
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 from mechdiff_mlflow.text import cut
 
 if TYPE_CHECKING:

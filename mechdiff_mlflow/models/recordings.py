@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mechdiff_mlflow.engine import CleanRuns, PatchEngine
 from mechdiff_mlflow.spec.pair_spec import Position
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 Key = tuple[str, str, Position]
 """Role, digest of the prompts, position."""

@@ -12,8 +12,8 @@ from families import FAMILIES, Family
 from torch import Tensor, nn
 
 from mechdiff_mlflow.engine import PatchEngine, VariantGroup
-from mechdiff_mlflow.spec.prompts import Answers, TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import Answers, TokenizedPrompts
 
 LENGTHS = (5, 9, 7, 5)
 SITES = [Site(1, Hook.RESID_PRE), Site(1, Hook.ATTN_OUT), Site(2, Hook.MLP_OUT), Site(3, Hook.RESID_POST)]

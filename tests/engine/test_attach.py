@@ -18,8 +18,8 @@ from mechdiff_mlflow.engine import PatchEngine, VariantGroup
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.maps.affine import AffineMap, Weight
 from mechdiff_mlflow.models.attach import attached
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 SITE = Site(2, Hook.ATTN_OUT)
 PAD, NEW = 0, 5

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mechdiff_mlflow.engine import PatchEngine, VariantGroup
 from mechdiff_mlflow.engine.model.chunks import in_chunks
+from mechdiff_mlflow.engine.paths.startup_check import ONE
 from mechdiff_mlflow.engine.paths.variants import ScoreBoard
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 SITES = [
     Site(0, Hook.RESID_PRE),
@@ -28,10 +29,10 @@ COPIES = 20
 def engine_logits(engine: PatchEngine, prompts: TokenizedPrompts, groups: list[VariantGroup]) -> Tensor:
     """Patched logits [N, variants, vocabulary] from which the engine scores."""
     n_variants = sum(group.count() for group in groups)
-    path, found = engine._paths[False], None
+    path, found = engine._paths[ONE], None
     for chunk in in_chunks(prompts, engine.limits.batch_size, engine.forward.device):
         recording = path.record(chunk, [group.site for group in groups])
-        variants, _ = ScoreBoard(groups, len(prompts)).variants(recording)
+        variants, _ = ScoreBoard(groups, prompts).variants(recording)
         for rows in path.run(recording, variants, engine.limits):
             if found is None:
                 shape = (len(prompts), n_variants, rows.logits.shape[-1])

@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from mechdiff_mlflow.engine import PatchEngine, VariantGroup
 from mechdiff_mlflow.measures.metrics import next_token_divergences
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 ALL_SITES = [Site(layer, hook) for layer in range(4) for hook in Hook]
 LENGTHS = (9, 5, 12, 5, 7, 3, 9)

@@ -31,8 +31,8 @@ from mechdiff_mlflow.engine.memory.oom_retry import ChunkLimits
 from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import Divergences, compare_rows
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 SITES = [Site(layer, hook) for layer in range(2) for hook in Hook]
 PROMPTS = tiny.prompts(9, 5, 12, 5, 7, 3, 9)

@@ -22,8 +22,8 @@ from mechdiff_mlflow.engine.kernels.attention import Prefix
 from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.engine.paths.sweep_recording import SweepRecorder
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 SITES = [Site(layer, hook) for layer in range(2) for hook in Hook]
 MODES = ["sweep", "masked", "naive"]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mechdiff_mlflow.engine import PatchEngine, VariantGroup
 from mechdiff_mlflow.measures.metrics import next_token_divergences
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 SITES = [Site(layer, hook) for layer in range(2) for hook in Hook]
 LENGTHS, STARTS, SPANS = (9, 6, 12, 6, 7, 5), (2, 1, 5, 1, 0, 4), (4, 3, 4, 2, 7, 1)

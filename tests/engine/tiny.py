@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from mechdiff_mlflow.engine import VariantGroup
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 VOCABULARY = 97
 

@@ -14,8 +14,9 @@ from mechdiff_mlflow.experiments.fitting import wrong_layer_site
 from mechdiff_mlflow.experiments.preflight import Check, check_cells, examine
 from mechdiff_mlflow.models.pairs import Pair, load_pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Position, Rank
-from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 
 def load(spec: Path) -> Pair:

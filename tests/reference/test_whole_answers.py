@@ -17,8 +17,9 @@ from mechdiff_mlflow.experiments import Protocol, Study
 from mechdiff_mlflow.experiments.answer_tasks import _exact, task_records
 from mechdiff_mlflow.models.pairs import load_pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Rank
-from mechdiff_mlflow.spec.prompts import Answers, Prompt, PromptSet
+from mechdiff_mlflow.spec.prompts import Prompt, PromptSet
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import Answers
 
 SITE, ALPHAS, END = Site(2, Hook.ATTN_OUT), (0.9, 1.2), 5
 CELL = Cell(SITE, "procrustes_scaled", "update", Rank(None), Alpha(ALPHAS))
@@ -198,6 +199,10 @@ def test_task_measures_are_the_reference(spec: Path, patch_at: str) -> None:
 
 
 def test_an_answer_is_exact_whatever_special_token_ends_it() -> None:
-    prompts = PromptSet("test", (Prompt("a"), Prompt("b")), Answers(((5, 6, 2), (5, 6, 7, 8)), 4, False))
+    prompts = PromptSet(
+        "test",
+        tuple(Prompt(({"role": "user", "content": word},)) for word in "ab"),
+        Answers(((5, 6, 2), (5, 6, 7, 8)), 4, False),
+    )
     said = np.array([[[5, 6, 1, 9], [5, 6, 9, 1]], [[5, 6, 7, 8], [5, 6, 2, -1]]])
     assert _exact(prompts, said, [1, 2]).tolist() == [[1, 0], [1, 0]]

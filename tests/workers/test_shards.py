@@ -17,7 +17,8 @@ from mechdiff_mlflow.experiments.workers.tasks import Capture, Gradients, Score
 from mechdiff_mlflow.experiments.workers.workers import chunks_of, merged, shards_of
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
-from mechdiff_mlflow.spec.prompts import Prompt, PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec.prompts import Prompt, PromptSet
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 
 class Cut(LocalWorkers):

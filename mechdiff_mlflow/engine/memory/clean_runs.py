@@ -18,8 +18,8 @@ from torch import Tensor
 from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan
 from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.measures.metrics import top_tokens
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")

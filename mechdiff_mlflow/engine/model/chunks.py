@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 from mechdiff_mlflow.engine.model.architecture import Decoder
 from mechdiff_mlflow.engine.model.chunks import in_chunks
 from mechdiff_mlflow.engine.model.forward import PromptForward
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 _SUBLAYERS = (Hook.ATTN_OUT, Hook.MLP_OUT)

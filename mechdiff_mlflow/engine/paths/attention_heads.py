@@ -15,8 +15,8 @@ from mechdiff_mlflow.engine.model.architecture import text_config
 from mechdiff_mlflow.engine.model.chunks import Chunk, ChunkPlan, check_prompts
 from mechdiff_mlflow.engine.model.forward import PromptForward
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 _PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 

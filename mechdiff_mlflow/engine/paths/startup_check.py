@@ -22,8 +22,8 @@ from mechdiff_mlflow.engine.paths.masked import MaskedPath
 from mechdiff_mlflow.engine.paths.sweep import SweepPath
 from mechdiff_mlflow.engine.paths.variants import Rows, Variants, moved
 from mechdiff_mlflow.errors import MechdiffError
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Hook, Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 
 class NaivePath:

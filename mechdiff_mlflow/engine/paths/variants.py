@@ -15,8 +15,8 @@ from mechdiff_mlflow.engine.model.chunks import Chunk
 from mechdiff_mlflow.engine.model.forward import Recording
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.measures.metrics import Divergences
-from mechdiff_mlflow.spec.prompts import TokenizedPrompts
 from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 Replace = Callable[[Tensor, Tensor], Tensor]
 """From prompt indices [n] (on the CPU) and the model's own activations [n, width] there to [n, v, width].

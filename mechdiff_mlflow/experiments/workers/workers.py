@@ -25,8 +25,9 @@ from mechdiff_mlflow.experiments.workers.tasks import (
 )
 from mechdiff_mlflow.models.pairs import Pair
 from mechdiff_mlflow.spec.pair_spec import Position
-from mechdiff_mlflow.spec.prompts import PromptSet, TokenizedPrompts
+from mechdiff_mlflow.spec.prompts import PromptSet
 from mechdiff_mlflow.spec.sites import Site
+from mechdiff_mlflow.spec.tokens import TokenizedPrompts
 
 Answer = TypeVar("Answer")
 
