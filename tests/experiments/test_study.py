@@ -26,7 +26,7 @@ from mechdiff_mlflow.spec.pair_spec import ALPHA_GRID, Alpha, Cell, PairSpec, Po
 from mechdiff_mlflow.spec.sites import Hook, Site
 
 SITE = Site(3, Hook.RESID_POST)
-N_TRAIN, N_VAL, N_TEST = 40, 16, 16
+N_TRAIN, N_VAL, N_TEST = 40, 16, 40
 
 
 @pytest.fixture
