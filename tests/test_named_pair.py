@@ -56,7 +56,7 @@ def test_an_adapter_says_its_base(models: Path, stated: str) -> None:
     assert Path(spec.base.model).resolve() == models / "base"
     assert spec.name == "adapter"
     pair = load_pair(spec, device="cpu")
-    assert {split: len(one) for split, one in pair.prompts.items()} == {"train": 43, "val": 11, "test": 18}
+    assert {split: len(one) for split, one in pair.prompts.items()} == {"train": 57, "val": 15, "test": 24}
 
 
 def test_the_card_says_the_base_of_a_whole_model(models: Path) -> None:
@@ -171,11 +171,11 @@ def test_two_names_are_enough_for_a_run(models: Path, mechdiff: Invoke) -> None:
     says(models / "adapter", str(models / "base"))
     named = ("--tuned", "adapter", "--prompts", "p.jsonl")
     done = mechdiff("run", *named, "--layer", "3", "--alpha", "1")
-    assert "adapter, 18 test prompts" in " ".join(done.output.split())
+    assert "adapter, 24 test prompts" in " ".join(done.output.split())
     spec = mechdiff("pair", "init", *named)
     assert "pair-test.jsonl" in spec.output
     assert (
-        "adapter, 18 test prompts"
+        "adapter, 24 test prompts"
         in mechdiff("run", "--pair", "pair.yaml", "--layer", "3", "--alpha", "1").output
     )
 
@@ -212,6 +212,6 @@ def test_a_data_set_is_the_source_of_its_prompts(
     library.__spec__ = ModuleSpec("datasets", None)
     monkeypatch.setitem(sys.modules, "datasets", library)
     named = ("--tuned", "tuned", "--base", "base", "--prompts-from", "org/questions:question")
-    assert "18 test prompts" in " ".join(
+    assert "24 test prompts" in " ".join(
         mechdiff("run", *named, "--layer", "3", "--alpha", "1").output.split()
     )
