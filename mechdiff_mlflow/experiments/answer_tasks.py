@@ -42,9 +42,9 @@ def task_records(
 ) -> tuple[list[TaskRecord], dict[str, list[str]]]:
     """Every measure of the prompts that have an answer, none if fewer than two have; and what is said.
 
-    The latter are the greedy answers of base, tuned, and tuned with each patch at work, by the column
-    `says_…` of `per_prompt.json`; none where `_said` has none. The prompts come with their answers as they
-    are compared, the maps by name, `mapped` and `null`; raw is added where the widths agree.
+    The latter are the greedy answers, up to a special token, of base, tuned, and tuned with each patch at
+    work, by the column `says_…` of `per_prompt.json`; none where `_said` has none. The prompts come with
+    answers as they are compared, the maps by name, `mapped` and `null`; raw is added where the widths agree.
     """
     mapped = patches["mapped"]
     if mapped.d_in == mapped.d_out:
@@ -52,8 +52,10 @@ def task_records(
     names, maps = ("base", "tuned", *patches), tuple(patches.values())
     said = _said(prompts, site, maps, protocol, workers)
     texts: dict[str, list[str]] = {}
+    readers = workers.pair.readers
+    special = readers.tokenizer_for("tuned").all_special_ids
     if said is not None:
-        readers = workers.pair.readers
+        said = _ended(said, special)
         for name, rows in zip(names, said.transpose(1, 0, 2).tolist(), strict=True):
             ids = [[token for token in row if token >= 0] for row in rows]
             texts[f"says_{name}"] = readers.texts("base" if name == "base" else "tuned", ids)
@@ -64,7 +66,6 @@ def task_records(
     log_p = workers.whole(Forced(some, protocol.position, site, maps))["log_p"].numpy()  # [n, who, T, 3]
     values = {"answer_logprob": np.nansum(log_p[..., 0], -1), "logit_diff": _logit_diff(log_p)}
     if said is not None:
-        special = workers.pair.readers.tokenizer_for("tuned").all_special_ids
         values["exact_match"] = _exact(some, said[has], special)
     records = []
     for measure, of_all in values.items():
@@ -112,17 +113,19 @@ def _said(
     return np.concatenate([workers.whole(task)["tokens"].numpy() for task in (base, tuned, patched)], 1)
 
 
-def _exact(prompts: PromptSet, said: Array, special: Sequence[int]) -> Array:
-    """Whether what was said is the answer, as far as it is compared, [n, who].
+def _ended(ids: Array, special: Sequence[int]) -> Array:
+    """Tokens up to the first special one, [n, who, T], and then -1.
 
-    Both end before their first special token: a model may end its turn with another than its template does.
+    A model may end its turn with another special token than its template does.
     """
+    return np.where(np.logical_or.accumulate(np.isin(ids, special), axis=2), -1, ids)
+
+
+def _exact(prompts: PromptSet, said: Array, special: Sequence[int]) -> Array:
+    """Whether what was said, up to a special token, is the answer, as far as it is compared, [n, who]."""
     assert prompts.answers is not None
     right = np.full((len(prompts), 1, prompts.answers.n_tokens), -1)
     for i, ids in enumerate(prompts.answers.ids):
         right[i, 0, : len(ids)] = ids
-    said, right = (
-        np.where(np.logical_or.accumulate(np.isin(ids, special), axis=2), -1, ids) for ids in (said, right)
-    )
-    matches: Array = (said == right).all(2).astype(np.float64)
+    matches: Array = (said == _ended(right, special)).all(2).astype(np.float64)
     return matches

@@ -198,7 +198,7 @@ _STYLE = (
     "table{border-collapse:collapse;margin:1rem 0;font-size:.85rem;display:block;overflow-x:auto}"
     "th,td{border:1px solid #ddd;padding:.25rem .5rem;text-align:left}th{background:#f4f4f4}"
     "code,pre{background:#f4f4f4;border-radius:3px;font-size:.85rem}code{padding:0 .2rem}"
-    "pre{padding:.6rem;overflow-x:auto}figure{margin:1rem 0}"
+    "td code{overflow-wrap:anywhere}pre{padding:.6rem;overflow-x:auto}figure{margin:1rem 0}"
 )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mechdiff_mlflow.errors import MechdiffError
 from mechdiff_mlflow.experiments import Protocol, Study
-from mechdiff_mlflow.experiments.answer_tasks import _exact, task_records
+from mechdiff_mlflow.experiments.answer_tasks import _ended, _exact, task_records
 from mechdiff_mlflow.models.pairs import load_pair
 from mechdiff_mlflow.spec.pair_spec import Alpha, Cell, PairSpec, Rank
 from mechdiff_mlflow.spec.prompts import Prompt, PromptSet
@@ -184,11 +185,15 @@ def test_task_measures_are_the_reference(spec: Path, patch_at: str) -> None:
     where = (answered, SITE, maps, study.protocol, study.computing, study.bootstrap)
     records, texts = task_records(*where)
     found = {record.measure: record for record in records}
+    tokenizer = study.pair.tuned.tokenizer
+
+    def begin(ids: Sequence[int]) -> list[int]:
+        return list(itertools.takewhile(lambda one: one not in tokenizer.all_special_ids, ids))
+
     for name, rows in said.items():
-        assert texts[f"says_{name}"] == [
-            study.pair.tuned.tokenizer.decode(row[0], skip_special_tokens=True) for row in rows
-        ]
-        exact = np.mean([tuple(row[0].tolist()) == answer for row, answer in zip(rows, right, strict=True)])
+        assert texts[f"says_{name}"] == [tokenizer.decode(begin(row[0].tolist())) for row in rows]
+        pairs = zip(rows, right, strict=True)
+        exact = np.mean([begin(row[0].tolist()) == begin(answer) for row, answer in pairs])
         assert found["exact_match"].means[name] == pytest.approx(exact)
     for name, patch in (("tuned", None), ("raw", raw_patch), ("mapped", own)):
         sums = [
@@ -205,4 +210,4 @@ def test_an_answer_is_exact_whatever_special_token_ends_it() -> None:
         Answers(((5, 6, 2), (5, 6, 7, 8)), 4, False),
     )
     said = np.array([[[5, 6, 1, 9], [5, 6, 9, 1]], [[5, 6, 7, 8], [5, 6, 2, -1]]])
-    assert _exact(prompts, said, [1, 2]).tolist() == [[1, 0], [1, 0]]
+    assert _exact(prompts, _ended(said, [1, 2]), [1, 2]).tolist() == [[1, 0], [1, 0]]
