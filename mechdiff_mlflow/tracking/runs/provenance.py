@@ -19,7 +19,7 @@ _GIT_WAIT_S = 10
 
 def provenance_tags() -> dict[str, str]:
     """Tags for every run of this process: user, command, version, commit of the package, and process."""
-    changed = {"": "", "true": ", code with changes", "false": ", code as committed"}[_code()[2]]
+    changed = {None: "", True: ", code with changes", False: ", code as committed"}[_code()[2]]
     process = f"{platform.node() or 'unknown'}, process {os.getpid()}{changed}"
     return {**_process_tags(), PROCESS_TAG: process}
 
@@ -41,21 +41,21 @@ def _process_tags() -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _code() -> tuple[str, str, str]:
-    """Commit and branch of the package, and whether it differs from that; all empty where nobody knows."""
+def _code() -> tuple[str, str, bool | None]:
+    """Commit and branch of the package, and whether it differs from that; empty and None if nobody knows."""
     # Tracked: an installed copy may lie inside somebody else's repository.
     if _git("ls-files", "--error-unmatch", "__init__.py") is not None:
         commit, branch = _git("rev-parse", "HEAD"), _git("rev-parse", "--abbrev-ref", "HEAD")
         if commit and branch:
-            return commit, branch, str(bool(_git("status", "--porcelain", "--", "."))).lower()
-    return "", "", ""
+            return commit, branch, bool(_git("status", "--porcelain", "--", "."))
+    return "", "", None
 
 
 def code_version() -> str:
     """Package version, then commit and `dirty` where known: `0.1.0+g1a2b3c4d5e.dirty`."""
     commit, _, is_dirty = _code()
     local = f"+g{commit[:10]}" if commit else ""
-    return __version__ + local + (".dirty" if is_dirty == "true" else "")
+    return __version__ + local + (".dirty" if is_dirty else "")
 
 
 def _git(*arguments: str) -> str | None:
